@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Declares operators, attaches kernels and loads the compiled extension. The only user of ``torch.library``.
+
+An operator is declared once, with its reference as ``CompositeExplicitAutograd``: that makes the reference the
+fallback on every device and the fake kernel of ``torch.compile`` at once. Kernels register themselves under ``CPU``
+(the compiled ``_C`` module) and PyTorch's dispatcher does the choosing.
+"""
+
+import importlib
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+
+NAMESPACE = "kandinsky_kernels"
+REFERENCE_ONLY = os.environ.get("KANDINSKY_KERNELS", "") == "reference"
+
+_log = logging.getLogger(__name__)
+_library = torch.library.Library(NAMESPACE, "DEF")
+_names: list[str] = []
+extension = None  # the compiled module, or None
+extension_absence = ""  # why it is None
+
+
+def declare(schema: str, reference: Callable) -> Callable:
+    """Define ``schema`` in our namespace with ``reference`` as its meaning and return the callable overload."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    _names.append(name)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def load_extension() -> None:
+    """Import ``_C``, whose static initialisers register the CPU kernels; without it every op runs its reference."""
+    global extension, extension_absence
+    if REFERENCE_ONLY:
+        extension_absence = "KANDINSKY_KERNELS=reference asks for references only"
+        return
+    try:
+        extension = importlib.import_module("._C", __package__)
+    except ImportError as error:
+        extension_absence = f"the compiled extension is not available ({error}); build it with: pip install ."
+        _log.info("%s", extension_absence)
+
+
+def needs_reference(*tensors: torch.Tensor | None) -> bool:
+    """True when a call must run the reference: gradients are recorded, or the inputs are fp64 (the oracle's precision)."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(tensor.dtype == torch.float64 for tensor in given):
+        return True
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+
+
+def kernels() -> dict[str, dict[str, str]]:
+    """What would run for each operator and device type, and why: ``{op: {"cpu": ..., "cuda": ...}}``."""
+    table = {}
+    for name in _names:
+        qualified = f"{NAMESPACE}::{name}"
+        row = {}
+        for device in ("CPU", "CUDA"):
+            if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device):
+                row[device.lower()] = f"cpp ({extension.simd()})" if device == "CPU" else "cuda"
+            elif device == "CPU":
+                row["cpu"] = f"reference: {extension_absence}"
+            else:
+                row["cuda"] = "reference: no GPU kernel for this operator yet"
+        table[name] = row
+    return table

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NABLA (arXiv 2507.13546): which blocks of keys each block of queries attends to, and attention over those blocks.
+
+A block is one 8 x 8 tile of patches of one latent frame, fewer at a ragged border: tokens come tile by tile and block i
+owns tokens ``block_offsets[i]`` to ``block_offsets[i + 1]``. A selection is packed: int32 [B, H, N, W] with
+W = ceil(N / 32); bit j % 32 of word j // 32 says that the block of queries keeps key block j.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._library import declare, needs_reference
+
+MAX_BLOCK = 64
+
+_select_blocks = declare(
+    "select_blocks(Tensor query_means, Tensor key_means, float keep_mass, int[] tiles, int[] window, str ties) -> Tensor",
+    reference.select_blocks)
+_block_sparse_attention = declare(
+    "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor selection, Tensor block_offsets, float scale)"
+    " -> (Tensor, Tensor)", reference.block_sparse_attention)
+
+
+def select_blocks(query_means: Tensor, key_means: Tensor, keep_mass: float, tiles: Sequence[int] | None = None,
+                  window: Sequence[int] | None = None, ties: str = "all") -> Tensor:
+    """For every block of queries, the smallest set of key blocks that holds ``keep_mass`` of its probability.
+
+    A row's masses are m_j = round(2^32 exp(s_j - max s)) with s = query_means key_means^T / sqrt(D). In ascending order of
+    m, blocks are dropped while their running sum, the block itself included, stays below (1 - keep_mass) * sum(m): exact
+    integer arithmetic, so no order of summation changes the set. Blocks as heavy as the lightest kept one are all kept
+    (``ties="all"``), or dropped from the lowest index on as a stable sort would (``ties="stable"``). The largest is
+    always kept; a row without a finite maximum keeps everything. keep_mass is the published P.
+
+    query_means, key_means: [B, H, N, D] (fp32 from `norm_rope_means`). tiles: (T, Y, X) grid of blocks with
+    N = T * Y * X, and window: published full widths (wT, wY, wX), for the union with the local window
+    |dt| <= wT // 2, |dy| <= wY // 2, |dx| <= wX // 2, truncated at borders; both or neither.
+    Returns the packed selection, int32 [B, H, N, W]. Raises ValueError on other shapes or values.
+    """
+    if query_means.dim() != 4 or query_means.shape != key_means.shape:
+        raise ValueError("query_means and key_means must share one shape [B, H, N, D], got "
+                         f"{list(query_means.shape)} and {list(key_means.shape)}.")
+    if not 0.0 < keep_mass <= 1.0:
+        raise ValueError(f"keep_mass must be in (0, 1], got {keep_mass}.")
+    if ties not in ("all", "stable"):
+        raise ValueError(f'ties must be "all" or "stable", got {ties!r}.')
+    if (tiles is None) != (window is None):
+        raise ValueError("tiles and window must be given together, got only one of them.")
+    tiles, window = list(tiles or ()), list(window or ())
+    if tiles and (len(tiles) != 3 or len(window) != 3 or math.prod(tiles) != query_means.shape[2]):
+        raise ValueError(f"tiles must be three numbers with product N = {query_means.shape[2]} and window three widths, "
+                         f"got {tiles} and {window}.")
+    with torch.no_grad():  # the choice has no gradient
+        op = reference.select_blocks if needs_reference(query_means) else _select_blocks
+        return op(query_means, key_means, keep_mass, tiles, window, ties)
+
+
+def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor,
+                           scale: float | None = None, return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * query key^T) value over the kept blocks only.
+
+    query, key, value: [B, S, H, D] of one dtype, last dimension contiguous, other strides free. selection: packed int32
+    [B, H, N, W]. block_offsets: int32 [N + 1] from 0 to S, blocks of 1 to 64 tokens. scale: 1 / sqrt(D) by default.
+    Returns out [B, S, H, D], contiguous, in query's dtype; with return_lse also the natural log-sum-exp of the kept
+    logits, fp32 [B, H, S]. A block of queries that keeps nothing gives zeros and -inf.
+    Raises ValueError on other shapes, TypeError on mixed dtypes.
+    """
+    if query.dim() != 4 or not query.shape == key.shape == value.shape:
+        raise ValueError("query, key and value must share one shape [B, S, H, D], got "
+                         f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}.")
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(f"query, key and value must share one dtype, got {query.dtype}, {key.dtype}, {value.dtype}.")
+    if block_offsets.dim() != 1 or block_offsets.dtype != torch.int32:
+        raise ValueError(f"block_offsets must be int32 [N + 1], got {block_offsets.dtype} {list(block_offsets.shape)}.")
+    N = block_offsets.shape[0] - 1
+    wanted = (query.shape[0], query.shape[2], N, -(-N // 32))
+    if selection.shape != wanted or selection.dtype != torch.int32:
+        raise ValueError(f"selection must be int32 [B, H, N, ceil(N / 32)] = {list(wanted)}, got {selection.dtype} "
+                         f"{list(selection.shape)}; make it with select_blocks or pack_selection.")
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        op = reference.masked_attention
+    else:
+        op = reference.block_sparse_attention if needs_reference(query) else _block_sparse_attention
+    out, lse = op(query, key, value, selection, block_offsets, scale)
+    return (out, lse) if return_lse else out
+
+
+def selection_density(selection: Tensor, blocks: int) -> float:
+    """Kept blocks over all blocks of a packed selection for ``blocks`` = N blocks: a number in 0..1."""
+    return reference.unpack_selection(selection, blocks).double().mean().item()

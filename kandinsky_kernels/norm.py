@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Norms fused with what surrounds them in a diffusion transformer: modulation, gate and residual, rotary embedding."""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._library import declare, needs_reference
+
+LAYER_NORM_EPS = 1e-5
+RMS_NORM_EPS = 1.1920928955078125e-07  # torch.nn.RMSNorm(eps=None) on an fp32 input
+
+_modulated_norm = declare("modulated_norm(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor", reference.modulated_norm)
+_gated_add_norm = declare(
+    "gated_add_norm(Tensor x, Tensor branch, Tensor gate, Tensor? scale, Tensor? shift, float eps) -> (Tensor, Tensor)",
+    reference.gated_add_norm)
+_norm_rope = declare(
+    "norm_rope(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, Tensor? block_offsets, float eps) -> (Tensor, Tensor)",
+    reference.norm_rope)
+
+
+def _check_rows(x: Tensor, **vectors: Tensor | None) -> None:
+    """x must be [B, S, C]; every vector [B, C]."""
+    if x.dim() != 3:
+        raise ValueError(f"x must have shape [B, S, C], got {list(x.shape)}; add the missing dimension.")
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != (x.shape[0], x.shape[2]):
+            raise ValueError(f"{name} must have shape [B, C] = {[x.shape[0], x.shape[2]]}, got {list(vector.shape)}; "
+                             "give one vector per sample.")
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift, without norm weights (adaptive layer norm, arXiv 2212.09748).
+
+    x: [B, S, C], any float dtype, last dimension contiguous. scale, shift: [B, C], fp32 or x's dtype.
+    Returns a new contiguous [B, S, C] in x's dtype; arithmetic is fp32 (fp64 for fp64 inputs) and rounded once.
+    Raises ValueError on other shapes.
+    """
+    _check_rows(x, scale=scale, shift=shift)
+    op = reference.modulated_norm if needs_reference(x, scale, shift) else _modulated_norm
+    return op(x, scale, shift, eps)
+
+
+def gated_add_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
+                   eps: float = LAYER_NORM_EPS) -> tuple[Tensor, Tensor | None]:
+    """y = x + gate * branch and, with scale and shift, also modulated_norm(y): one pass over a residual seam.
+
+    x, branch: [B, S, C] of one dtype. gate, scale, shift: [B, C], fp32 or x's dtype.
+    Returns (y, normed), both [B, S, C] in x's dtype and contiguous; y is rounded before it is normalised; normed is
+    None without scale and shift. Raises ValueError on other shapes, or when only one of scale and shift is given.
+    """
+    _check_rows(x, gate=gate, scale=scale, shift=shift)
+    if branch.shape != x.shape:
+        raise ValueError(f"branch must have the shape of x {list(x.shape)}, got {list(branch.shape)}.")
+    if branch.dtype != x.dtype:
+        raise TypeError(f"branch must have the dtype of x {x.dtype}, got {branch.dtype}; cast one of them.")
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift must be given together, got only one of them.")
+    op = reference.gated_add_norm if needs_reference(x, branch, gate, scale, shift) else _gated_add_norm
+    y, normed = op(x, branch, gate, scale, shift, eps)
+    return y, None if scale is None else normed
+
+
+def _check_heads(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+    if x.dim() != 4 or x.shape[-1] % 2:
+        raise ValueError(f"x must have shape [B, S, H, D] with even D, got {list(x.shape)}.")
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight must have shape [D] = [{x.shape[-1]}], got {list(weight.shape)}.")
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin must be given together, got only one of them.")
+    wanted = (x.shape[1], x.shape[-1] // 2)
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table is not None and table.shape != wanted:
+            raise ValueError(f"{name} must have shape [S, D / 2] = {list(wanted)}, got {list(table.shape)}.")
+
+
+def norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None = None, sin: Tensor | None = None,
+              eps: float = RMS_NORM_EPS) -> Tensor:
+    """RMSNorm over the head dimension times weight, then a rotation of adjacent pairs (RoPE, arXiv 2104.09864).
+
+    (y0, y1) = (x0 cos - x1 sin, x0 sin + x1 cos) for the pairs (0, 1), (2, 3), ...
+    x: [B, S, H, D], any float dtype, last dimension contiguous. weight: [D]. cos, sin: fp32 [S, D / 2], or None for the
+    norm alone. Returns a new contiguous tensor of x's shape and dtype, rounded once. Raises ValueError on other shapes.
+    """
+    _check_heads(x, weight, cos, sin)
+    op = reference.norm_rope if needs_reference(x, weight) else _norm_rope
+    return op(x, weight, cos, sin, None, eps)[0]
+
+
+def norm_rope_means(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, block_offsets: Tensor,
+                    eps: float = RMS_NORM_EPS) -> tuple[Tensor, Tensor]:
+    """`norm_rope` and the mean of its result over every block of tokens, as NABLA's selection wants it.
+
+    block_offsets: int32 [N + 1], ascending from 0 to S; block i owns tokens block_offsets[i] to block_offsets[i + 1].
+    Returns (y [B, S, H, D], means [B, H, N, D] in fp32, or fp64 for fp64 x). Raises ValueError on other shapes.
+    """
+    _check_heads(x, weight, cos, sin)
+    if block_offsets.dim() != 1 or block_offsets.dtype != torch.int32:
+        raise ValueError(f"block_offsets must be int32 [N + 1], got {block_offsets.dtype} {list(block_offsets.shape)}.")
+    op = reference.norm_rope if needs_reference(x, weight) else _norm_rope
+    return op(x, weight, cos, sin, block_offsets, eps)

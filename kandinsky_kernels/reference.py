@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The meaning of every operator, in plain PyTorch.
+
+Each function computes in ``max(fp32, input dtype)``: on fp64 inputs it is the oracle of the tests, elsewhere it is the
+fallback and the fake kernel. Shapes: B batch, S tokens, H heads, D head dim, C channels, N blocks, W = ceil(N / 32).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASS_BITS = 32  # block masses are integers in units of 2**-32 of the row's largest: their sums are exact in any order
+_CHUNK_ELEMENTS = 1 << 22  # rows of the block map handled at once, so that it is never whole in memory
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift. x [B, S, C]; scale, shift [B, C]."""
+    normed = F.layer_norm(_wide(x), x.shape[-1:], eps=eps)
+    return (normed * (1 + scale[:, None]) + shift[:, None]).to(x.dtype).contiguous()
+
+
+def gated_add_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None, shift: Tensor | None,
+                   eps: float) -> tuple[Tensor, Tensor]:
+    """(y, modulated_norm(y)) with y = x + gate * branch rounded to x's dtype; the second is empty without scale."""
+    y = (_wide(x) + gate[:, None] * _wide(branch)).to(x.dtype).contiguous()
+    if scale is None or shift is None:
+        return y, y.new_empty(0)
+    return y, modulated_norm(y, scale, shift, eps)
+
+
+def block_means(x: Tensor, block_offsets: Tensor) -> Tensor:
+    """Mean over each block's tokens. x [B, S, H, D], block_offsets int32 [N + 1] -> [B, H, N, D], at least fp32."""
+    lengths = block_offsets.diff()
+    block_of_token = torch.repeat_interleave(lengths, output_size=x.shape[1])
+    wide = _wide(x)
+    sums = wide.new_zeros(x.shape[0], lengths.shape[0], *x.shape[2:])  # [B, N, H, D]
+    sums = sums.index_add(1, block_of_token, wide)
+    return (sums / lengths.to(wide.dtype)[:, None, None]).transpose(1, 2).contiguous()  # [B, H, N, D]
+
+
+def norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, block_offsets: Tensor | None,
+              eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm over D, then rotate adjacent pairs; also the block means of the result when offsets are given."""
+    wide = _wide(x)
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
+    if cos is not None and sin is not None:
+        even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)  # [B, S, H, D/2] each
+        cos, sin = cos.to(wide.dtype)[:, None], sin.to(wide.dtype)[:, None]  # [S, 1, D/2]
+        y = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+    y = y.to(x.dtype).contiguous()
+    means = wide.new_empty(0) if block_offsets is None else block_means(y, block_offsets)
+    return y, means
+
+
+def pack_selection(keep: Tensor) -> Tensor:
+    """bool [..., N] -> int32 [..., W]: bit j % 32 of word j // 32 says that block j is kept."""
+    words = -(-keep.shape[-1] // 32)
+    padded = F.pad(keep, (0, words * 32 - keep.shape[-1])).unflatten(-1, (words, 32))
+    weights = torch.ones(32, dtype=torch.int64, device=keep.device) << torch.arange(32, device=keep.device)
+    return (padded * weights).sum(-1).to(torch.int32)  # wraps: bit 31 is the sign
+
+
+def unpack_selection(selection: Tensor, blocks: int) -> Tensor:
+    """int32 [..., W] -> bool [..., blocks]."""
+    bits = (selection[..., None] >> torch.arange(32, device=selection.device, dtype=torch.int32)) & 1
+    return bits.flatten(-2)[..., :blocks].bool()
+
+
+def _top_mass(mass: Tensor, keep_mass: float, ties: str) -> Tensor:
+    """Keep a row's largest masses until they hold keep_mass of it. mass int64 [R, N] -> bool [R, N]."""
+    ascending, order = mass.sort(-1, stable=True)
+    below = ascending.cumsum(-1)
+    kept = below >= (1.0 - keep_mass) * below[:, -1:].double()
+    if ties == "stable":
+        return torch.zeros_like(kept).scatter(-1, order, kept)
+    smallest_kept = ascending.gather(-1, kept.int().argmax(-1, keepdim=True))
+    return mass >= smallest_kept
+
+
+def _near(rows: Tensor, blocks: int, tiles: list[int], window: list[int]) -> Tensor:
+    """Local window on the tile grid: bool [R, N], |distance| <= window // 2 on each axis."""
+    def coordinates(index: Tensor) -> Tensor:
+        return torch.stack((index // (tiles[1] * tiles[2]), index // tiles[2] % tiles[1], index % tiles[2]), -1)
+
+    key = coordinates(torch.arange(blocks, device=rows.device))
+    radius = torch.tensor(window, device=rows.device) // 2
+    return ((coordinates(rows)[:, None] - key[None]).abs() <= radius).all(-1)
+
+
+def select_blocks(query_means: Tensor, key_means: Tensor, keep_mass: float, tiles: list[int], window: list[int],
+                  ties: str) -> Tensor:
+    """NABLA's block choice (arXiv 2507.13546), order-free: see `kandinsky_kernels.nabla.select_blocks`."""
+    B, H, N, D = query_means.shape
+    rows_at_once = max(1, _CHUNK_ELEMENTS // max(1, N))
+    packed = query_means.new_empty((B, H, N, -(-N // 32)), dtype=torch.int32)
+    for head in range(B * H):
+        batch, head = divmod(head, H)
+        query, key = _wide(query_means[batch, head]), _wide(key_means[batch, head])  # [N, D]
+        for start in range(0, N, rows_at_once):
+            logits = query[start:start + rows_at_once] @ key.T / math.sqrt(D)  # [R, N]
+            share = torch.exp(logits - logits.amax(-1, keepdim=True)).nan_to_num(0.0)
+            mass = (share.double() * 2.0**MASS_BITS).round().long()
+            keep = _top_mass(mass, keep_mass, ties)
+            if window:
+                rows = torch.arange(start, start + logits.shape[0], device=logits.device)
+                keep = keep | _near(rows, N, tiles, window)
+            packed[batch, head, start:start + rows_at_once] = pack_selection(keep)
+    return packed
+
+
+def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor,
+                           scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the kept blocks: out [B, S, H, D] in query's dtype, natural log-sum-exp [B, H, S]."""
+    B, S, H, _ = query.shape
+    starts = block_offsets.tolist()
+    keep = unpack_selection(selection, len(starts) - 1)
+    block_of_token = torch.repeat_interleave(block_offsets.diff(), output_size=S)
+    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.full((B, H, S), -math.inf, dtype=_wide(query[:0]).dtype, device=query.device)
+    for batch in range(B):
+        for head in range(H):
+            q, k, v = (_wide(x[batch, :, head]) for x in (query, key, value))  # [S, D]
+            for block, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+                kept = keep[batch, head, block][block_of_token].nonzero()[:, 0]
+                logits = q[start:stop] @ k[kept].T * scale  # [rows, kept tokens]
+                if len(kept):
+                    out[batch, start:stop, head] = (logits.softmax(-1) @ v[kept]).to(query.dtype)
+                    lse[batch, head, start:stop] = logits.logsumexp(-1)
+    return out, lse
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor,
+                     scale: float) -> tuple[Tensor, Tensor]:
+    """The same through one dense boolean mask: differentiable and quick for short sequences, quadratic in memory."""
+    wide = [_wide(x).transpose(1, 2) for x in (query, key, value)]  # [B, H, S, D]
+    keep = unpack_selection(selection, block_offsets.shape[0] - 1)
+    block_of_token = torch.repeat_interleave(block_offsets.diff(), output_size=query.shape[1])
+    mask = keep[:, :, block_of_token][..., block_of_token]  # [B, H, S, S]
+    logits = (wide[0] @ wide[1].transpose(-1, -2) * scale).masked_fill(~mask, -math.inf)
+    out = logits.softmax(-1).nan_to_num(0.0) @ wide[2]
+    return out.transpose(1, 2).to(query.dtype).contiguous(), logits.logsumexp(-1)
