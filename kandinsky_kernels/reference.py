@@ -74,7 +74,7 @@ def unpack_selection(selection: Tensor, blocks: int) -> Tensor:
 
 def _top_mass(mass: Tensor, keep_mass: float, ties: str) -> Tensor:
     """Keep a row's largest masses until they hold keep_mass of it. mass int64 [R, N] -> bool [R, N]."""
-    ascending, order = mass.sort(-1, stable=True)
+    ascending, order = mass.sort(dim=-1, stable=True)
     below = ascending.cumsum(-1)
     kept = below >= (1.0 - keep_mass) * below[:, -1:].double()
     if ties == "stable":
