@@ -10,13 +10,20 @@ the time embedding and every modulation are computed in fp32 whatever the weight
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kandinsky_kernels import (
-    block_means, block_sparse_attention, gated_add_norm, modulated_norm, norm_rope, norm_rope_means, select_blocks,
+    block_means,
+    block_sparse_attention,
+    gated_add_norm,
+    modulated_norm,
+    norm_rope,
+    norm_rope_means,
+    select_blocks,
 )
 
 from . import geometry
@@ -293,7 +300,7 @@ class DiffusionTransformer3D(nn.Module):
         stages = [*self.visual_transformer_blocks, self.out_layer]
         modulation = stages[0].modulation(time)
         normed = modulated_norm(x, modulation[1], modulation[0])
-        for block, successor in zip(stages[:-1], stages[1:]):
+        for block, successor in pairwise(stages):
             following = successor.modulation(time)
             x, normed = block(x, normed, modulation, following, text, key_mask, plan)
             modulation = following

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flow matching, sampled: noise, the time schedule, Euler steps with guidance, and conditioning on a first frame.
+
+A latent at time t is (1 - t) * clean + t * noise; the network predicts the velocity noise - clean; sampling walks t from 1 to 0.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dit import DiffusionTransformer3D, Plan
+
+TIME_UNIT = 1000.0  # the network is told 1000 t
+NO_GUIDANCE = 1e-6  # a guidance this close to 1 needs no unconditional pass
+PRECISIONS = {"fp32": torch.float32, "reference": torch.bfloat16}
+# First-frame normalisation: how far mean and standard deviation of an early frame may be moved (down, up).
+SOURCE_FRAMES, REFERENCE_FRAMES = slice(0, 4), slice(4, 9)
+MEAN_RANGE, STD_RANGE = (0.05, 0.1), (0.1, 0.25)
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What a prompt became: embeds [B, L, Dt], lengths int64 [B] or None (every row is text), pooled [B, Dp]."""
+
+    embeds: Tensor
+    lengths: Tensor | None
+    pooled: Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. precision "fp32" keeps latents, velocity and guidance in fp32; "reference" rounds each of them to bf16.
+
+    The official code does the latter, which loses early updates smaller than half a bf16 step: choose it for comparisons only.
+    """
+
+    steps: int = 50
+    scheduler_scale: float = 5.0
+    guidance: float = 5.0
+    precision: str = "fp32"
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}; fp32 is the usual choice")
+
+    @property
+    def guided(self) -> bool:
+        return abs(self.guidance - 1.0) > NO_GUIDANCE
+
+
+def schedule(steps: int, scale: float) -> Tensor:
+    """fp32 [steps + 1]: times t_i = scale * u_i / (1 + (scale - 1) * u_i) for u_i = 1 - i / steps, from 1 (noise) to 0 (clean).
+
+    scale > 1 spends more of the steps near the noise. Raises ValueError unless steps >= 1 and scale > 0.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}; 50 is usual, 16 for distilled checkpoints")
+    if scale <= 0:
+        raise ValueError(f"the scheduler scale must be positive, got {scale}; 1 spaces the steps evenly")
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float32)
+    return scale * u / (1 + (scale - 1) * u)
+
+
+def noise(seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal fp32 noise. Always drawn on the CPU and then moved, so that a seed means the same video on every device.
+
+    The official code draws bf16 on the GPU; the same seed gives another video there.
+    """
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(device)
+
+
+def normalize_first_frame(latents: Tensor) -> Tensor:
+    """Pull mean and spread of the first 4 latent frames of [B, T, h, w, C] towards those of the next up to 5.
+
+    A given first frame is cleaner than the generated ones; uncorrected, the clip starts with a visible jump. Each of the first frames
+    has its own mean and (unbiased) standard deviation over (h, w, C); the target is the joint statistics of frames 4..8, clamped to
+    -0.05..+0.1 around the frame's mean and -0.1..+0.25 around its deviation. With 4 frames or fewer nothing is there to compare with
+    and the latents come back unchanged.
+    """
+    source, reference = latents[:, SOURCE_FRAMES].float(), latents[:, REFERENCE_FRAMES].float()
+    if reference.shape[1] == 0:
+        return latents
+    mean, std = source.mean((2, 3, 4), keepdim=True), source.std((2, 3, 4), keepdim=True)  # [B, 4, 1, 1, 1]
+    target_mean, target_std = reference.mean((1, 2, 3, 4), keepdim=True), reference.std((1, 2, 3, 4), keepdim=True)  # [B, 1, 1, 1, 1]
+    target_mean = target_mean.clamp(mean - MEAN_RANGE[0], mean + MEAN_RANGE[1])
+    target_std = target_std.clamp(std - STD_RANGE[0], std + STD_RANGE[1])
+    matched = (source - mean) / std * target_std + target_mean
+    return torch.cat([matched.to(latents.dtype), latents[:, SOURCE_FRAMES.stop:]], dim=1)
+
+
+@torch.no_grad()
+def sample(dit: DiffusionTransformer3D, initial: Tensor, cond: Conditioning, plan: Plan, sampling: Sampling,
+           uncond: Conditioning | None = None, first_frame: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Walk from noise to a clean latent video, yielding (step index, latents) after each Euler step; the last are the result.
+
+    initial: noise [B, T, 2Y, 2X, C] (see `noise`) on the model's device. Latents are yielded in the dtype of the precision and are
+    not reused, so a caller may keep them. With guidance w other than 1 the velocity is v_u + w * (v_c - v_u), from two passes one
+    after the other, and `uncond` is required; its text may have another length than `cond`'s.
+    first_frame: clean latent [B or 1, 1, 2Y, 2X, C], for models with `visual_cond`. It stands in frame 0 of every model input, is
+    flagged by the mask channel, and is put back at the end; then `normalize_first_frame`.
+    Raises ValueError on inputs that do not fit, RuntimeError when latents stop being finite, naming the step.
+    """
+    _check(dit, initial, sampling, uncond, first_frame)
+    dtype = PRECISIONS[sampling.precision]
+    times = schedule(sampling.steps, sampling.scheduler_scale)
+    x = initial.to(dtype)
+    for step in range(sampling.steps):
+        x = _with_first_frame(x, first_frame)
+        model_input = _model_input(dit, x, first_frame is not None)
+        time = (times[step] * TIME_UNIT).expand(x.shape[0]).to(x.device)  # [B]
+        velocity = dit(model_input, cond.embeds, cond.pooled, time, plan, cond.lengths).to(dtype)
+        if sampling.guided:
+            unguided = dit(model_input, uncond.embeds, uncond.pooled, time, plan, uncond.lengths).to(dtype)
+            velocity = unguided + sampling.guidance * (velocity - unguided)
+        x = x + (times[step + 1] - times[step]).to(x.device) * velocity
+        if step == sampling.steps - 1 and first_frame is not None:
+            x = finish_first_frame(x, first_frame)
+        if not torch.isfinite(x).all():
+            raise RuntimeError(f"latents must stay finite, but step {step + 1} of {sampling.steps} produced NaN or Inf; "
+                               "check the weights, or try another dtype")
+        yield step, x
+
+
+def finish_first_frame(x: Tensor, first_frame: Tensor) -> Tensor:
+    """The given frame back in place of what the last Euler step made of it, then `normalize_first_frame`."""
+    return normalize_first_frame(_with_first_frame(x, first_frame))
+
+
+def _with_first_frame(x: Tensor, first_frame: Tensor | None) -> Tensor:
+    if first_frame is None:
+        return x
+    return torch.cat([first_frame.to(x).expand(x.shape[0], -1, -1, -1, -1), x[:, 1:]], dim=1)
+
+
+def _model_input(dit: DiffusionTransformer3D, x: Tensor, conditioned: bool) -> Tensor:
+    """[latents | zeros | mask] where the model has conditioning channels. The clean frame is in the latents; the middle stays zero."""
+    extra = dit.config.in_channels - x.shape[-1]
+    if extra == 0:
+        return x
+    condition = x.new_zeros(*x.shape[:-1], extra)
+    if conditioned:
+        condition[:, 0, ..., -1] = 1.0
+    return torch.cat([x, condition], dim=-1)  # [B, T, 2Y, 2X, in_channels]
+
+
+def _check(dit: DiffusionTransformer3D, initial: Tensor, sampling: Sampling, uncond: Conditioning | None,
+           first_frame: Tensor | None) -> None:
+    config = dit.config
+    if initial.dim() != 5 or initial.shape[-1] != config.in_visual_dim:
+        raise ValueError(f"the noise must have shape [B, T, h, w, {config.in_visual_dim}], got {list(initial.shape)}; "
+                         "channels come last")
+    if sampling.guided and uncond is None:
+        raise ValueError(f"guidance {sampling.guidance} requires an unconditional (negative) prompt, got none; "
+                         "pass uncond or set guidance to 1")
+    if first_frame is None:
+        return
+    if not config.visual_cond:
+        raise ValueError("a first frame requires a model with visual_cond, got one without; use an image-to-video checkpoint")
+    wanted = [initial.shape[0], 1, *initial.shape[2:]]
+    if list(first_frame.shape) not in (wanted, [1, *wanted[1:]]):
+        raise ValueError(f"first_frame must have shape {wanted} or batch 1, got {list(first_frame.shape)}; encode it at the video's size")
