@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// The instruction set the CPU kernels use: the best of the processor at start, or the one a test asks for.
+#pragma once
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+namespace kandinsky {
+
+enum class Simd : int { scalar = 0, avx2 = 1, avx512 = 2 };
+
+inline Simd best_simd() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return Simd::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Simd::avx2;
+#endif
+  return Simd::scalar;
+}
+
+inline std::atomic<Simd>& chosen_simd() {
+  static std::atomic<Simd> chosen{best_simd()};
+  return chosen;
+}
+
+inline Simd simd() { return chosen_simd().load(std::memory_order_relaxed); }
+
+inline const char* simd_level() {
+  constexpr const char* names[] = {"scalar", "avx2", "avx512"};
+  return names[static_cast<int>(simd())];
+}
+
+inline void set_simd_level(const char* name) {
+  const std::string wanted = name;
+  for (Simd level : {Simd::scalar, Simd::avx2, Simd::avx512}) {
+    constexpr const char* names[] = {"scalar", "avx2", "avx512"};
+    if (wanted == names[static_cast<int>(level)] && level <= best_simd()) {
+      chosen_simd() = level;
+      return;
+    }
+  }
+  throw std::invalid_argument("the instruction set must be one this processor has, up to " +
+                              std::string(best_simd() == Simd::avx512 ? "avx512" : best_simd() == Simd::avx2 ? "avx2" : "scalar") +
+                              ", got \"" + wanted + "\".");
+}
+
+}  // namespace kandinsky
