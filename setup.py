@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 MODE = os.environ.get("KANDINSKY_KERNELS_BUILD", "auto")
 STABLE_ABI = "0x020b000000000000"  # the oldest torch the binary runs on: 2.11
-SANITIZED = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
 
 
 def sources(pattern: str) -> list[str]:
@@ -69,7 +69,7 @@ def extension_arguments() -> dict:
     defines = [("TORCH_TARGET_VERSION", STABLE_ABI), ("KANDINSKY_WITH_CUDA", "0" if no_cuda else "1")]
     return {"cmdclass": {"build_ext": BuildExtension}, "ext_modules": [(CppExtension if no_cuda else CUDAExtension)(
         "kandinsky_kernels._C", files, include_dirs=[str(ROOT / "csrc")], define_macros=defines, depends=sources("**/*.h"),
-        extra_compile_args={"cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", *SANITIZED], "nvcc": ["-O3", "-std=c++20"]})]}
+        extra_compile_args={"cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", *WARNINGS], "nvcc": ["-O3", "-std=c++20"]})]}
 
 
 setup(**extension_arguments())

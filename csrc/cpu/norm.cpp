@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: Apache-2.0
+// modulated_norm, gated_add_norm and norm_rope on the CPU. Rows are widened to fp32, stay in the first-level cache over
+// the passes that need them, and are rounded once; the cost is one trip of the tensors through memory.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../check.h"
+#include "lanes.h"
+#include "simd.h"
+
+namespace kandinsky {
+namespace {
+
+constexpr int64_t kGrainElements = 1 << 15;  // less work than this is not worth a second thread
+
+// Calls step.operator()<W>(i) over [0, n) in strides of W and the rest in strides of Tail.
+template <int W, int Tail, class Step>
+KANDINSKY_INLINE void sweep(int64_t n, const Step& step) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) step.template operator()<W>(i);
+  for (; i + Tail <= n; i += Tail) step.template operator()<Tail>(i);
+}
+
+template <int W, class T>
+KANDINSKY_INLINE const float* widened(const T* row, int64_t n, float* scratch) {
+  if constexpr (std::is_same_v<T, float>) {
+    return row;
+  } else {
+    sweep<W, 1>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) { store<V>(scratch + i, load<V>(row + i)); });
+    return scratch;
+  }
+}
+
+// Power of two that brings the largest magnitude of the row near one; 1 for rows with an infinity or NaN.
+KANDINSKY_INLINE float taming_scale(const float* row, int64_t n) {
+  float largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::fabs(row[i]));
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  return std::isfinite(largest) ? std::ldexp(1.0f, -exponent) : 1.0f;
+}
+
+// normalised = ((x * scale - mean) - offset) * inverse. `offset` is what rounding left out of `mean`, so that a constant
+// row gives exact zeros; `scale` is 1 unless the squares of the row would overflow.
+struct Moments {
+  float scale, mean, offset, inverse;
+};
+
+template <int W>
+KANDINSKY_INLINE Moments moments(const float* row, int64_t n, float scale, double eps) {
+  using F = typename Lanes<W>::F;
+  F lanes{}, squares{};
+  float rest = 0, rest_squares = 0;
+  sweep<W, 1>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) {
+    const auto x = load<V>(row + i) * scale;
+    if constexpr (V == W) lanes += x; else rest += x[0];
+  });
+  const float mean = (sum_lanes<W>(lanes) + rest) / float(n);
+  lanes = F{}, rest = 0;
+  sweep<W, 1>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) {
+    const auto x = load<V>(row + i) * scale - mean;
+    if constexpr (V == W) lanes += x, squares += x * x; else rest += x[0], rest_squares += x[0] * x[0];
+  });
+  const float offset = (sum_lanes<W>(lanes) + rest) / float(n);
+  const float variance = (sum_lanes<W>(squares) + rest_squares) / float(n) - offset * offset;
+  const float small = std::max(float(eps * scale * scale), 1e-38f);
+  return {scale, mean, offset, 1.0f / std::sqrt(variance + small)};
+}
+
+template <int W>
+KANDINSKY_INLINE Moments safe_moments(const float* row, int64_t n, double eps) {
+  const Moments plain = moments<W>(row, n, 1.0f, eps);
+  if (plain.inverse > 0) return plain;  // 0 or NaN: the sum of the row or of its squares overflowed
+  return moments<W>(row, n, taming_scale(row, n), eps);
+}
+
+template <int W, class T>
+KANDINSKY_INLINE void modulate(const float* row, const Moments& m, const float* scale, const float* shift, int64_t n, T* out) {
+  sweep<W, 1>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) {
+    const auto normed = ((load<V>(row + i) * m.scale - m.mean) - m.offset) * m.inverse;
+    store<V>(out + i, normed * load<V>(scale + i) + load<V>(shift + i));
+  });
+}
+
+// A [B, S, C] tensor whose rows are contiguous.
+template <class T>
+struct Rows {
+  T* base;
+  int64_t S, batch_stride, stride;
+
+  explicit Rows(const Tensor& t) : base(mutable_data<T>(t)), S(t.size(1)), batch_stride(t.stride(0)), stride(t.stride(1)) {}
+  KANDINSKY_INLINE T* operator[](int64_t row) const { return base + row / S * batch_stride + row % S * stride; }
+};
+
+template <class T>
+struct ModulatedNorm {
+  Rows<T> x, out;
+  const float *scale, *shift;  // [B, C]; scale holds 1 + scale
+  int64_t S, C;
+  double eps;
+
+  template <int W>
+  KANDINSKY_INLINE void run(int64_t begin, int64_t end) const {
+    std::vector<float> scratch(C);
+    for (int64_t row = begin; row < end; ++row) {
+      const float* wide = widened<W>(x[row], C, scratch.data());
+      const int64_t sample = row / S * C;
+      modulate<W>(wide, safe_moments<W>(wide, C, eps), scale + sample, shift + sample, C, out[row]);
+    }
+  }
+};
+
+template <class T>
+struct GatedAddNorm {
+  Rows<T> x, branch, y, normed;
+  const float *gate, *scale, *shift;  // [B, C]; scale is null when no norm is wanted
+  int64_t S, C;
+  double eps;
+
+  template <int W>
+  KANDINSKY_INLINE void run(int64_t begin, int64_t end) const {
+    std::vector<float> scratch(C);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t sample = row / S * C;
+      const T *a = x[row], *b = branch[row];
+      T* sum = y[row];
+      sweep<W, 1>(C, [&]<int V>(int64_t i) __attribute__((always_inline)) {
+        store<V>(sum + i, load<V>(a + i) + load<V>(gate + sample + i) * load<V>(b + i));
+      });
+      if (!scale) continue;
+      const float* wide = widened<W>(sum, C, scratch.data());
+      modulate<W>(wide, safe_moments<W>(wide, C, eps), scale + sample, shift + sample, C, normed[row]);
+    }
+  }
+};
+
+template <class T>
+struct NormRope {
+  const T* x;
+  T* y;
+  const float *weight, *cos, *sin;  // [D], [S, D/2], [S, D/2]; cos and sin null: no rotation
+  const int32_t* offsets;           // [N + 1], or null: then a unit of work is one token
+  float* means;                     // [B, H, N, D]
+  int64_t S, H, D, N;
+  int64_t batch_stride, token_stride, head_stride, cos_stride, sin_stride;
+  double eps;
+
+  template <int W>
+  KANDINSKY_INLINE float inverse_rms(const float* row) const {
+    typename Lanes<W>::F lanes{};
+    float rest = 0;
+    sweep<W, 1>(D, [&]<int V>(int64_t i) __attribute__((always_inline)) {
+      const auto v = load<V>(row + i);
+      if constexpr (V == W) lanes += v * v; else rest += v[0] * v[0];
+    });
+    const float inverse = 1.0f / std::sqrt(float((sum_lanes<W>(lanes) + rest) / float(D) + eps));
+    if (inverse > 0 || !(inverse == 0)) return inverse;
+    double squares = 0;  // fp32 squares overflowed
+    for (int64_t i = 0; i < D; ++i) squares += double(row[i]) * row[i];
+    return float(1.0 / std::sqrt(squares / double(D) + eps));
+  }
+
+  // Every angle twice, sines with the sign that belongs to the even and the odd element of a pair.
+  KANDINSKY_INLINE void spread_angles(int64_t token, float* twice_cos, float* signed_sin) const {
+    for (int64_t i = 0; i < D / 2; ++i) {
+      twice_cos[2 * i] = twice_cos[2 * i + 1] = cos[token * cos_stride + i];
+      signed_sin[2 * i + 1] = sin[token * sin_stride + i];
+      signed_sin[2 * i] = -signed_sin[2 * i + 1];
+    }
+  }
+
+  template <int W>
+  KANDINSKY_INLINE void token(int64_t batch, int64_t token, float* scratch, float* sums) const {
+    float *twice_cos = scratch + D, *signed_sin = scratch + 2 * D;
+    if (cos) spread_angles(token, twice_cos, signed_sin);
+    for (int64_t head = 0; head < H; ++head) {
+      const float* row = widened<W>(x + batch * batch_stride + token * token_stride + head * head_stride, D, scratch);
+      T* out = y + ((batch * S + token) * H + head) * D;
+      float* sum = sums + head * D;
+      const float inverse = inverse_rms<W>(row);
+      sweep<W, 2>(D, [&]<int V>(int64_t i) __attribute__((always_inline)) {
+        auto v = load<V>(row + i) * inverse * load<V>(weight + i);
+        if (cos) v = v * load<V>(twice_cos + i) + swap_pairs<V>(v) * load<V>(signed_sin + i);
+        store<V>(out + i, v);
+        if (offsets) store<V>(sum + i, load<V>(sum + i) + load<V>(out + i));
+      });
+    }
+  }
+
+  template <int W>
+  KANDINSKY_INLINE void run(int64_t begin, int64_t end) const {
+    std::vector<float> scratch(3 * D), sums(offsets ? H * D : 0);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      if (!offsets) {
+        token<W>(unit / S, unit % S, scratch.data(), nullptr);
+        continue;
+      }
+      const int64_t batch = unit / N, block = unit % N, count = offsets[block + 1] - offsets[block];
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int64_t t = offsets[block]; t < offsets[block + 1]; ++t) token<W>(batch, t, scratch.data(), sums.data());
+      for (int64_t head = 0; head < H; ++head) {
+        float* mean = means + ((batch * H + head) * N + block) * D;
+        for (int64_t i = 0; i < D; ++i) mean[i] = sums[head * D + i] / float(count);
+      }
+    }
+  }
+};
+
+template <class Kernel>
+void run_scalar(const Kernel& kernel, int64_t begin, int64_t end) {
+  kernel.template run<4>(begin, end);
+}
+#if defined(__x86_64__)
+template <class Kernel>
+KANDINSKY_AVX2 void run_avx2(const Kernel& kernel, int64_t begin, int64_t end) {
+  kernel.template run<8>(begin, end);
+}
+template <class Kernel>
+KANDINSKY_AVX512 void run_avx512(const Kernel& kernel, int64_t begin, int64_t end) {
+  kernel.template run<16>(begin, end);
+}
+#endif
+
+template <class Kernel>
+void run_parallel(const Kernel& kernel, int64_t units, int64_t elements_per_unit) {
+  auto* run = &run_scalar<Kernel>;
+#if defined(__x86_64__)
+  if (simd() == Simd::avx512) run = &run_avx512<Kernel>;
+  else if (simd() == Simd::avx2) run = &run_avx2<Kernel>;
+#endif
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements_per_unit));
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { run(kernel, begin, end); });
+}
+
+// [B, C] or [D] in any float type as contiguous fp32, plus a constant.
+std::vector<float> vectors(const Tensor& t, const char* name, float plus = 0) {
+  require_rows(t, name);
+  const int64_t C = t.size(t.dim() - 1), rows = t.dim() == 2 ? t.size(0) : 1, stride = t.dim() == 2 ? t.stride(0) : 0;
+  std::vector<float> wide(rows * C);
+  dispatch_float(t, name, [&](auto type) {
+    const auto* source = data<decltype(type)>(t);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t i = 0; i < C; ++i) wide[row * C + i] = plus + float(source[row * stride + i]);
+  });
+  return wide;
+}
+
+Tensor modulated_norm(const Tensor& x, const Tensor& scale, const Tensor& shift, double eps) {
+  require(x.dim() == 3, "x must have shape [B, S, C], got ", shape_of(x), ".");
+  const int64_t B = x.size(0), S = x.size(1), C = x.size(2);
+  require_rows(x, "x");
+  require_shape(scale, "scale", {B, C});
+  require_shape(shift, "shift", {B, C});
+  Tensor out = torch::stable::new_empty(x, std::vector<int64_t>{B, S, C});
+  const auto wide_scale = vectors(scale, "scale", 1.0f), wide_shift = vectors(shift, "shift");
+  dispatch_float(x, "x", [&](auto type) {
+    using T = decltype(type);
+    run_parallel(ModulatedNorm<T>{Rows<T>(x), Rows<T>(out), wide_scale.data(), wide_shift.data(), S, C, eps}, B * S, C);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> gated_add_norm(const Tensor& x, const Tensor& branch, const Tensor& gate,
+                                          const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, double eps) {
+  require(x.dim() == 3, "x must have shape [B, S, C], got ", shape_of(x), ".");
+  require(scale.has_value() == shift.has_value(), "scale and shift must be given together, got only one of them.");
+  const int64_t B = x.size(0), S = x.size(1), C = x.size(2);
+  require_rows(x, "x");
+  require_rows(branch, "branch");
+  require_shape(branch, "branch", {B, S, C});
+  require_type(branch, "branch", x.scalar_type());
+  require_shape(gate, "gate", {B, C});
+  const std::vector<int64_t> shape{B, S, C};
+  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor normed = scale ? torch::stable::new_empty(x, shape) : torch::stable::new_empty(x, std::vector<int64_t>{0});
+  const auto wide_gate = vectors(gate, "gate");
+  std::vector<float> wide_scale, wide_shift;
+  if (scale) {
+    require_shape(*scale, "scale", {B, C});
+    require_shape(*shift, "shift", {B, C});
+    wide_scale = vectors(*scale, "scale", 1.0f);
+    wide_shift = vectors(*shift, "shift");
+  }
+  dispatch_float(x, "x", [&](auto type) {
+    using T = decltype(type);
+    run_parallel(GatedAddNorm<T>{Rows<T>(x), Rows<T>(branch), Rows<T>(y), Rows<T>(scale ? normed : y), wide_gate.data(),
+                                 scale ? wide_scale.data() : nullptr, wide_shift.data(), S, C, eps}, B * S, C);
+  });
+  return {y, normed};
+}
+
+void require_offsets(const Tensor& offsets, int64_t S) {
+  require(offsets.dim() == 1 && offsets.is_contiguous() && offsets.numel() > 0, "block_offsets must have shape [N + 1], got ",
+          shape_of(offsets), ".");
+  require_type(offsets, "block_offsets", ScalarType::Int);
+  const int32_t* p = data<int32_t>(offsets);
+  const int64_t N = offsets.numel() - 1;
+  bool ascending = p[0] == 0 && p[N] == S;
+  for (int64_t i = 0; i < N; ++i) ascending = ascending && p[i] < p[i + 1];
+  require(ascending, "block_offsets must ascend from 0 to the number of tokens ", S, " without empty blocks.");
+}
+
+const float* table_of(const std::optional<Tensor>& table, const char* name, int64_t S, int64_t D) {
+  if (!table) return nullptr;
+  require_shape(*table, name, {S, D / 2});
+  require_type(*table, name, ScalarType::Float);
+  require_rows(*table, name);
+  return data<float>(*table);
+}
+
+std::tuple<Tensor, Tensor> norm_rope(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& cos,
+                                     const std::optional<Tensor>& sin, const std::optional<Tensor>& offsets, double eps) {
+  require(x.dim() == 4 && x.size(3) % 2 == 0, "x must have shape [B, S, H, D] with even D, got ", shape_of(x), ".");
+  const int64_t B = x.size(0), S = x.size(1), H = x.size(2), D = x.size(3);
+  require_rows(x, "x");
+  require_shape(weight, "weight", {D});
+  require(cos.has_value() == sin.has_value(), "cos and sin must be given together, got only one of them.");
+  const float *cos_data = table_of(cos, "cos", S, D), *sin_data = table_of(sin, "sin", S, D);
+  if (offsets) require_offsets(*offsets, S);
+  const int64_t N = offsets ? offsets->numel() - 1 : 0;
+  Tensor y = torch::stable::new_empty(x, std::vector<int64_t>{B, S, H, D});
+  const std::vector<int64_t> mean_shape = offsets ? std::vector<int64_t>{B, H, N, D} : std::vector<int64_t>{0};
+  Tensor means = torch::stable::new_empty(x, mean_shape, ScalarType::Float);
+  const auto wide_weight = vectors(weight, "weight");
+  dispatch_float(x, "x", [&](auto type) {
+    using T = decltype(type);
+    const NormRope<T> kernel{data<T>(x), mutable_data<T>(y), wide_weight.data(), cos_data, sin_data,
+                             offsets ? data<int32_t>(*offsets) : nullptr, mutable_data<float>(means), S, H, D, N,
+                             x.stride(0), x.stride(1), x.stride(2), cos ? cos->stride(0) : 0, sin ? sin->stride(0) : 0, eps};
+    run_parallel(kernel, offsets ? B * N : B * S, offsets ? S / std::max<int64_t>(1, N) * H * D : H * D);
+  });
+  return {y, means};
+}
+
+}  // namespace
+}  // namespace kandinsky
+
+STABLE_TORCH_LIBRARY_IMPL(kandinsky_kernels, CPU, library) {
+  library.impl("modulated_norm", TORCH_BOX(&kandinsky::modulated_norm));
+  library.impl("gated_add_norm", TORCH_BOX(&kandinsky::gated_add_norm));
+  library.impl("norm_rope", TORCH_BOX(&kandinsky::norm_rope));
+}
