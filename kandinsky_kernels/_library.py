@@ -23,11 +23,16 @@ extension = None  # the compiled module, or None
 extension_absence = ""  # why it is None
 
 
-def declare(schema: str, reference: Callable) -> Callable:
-    """Define ``schema`` in our namespace with ``reference`` as its meaning and return the callable overload."""
+def declare(schema: str, reference: Callable, fake: Callable | None = None) -> Callable:
+    """Define ``schema`` in our namespace with ``reference`` as its meaning and return the callable overload.
+
+    ``fake`` gives the shapes of the results where the reference cannot, because it reads values of its inputs.
+    """
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, reference, "CompositeExplicitAutograd")
+    if fake is not None:
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     _names.append(name)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 

@@ -17,12 +17,24 @@ from ._library import declare, needs_reference
 
 MAX_BLOCK = 64
 
+
+def _empty_selection(query_means: Tensor, *_) -> Tensor:
+    B, H, N, _ = query_means.shape
+    return query_means.new_empty((B, H, N, (N + 31) // 32), dtype=torch.int32)
+
+
+def _empty_attention(query: Tensor, *_) -> tuple[Tensor, Tensor]:
+    B, S, H, _ = query.shape
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape), query.new_empty((B, H, S), dtype=lse_dtype)
+
+
 _select_blocks = declare(
     "select_blocks(Tensor query_means, Tensor key_means, float keep_mass, int[] tiles, int[] window, str ties) -> Tensor",
-    reference.select_blocks)
+    reference.select_blocks, _empty_selection)
 _block_sparse_attention = declare(
     "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor selection, Tensor block_offsets, float scale)"
-    " -> (Tensor, Tensor)", reference.block_sparse_attention)
+    " -> (Tensor, Tensor)", reference.block_sparse_attention, _empty_attention)
 
 
 def select_blocks(query_means: Tensor, key_means: Tensor, keep_mass: float, tiles: Sequence[int] | None = None,

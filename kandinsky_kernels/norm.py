@@ -19,14 +19,26 @@ _norm_rope = declare(
     reference.norm_rope)
 
 
+def _check_layout(name: str, x: Tensor) -> None:
+    """The kernels read whole rows of floats."""
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a float tensor, got {x.dtype}; cast it first.")
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {list(x.stride())}; "
+                         "call .contiguous() first.")
+
+
 def _check_rows(x: Tensor, **vectors: Tensor | None) -> None:
     """x must be [B, S, C]; every vector [B, C]."""
     if x.dim() != 3:
         raise ValueError(f"x must have shape [B, S, C], got {list(x.shape)}; add the missing dimension.")
+    _check_layout("x", x)
     for name, vector in vectors.items():
         if vector is not None and vector.shape != (x.shape[0], x.shape[2]):
             raise ValueError(f"{name} must have shape [B, C] = {[x.shape[0], x.shape[2]]}, got {list(vector.shape)}; "
                              "give one vector per sample.")
+        if vector is not None:
+            _check_layout(name, vector)
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:
@@ -34,7 +46,7 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = LAYER_N
 
     x: [B, S, C], any float dtype, last dimension contiguous. scale, shift: [B, C], fp32 or x's dtype.
     Returns a new contiguous [B, S, C] in x's dtype; arithmetic is fp32 (fp64 for fp64 inputs) and rounded once.
-    Raises ValueError on other shapes.
+    Raises ValueError on other shapes and strides, TypeError on tensors that are not floats.
     """
     _check_rows(x, scale=scale, shift=shift)
     op = reference.modulated_norm if needs_reference(x, scale, shift) else _modulated_norm
@@ -47,13 +59,15 @@ def gated_add_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None
 
     x, branch: [B, S, C] of one dtype. gate, scale, shift: [B, C], fp32 or x's dtype.
     Returns (y, normed), both [B, S, C] in x's dtype and contiguous; y is rounded before it is normalised; normed is
-    None without scale and shift. Raises ValueError on other shapes, or when only one of scale and shift is given.
+    None without scale and shift. Raises ValueError on other shapes and strides, or when only one of scale and shift is
+    given, TypeError on other dtypes.
     """
     _check_rows(x, gate=gate, scale=scale, shift=shift)
     if branch.shape != x.shape:
         raise ValueError(f"branch must have the shape of x {list(x.shape)}, got {list(branch.shape)}.")
     if branch.dtype != x.dtype:
         raise TypeError(f"branch must have the dtype of x {x.dtype}, got {branch.dtype}; cast one of them.")
+    _check_layout("branch", branch)
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must be given together, got only one of them.")
     op = reference.gated_add_norm if needs_reference(x, branch, gate, scale, shift) else _gated_add_norm
@@ -64,6 +78,7 @@ def gated_add_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None
 def _check_heads(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
     if x.dim() != 4 or x.shape[-1] % 2:
         raise ValueError(f"x must have shape [B, S, H, D] with even D, got {list(x.shape)}.")
+    _check_layout("x", x)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must have shape [D] = [{x.shape[-1]}], got {list(weight.shape)}.")
     if (cos is None) != (sin is None):
@@ -72,6 +87,8 @@ def _check_heads(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | No
     for name, table in (("cos", cos), ("sin", sin)):
         if table is not None and table.shape != wanted:
             raise ValueError(f"{name} must have shape [S, D / 2] = {list(wanted)}, got {list(table.shape)}.")
+        if table is not None and table.dtype not in (torch.float32, torch.promote_types(x.dtype, torch.float32)):
+            raise TypeError(f"{name} must be float32, or float64 beside a float64 x, got {table.dtype}; cast it first.")
 
 
 def norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None = None, sin: Tensor | None = None,
@@ -80,7 +97,8 @@ def norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None = None, sin: Tensor 
 
     (y0, y1) = (x0 cos - x1 sin, x0 sin + x1 cos) for the pairs (0, 1), (2, 3), ...
     x: [B, S, H, D], any float dtype, last dimension contiguous. weight: [D]. cos, sin: fp32 [S, D / 2], or None for the
-    norm alone. Returns a new contiguous tensor of x's shape and dtype, rounded once. Raises ValueError on other shapes.
+    norm alone. Returns a new contiguous tensor of x's shape and dtype, rounded once. Raises ValueError on other shapes
+    and strides, TypeError on other dtypes.
     """
     _check_heads(x, weight, cos, sin)
     op = reference.norm_rope if needs_reference(x, weight) else _norm_rope
@@ -92,7 +110,8 @@ def norm_rope_means(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor |
     """`norm_rope` and the mean of its result over every block of tokens, as NABLA's selection wants it.
 
     block_offsets: int32 [N + 1], ascending from 0 to S; block i owns tokens block_offsets[i] to block_offsets[i + 1].
-    Returns (y [B, S, H, D], means [B, H, N, D] in fp32, or fp64 for fp64 x). Raises ValueError on other shapes.
+    The means are of y as rounded. Returns (y [B, S, H, D], means [B, H, N, D] in fp32, or fp64 for fp64 x). Raises
+    ValueError on other shapes and strides, TypeError on other dtypes.
     """
     _check_heads(x, weight, cos, sin)
     if block_offsets.dim() != 1 or block_offsets.dtype != torch.int32:

@@ -22,13 +22,13 @@ def _wide(x: Tensor) -> Tensor:
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift. x [B, S, C]; scale, shift [B, C]."""
     normed = F.layer_norm(_wide(x), x.shape[-1:], eps=eps)
-    return (normed * (1 + scale[:, None]) + shift[:, None]).to(x.dtype).contiguous()
+    return (normed * (1 + _wide(scale)[:, None]) + _wide(shift)[:, None]).to(x.dtype).contiguous()
 
 
 def gated_add_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None, shift: Tensor | None,
                    eps: float) -> tuple[Tensor, Tensor]:
     """(y, modulated_norm(y)) with y = x + gate * branch rounded to x's dtype; the second is empty without scale."""
-    y = (_wide(x) + gate[:, None] * _wide(branch)).to(x.dtype).contiguous()
+    y = (_wide(x) + _wide(gate)[:, None] * _wide(branch)).to(x.dtype).contiguous()
     if scale is None or shift is None:
         return y, y.new_empty(0)
     return y, modulated_norm(y, scale, shift, eps)

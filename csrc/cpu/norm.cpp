@@ -213,29 +213,9 @@ struct NormRope {
 };
 
 template <class Kernel>
-void run_scalar(const Kernel& kernel, int64_t begin, int64_t end) {
-  kernel.template run<4>(begin, end);
-}
-#if defined(__x86_64__)
-template <class Kernel>
-KANDINSKY_AVX2 void run_avx2(const Kernel& kernel, int64_t begin, int64_t end) {
-  kernel.template run<8>(begin, end);
-}
-template <class Kernel>
-KANDINSKY_AVX512 void run_avx512(const Kernel& kernel, int64_t begin, int64_t end) {
-  kernel.template run<16>(begin, end);
-}
-#endif
-
-template <class Kernel>
 void run_parallel(const Kernel& kernel, int64_t units, int64_t elements_per_unit) {
-  auto* run = &run_scalar<Kernel>;
-#if defined(__x86_64__)
-  if (simd() == Simd::avx512) run = &run_avx512<Kernel>;
-  else if (simd() == Simd::avx2) run = &run_avx2<Kernel>;
-#endif
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements_per_unit));
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { run(kernel, begin, end); });
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { run_simd(kernel, begin, end); });
 }
 
 // [B, C] or [D] in any float type as contiguous fp32, plus a constant.

@@ -2,8 +2,11 @@
 // The instruction set the CPU kernels use: the best of the processor at start, or the one a test asks for.
 #pragma once
 #include <atomic>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
+
+#include "lanes.h"
 
 namespace kandinsky {
 
@@ -14,7 +17,7 @@ inline Simd best_simd() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
     return Simd::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Simd::avx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return Simd::avx2;
 #endif
   return Simd::scalar;
 }
@@ -43,6 +46,31 @@ inline void set_simd_level(const char* name) {
   throw std::invalid_argument("the instruction set must be one this processor has, up to " +
                               std::string(best_simd() == Simd::avx512 ? "avx512" : best_simd() == Simd::avx2 ? "avx2" : "scalar") +
                               ", got \"" + wanted + "\".");
+}
+
+template <class Kernel>
+void run_scalar(const Kernel& kernel, int64_t begin, int64_t end) {
+  kernel.template run<4>(begin, end);
+}
+#if defined(__x86_64__)
+template <class Kernel>
+KANDINSKY_AVX2 void run_avx2(const Kernel& kernel, int64_t begin, int64_t end) {
+  kernel.template run<8>(begin, end);
+}
+template <class Kernel>
+KANDINSKY_AVX512 void run_avx512(const Kernel& kernel, int64_t begin, int64_t end) {
+  kernel.template run<16>(begin, end);
+}
+#endif
+
+// kernel.run<W>(begin, end), compiled for the instruction set in use. run must be KANDINSKY_INLINE, as all it calls.
+template <class Kernel>
+void run_simd(const Kernel& kernel, int64_t begin, int64_t end) {
+#if defined(__x86_64__)
+  if (simd() == Simd::avx512) return run_avx512(kernel, begin, end);
+  if (simd() == Simd::avx2) return run_avx2(kernel, begin, end);
+#endif
+  run_scalar(kernel, begin, end);
 }
 
 }  // namespace kandinsky
