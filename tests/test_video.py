@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that players open: what was written is read back by another reader."""
+import os
+
+import pytest
+import torch
+
+from kandinsky_model import video
+
+
+def clip(frames=9, height=48, width=64):
+    """A bright bar walking over a colour ramp: every frame differs."""
+    ramp = torch.linspace(40, 200, width).expand(height, width)
+    still = torch.stack([ramp, ramp.flip(1), torch.full_like(ramp, 90)], dim=-1).byte()  # [H, W, 3]
+    out = still.repeat(frames, 1, 1, 1)
+    for i in range(frames):
+        out[i, :, 4 * i : 4 * i + 8] = 240
+    return out
+
+
+def test_mp4_says_what_it_is_and_holds_the_frames(tmp_path):
+    import av
+
+    frames, comment = clip(), '{"prompt": "a red circle, ünïcode", "seed": 7}'
+    assert video.save(frames, tmp_path / "a.mp4", fps=24, comment=comment) == [tmp_path / "a.mp4"]
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream, codec = container.streams.video[0], container.streams.video[0].codec_context
+        assert container.metadata["comment"] == comment
+        assert (stream.frames, stream.average_rate, codec.name, codec.pix_fmt) == (9, 24, "h264", "yuv420p")
+        assert (codec.width, codec.height) == (64, 48)
+        assert [codec.color_primaries, codec.color_trc, codec.colorspace, codec.color_range] == [1, 1, 1, 1]
+        back = torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)])
+    error = (back.float() - frames.float()).square().mean(dim=(1, 2, 3))
+    assert (10 * torch.log10(255**2 / error)).min() > 28  # dB; neighbouring frames are 15 dB apart
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert 0 < data.find(b"moov") < data.find(b"mdat"), "the index must come first, so that a browser can start at once"
+
+
+def test_mp4_colours_are_bt709(tmp_path):
+    import av
+
+    red = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    red[..., 0] = 255
+    video.save(red, tmp_path / "a.mp4")
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        planes = next(container.decode(video=0)).planes
+        luma, blue, red_difference = (bytes(plane)[0] for plane in planes)
+    # Limited-range BT.709: Y = 16 + 219 * 0.2126, Cb = 128 - 224 * 0.2126 / 1.8556, Cr = 128 + 224 / 2. BT.601 would say Y = 81.
+    assert abs(luma - 63) <= 1 and abs(blue - 102) <= 1 and abs(red_difference - 240) <= 1
+
+
+def test_gif_keeps_frames_speed_and_comment(tmp_path):
+    from PIL import Image
+
+    video.save(clip(12), tmp_path / "a.gif", fps=24, comment="seed 7")
+    with Image.open(tmp_path / "a.gif") as image:
+        lengths = []
+        for i in range(image.n_frames):
+            image.seek(i)
+            lengths.append(image.info["duration"])
+        assert image.n_frames == 12 and image.info["loop"] == 0 and sum(lengths) == 500
+        image.seek(0)
+        assert image.info["comment"] == b"seed 7"
+
+
+def test_png_is_one_file_for_one_frame_and_numbered_otherwise(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    frames = clip(3)
+    assert video.save(frames[:1], tmp_path / "a.png", comment="é") == [tmp_path / "a.png"]
+    written = video.save(frames, tmp_path / "b.png")
+    assert [path.name for path in written] == ["b_000.png", "b_001.png", "b_002.png"]
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.info["Comment"] == "é" and torch.equal(torch.from_numpy(np.array(image)), frames[0])
+    with Image.open(written[2]) as image:
+        assert torch.equal(torch.from_numpy(np.array(image)), frames[2])
+
+
+@pytest.mark.parametrize(("name", "kind", "words"), [
+    ("a.avi", ValueError, "must end in .mp4 or .gif or .png"),
+    ("absent/a.mp4", OSError, "existing directory"),
+    ("folder.png", ValueError, "is a directory"),
+])
+def test_impossible_outputs_are_refused_in_one_sentence(tmp_path, name, kind, words):
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(kind, match=words) as caught:
+        video.check_output(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs a directory that nobody may write to")
+def test_unwritable_directory_is_refused():
+    with pytest.raises(OSError, match="must be writable"):
+        video.check_output("/proc/self/a.gif")
+
+
+def test_missing_encoder_is_reported_before_anything_is_written(tmp_path, monkeypatch):
+    import av
+
+    def absent(name, mode):
+        raise ValueError(name)
+
+    monkeypatch.setattr(av.codec, "Codec", absent)
+    with pytest.raises(RuntimeError, match="H.264 encoder"):
+        video.check_output(tmp_path / "a.mp4")
+    assert video.check_output(tmp_path / "a.gif") and not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    target = tmp_path / "a.mp4"
+    target.write_bytes(b"old")
+
+    def half(frames, path, fps, comment):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(video, "_write_mp4", half)
+    with pytest.raises(KeyboardInterrupt):
+        video.save(clip(), target)
+    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(("frames", "kind", "words"), [
+    (clip().float(), TypeError, "uint8"), (clip()[0], ValueError, r"\[F, H, W, 3\]"), (clip()[:0], ValueError, "at least one frame"),
+    (clip(height=47), ValueError, "even sides"),
+])
+def test_frames_that_do_not_fit_are_named(tmp_path, frames, kind, words):
+    with pytest.raises(kind, match=words):
+        video.save(frames, tmp_path / "a.mp4")
+
+
+def test_strip_shows_first_to_last_side_by_side():
+    frames = torch.arange(17, dtype=torch.uint8).view(17, 1, 1, 1).expand(17, 32, 32, 3) * 10
+    strip = video.strip(frames, count=5, height=16)
+    assert strip.shape == (1, 16, 5 * 16 + 4 * 4, 3)
+    assert [int(strip[0, 8, 8 + 20 * i, 0]) for i in range(5)] == [0, 40, 80, 120, 160]
+    assert (strip[0, :, 16:20] == 255).all()
