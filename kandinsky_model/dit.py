@@ -57,7 +57,7 @@ def make_plan(config: DiTConfig, grid: geometry.Grid, scale_factor: tuple[float,
               device: torch.device | str = "cpu", rope_cast: torch.dtype | None = None) -> Plan:
     """Token order, rotary tables and blocks of one video size. With `nabla` tokens come tile by tile; any grid will do.
 
-    rope_cast: round rotated queries and keys of self-attention to this dtype and back. None is exact; torch.bfloat16 reproduces in an
+    rope_cast: round rotated queries and keys to this dtype and back. None is exact; torch.bfloat16 reproduces in an
     fp32 run what diffusers does there.
     """
     angles = geometry.rotary_angles(grid, config.axes_dims, scale_factor)  # [S, D/2], raster
@@ -203,9 +203,10 @@ class TextBlock(nn.Module):
         self.self_attention = Attention(config.model_dim, config.head_dim)
         self.feed_forward = FeedForward(config.model_dim, config.ff_dim)
 
-    def forward(self, x: Tensor, time: Tensor, rotary: Rotary, key_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, key_mask: Tensor | None, plan: Plan) -> Tensor:
         shift, scale, gate, shift_ff, scale_ff, gate_ff = self.text_modulation(time)
-        branch = self.self_attention(modulated_norm(x, scale, shift), rotary=rotary, key_mask=key_mask)
+        rotary = plan.text_rotary(x.shape[1], self.self_attention.head_dim)
+        branch = self.self_attention(modulated_norm(x, scale, shift), rotary=rotary, key_mask=key_mask, rope_cast=plan.rope_cast)
         x, normed = gated_add_norm(x, branch, gate, scale_ff, shift_ff)
         return gated_add_norm(x, self.feed_forward(normed), gate_ff)[0]
 
@@ -283,9 +284,8 @@ class DiffusionTransformer3D(nn.Module):
         time = self.time_embeddings(time.to(wide)) + self.pooled_text_embeddings(pooled.to(self.dtype))  # [B, time_dim]
 
         text = self.text_embeddings(text)  # [B, L, C]
-        rotary = plan.text_rotary(text.shape[1], self.config.head_dim)
         for block in self.text_transformer_blocks:
-            text = block(text, time, rotary, key_mask)
+            text = block(text, time, key_mask, plan)
 
         patches = geometry.patchify(x.to(self.dtype), self.config.patch_size)  # [B, S, patch * Cin]
         if plan.order is not None:

@@ -86,7 +86,7 @@ def local_window(tiles: tuple[int, int, int], window: tuple[int, int, int]) -> T
     The kernels work this out from coordinates; this dense map is what they are tested against.
     """
     near = []
-    for count, width in zip(tiles, window):
+    for count, width in zip(tiles, window, strict=True):
         position = torch.arange(count)
         near.append((position[:, None] - position).abs() <= width // 2)
     t, y, x = near
@@ -105,7 +105,7 @@ def rotary_angles(grid: Grid, axes_dims: tuple[int, int, int], scale_factor: tup
     angle = position * frequency / scale_factor: the scale divides the angle and so stretches the grid a model was trained on.
     """
     axes = []
-    for length, dim, scale in zip((grid.T, grid.Y, grid.X), axes_dims, scale_factor):
+    for length, dim, scale in zip((grid.T, grid.Y, grid.X), axes_dims, scale_factor, strict=True):
         axes.append(torch.outer(torch.arange(length, dtype=torch.float32), frequencies(dim // 2)) / scale)
     t, y, x = axes
     shape = (grid.T, grid.Y, grid.X, -1)

@@ -117,7 +117,8 @@ def find_weights(path: str | Path, subfolder: str) -> tuple[list[Path], Path]:
         if folder / WEIGHTS_NAME in files:
             return [folder / WEIGHTS_NAME], folder
         if len(files) > 1:
-            raise ValueError(f"{folder} must hold one model, but {_some('found', [file.name for file in files])}; give the path of one file")
+            found = _some("found", [file.name for file in files])
+            raise ValueError(f"{folder} must hold one model, but {found}; give the path of one of the files")
         if files:
             return files, folder
     raise FileNotFoundError(f"{path} must hold .safetensors weights, here or in {subfolder}/ or model/, got none; check the download")
