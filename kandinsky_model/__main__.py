@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `kandinsky generate "prompt" -o out.mp4`, and what belongs to it.
+
+Every failure is one sentence on stderr and exit status 2 (with --debug the traceback); an interrupt exits with 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+
+from .config import PRESETS
+
+NOT_A_TERMINAL_IS_QUIET = None  # tqdm's word for it
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one sentence."""
+
+    def error(self, message):
+        self.exit(2, f"kandinsky: {message}; see {self.prog} --help\n")
+
+
+class Progress:
+    """One bar for the whole run: its label is the stage, its length the sampling steps. Silent where stderr is no terminal."""
+
+    def __init__(self):
+        from tqdm import tqdm
+
+        layout = "{desc:9} {n_fmt:>3}/{total_fmt} |{bar}| {elapsed} passed, {remaining} left, {rate_inv_fmt}"
+        self.bar = tqdm(total=1, unit="step", file=sys.stderr, disable=NOT_A_TERMINAL_IS_QUIET, bar_format=layout, dynamic_ncols=True)
+
+    def __call__(self, stage, step=None, steps=None, latents=None):
+        self.bar.set_description_str(stage, refresh=not step)
+        if stage == "sampling" and step == 0:
+            self.bar.reset(steps)  # the clock starts here, so that seconds per step are those of steps
+        elif stage == "sampling":
+            self.bar.update()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+
+def generate(args) -> None:
+    from . import pipeline, video
+
+    width, height = args.size or (None, None)
+    # 24 frames per second, four to a latent frame.
+    frames = args.frames if args.seconds is None else 4 * round(6 * args.seconds) + 1
+    settings = dict(
+        negative_prompt=args.negative, seed=args.seed, num_frames=frames, height=height, width=width, num_inference_steps=args.steps,
+        guidance_scale=args.guidance, scheduler_scale=args.scheduler_scale, attention=args.attention, precision=args.precision,
+        vae_policy=args.vae_policy)
+    pipeline.check_settings(args.prompt, **settings)
+    output = video.check_output(args.output)
+    strip = video.check_output(args.strip, (".png",)) if args.strip else None
+    model = pipeline.load(args.model, device=args.device, revision=args.revision)
+    if args.offload:
+        model.enable_model_cpu_offload()
+    with Progress() as progress:
+        result = model.generate(args.prompt, callback=progress, **settings)
+        latents = result.save_latents(pipeline.latents_path(output))  # first: from here on nothing that fails can cost the sampling
+        written = _finish(result, output, progress)
+        if strip:
+            written += video.save(video.strip(result.frames), strip, comment=result.settings.to_json())
+    _tell(written, result.settings, latents)
+
+
+def decode(args) -> None:
+    from . import pipeline, video
+
+    _, settings = pipeline.load_latents(args.latents)
+    output = video.check_output(args.output or re.sub(r"(\.latents)?\.safetensors$", ".mp4", args.latents))
+    model = pipeline.load(args.model or settings.model, device=args.device, parts=("vae",))
+    with Progress() as progress:
+        result = model.open(args.latents, **({"vae_policy": args.vae_policy} if args.vae_policy else {}))
+        written = _finish(result, output, progress)
+    _tell(written, result.settings, args.latents)
+
+
+def _finish(result, output: Path, progress: Progress) -> list[Path]:
+    progress("decoding")
+    _ = result.frames
+    progress("saving")
+    return result.save(output, latents=False)
+
+
+def _tell(written, settings, latents) -> None:
+    for path in written:
+        print(path)
+    print(f"seed {settings.seed}, {settings.num_frames} frames of {settings.width}x{settings.height}, {settings.vae_policy} decoding, "
+          f"latents in {latents}")
+
+
+def doctor(args) -> None:
+    from .doctor import report
+
+    for line in report():
+        print(line)
+
+
+def presets(args) -> None:
+    print(f"{'preset':30} {'task':4} {'steps':>5} {'guidance':>8} {'attention':10} {'frames':>6} {'size':9} published in")
+    for preset in PRESETS.values():
+        attention = f"nabla {preset.nabla.keep_mass}" if preset.nabla else "dense"
+        height, width = preset.sizes[0]
+        print(f"{preset.name:30} {preset.task:4} {preset.steps:5} {preset.guidance:8} {attention:10} {preset.frames:6} "
+              f"{f'{width}x{height}':9} {preset.repo or 'this package'}")
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"a size is WIDTHxHEIGHT in pixels, such as 768x512, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
+    parser.add_argument("--vae-policy", choices=("global", "official"),
+                        help="decode in one piece, or in the published pipeline's tiles (default: one piece while the clip is small)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="kandinsky", description="Text to video with Kandinsky 5.0.")
+    parser.set_defaults(debug=False)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+
+    def add(run, name: str, text: str) -> Parser:
+        command = commands.add_parser(name, help=text, description=text, parents=[debug])
+        command.set_defaults(run=run)
+        return command
+
+    command = add(generate, "generate", "make a video from a prompt")
+    command.add_argument("prompt")
+    command.add_argument("-o", "--output", default="out.mp4", help=".mp4, .gif or .png; several frames as png: <name>_000.png, ...")
+    command.add_argument("--model", default="tiny", help="a preset (kandinsky presets), a local path or a hub repository (default: tiny)")
+    command.add_argument("--revision", help="commit, branch or tag of the hub repository")
+    length = command.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, help="length at 24 frames per second")
+    length.add_argument("--frames", type=int, help="number of frames, 4k + 1")
+    command.add_argument("--size", type=_size, metavar="WxH", help="width and height in pixels, multiples of 16")
+    command.add_argument("--steps", type=int)
+    command.add_argument("--guidance", type=float, help="1 means none, and halves the work")
+    command.add_argument("--scheduler-scale", type=float, help="above 1, more of the steps go to the noisy end")
+    command.add_argument("--seed", type=int, help="the same seed gives the same video (default: random, and printed)")
+    command.add_argument("--negative", metavar="PROMPT", help="what to steer away from (default: the model's own)")
+    command.add_argument("--attention", choices=("nabla", "dense"), help="default: what the model was trained with")
+    command.add_argument("--precision", choices=("fp32", "reference"), help="of the latents; reference rounds as the official code does")
+    command.add_argument("--offload", action="store_true", help="keep on the GPU only the part that is working")
+    command.add_argument("--strip", metavar="FILE.png", help="also write some frames side by side")
+    _decoding(command)
+
+    command = add(decode, "decode", "decode saved latents again")
+    command.add_argument("latents", help="a .latents.safetensors file")
+    command.add_argument("-o", "--output", help="default: the name of the latents, as .mp4")
+    command.add_argument("--model", help="whose VAE to use (default: the model that made the latents)")
+    _decoding(command)
+
+    add(presets, "presets", "list the released checkpoints")
+    add(doctor, "doctor", "show what this machine offers, and what runs for each operator")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    logging.basicConfig(format="note: %(message)s")
+    if not sys.stderr.isatty():  # before the hub library and transformers are imported: they read it then
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("kandinsky: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"kandinsky: {_one_sentence(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _one_sentence(error: Exception) -> str:
+    """Our own errors are one sentence already; of a foreign one, the type and the first line, which is where the matter is."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    ours = isinstance(error, (ValueError, TypeError, RuntimeError, OSError)) and len(lines) == 1
+    return lines[0] if ours else f"{type(error).__name__}: {lines[0]} (--debug shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

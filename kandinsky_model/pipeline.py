@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt in, video out: finds the parts of a model, places them, and runs text, sampling and decoding in that order."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import video as files
+from .config import NablaConfig, Preset
+from .dit import make_plan
+from .geometry import Grid
+from .locate import PARTS, Sources, locate, text_to_video
+from .sampler import PRECISIONS, Conditioning, Sampling, noise, sample
+from .vae import POLICIES
+from .weights import load_dit, load_vae, read_headers
+
+ATTENTIONS = ("nabla", "dense")
+NABLA_FOR_DENSE = NablaConfig(0.9)  # what --attention nabla means for a checkpoint released with dense attention
+PIXELS_PER_TOKEN = 16
+SEEDS = 2**31
+METADATA_KEY = "kandinsky"
+# Above this many elements of the widest activation (256 channels at full size), clips are decoded in the official tiles. A function of
+# the clip's size alone, never of free memory, so that a seed means the same pixels on every machine.
+WIDEST_CHANNELS, GLOBAL_DECODE_LIMIT = 256, 2**31
+
+_log = logging.getLogger(__name__)
+Callback = Callable[[str, int, int, Tensor | None], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that one video is made from, besides the weights. Stored with its latents and in the finished file."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler_scale: float
+    attention: str
+    precision: str = "fp32"
+    vae_policy: str = "global"
+    fps: int = 24
+    model: str = ""
+
+    def __post_init__(self):
+        _check_prompt(self.prompt)
+        _check_size(self.height, self.width)
+        _check_frames(self.num_frames)
+        for name, allowed in (("attention", ATTENTIONS), ("precision", tuple(PRECISIONS)), ("vae_policy", POLICIES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}; choose one of them")
+        if self.num_inference_steps < 1:
+            raise ValueError(f"the number of steps must be at least 1, got {self.num_inference_steps}; 50 is usual")
+        if not (math.isfinite(self.guidance_scale) and 0 < self.scheduler_scale < math.inf):
+            raise ValueError(f"guidance must be finite and the scheduler scale positive, got {self.guidance_scale} and "
+                             f"{self.scheduler_scale}; 5 is usual for both")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"the seed must lie in 0 .. 2^63 - 1, got {self.seed}; choose another")
+
+    @property
+    def grid(self) -> Grid:
+        return Grid((self.num_frames - 1) // 4 + 1, self.height // PIXELS_PER_TOKEN, self.width // PIXELS_PER_TOKEN)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+class Video:
+    """One finished sample. Its latents exist at once; its frames are decoded when first asked for.
+
+    `latents`: fp32 [1, T, H/8, W/8, 16], scaled as the transformer sees them. `seed` alone, given back to `generate`, repeats it.
+    """
+
+    def __init__(self, latents: Tensor, settings: Settings, decode: Callable[[Tensor, Settings], Tensor]):
+        self.latents, self.settings, self._decode = latents, settings, decode
+
+    @property
+    def seed(self) -> int:
+        return self.settings.seed
+
+    @cached_property
+    def frames(self) -> Tensor:
+        """uint8 [F, H, W, 3] on the CPU."""
+        return self._decode(self.latents, self.settings)
+
+    def save_latents(self, path: str | Path) -> Path:
+        """Write latents and settings as safetensors; `kandinsky decode` and `Kandinsky5.open` read them."""
+        path = files.check_output(path, (".safetensors",))
+        with files.replacing(path) as target:
+            save_file({"latents": self.latents.cpu().contiguous()}, target, {"format": "pt", METADATA_KEY: self.settings.to_json()})
+        return path
+
+    def save(self, path: str | Path, latents: bool = True) -> list[Path]:
+        """Write the frames as mp4, gif or png by extension, and return the files written.
+
+        The latents go first, to `<stem>.latents.safetensors` beside it, so that no failure in decoding or encoding can lose them.
+        """
+        path = files.check_output(path)
+        if latents:
+            self.save_latents(latents_path(path))
+        return files.save(self.frames, path, self.settings.fps, self.settings.to_json())
+
+
+class Kandinsky5:
+    """A text-to-video model and what it needs around it.
+
+    text: an encoder with `encode(list of str) -> TextEmbeddings`; dit: DiffusionTransformer3D; vae: HunyuanVideoVAE; a part that is not
+    needed may be None. preset: the settings that `generate` uses where it is told nothing.
+    """
+
+    fallback_preset = "t2v-lite-sft-5s"
+
+    def __init__(self, text: nn.Module | None, dit: nn.Module | None, vae: nn.Module | None, preset: Preset, name: str = "",
+                 device: torch.device | str = "cpu"):
+        self.text, self.dit, self.vae, self.preset, self.name = text, dit, vae, text_to_video(preset), name
+        self.device, self._offload = torch.device(device), False
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path = "tiny", device: str | None = None, dtype: torch.dtype | None = None,
+                        revision: str | None = None, parts: Sequence[str] = PARTS, **places: str | Path) -> Kandinsky5:
+        """Load a preset, a local path or a hub repository `owner/name`; `locate` says which layouts are understood.
+
+        device: None takes a CUDA device where there is one. dtype: of weights and activations; None means fp32, on CUDA bf16 (latents
+        and schedule stay fp32). parts: load only these. places: `vae=`, `text_encoder=`, `text_encoder_2=` folders of an official
+        checkpoint whose parts do not lie together.
+        Raises ValueError or OSError for names, files and weights that do not fit, RuntimeError for a device or package that is missing.
+        """
+        device = choose_device(device)
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        sources = locate(model, revision, cls.fallback_preset, places, parts)
+        dit = load_dit(sources.dit, dtype=dtype, device=device) if sources.dit else None
+        vae = load_vae(sources.vae, dtype=dtype, device=device) if sources.vae else None
+        text = _load_text(sources, dtype).to(device) if sources.text_encoder else None
+        preset = replace(sources.preset, dit=dit.config) if dit is not None else sources.preset
+        return cls(text, dit, vae, preset, sources.name, device)
+
+    def enable_model_cpu_offload(self) -> None:
+        """Keep every part on the CPU and move it to the device only while it works. On the CPU itself nothing happens."""
+        if self.device.type == "cpu":
+            _log.warning("offloading to the CPU changes nothing, because the model already runs there")
+            return
+        self._offload = True
+        for part in (self.text, self.dit, self.vae):
+            if part is not None:
+                part.to("cpu")
+
+    def generate(self, prompt: str | list[str], negative_prompt: str | None = None, seed: int | None = None,
+                 callback: Callback | None = None, **settings) -> Video | list[Video]:
+        """Sample a video from a prompt, or a list of videos, in one batch, from a list of prompts.
+
+        settings: num_frames (4k + 1), height, width (multiples of 16), num_inference_steps, guidance_scale (1: none),
+        scheduler_scale, attention ("nabla" | "dense"), precision ("fp32" | "reference"), vae_policy ("global" | "official"); each
+        defaults to what the model was released with. negative_prompt: None takes the model's own. seed: None draws one; the i-th prompt
+        uses seed + i, and a single prompt with that seed gives the same video. callback(stage, step, steps, latents) is called when the
+        stages "text" and "sampling" begin and after each step; an exception raised in it stops the run.
+        Raises ValueError and TypeError before any work when something does not fit, RuntimeError when latents stop being finite.
+        """
+        plans = self._settings(prompt, negative_prompt, seed, settings)
+        first, tell = plans[0], callback or (lambda *_: None)
+        tell("text", 0, 1, None)
+        cond, uncond = self._encode(plans)
+        tell("sampling", 0, first.num_inference_steps, None)
+        for step, latents in self._sample(plans, cond, uncond):
+            tell("sampling", step + 1, first.num_inference_steps, latents)
+        latents = latents.float()
+        videos = [Video(latents[i : i + 1], plan, self.decode) for i, plan in enumerate(plans)]
+        return videos if isinstance(prompt, (list, tuple)) else videos[0]
+
+    def open(self, path: str | Path, **changes) -> Video:
+        """The video whose latents `save_latents` wrote, decoded by this model; `changes`: settings to replace, such as vae_policy."""
+        latents, settings = load_latents(path)
+        return Video(latents, replace(settings, **changes), self.decode)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, settings: Settings) -> Tensor:
+        """uint8 [F, H, W, 3] on the CPU from scaled latents [1, T, H/8, W/8, 16].
+
+        Values are rounded to 8 bits; precision "reference" cuts them off instead, as the official code does.
+        """
+        if not torch.isfinite(latents).all():
+            raise RuntimeError("decoding requires finite latents, got NaN or infinity; sample them again")
+        with self._placed(self.vae):
+            weight = self.vae.post_quant_conv.weight
+            scaled = (latents.to(self.device, torch.float32) / self.vae.config.scaling_factor).to(weight.dtype)
+            pixels = self.vae.decode(scaled.permute(0, 4, 1, 2, 3), settings.vae_policy)  # [1, 3, F, H, W]
+            levels = (pixels[0].float().clamp(-1, 1) + 1) * 127.5
+            levels = levels if settings.precision == "reference" else levels.round()
+            return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()  # [F, H, W, 3]
+
+    def _settings(self, prompt, negative_prompt, seed, given: dict) -> list[Settings]:
+        """One checked Settings for each prompt."""
+        known = [field.name for field in fields(Settings) if field.name not in ("prompt", "negative_prompt", "seed", "fps", "model")]
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1) or known
+                raise TypeError(f"settings must be among {', '.join(known)}, got {name!r}; did you mean {near[0]!r}?")
+        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+        for text in prompts or [""]:
+            _check_prompt(text)
+        preset, given = self.preset, {name: value for name, value in given.items() if value is not None}
+        values = dict(
+            height=preset.sizes[0][0], width=preset.sizes[0][1], num_frames=preset.frames, num_inference_steps=preset.steps,
+            guidance_scale=preset.guidance, scheduler_scale=preset.scheduler_scale, attention="nabla" if preset.nabla else "dense",
+            fps=preset.fps, model=self.name) | given
+        _check_size(values["height"], values["width"])
+        values.setdefault("vae_policy", default_policy(values["num_frames"], values["height"], values["width"]))
+        if (values["height"], values["width"]) not in preset.sizes:
+            _log.warning("%s was trained for %s (width x height); %dx%d may look worse", preset.name,
+                         ", ".join(f"{w}x{h}" for h, w in preset.sizes), values["width"], values["height"])
+        if negative_prompt is None:
+            negative_prompt = getattr(self.text, "default_negative", "")
+        seed = random.randrange(SEEDS) if seed is None else seed
+        return [Settings(text, negative_prompt, seed + i, **values) for i, text in enumerate(prompts)]
+
+    @torch.no_grad()
+    def _encode(self, plans: list[Settings]) -> tuple[Conditioning, Conditioning | None]:
+        guided = _sampling(plans[0]).guided
+        with self._placed(self.text):
+            cond = self.text.encode([plan.prompt for plan in plans])
+            uncond = self.text.encode([plans[0].negative_prompt]) if guided else None
+        if uncond is not None:  # one negative prompt for the whole batch
+            B = len(plans)
+            uncond = Conditioning(uncond.embeds.expand(B, -1, -1), uncond.lengths.expand(B), uncond.pooled.expand(B, -1))
+        return Conditioning(cond.embeds, cond.lengths, cond.pooled), uncond
+
+    def _sample(self, plans: list[Settings], cond: Conditioning, uncond: Conditioning | None) -> Iterator[tuple[int, Tensor]]:
+        first, preset = plans[0], self.preset
+        grid = first.grid
+        nabla = (preset.nabla or NABLA_FOR_DENSE) if first.attention == "nabla" else None
+        shape = (1, grid.T, 2 * grid.Y, 2 * grid.X, preset.dit.in_visual_dim)
+        initial = torch.cat([noise(plan.seed, shape, self.device) for plan in plans])  # [B, T, 2Y, 2X, 16]
+        plan = make_plan(preset.dit, grid, preset.scale_factor, nabla, self.device)
+        with self._placed(self.dit):
+            yield from sample(self.dit, initial, cond, plan, _sampling(first), uncond)
+
+    @contextmanager
+    def _placed(self, part: nn.Module) -> Iterator[None]:
+        """`part` on the device while the body runs."""
+        if self._offload:
+            part.to(self.device)
+        try:
+            yield
+        finally:
+            if self._offload:
+                part.to("cpu")
+
+
+class Kandinsky5VideoLite(Kandinsky5):
+    """`Kandinsky5` whose settings, where a checkpoint does not say, are those of the 5 s Lite model."""
+
+
+class Kandinsky5VideoPro(Kandinsky5):
+    """`Kandinsky5` whose settings, where a checkpoint does not say, are those of the 5 s Pro model."""
+
+    fallback_preset = "t2v-pro-sft-5s"
+
+
+load = Kandinsky5.from_pretrained
+
+
+def check_settings(prompt: str, **given) -> None:
+    """Raise what `generate` would for these settings (None: not given), without a model and so before one is loaded."""
+    valid = dict(negative_prompt="", seed=0, height=16, width=16, num_frames=1, num_inference_steps=1, guidance_scale=1.0,
+                 scheduler_scale=1.0, attention="dense")
+    Settings(prompt, **(valid | {name: value for name, value in given.items() if value is not None}))
+
+
+def default_policy(num_frames: int, height: int, width: int) -> str:
+    """How a clip is decoded unless told otherwise: "global" while that fits in ordinary memory, else "official"."""
+    return "global" if WIDEST_CHANNELS * num_frames * height * width < GLOBAL_DECODE_LIMIT else "official"
+
+
+def latents_path(output: str | Path) -> Path:
+    """Where the latents of `output` are kept: out.mp4 -> out.latents.safetensors."""
+    output = Path(output)
+    return output.with_name(f"{output.stem}.latents.safetensors")
+
+
+def load_latents(path: str | Path) -> tuple[Tensor, Settings]:
+    """Latents fp32 [1, T, h, w, C] and settings from a file of `Video.save_latents`; ValueError or OSError for any other file."""
+    read_headers([Path(path)])
+    with safe_open(path, framework="pt") as file:
+        stored = (file.metadata() or {}).get(METADATA_KEY)
+        if stored is None or "latents" not in file.keys():  # noqa: SIM118 - not a mapping
+            raise ValueError(f"{path} must hold latents saved by kandinsky, but it has no such tensor or settings; choose another file")
+        return file.get_tensor("latents"), Settings(**json.loads(stored))
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called `name`, or for None the first CUDA device, or the CPU; RuntimeError when torch cannot use it here."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # AssertionError, RuntimeError and NotImplementedError, all of many lines
+        raise RuntimeError(f"the device must be usable by torch {torch.__version__} here, but {name!r} is not "
+                           f"({str(error).strip().splitlines()[0].rstrip('.')}); use cpu") from None
+    return device
+
+
+def _load_text(sources: Sources, dtype: torch.dtype) -> nn.Module:
+    if sources.text_encoder_2 is None:
+        from .text import TinyTextEncoder
+
+        return TinyTextEncoder.load(sources.text_encoder)
+    from .text_qwen import QwenClipEncoder
+
+    return QwenClipEncoder.load(sources, dtype)
+
+
+def _sampling(settings: Settings) -> Sampling:
+    return Sampling(settings.num_inference_steps, settings.scheduler_scale, settings.guidance_scale, settings.precision)
+
+
+def _check_prompt(prompt: str) -> None:
+    if not isinstance(prompt, str):
+        raise TypeError(f"a prompt must be a str, got {type(prompt).__name__}; pass a str or a list of them")
+    if not prompt.strip():
+        raise ValueError("the prompt must say something, got an empty one; describe the video")
+
+
+def _check_size(height: int, width: int) -> None:
+    step = PIXELS_PER_TOKEN
+    if min(height, width) < step or height % step or width % step:
+        near = [max(step, round(side / step) * step) for side in (width, height)]
+        raise ValueError(f"width and height must be positive multiples of {step}, got {width}x{height}; "
+                         f"the nearest is {near[0]}x{near[1]}")
+
+
+def _check_frames(count: int) -> None:
+    if count < 1 or count % 4 != 1:
+        below = max(1, (count - 1) // 4 * 4 + 1)
+        near = "1" if count < 1 else f"{below} or {below + 4}"
+        raise ValueError(f"the number of frames must be 4k + 1, because a latent frame holds four, got {count}; the nearest is {near}")

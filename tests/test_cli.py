@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what it writes and prints, and that every failure is one sentence and exit status 2."""
+import io
+import json
+import sys
+
+import pytest
+import tiny_models
+import torch
+from tiny_models import SMALL_ARGS
+
+import kandinsky_kernels
+from kandinsky_model import pipeline, video
+from kandinsky_model.__main__ import main
+from kandinsky_model.locate import TINY
+
+PROMPT = "a red circle moving right"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_models.tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch, capsys):
+    """run(*arguments) -> (status, stdout, stderr), in an empty directory; `generate` gets the random model and its small size."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, model=str(folder)):
+        if arguments[0] == "generate":
+            arguments = [*arguments[:2], *SMALL_ARGS, "--model", model, "--device", "cpu", *arguments[2:]]
+        try:
+            status = main([*arguments])
+        except SystemExit as ended:  # argparse
+            status = ended.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def frames_of(path):
+    import av
+
+    with av.open(str(path)) as container:
+        comment = container.metadata["comment"]
+        return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]), comment
+
+
+def test_generate_writes_mp4_and_latents_and_prints_both(run, tmp_path):
+    status, out, err = run("generate", PROMPT, "-o", "a.mp4", "--seed", "7", "--negative", "blue")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0] == "a.mp4" and "seed 7" in out and "a.latents.safetensors" in out
+    frames, comment = frames_of(tmp_path / "a.mp4")
+    settings = json.loads(comment)
+    assert frames.shape == (5, 64, 80, 3)
+    wanted = {"prompt": PROMPT, "negative_prompt": "blue", "seed": 7, "num_inference_steps": 2, "vae_policy": "global"}
+    assert wanted.items() <= settings.items()
+    latents, stored = pipeline.load_latents(tmp_path / "a.latents.safetensors")
+    assert latents.shape == (1, 2, 8, 10, 16) and stored.to_json() == comment
+
+
+def test_decode_repeats_the_file_bit_for_bit(run, tmp_path):
+    assert run("generate", PROMPT, "-o", "a.mp4")[0] == 0
+    status, out, err = run("decode", "a.latents.safetensors", "-o", "b.mp4")
+    assert (status, err) == (0, "") and out.startswith("b.mp4")
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    (tmp_path / "a.mp4").unlink()
+    assert run("decode", "a.latents.safetensors")[0] == 0 and (tmp_path / "a.mp4").exists()
+    assert run("decode", "a.latents.safetensors", "-o", "c.gif", "--vae-policy", "official")[1].count("official decoding") == 1
+
+
+def test_without_a_seed_one_is_printed_that_repeats_the_file(run, tmp_path):
+    out = run("generate", PROMPT, "-o", "a.gif")[1]
+    seed = out.split("seed ")[1].split(",")[0]
+    assert run("generate", PROMPT, "-o", "b.gif", "--seed", seed)[0] == 0
+    assert (tmp_path / "a.gif").read_bytes() == (tmp_path / "b.gif").read_bytes()
+
+
+def test_png_and_strip(run, tmp_path):
+    status, out, _ = run("generate", PROMPT, "-o", "a.png", "--frames", "1", "--strip", "s.png")
+    assert status == 0 and out.splitlines()[:2] == ["a.png", "s.png"] and (tmp_path / "s.png").exists()
+    status, out, _ = run("generate", PROMPT, "-o", "b.png")
+    assert out.splitlines()[:5] == [f"b_00{i}.png" for i in range(5)]
+
+
+def test_seconds_are_rounded_to_whole_latent_frames(run, tmp_path):
+    arguments = ["--size", "32x32", "--steps", "1", "--guidance", "1", "--device", "cpu"]
+    with pytest.raises(SystemExit):  # seconds and frames exclude each other
+        main(["generate", PROMPT, "--seconds", "1", "--frames", "5", *arguments])
+    assert main(["generate", PROMPT, "--seconds", "0.7", "--model", str(tiny_models.tiny_folder(tmp_path / "m")), *arguments]) == 0
+    assert pipeline.load_latents("out.latents.safetensors")[1].num_frames == 17
+
+
+def test_bundled_model_is_the_default(run, tmp_path):
+    if not TINY.is_dir():
+        pytest.skip("the bundled model is not in this checkout")
+    assert main(["generate", PROMPT, "--steps", "1", "--frames", "5", "--device", "cpu", "--seed", "1"]) == 0
+    frames, comment = frames_of(tmp_path / "out.mp4")
+    assert frames.shape == (5, 256, 256, 3) and json.loads(comment)["model"] == "tiny"
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["generate", ""], "the prompt must say something"),
+    (["generate", "x", "--size", "250x100"], "the nearest is 256x96"),
+    (["generate", "x", "--size", "250"], "WIDTHxHEIGHT"),
+    (["generate", "x", "--frames", "18"], "the nearest is 17 or 21"),
+    (["generate", "x", "--frames", "many"], "invalid int value"),
+    (["generate", "x", "--steps", "0"], "at least 1"),
+    (["generate", "x", "--guidance", "nan"], "finite"),
+    (["generate", "x", "--seed", "-3"], "the seed must lie in"),
+    (["generate", "x", "--attention", "flash"], "invalid choice"),
+    (["generate", "x", "--model", "t2v-lite-sft-6s"], "did you mean t2v-lite-sft-5s"),
+    (["generate", "x", "--model", "i2v-lite-5s"], "use a t2v preset"),
+    (["generate", "x", "-o", "a.webm"], "must end in .mp4 or .gif or .png"),
+    (["generate", "x", "-o", "absent/a.mp4"], "existing directory"),
+    (["generate", "x", "-o", "."], "must end in"),
+    (["generate", "x", "--strip", "s.gif"], "must end in .png"),
+    (["generate", "x", "--device", "pancake"], "use cpu"),
+    (["decode", "absent.safetensors"], "absent.safetensors"),
+    (["decode", __file__], "complete safetensors file"),
+    (["explode"], "invalid choice"),
+])
+def test_mistakes_are_one_sentence_and_status_2(run, tmp_path, arguments, words):
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("kandinsky: ") and words in err and err.count("\n") == 1 and err.endswith("\n"), err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["cut", "wrong", "absent"])
+def test_damaged_weights_are_one_sentence(run, tmp_path, damage):
+    model = tiny_models.tiny_folder(tmp_path / "model")
+    file = model / "vae" / "diffusion_pytorch_model.safetensors"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-7])
+    elif damage == "wrong":
+        file.write_bytes((model / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes())
+    else:
+        file.unlink()
+    status, out, err = run("generate", "x", model=str(model))
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert {"cut": "complete safetensors", "wrong": "encoder.conv_in.conv.weight", "absent": "must hold .safetensors"}[damage] in err
+
+
+def test_missing_codec_is_known_before_the_model_is_loaded(run, monkeypatch):
+    import av
+
+    def absent(name, mode):
+        raise ValueError(name)
+
+    monkeypatch.setattr(av.codec, "Codec", absent)
+    monkeypatch.setattr(pipeline, "load", lambda *_, **__: pytest.fail("loaded before the check"))
+    status, _, err = run("generate", "x", "-o", "a.mp4")
+    assert status == 2 and "H.264 encoder" in err and err.count("\n") == 1
+
+
+def test_nan_is_one_sentence(run, tmp_path):
+    model = tiny_models.tiny_folder(tmp_path / "model")
+    dit = pipeline.load_dit(model)
+    dit.out_layer.out_layer.bias[0] = float("nan")
+    pipeline_weights = model / "transformer"
+    tiny_models.save_dit(dit, pipeline_weights, tiny_models.NABLA)
+    status, _, err = run("generate", "x", model=str(model))
+    assert status == 2 and "step 1 of 2" in err and err.count("\n") == 1
+
+
+def test_an_interrupt_keeps_the_finished_latents(run, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(video, "save", interrupt)
+    status, out, err = run("generate", PROMPT, "-o", "a.mp4")
+    assert (status, out, err) == (130, "", "kandinsky: interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.latents.safetensors"]
+
+
+def test_foreign_errors_are_one_sentence_and_debug_shows_them(run, monkeypatch):
+    def break_down(*_):
+        raise KeyError("first line\nsecond line")
+
+    monkeypatch.setattr(pipeline, "check_settings", lambda *_, **__: break_down())
+    status, _, err = run("generate", "x")
+    assert status == 2 and err.count("\n") == 1 and err.startswith("kandinsky: KeyError")
+    with pytest.raises(KeyError):
+        main(["generate", "x", "--debug"])
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_names_stages_and_speed_on_a_terminal_only(run, monkeypatch):
+    assert run("generate", PROMPT)[2] == ""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert run("generate", PROMPT)[0] == 0
+    shown = terminal.getvalue()
+    positions = [shown.find(stage) for stage in ("text", "sampling", "decoding", "saving")]
+    assert -1 not in positions and positions == sorted(positions)
+    assert "2/2" in shown and "s/step" in shown and "left" in shown
+
+
+def test_doctor_reports_every_operator_and_the_surroundings(run):
+    status, out, _ = run("doctor")
+    assert status == 0
+    for op, row in kandinsky_kernels.kernels().items():
+        for device, what in row.items():
+            assert any(op in line and device in line and what in line for line in out.splitlines()), op
+    for word in (torch.__version__, "diffusers", "mp4: encoder", "bundled model", "hub: cache", "cores"):
+        assert word in out
+
+
+def test_presets_lists_every_one(run):
+    from kandinsky_model.config import PRESETS
+
+    status, out, _ = run("presets")
+    assert status == 0 and [line.split()[0] for line in out.splitlines()[1:]] == list(PRESETS)
