@@ -107,9 +107,9 @@ IMAGE_DIT = DiTConfig(model_dim=2560, ff_dim=10240, num_visual_blocks=50, axes_d
 IMAGE_EDIT_DIT = DiTConfig(model_dim=2560, ff_dim=10240, num_visual_blocks=50, axes_dims=(32, 48, 48), instruct_type="channel")
 HUNYUAN_VAE = VAEConfig()
 
-TINY_DIT = DiTConfig(in_text_dim=128, in_text_dim2=64, time_dim=128, model_dim=256, ff_dim=1024, num_text_blocks=1, num_visual_blocks=5,
+TINY_DIT = DiTConfig(in_text_dim=64, in_text_dim2=64, time_dim=64, model_dim=256, ff_dim=1024, num_text_blocks=1, num_visual_blocks=4,
                      visual_cond=True)
-TINY_VAE = VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
+TINY_VAE = VAEConfig(block_out_channels=(16, 32, 48, 48), layers_per_block=1, norm_num_groups=1, scaling_factor=1.0)
 
 SIZES_SD = ((512, 768), (512, 512), (768, 512))
 SIZES_HD = ((768, 1280), (1280, 768), (1024, 1024), (640, 1408), (1408, 640), (896, 1152), (1152, 896))

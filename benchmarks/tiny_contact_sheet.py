@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sample twelve held-out prompts with the bundled tiny checkpoint and lay five frames of each side by side, caption above.
+
+    python -m benchmarks.tiny_contact_sheet [-o sheet.png] [--seed 0] [--bundle folder]
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from kandinsky_model import shapes
+from kandinsky_model.check_tiny import BUNDLE, Sampler
+
+SHEET = Path(__file__).with_name("results") / "tiny_contact_sheet.png"
+FRAMES, SIDE, CAPTION = (0, 4, 8, 12, 16), 96, 18
+
+
+def strip(clip, text):
+    """Five frames of a clip [F, H, W, 3] in a row under a caption: uint8 [SIDE + CAPTION, 5 * SIDE + 8, 3]."""
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (len(FRAMES) * SIDE + 8, SIDE + CAPTION), (255, 255, 255))
+    for i, frame in enumerate(FRAMES):
+        picture.paste(Image.fromarray(clip[frame].numpy()).resize((SIDE - 2, SIDE - 2), Image.LANCZOS), (i * SIDE, CAPTION))
+    ImageDraw.Draw(picture).text((2, 3), text, fill=(0, 0, 0))
+    return picture
+
+
+def sheet(clips, texts, path):
+    """Two columns of strips, written to `path` as PNG."""
+    from PIL import Image
+
+    strips = [strip(clip, text) for clip, text in zip(clips, texts, strict=True)]
+    width, height = strips[0].size
+    whole = Image.new("RGB", (2 * width, -(-len(strips) // 2) * height), (255, 255, 255))
+    for i, picture in enumerate(strips):
+        whole.paste(picture, (i % 2 * width, i // 2 * height))
+    whole.save(path, optimize=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, default=SHEET)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bundle", type=Path, default=BUNDLE)
+    options = parser.parse_args()
+    sampler, texts = Sampler(options.bundle), [shapes.prompt(c) for c in shapes.held_out()[::4]]
+    clips = torch.cat([sampler(texts[i : i + 4], options.seed + i) for i in range(0, len(texts), 4)])
+    sheet(clips, texts, options.output)
+
+
+if __name__ == "__main__":
+    main()

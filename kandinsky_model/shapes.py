@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Procedurally drawn clips: one flat shape in front of one flat background, moving or not.
+
+They are the training data of the bundled tiny checkpoint, the prompts that describe them, the list of
+combinations that training never sees, and a judge that measures what a clip shows without any network.
+"""
+
+import functools
+import hashlib
+import itertools
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+HEIGHT = WIDTH = 256
+FRAMES = 17
+
+# RGB 0..255; every object colour is at least 110 (Euclidean) away from every other colour it can meet.
+OBJECT_COLORS = {
+    "red": (205, 25, 40),
+    "green": (40, 170, 70),
+    "blue": (40, 80, 220),
+    "yellow": (255, 240, 80),
+    "purple": (180, 40, 200),
+    "orange": (250, 140, 20),
+}
+BACKGROUNDS = {"blue": OBJECT_COLORS["blue"], "black": (20, 20, 20), "white": (240, 240, 240), "gray": (128, 128, 128)}
+PALETTE = {**OBJECT_COLORS, **BACKGROUNDS}
+MOTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}  # unit vectors (x, y), y down
+HELD_OUT = 48
+
+
+def _regular(count, radius, inner=None, phase=-math.pi / 2):
+    """Vertices of a regular polygon, or of a star when `inner` is given; first vertex on top."""
+    corners = 2 * count if inner else count
+    radii = [inner if inner and i % 2 else radius for i in range(corners)]
+    return [(r * math.cos(phase + 2 * math.pi * i / corners), r * math.sin(phase + 2 * math.pi * i / corners)) for i, r in enumerate(radii)]
+
+
+# Outline in units of the radius, area centroid at the origin; None is the disc.
+SHAPES = {
+    "circle": None,
+    "square": _regular(4, 0.92 * math.sqrt(2), phase=-math.pi / 4),
+    "triangle": _regular(3, 1.4),
+    "star": _regular(5, 1.4, inner=0.6),
+}
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The four words of a prompt."""
+
+    color: str
+    shape: str
+    motion: str
+    background: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A combination with its random numbers fixed: radius and centre path in pixels."""
+
+    combination: Combination
+    radius: float
+    start: tuple
+    travel: float
+
+
+@functools.cache
+def combinations():
+    """Every drawable combination (object and background colours differ), in a fixed order."""
+    product = itertools.product(OBJECT_COLORS, SHAPES, MOTIONS, BACKGROUNDS)
+    return tuple(Combination(*words) for words in product if words[0] != words[3])
+
+
+@functools.cache
+def held_out():
+    """The 48 combinations no training clip shows: the first ones by SHA-256 of their words, so the list never changes."""
+
+    def key(c):
+        return hashlib.sha256(f"{c.color} {c.shape} {c.motion} {c.background}".encode()).hexdigest()
+
+    return tuple(sorted(combinations(), key=key)[:HELD_OUT])
+
+
+@functools.cache
+def training_combinations():
+    """Every combination that is not held out."""
+    hidden = set(held_out())
+    return tuple(c for c in combinations() if c not in hidden)
+
+
+_FULL = (
+    "{a} {color} {shape} {verb} on a {background} background",
+    "{color} {shape} {verb}, {background} background",
+    "on a {background} background {a} {color} {shape} is {verb}",
+    "{a} {color} {shape} in front of a {background} background, {verb}",
+)
+_PARTIAL = ("{a} {color} {shape} {verb}", "{a} {color} {shape} on a {background} background", "{a} {color} {shape}")
+
+
+def prompt(combination, template=0):
+    """English for a combination. Templates 0..3 name all four words; 4..6 leave motion or background open."""
+    text = (_FULL + _PARTIAL)[template]
+    verb = "standing still" if combination.motion == "still" else f"moving {combination.motion}"
+    article = "an" if combination.color[0] in "aeiou" else "a"
+    return text.format(a=article, color=combination.color, shape=combination.shape, verb=verb, background=combination.background)
+
+
+def random_prompt(combination, generator):
+    """A random wording; one in eight leaves something open. `generator` is a random.Random."""
+    if generator.random() < 0.125:
+        return prompt(combination, len(_FULL) + generator.randrange(len(_PARTIAL)))
+    return prompt(combination, generator.randrange(len(_FULL)))
+
+
+def random_scene(combination, generator):
+    """Radius 48 +- 3 px; the path is centred in the frame (+- 8 px) and 92 +- 6 px long, so the motion says where it starts."""
+    travel = 92 + generator.uniform(-6, 6)
+    dx, dy = MOTIONS[combination.motion]
+    start = (
+        WIDTH / 2 + generator.uniform(-8, 8) - dx * travel / 2,
+        HEIGHT / 2 + generator.uniform(-8, 8) - dy * travel / 2,
+    )
+    return Scene(combination, 48 + generator.uniform(-3, 3), start, travel)
+
+
+def _signed_distance(shape, x, y):
+    """Distance in radii to the outline of `shape`, negative inside. x, y: same shape, in units of the radius."""
+    corners = SHAPES[shape]
+    if corners is None:
+        return torch.sqrt(x * x + y * y) - 1
+    nearest = torch.full_like(x, math.inf)
+    inside = torch.zeros_like(x, dtype=torch.bool)
+    for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
+        ex, ey = x1 - x0, y1 - y0
+        along = (((x - x0) * ex + (y - y0) * ey) / (ex * ex + ey * ey)).clamp(0, 1)
+        nearest = torch.minimum(nearest, (x - x0 - along * ex) ** 2 + (y - y0 - along * ey) ** 2)
+        if y0 != y1:  # even-odd rule along the ray to the right
+            inside ^= ((y0 <= y) != (y1 <= y)) & (x < x0 + (y - y0) * ex / ey)
+    return nearest.sqrt() * torch.where(inside, -1.0, 1.0)
+
+
+def coverage(shape, center_x, center_y, radius, window):
+    """Anti-aliased share of each pixel that `shape` covers.
+
+    center_x, center_y: fp32 [F] in pixels; window = (top, left, height, width) in pixels. Returns fp32 [F, height, width] in 0..1.
+    """
+    top, left, height, width = window
+    y = (torch.arange(height) + top + 0.5)[None, :, None] - center_y[:, None, None]  # [F, height, 1]
+    x = (torch.arange(width) + left + 0.5)[None, None, :] - center_x[:, None, None]  # [F, 1, width]
+    x, y = torch.broadcast_tensors(x / radius, y / radius)
+    return (0.5 - _signed_distance(shape, x, y) * radius).clamp(0, 1)
+
+
+def draw(scene, frames=range(FRAMES), window=None):
+    """Draw the named frames of a scene, or a window (top, left, height, width) of them. Returns uint8 [F, height, width, 3]."""
+    window = window or (0, 0, HEIGHT, WIDTH)
+    words = scene.combination
+    dx, dy = MOTIONS[words.motion]
+    along = torch.tensor([i / (FRAMES - 1) for i in frames]) * scene.travel
+    share = coverage(words.shape, scene.start[0] + dx * along, scene.start[1] + dy * along, scene.radius, window)[..., None]
+    front, back = torch.tensor(OBJECT_COLORS[words.color]), torch.tensor(BACKGROUNDS[words.background])
+    return (back + share * (front - back)).round().to(torch.uint8)  # [F, height, width, 3]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a clip shows; a word is "none" where nothing of the kind could be measured."""
+
+    color: str
+    shape: str
+    motion: str
+    background: str
+    travel: tuple = (0.0, 0.0)
+    overlap: float = 0.0
+
+
+def _nearest_color(rgb):
+    return min(PALETTE, key=lambda name: sum((float(a) - b) ** 2 for a, b in zip(rgb, PALETTE[name], strict=True)))
+
+
+def _best_shape(mask, center):
+    """Compare a mask [H, W] with every outline redrawn at the same centroid and area. Returns (word, intersection over union)."""
+    area = float(mask.sum())
+    scores = {}
+    for shape, corners in SHAPES.items():
+        unit = math.pi if corners is None else _area(corners)
+        share = coverage(shape, torch.tensor([center[0]]), torch.tensor([center[1]]), math.sqrt(area / unit), (0, 0, *mask.shape))[0]
+        redrawn = share >= 0.5
+        scores[shape] = float((redrawn & mask).sum()) / max(1.0, float((redrawn | mask).sum()))
+    best = max(scores, key=scores.get)
+    return (best if scores[best] >= 0.75 else "none"), scores[best]
+
+
+def _area(corners):
+    return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True))) / 2
+
+
+def judge(frames):
+    """Measure a clip: uint8 [F, H, W, 3] -> Verdict, from the first, middle and last frame, by arithmetic alone.
+
+    Background: palette colour nearest to the median of the border. Object: pixels further than 55 (RGB) from it, at least 1 % of
+    the frame. Colour: palette colour nearest to the object's median. Shape: the outline with the best overlap, at least 0.75, in at
+    least two of three frames. Motion: the axis along which the centroid moves, still below 20 px, none when it moves diagonally.
+    Raises ValueError for another layout or dtype.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
+        raise ValueError(f"judge needs frames uint8 [F, H, W, 3], got {frames.dtype} {tuple(frames.shape)}: convert the clip to 8-bit RGB")
+    chosen = frames[[0, len(frames) // 2, len(frames) - 1]].float()  # [3, H, W, 3]
+    sides = (chosen[:, :4], chosen[:, -4:], chosen[:, :, :4], chosen[:, :, -4:])
+    border = torch.cat([side.flatten(0, 2) for side in sides])  # [pixels, 3]
+    ground = border.median(0).values
+    background = _nearest_color(ground)
+    masks = (chosen - ground).square().sum(-1).sqrt() > 55  # [3, H, W]
+    if int(masks.sum((1, 2)).min()) < 0.01 * masks[0].numel():
+        return Verdict("none", "none", "none", background)
+    color = _nearest_color(chosen[masks].median(0).values)
+    rows, columns = torch.arange(masks.shape[1]) + 0.5, torch.arange(masks.shape[2]) + 0.5
+    centers = [(float((m.sum(0) * columns).sum() / m.sum()), float((m.sum(1) * rows).sum() / m.sum())) for m in masks]
+    seen = [_best_shape(m, c) for m, c in zip(masks, centers, strict=True)]
+    shape, votes = Counter(word for word, _ in seen).most_common(1)[0]
+    travel = (centers[-1][0] - centers[0][0], centers[-1][1] - centers[0][1])
+    overlap = sum(score for _, score in seen) / len(seen)
+    return Verdict(color, shape if votes >= 2 else "none", _direction(travel), background, travel, overlap)
+
+
+def _direction(travel):
+    long, short = max(map(abs, travel)), min(map(abs, travel))
+    if long < 20:
+        return "still"
+    if short > long / 2:
+        return "none"
+    return max(MOTIONS, key=lambda word: MOTIONS[word][0] * travel[0] + MOTIONS[word][1] * travel[1])
+
+
+def marks(verdict, combination):
+    """Which of the four words a verdict got right: {"color": bool, "shape": ..., "motion": ..., "background": ...}."""
+    return {word: getattr(verdict, word) == getattr(combination, word) for word in ("color", "shape", "motion", "background")}
+
+
+def training_scene(index, generator):
+    """A random scene of the training combinations; `index` picks the combination cyclically."""
+    choices = training_combinations()
+    return random_scene(choices[index % len(choices)], generator)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every training here shares: the optimizer, the clock, the averaged copy of the weights, the choice of arithmetic."""
+
+import copy
+import logging
+import math
+import time
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+def orthogonalize(matrices):
+    """The orthogonal matrix nearest to each of [..., R, C], roughly: five Newton-Schulz steps (K. Jordan's quintic, 2024) in bf16.
+
+    Singular values come out between about 0.7 and 1.2, whatever they were; that is accurate enough for a step direction.
+    """
+    x = matrices.bfloat16()
+    wide = x.shape[-2] > x.shape[-1]
+    x = x.mT if wide else x  # [..., small, large]
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.mT if wide else x).to(matrices.dtype)
+
+
+class Optimizer:
+    """Orthogonalised momentum (Muon) for the matrices of a module, AdamW for everything else.
+
+    On flat pictures neighbouring inputs are equal, so elementwise steps of all weights add up in a few directions and blow up; an
+    orthogonal step moves every direction alike. It is scaled by 0.2 sqrt(max(R, C)), the root mean square of an AdamW step, so one
+    learning rate serves both. Convolution kernels count as matrices [out, in * taps]. Embeddings are tables, not matrices.
+    """
+
+    def __init__(self, module, momentum=0.95, decay=0.01):
+        tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        self.matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in tables]
+        known = {id(p) for p in self.matrices}
+        self.adam = torch.optim.AdamW([p for p in parameters if id(p) not in known], betas=(0.9, 0.98), weight_decay=0.0)
+        self.momentum, self.decay, self.parameters = momentum, decay, parameters
+        self.velocity = [torch.zeros_like(p) for p in self.matrices]
+
+    def step(self, loss, rate, clip=1.0):
+        """One step down `loss` with learning rate `rate`; gradients are clipped to norm `clip` together."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, clip)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.step()
+        self._step_matrices(rate)
+
+    @torch.no_grad()
+    def _step_matrices(self, rate):
+        groups = {}
+        for parameter, velocity in zip(self.matrices, self.velocity, strict=True):
+            if parameter.grad is None:
+                continue
+            velocity.lerp_(parameter.grad, 1 - self.momentum)
+            direction = parameter.grad.lerp(velocity, self.momentum).flatten(1)  # [R, C]
+            groups.setdefault(direction.shape, []).append((parameter, direction))
+        for (rows, columns), members in groups.items():
+            directions = orthogonalize(torch.stack([direction for _, direction in members]))
+            size = rate * 0.2 * math.sqrt(max(rows, columns))
+            for (parameter, _), direction in zip(members, directions, strict=True):
+                parameter.mul_(1 - rate * self.decay).sub_(size * direction.view_as(parameter))
+
+
+class Clock:
+    """Progress 0..1 of a stage: steps done, or minutes used where a limit is given, whichever is further. Keeps the log of losses."""
+
+    def __init__(self, steps, minutes=None):
+        self.steps, self.minutes, self.started, self.losses = steps, minutes, time.time(), []
+
+    @property
+    def seconds(self):
+        return time.time() - self.started
+
+    def progress(self, step):
+        used = self.seconds / 60 / self.minutes if self.minutes else 0.0
+        return min(1.0, max(step / self.steps, used))
+
+    def rate(self, step, peak, warmup=50):
+        """Linear warm-up, then a cosine to zero."""
+        return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * self.progress(step)))
+
+    def record(self, step, **losses):
+        entry = {"step": step, "seconds": round(self.seconds, 1), **{name: round(value, 5) for name, value in losses.items()}}
+        self.losses.append(entry)
+        logger.info("%s", "  ".join(f"{name} {value:g}" for name, value in entry.items()))
+
+
+class Average:
+    """Exponential moving average of a module's parameters, kept in a copy of it; short at first, so that the start is forgotten."""
+
+    def __init__(self, module, decay):
+        self.module, self.decay = copy.deepcopy(module).requires_grad_(False).eval(), decay
+
+    @torch.no_grad()
+    def update(self, module, step):
+        decay = min(self.decay, (step + 1) / (step + 10))
+        for mine, theirs in zip(self.module.parameters(), module.parameters(), strict=True):
+            mine.lerp_(theirs, 1 - decay)
+
+
+def training_dtype(device="cpu"):
+    """bf16 on a GPU, and where this CPU multiplies bf16 matrices faster than fp32 ones (AVX512-BF16, AMX): measured, not looked up."""
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = torch.randn(2048, 256).to(dtype), torch.randn(256, 1024).to(dtype)
+        for _ in range(6):
+            start = time.perf_counter()
+            a @ b
+            seconds[dtype] = min(seconds.get(dtype, math.inf), time.perf_counter() - start)
+    return min(seconds, key=seconds.get)
