@@ -109,7 +109,8 @@ def test_unknown_preset_names_the_nearest():
 @pytest.mark.parametrize("grid", [Grid(2, 16, 16), Grid(3, 9, 13)], ids=["whole tiles", "ragged"])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_block_boundary_equals_plain_computation(mode, grid):
-    dit, data = build(), inputs(CONFIG, grid, batch=2)
+    dit, (x, text, pooled, time) = build(), inputs(CONFIG, grid, batch=2)
+    data = (x, text, pooled, time / 100)  # fp32 angles of a large time err so much that they would hide other errors
     state = dit.state_dict()
     exact = plain_forward({k: v.double() for k, v in state.items()}, CONFIG, *(t.double() for t in data), SCALE, MODES[mode])
     peer = plain_forward(state, CONFIG, *data, SCALE, MODES[mode])
