@@ -7,6 +7,7 @@ Every failure is one sentence on stderr and exit status 2 (with --debug the trac
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -115,6 +116,26 @@ def presets(args) -> None:
               f"{f'{width}x{height}':9} {preset.repo or 'this package'}")
 
 
+def train_tiny(args) -> None:
+    from .train_tiny import train_tiny
+
+    print(train_tiny(args.output, seed=args.seed, resume=args.resume, device=args.device))
+
+
+def check_tiny(args) -> None:
+    from .check_tiny import check_tiny
+    from .locate import TINY
+    from .shapes import held_out
+
+    result = check_tiny(args.folder or TINY, args.seed, args.steps, args.guidance, held_out()[: args.count])
+    print(f"{result['prompts']} prompts of combinations that were never in training")
+    for word in ("color", "background", "color_and_background", "shape", "motion", "all"):
+        print(f"{word.replace('_', ' '):21} {result[word]:6.1%}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(args.json)
+
+
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)[xX](\d+)", text)
     if not match:
@@ -122,25 +143,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _decoding(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
-    parser.add_argument("--vae-policy", choices=("global", "official"),
-                        help="decode in one piece, or in the published pipeline's tiles (default: one piece while the clip is small)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="kandinsky", description="Text to video with Kandinsky 5.0.")
-    parser.set_defaults(debug=False)
-    commands = parser.add_subparsers(required=True, metavar="command")
-    debug = argparse.ArgumentParser(add_help=False)
-    debug.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-
-    def add(run, name: str, text: str) -> Parser:
-        command = commands.add_parser(name, help=text, description=text, parents=[debug])
-        command.set_defaults(run=run)
-        return command
-
-    command = add(generate, "generate", "make a video from a prompt")
+def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompt")
     command.add_argument("-o", "--output", default="out.mp4", help=".mp4, .gif or .png; several frames as png: <name>_000.png, ...")
     command.add_argument("--model", default="tiny", help="a preset (kandinsky presets), a local path or a hub repository (default: tiny)")
@@ -158,25 +161,67 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--precision", choices=("fp32", "reference"), help="of the latents; reference rounds as the official code does")
     command.add_argument("--offload", action="store_true", help="keep on the GPU only the part that is working")
     command.add_argument("--strip", metavar="FILE.png", help="also write some frames side by side")
-    _decoding(command)
+    _decoding_arguments(command)
 
-    command = add(decode, "decode", "decode saved latents again")
+
+def _decode_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("latents", help="a .latents.safetensors file")
     command.add_argument("-o", "--output", help="default: the name of the latents, as .mp4")
     command.add_argument("--model", help="whose VAE to use (default: the model that made the latents)")
-    _decoding(command)
+    _decoding_arguments(command)
 
-    add(presets, "presets", "list the released checkpoints")
-    add(doctor, "doctor", "show what this machine offers, and what runs for each operator")
-    return parser
+
+def _decoding_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
+    command.add_argument("--vae-policy", choices=("global", "official"),
+                         help="decode in one piece, or in the published pipeline's tiles (default: one piece while the clip is small)")
+
+
+def _train_tiny_arguments(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(chatty=True)
+    command.add_argument("-o", "--output", default="tiny", metavar="FOLDER", help="where the model goes (default: tiny)")
+    command.add_argument("--seed", type=int, default=2026)
+    command.add_argument("--resume", action="store_true", help="train what is in the folder further")
+    command.add_argument("--device", default="cpu")
+
+
+def _check_tiny_arguments(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(chatty=True)
+    command.add_argument("folder", nargs="?", help="a folder of train-tiny (default: the bundled model)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--steps", type=int)
+    command.add_argument("--guidance", type=float)
+    command.add_argument("--count", type=int, help="only the first of the 48 prompts")
+    command.add_argument("--json", metavar="FILE", help="also write every verdict")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar; each command's function is `run` of what it parses."""
+    kandinsky = Parser(prog="kandinsky", description="Text to video with Kandinsky 5.0.")
+    commands = kandinsky.add_subparsers(required=True, metavar="command")
+    for run, arguments, text in (
+        (generate, _generate_arguments, "make a video from a prompt"),
+        (decode, _decode_arguments, "decode saved latents again"),
+        (presets, None, "list the released checkpoints"),
+        (doctor, None, "show what this machine offers, and what runs for each operator"),
+        (train_tiny, _train_tiny_arguments, "train the bundled model from nothing"),
+        (check_tiny, _check_tiny_arguments, "measure how often the bundled model draws what is asked"),
+    ):
+        command = commands.add_parser(run.__name__.replace("_", "-"), help=text, description=text)
+        command.set_defaults(run=run, chatty=False)
+        command.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+        if arguments:
+            arguments(command)
+    return kandinsky
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    logging.basicConfig(format="note: %(message)s")
+    args = parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s" if args.chatty else "note: %(message)s")
+    logging.getLogger(__package__).setLevel(logging.INFO if args.chatty else logging.WARNING)
     if not sys.stderr.isatty():  # before the hub library and transformers are imported: they read it then
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    args = _parser().parse_args(argv)
     try:
         args.run(args)
     except KeyboardInterrupt:

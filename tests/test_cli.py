@@ -2,7 +2,10 @@
 """The command line: what it writes and prints, and that every failure is one sentence and exit status 2."""
 import io
 import json
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -11,7 +14,7 @@ from tiny_models import SMALL_ARGS
 
 import kandinsky_kernels
 from kandinsky_model import pipeline, video
-from kandinsky_model.__main__ import main
+from kandinsky_model.__main__ import main, parser
 from kandinsky_model.locate import TINY
 
 PROMPT = "a red circle moving right"
@@ -218,3 +221,26 @@ def test_presets_lists_every_one(run):
 
     status, out, _ = run("presets")
     assert status == 0 and [line.split()[0] for line in out.splitlines()[1:]] == list(PRESETS)
+
+
+def test_commands_of_the_readme_exist():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^(kandinsky .*)$|`(kandinsky [^`]+)`", readme, re.MULTILINE)
+    assert len(commands) > 5
+    for line, inline in commands:
+        assert parser().parse_args(shlex.split(line or inline)[1:]).run
+
+
+def test_train_and_check_hand_their_arguments_on(run, monkeypatch, tmp_path):
+    import kandinsky_model.check_tiny
+    import kandinsky_model.train_tiny
+    from kandinsky_model.shapes import held_out
+
+    calls = []
+    shares = dict.fromkeys(("color", "background", "color_and_background", "shape", "motion", "all"), 0.5)
+    monkeypatch.setattr(kandinsky_model.train_tiny, "train_tiny", lambda *a, **k: calls.append((a, k)) or a[0])
+    monkeypatch.setattr(kandinsky_model.check_tiny, "check_tiny", lambda *a: calls.append(a) or {"prompts": 3, **shares})
+    assert run("train-tiny", "-o", "here", "--seed", "4") == (0, "here\n", "")
+    status, out, _ = run("check-tiny", "here", "--count", "3", "--json", "r.json")
+    assert status == 0 and out.count("50.0%") == 6 and json.loads((tmp_path / "r.json").read_text())["prompts"] == 3
+    assert calls == [(("here",), {"seed": 4, "resume": False, "device": "cpu"}), ("here", 0, None, None, held_out()[:3])]

@@ -175,7 +175,8 @@ def test_decoding_goes_through_the_named_policy_and_scale(model, tmp_path):
     assert official.settings.vae_policy == "official" and video.settings.vae_policy == "global"
     assert not torch.equal(official.frames, video.frames)
     unscaled = (video.latents / model.vae.config.scaling_factor).permute(0, 4, 1, 2, 3)
-    wanted = ((model.vae.decode(unscaled, "official")[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)
+    with torch.no_grad():  # as the pipeline does: with gradients recorded the VAE takes another way, which rounds differently
+        wanted = ((model.vae.decode(unscaled, "official")[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)
     assert torch.equal(official.frames, wanted.round().byte())
     assert torch.equal(model.open(tmp_path / "a.safetensors", vae_policy="official", precision="reference").frames, wanted.byte())
 
