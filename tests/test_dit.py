@@ -21,7 +21,7 @@ CONFIG = DiTConfig(in_text_dim=48, in_text_dim2=24, time_dim=64, model_dim=128, 
                    visual_cond=True)
 SCALE = (1.0, 2.0, 3.16)
 NABLA = NablaConfig(0.5, (1, 1, 1))
-SEED_WITHOUT_FLIPS = 1
+SEED_WITHOUT_FLIPS, SEED_WITH_FLIPS = 1, 5
 MODES = {"dense": None, "nabla": NABLA}
 
 
@@ -192,6 +192,17 @@ def test_equals_diffusers(oracle, mode):
     assert errors["stock"] <= 3e-4
     assert errors["stock, with our cast"] <= 5e-5  # a last-bit difference before the cast may become one bf16 step
     assert rel_l2(exact, stock) > 1e-4  # the cast was really there
+
+
+def test_our_cast_also_picks_the_blocks_of_stock_diffusers(oracle):
+    """With this seed the cast does push blocks across the threshold, so the means must be those of the rounded queries and keys."""
+    grid = Grid(3, 16, 24)
+    dit, data = build(seed=SEED_WITH_FLIPS), inputs(CONFIG, grid)
+    with torch.no_grad():
+        stock = run_oracle(oracle(dit, stripped=False), data, grid, NABLA)
+    exact, rounded = (dit(*data, make_plan(CONFIG, grid, SCALE, NABLA, rope_cast=cast)) for cast in (None, torch.bfloat16))
+    assert rel_l2(exact, stock) > 1e-3
+    assert rel_l2(rounded, stock) <= 5e-5
 
 
 def test_gradients_equal_diffusers(oracle):
