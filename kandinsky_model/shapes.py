@@ -185,11 +185,15 @@ def _nearest_color(rgb):
 def _best_shape(mask, center):
     """Compare a mask [H, W] with every outline redrawn at the same centroid and area. Returns (word, intersection over union)."""
     area = float(mask.sum())
+    margin = int(math.sqrt(area) / 2)  # an outline of this area may reach beyond the mask
+    rows, columns = (mask.any(1).nonzero()[[0, -1], 0], mask.any(0).nonzero()[[0, -1], 0])
+    top, left = max(0, int(rows[0]) - margin), max(0, int(columns[0]) - margin)
+    mask = mask[top : int(rows[1]) + margin + 1, left : int(columns[1]) + margin + 1]
     scores = {}
     for shape, corners in SHAPES.items():
         unit = math.pi if corners is None else _area(corners)
-        share = coverage(shape, torch.tensor([center[0]]), torch.tensor([center[1]]), math.sqrt(area / unit), (0, 0, *mask.shape))[0]
-        redrawn = share >= 0.5
+        x, y = torch.tensor(center)[:, None]
+        redrawn = coverage(shape, x, y, math.sqrt(area / unit), (top, left, *mask.shape))[0] >= 0.5
         scores[shape] = float((redrawn & mask).sum()) / max(1.0, float((redrawn | mask).sum()))
     best = max(scores, key=scores.get)
     return (best if scores[best] >= 0.75 else "none"), scores[best]
@@ -202,8 +206,8 @@ def _area(corners):
 def judge(frames):
     """Measure a clip: uint8 [F, H, W, 3] -> Verdict, from the first, middle and last frame, by arithmetic alone.
 
-    Background: palette colour nearest to the median of the border. Object: pixels further than 55 (RGB) from it, at least 1 % of
-    the frame. Colour: palette colour nearest to the object's median. Shape: the outline with the best overlap, at least 0.75, in at
+    Background: palette colour nearest to the median of the border. Object: pixels further than 55 (RGB) from it, 1 to 50 % of the
+    frame. Colour: palette colour nearest to the object's median. Shape: the outline with the best overlap, at least 0.75, in at
     least two of three frames. Motion: the axis along which the centroid moves, still below 20 px, none when it moves diagonally.
     Raises ValueError for another layout or dtype.
     """
@@ -215,7 +219,8 @@ def judge(frames):
     ground = border.median(0).values
     background = _nearest_color(ground)
     masks = (chosen - ground).square().sum(-1).sqrt() > 55  # [3, H, W]
-    if int(masks.sum((1, 2)).min()) < 0.01 * masks[0].numel():
+    share = masks.float().mean((1, 2))
+    if share.min() < 0.01 or share.max() > 0.5:
         return Verdict("none", "none", "none", background)
     color = _nearest_color(chosen[masks].median(0).values)
     rows, columns = torch.arange(masks.shape[1]) + 0.5, torch.arange(masks.shape[2]) + 0.5

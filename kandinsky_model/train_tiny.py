@@ -24,7 +24,7 @@ from .dit import DiffusionTransformer3D, make_plan
 from .geometry import Grid
 from .text import UNKNOWN, TinyTextEncoder
 from .train import Average, Clock, Optimizer, training_dtype
-from .vae import Downsample, FrameCausalAttention, HunyuanVideoVAE, ResnetBlock, Upsample, sample_posterior
+from .vae import CausalConv3d, Downsample, FrameCausalAttention, HunyuanVideoVAE, ResnetBlock, Upsample, sample_posterior
 from .weights import load_dit, load_vae, save_dit, save_vae
 
 logger = logging.getLogger(__name__)
@@ -34,12 +34,12 @@ ALIASES = {"grey": "gray", "disc": "circle", "disk": "circle", "ball": "circle",
 
 @dataclass(frozen=True)
 class VAEPlan:
-    """How the VAE is trained. `phases` = (steps, clips, frames, side in pixels): small still crops first, whole clips last."""
+    """How the VAE is trained. `phases` = (steps, clips, frames, side in pixels): still crops first, then clips, whole ones last."""
 
     rate: float = 4e-3
     kl_weight: float = 1e-3
     average: float = 0.99
-    phases: tuple = ((1400, 16, 1, 32), (400, 8, 1, 64), (900, 4, 5, 64), (200, 1, 17, 128), (24, 1, 17, 256))
+    phases: tuple = ((1400, 16, 1, 32), (400, 8, 1, 64), (900, 2, 17, 64), (300, 1, 17, 128), (30, 1, 17, 256))
 
 
 def to_video(frames):
@@ -100,16 +100,33 @@ def start_linear(vae):
             weight.mul_(0.2).add_(torch.eye(len(weight))[:, :, None, None, None] * last)
 
 
-def train_vae(config, plan, seed, device="cpu"):
-    """Train a VAE of `config`; returns (vae with centred latents of unit variance, log of losses)."""
+@torch.no_grad()
+def fold_time(vae):
+    """Give each convolution's whole temporal weight to its newest tap; what a still picture yields does not change.
+
+    Stills teach only the sum of the taps, and spread evenly it delays a clip by a frame per layer, by more than its length in all.
+    """
+    for module in vae.modules():
+        if isinstance(module, CausalConv3d) and module.conv.kernel_size[0] == 3:
+            weight = module.conv.weight  # [out, in, 3, 3, 3]
+            weight[:, :, 2] = weight.sum(2)
+            weight[:, :, :2] = 0
+
+
+def train_vae(config, plan, seed, device="cpu", start=None):
+    """Train a VAE of `config`, or train on from the VAE `start`; returns (vae with centred latents of unit variance, losses)."""
     torch.manual_seed(seed)
     generator, dtype = random.Random(seed), training_dtype(device)
-    vae = HunyuanVideoVAE(replace(config, scaling_factor=1.0))
-    start_linear(vae)
-    vae.to(device)
+    vae = start
+    if start is None:
+        vae = HunyuanVideoVAE(replace(config, scaling_factor=1.0))
+        start_linear(vae)
+    vae.train().requires_grad_(True).to(device)
     schedule = [phase[1:] for phase in plan.phases for _ in range(phase[0])]
     optimizer, average, clock = Optimizer(vae), Average(vae, plan.average), Clock(len(schedule))
     for step, shape in enumerate(schedule):
+        if step and shape[1] > 1 and schedule[step - 1][1] == 1:
+            fold_time(vae)
         video = crop_batch(*shape, generator).to(device)
         with torch.autocast(video.device.type, dtype, enabled=dtype != torch.float32):
             loss, l1, kl = vae_loss(vae, video, plan.kl_weight)
@@ -144,7 +161,7 @@ class FlowPlan:
     rate: float = 2e-3
     average: float = 0.995
     copies: int = 1
-    phases: tuple = ((1200, 16, 1, False), (700, 6, 5, False), (120, 4, 5, True))
+    phases: tuple = ((1000, 16, 1, False), (700, 6, 5, False), (50, 4, 5, True))
     drop: float = 0.1
     unknown: float = 0.02
 
@@ -234,7 +251,8 @@ def sample_times(count, scale):
 def train_flow(networks, pool, plan, preset, seed, on_average=None):
     """Train transformer and text encoder on the pool; returns (averaged networks, log of losses).
 
-    on_average(averaged networks, losses) is called after every tenth of the steps, so that something loadable exists early.
+    on_average(averaged networks, losses) is called after every tenth of the steps, so that something loadable exists early. The log
+    holds the mean loss of 20 steps, and of the noisiest quarter of their clips, where only the prompt can help.
     """
     torch.manual_seed(seed)
     generator, device = random.Random(seed), next(networks.parameters()).device
@@ -249,12 +267,13 @@ def train_flow(networks, pool, plan, preset, seed, on_average=None):
         clean, words = pool.batch(clips, frames, generator)
         prompts = [shapes.random_prompt(c, generator) for c in words]
         times = sample_times(clips, preset.scheduler_scale).to(device)
-        loss = flow_loss(networks, clean.to(device), prompts, plans[frames, sparse], times, (plan, generator, dtype)).mean()
-        optimizer.step(loss, clock.rate(step, plan.rate))
+        losses = flow_loss(networks, clean.to(device), prompts, plans[frames, sparse], times, (plan, generator, dtype))
+        optimizer.step(losses.mean(), clock.rate(step, plan.rate))
         average.update(networks, step)
-        recent.append(loss.item())
-        if step % 20 == 19:
-            clock.record(step, loss=sum(recent) / len(recent), frames=frames, sparse=sparse)
+        recent.append(torch.stack([times, losses.detach()]))
+        if step % 20 == 19 or step + 1 == len(schedule):
+            t, losses = torch.cat(recent, 1)
+            clock.record(step, loss=losses.mean().item(), noisy=losses[t >= t.quantile(0.75)].mean().item(), frames=frames, sparse=sparse)
             recent = []
         if on_average and step % (len(schedule) // 10 + 1) == len(schedule) // 10:
             on_average(average.module, clock.losses)
@@ -295,38 +314,46 @@ def read_log(folder):
     return json.loads(path.read_text())["stages"] if path.is_file() else []
 
 
-def train_tiny(out_dir, seed=2026, vae_plan=VAEPlan(), flow_plan=FlowPlan(), resume=False, device="cpu"):
+def train_tiny(out_dir, seed=2026, vae_plan=None, flow_plan=None, resume=False, device="cpu"):
     """Train the bundle into `out_dir`: vae/, transformer/, text_encoder/ and training.json with seed, plans, losses and machine.
 
-    With `resume` an existing vae/ is kept, and existing networks are trained further with a fresh optimizer; training.json then gets one
-    more entry per stage run, so that it tells how the weights came about. Returns the folder.
-    Encoded clips stay in out_dir/pool.safetensors, which is not part of the bundle.
+    With `resume` an existing vae/ is kept, or trained further where a `vae_plan` is given, and existing networks are trained further;
+    each time with a fresh optimizer and other random numbers. training.json gets one more entry per stage run, so that it tells how the
+    weights came about. Returns the folder. Encoded clips stay in out_dir/pool.safetensors, which is not part of the bundle.
     """
     folder, preset = Path(out_dir), PRESETS["tiny"]
     folder.mkdir(parents=True, exist_ok=True)
     if not resume:
         (folder / LOG_NAME).unlink(missing_ok=True)
-    if not (resume and (folder / "vae").is_dir()):
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        entry = {"stage": "vae", "started": started, "seed": seed, "machine": machine(), "plan": asdict(vae_plan)}
-        vae, losses = train_vae(preset.vae, vae_plan, seed, device)
+    vae_known = resume and (folder / "vae").is_dir()
+    if vae_plan or not vae_known:
+        entry, vae_plan = _entry(folder, "vae", seed, vae_known, vae_plan or VAEPlan())
+        start = load_vae(folder / "vae", dtype=torch.float32) if vae_known else None
+        vae, losses = train_vae(preset.vae, vae_plan, entry["seed"], device, start)
         save_vae(vae.half(), folder / "vae")
         (folder / POOL_NAME).unlink(missing_ok=True)
         write_log(folder, {**entry, "seconds": losses[-1]["seconds"], "losses": losses})
+    flow_plan = flow_plan or FlowPlan()
     pool = make_pool(folder, flow_plan.copies, seed, device)
 
     known = resume and (folder / "transformer").is_dir()
     networks = (load_networks(folder) if known else new_networks(preset.dit, seed)).to(device)
-    seed += sum(stage["stage"] == "flow" for stage in read_log(folder))  # a continuation sees other noise
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    entry = {"stage": "flow", "started": started, "seed": seed, "machine": machine(), "continued": known, "plan": asdict(flow_plan)}
+    entry, flow_plan = _entry(folder, "flow", seed, known, flow_plan)
 
     def keep(average, losses):
         save_networks(average, folder, preset)
-        write_log(folder, {**entry, "steps": losses[-1]["step"] + 1, "seconds": losses[-1]["seconds"], "losses": losses})
+        if losses:
+            write_log(folder, {**entry, "steps": losses[-1]["step"] + 1, "seconds": losses[-1]["seconds"], "losses": losses})
 
-    keep(*train_flow(networks, pool, flow_plan, preset, seed, keep))
+    keep(*train_flow(networks, pool, flow_plan, preset, entry["seed"], keep))
     return folder
+
+
+def _entry(folder, stage, seed, continued, plan):
+    """The head of a stage's log entry, and its plan. The seed grows by one with each earlier run of the stage."""
+    seed += sum(old["stage"] == stage for old in read_log(folder))
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    return {"stage": stage, "started": started, "seed": seed, "machine": machine(), "continued": continued, "plan": asdict(plan)}, plan
 
 
 def make_pool(folder, copies, seed, device):
