@@ -17,25 +17,64 @@ from .config import VAEConfig
 
 POLICIES = ("global", "official")
 _EPS = 1e-6
-_BLOCK_LIMIT = 2**31  # elements of the widest activation of one tile, the bound of 32-bit indexing
+
+
+def _group_affine(norm: nn.GroupNorm, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift [B, 1, 1, C] with norm(x) = x * scale + shift, for rows [B, T, Y, X, C].
+
+    Sums are taken around each group's mean in the first frame, over Y in fp32 and from there in fp64: PyTorch's channels-last
+    GroupNorm adds a million squares in one fp32 number and is 3e-4 off at 17 x 256 x 256.
+    """
+    (batch, frames, height, width, channels), groups = rows.shape, norm.num_groups
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    pivot = rows[:, 0].to(dtype).unflatten(-1, (groups, -1)).mean((1, 2, 4))  # [B, G]
+    offset = pivot.repeat_interleave(channels // groups, 1).view(batch, 1, 1, channels)
+    sums = rows.new_zeros(2, batch, width, channels, dtype=torch.float64)
+    for t in range(frames):  # one frame at a time stays in the cache
+        frame = rows[:, t] - offset
+        sums[0] += frame.sum(1)
+        sums[1] += frame.square_().sum(1)
+    count = frames * height * width * channels // groups
+    first, second = sums.sum(2).unflatten(-1, (groups, -1)).sum(-1, keepdim=True) / count  # 2 x [B, G, 1]
+    scale = norm.weight.double().view(groups, -1) / (second - first.square() + norm.eps).sqrt()  # [B, G, C/G]
+    shift = norm.bias.double().view(groups, -1) - (pivot.double().unsqueeze(-1) + first) * scale
+    return tuple(v.to(rows.dtype).view(batch, 1, 1, channels) for v in (scale, shift))
 
 
 class CausalConv3d(nn.Module):
-    """3-D convolution of [B, C, T, Y, X]: borders repeat, and output frame t sees input frames <= t (times the stride) only."""
+    """3-D convolution of [B, C, T, Y, X]: borders repeat, and output frame t sees input frames <= t (times the stride) only.
+
+    `forward(x, norm)` convolves silu(norm(x)). Without autograd on a CPU that is written straight into the padded,
+    channels-last input of the convolution: the layout oneDNN is fastest in, and one new buffer instead of three.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)):
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
         self.padding = (kernel // 2,) * 4 + (kernel - 1, 0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.GroupNorm | None = None) -> Tensor:
+        if norm is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
+            return self.conv(self._norm_silu_pad(x, norm))  # [B, C', T', Y', X']
+        if norm is not None:
+            x = F.silu(norm(x))
         if any(self.padding):
             x = F.pad(x, self.padding, mode="replicate")  # [B, C, T + 2, Y + 2, X + 2]
         return self.conv(x)  # [B, C', T', Y', X']
 
-
-def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+    def _norm_silu_pad(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
+        rows = x.permute(0, 2, 3, 4, 1).contiguous()  # [B, T, Y, X, C]
+        scale, shift = _group_affine(norm, rows)
+        batch, frames, height, width, channels = rows.shape
+        padded = rows.new_empty(batch, frames + 2, height + 2, width + 2, channels)
+        for t in range(frames):
+            frame = padded[:, t + 2]
+            inner = frame[:, 1:-1, 1:-1]
+            F.silu(torch.addcmul(shift, rows[:, t], scale, out=inner), inplace=True)
+            frame[:, 0, 1:-1], frame[:, -1, 1:-1] = inner[:, 0], inner[:, -1]
+            frame[:, :, 0], frame[:, :, -1] = frame[:, :, 1], frame[:, :, -2]
+        padded[:, :2] = padded[:, 2:3]
+        return padded.permute(0, 4, 1, 2, 3)  # [B, C, T + 2, Y + 2, X + 2]
 
 
 class ResnetBlock(nn.Module):
@@ -50,9 +89,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = CausalConv3d(in_channels, out_channels, kernel=1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(_norm_silu(self.norm1, x))
-        h = self.conv2(_norm_silu(self.norm2, h))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = self.conv2(self.conv1(x, self.norm1), self.norm2)
+        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class FrameCausalAttention(nn.Module):
@@ -70,15 +108,16 @@ class FrameCausalAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        frames, area = x.shape[2], x.shape[3] * x.shape[4]
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, T*Y*X, C]
+        frames, height, width = x.shape[2:]
+        area = height * width
+        tokens = self.group_norm(x.contiguous()).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, T*Y*X, C]
         query, key, value = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         out = []
         for end in range(area, frames * area + 1, area):
             q, k, v = query[:, :, end - area : end], key[:, :, :end], value[:, :, :end]
             out.append(F.scaled_dot_product_attention(q, k, v))  # [B, 1, Y*X, C]
-        out = self.to_out[0](torch.cat(out, dim=2))  # [B, 1, T*Y*X, C]
-        return x + out.squeeze(1).transpose(1, 2).reshape(x.shape)  # [B, C, T, Y, X]
+        out = self.to_out[0](torch.cat(out, dim=2)).squeeze(1)  # [B, T*Y*X, C]
+        return x + out.unflatten(1, (frames, height, width)).permute(0, 4, 1, 2, 3)  # [B, C, T, Y, X]
 
 
 class MidBlock(nn.Module):
@@ -113,61 +152,60 @@ class Upsample(nn.Module):
         self.conv = CausalConv3d(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        time, height, width = self.factors
-        if width > 1:
-            x = x.repeat_interleave(width, dim=4)  # [B, C, T, Y, 2X]
-        if height > 1:
-            x = x.repeat_interleave(height, dim=3)  # [B, C, T, 2Y, 2X]
-        if time > 1:
-            x = x.repeat_interleave(time, dim=2)[:, :, time - 1 :]  # [B, C, 2T - 1, 2Y, 2X]
-        return self.conv(x)
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            time, height, width = self.factors
+            x = x.repeat_interleave(width, dim=4).repeat_interleave(height, dim=3)  # [B, C, T, 2Y, 2X]
+            return self.conv(x.repeat_interleave(time, dim=2)[:, :, time - 1 :])  # [B, C, 2T - 1, 2Y, 2X]
+        return self.conv.conv(self._upsample_pad(x))
+
+    def _upsample_pad(self, x: Tensor) -> Tensor:
+        """Both in one gather of channel rows, so that the large tensor is written once."""
+        rows = x.permute(0, 2, 3, 4, 1).contiguous()  # [B, T, Y, X, C]
+        (frames, height, width), (time, up, across) = rows.shape[1:4], self.factors
+        t = (torch.arange(-2, time * (frames - 1) + 1).clamp(min=0) + time - 1) // time
+        y = torch.arange(-1, up * height + 1).clamp(0, up * height - 1) // up
+        z = torch.arange(-1, across * width + 1).clamp(0, across * width - 1) // across
+        index = (t[:, None, None] * height + y[:, None]) * width + z  # [T', Y', X']
+        padded = rows.flatten(1, 3).index_select(1, index.flatten()).unflatten(1, index.shape)
+        return padded.permute(0, 4, 1, 2, 3)  # [B, C, T', Y', X'], T' = time (T - 1) + 3
 
 
-class DownBlock(nn.Module):
-    """`layers` resnets, then the strided convolution if this level shrinks anything."""
+class Level(nn.Module):
+    """`layers` resnets, then what resizes the level, under its published name (`downsamplers` or `upsamplers`)."""
 
-    def __init__(self, channels: tuple[int, int], layers: int, groups: int, factors: tuple[int, int, int]):
+    def __init__(self, channels: tuple[int, int], layers: int, groups: int, name: str, resize: nn.Module | None):
         super().__init__()
         inputs = (channels[0],) + (channels[1],) * (layers - 1)
         self.resnets = nn.ModuleList([ResnetBlock(c, channels[1], groups) for c in inputs])
-        self.downsamplers = nn.ModuleList([Downsample(channels[1], factors)] if max(factors) > 1 else [])
+        self.add_module(name, nn.ModuleList([resize] if resize is not None else []))
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
-
-
-class UpBlock(nn.Module):
-    """`layers` resnets, then the upsampler if this level grows anything."""
-
-    def __init__(self, channels: tuple[int, int], layers: int, groups: int, factors: tuple[int, int, int]):
-        super().__init__()
-        inputs = (channels[0],) + (channels[1],) * (layers - 1)
-        self.resnets = nn.ModuleList([ResnetBlock(c, channels[1], groups) for c in inputs])
-        self.upsamplers = nn.ModuleList([Upsample(channels[1], factors)] if max(factors) > 1 else [])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
+        for layers in self.children():
+            for layer in layers:
+                x = layer(x)
         return x
 
 
 def _level_factors(config: VAEConfig) -> list[tuple[int, int, int]]:
-    """(time, height, width) factor of each level, in the order the network meets them, the same for encoder and decoder.
+    """(time, height, width) factor of each level in the order a network meets them, the same for encoder and decoder.
 
-    Space changes in the first log2(8) levels; time in the log2(4) levels before the last.
+    Space changes in the first three levels, time in the two before the last. ValueError for what these cannot add up to.
     """
-    levels = len(config.block_out_channels)
-    spatial, temporal = int(math.log2(config.spatial_compression)), int(math.log2(config.temporal_compression))
-    if config.temporal_compression != 4 or config.spatial_compression != 2**spatial or levels < max(spatial, temporal + 1):
+    count, factors = len(config.block_out_channels), (config.temporal_compression, config.spatial_compression)
+    if count < 3 or factors != (4, 8):
         raise ValueError(
-            f"the VAE needs temporal_compression 4, a power of two in space and at least {max(spatial, temporal + 1)} levels, got "
-            f"{config.temporal_compression}, {config.spatial_compression} and {levels} block_out_channels: correct the VAE config"
+            f"a VAE must have 3 or more block_out_channels and compress time by 4 and space by 8, got {count} and {factors}: "
+            "correct its config"
         )
-    time = [2 if levels - 1 - temporal <= i < levels - 1 else 1 for i in range(levels)]
-    space = [2 if i < spatial else 1 for i in range(levels)]
-    return [(t, s, s) for t, s in zip(time, space)]
+    return [(2 if count - 3 <= i < count - 1 else 1, *(2 if i < 3 else 1,) * 2) for i in range(count)]
+
+
+def _levels(config: VAEConfig, widths: tuple[int, ...], layers: int, name: str, resize: type) -> nn.ModuleList:
+    levels = []
+    for i, (factors, width) in enumerate(zip(_level_factors(config), widths, strict=True)):
+        step = resize(width, factors) if max(factors) > 1 else None
+        levels.append(Level((widths[max(i - 1, 0)], width), layers, config.norm_num_groups, name, step))
+    return nn.ModuleList(levels)
 
 
 class Encoder(nn.Module):
@@ -176,10 +214,8 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
-        pairs = zip((widths[0], *widths), widths)
         self.conv_in = CausalConv3d(3, widths[0])
-        blocks = [DownBlock(p, config.layers_per_block, groups, f) for p, f in zip(pairs, _level_factors(config))]
-        self.down_blocks = nn.ModuleList(blocks)
+        self.down_blocks = _levels(config, widths, config.layers_per_block, "downsamplers", Downsample)
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPS)
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
@@ -188,7 +224,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(_norm_silu(self.conv_norm_out, self.mid_block(x)))
+        return self.conv_out(self.mid_block(x), self.conv_norm_out)
 
 
 class Decoder(nn.Module):
@@ -197,11 +233,9 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        pairs = zip((widths[0], *widths), widths)
         self.conv_in = CausalConv3d(config.latent_channels, widths[0])
         self.mid_block = MidBlock(widths[0], groups)
-        blocks = [UpBlock(p, config.layers_per_block + 1, groups, f) for p, f in zip(pairs, _level_factors(config))]
-        self.up_blocks = nn.ModuleList(blocks)
+        self.up_blocks = _levels(config, widths, config.layers_per_block + 1, "upsamplers", Upsample)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPS)
         self.conv_out = CausalConv3d(widths[-1], 3)
 
@@ -209,18 +243,18 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(_norm_silu(self.conv_norm_out, x))
+        return self.conv_out(x, self.conv_norm_out)
 
 
 @dataclass(frozen=True)
 class TilePlan:
     """Fixed tiles of the `official` policy, in output frames and pixels.
 
-    Time: tiles of `frames` every `frame_stride`; each later tile drops its first frame and its next frames fade in linearly
-    over the overlap (17, 8: eight frames). The last tile is cut where the video ends.
-    Space: tiles of `height` x `width`, neighbours sharing `overlap` pixels that fade linearly, vertically then horizontally.
-    The last tile is moved inwards to end at the border; what it then shares beyond `overlap` comes from its neighbour.
-    A side no longer than its tile is one tile.
+    Time: tiles of `frames` every `frame_stride`. Each later tile drops its first frame and fades in linearly over the
+    frames it then shares with the one before (17 and 8: eight of them). The last tile is cut where the video ends.
+    Space: tiles of `height` x `width`; neighbours share `overlap` pixels, faded linearly, vertically and then horizontally.
+    The last tile is moved inwards to end at the border, and what it then shares beyond `overlap` is its neighbour's.
+    A side no longer than its tile is one tile. ValueError for sizes that are not whole latents or leave no stride.
     """
 
     height: int
@@ -230,49 +264,47 @@ class TilePlan:
     frame_stride: int = 8
 
     def __post_init__(self):
-        pixels = (self.height, self.width, self.overlap)
-        if any(p % 8 or p < 0 for p in pixels) or min(self.height, self.width) <= self.overlap:
-            raise ValueError(f"a tile needs height and width above its overlap, all multiples of 8, got {pixels}: round them to 8")
+        sizes = (self.height, self.width, self.overlap)
+        if any(size % 8 or size < 0 for size in sizes) or min(self.height, self.width) <= self.overlap:
+            raise ValueError(f"a tile's height and width must exceed its overlap, all multiples of 8, got {sizes}: round them up")
         if self.frames % 4 != 1 or self.frame_stride % 4 or not 0 < self.frame_stride < self.frames:
             raise ValueError(
-                f"a tile needs 4k+1 frames and a stride that is a smaller multiple of 4, got {self.frames} and {self.frame_stride}: "
-                "use for example 17 and 8"
+                f"a tile must have 4k+1 frames and a smaller stride divisible by 4, got {self.frames} and {self.frame_stride}: "
+                "take for example 17 and 8"
             )
 
     @classmethod
     def for_frame(cls, height: int, width: int) -> "TilePlan":
-        """The plan of a frame of height x width pixels, a function of the size alone (upstream also asks for free memory).
+        """The plan for frames of height x width pixels: a function of the size alone, where upstream also asks for free memory.
 
-        One tile while 256 channels x 17 frames x (height + 32) x (width + 32) stay below 2^31 elements (512x768 does); else the
-        smallest number n of such parts, the long side in ceil(sqrt(n r)) tiles and the short one in ceil(sqrt(n / r)), r their
-        ratio. A tile is the least multiple of 8 with which that many tiles, 32 pixels shared, cover the side: upstream's
-        size wherever upstream reaches the border (768x1280: 2x3 tiles of 400x448), 8 more where it does not (640x1408: 640x496).
+        n = ceil(256 * 17 * (height + 32) * (width + 32) / 2^31), the widest activation in 32-bit indices. n = 1 is one tile
+        (512x768 is); else the long side gets ceil(sqrt(n r)) tiles and the short one ceil(sqrt(n / r)), r their ratio, each the
+        least multiple of 8 that covers the side with 32 pixels shared. That is upstream's tile on a large GPU wherever upstream
+        reaches the border (768x1280: 2x3 of 400x448), and 8 pixels more where it stops short (640x1408: 1x3 of 640x496).
         """
-        parts = math.ceil(256 * 17 * (height + 32) * (width + 32) / _BLOCK_LIMIT)
-        ratio = max(height, width) / min(height, width)
-        few, many = math.ceil(math.sqrt(parts / ratio)), math.ceil(math.sqrt(parts * ratio))
-        rows, columns = (few, many) if width >= height else (many, few)
-        if parts == 1:
-            rows = columns = 1
-        tile_height, tile_width = (8 * math.ceil((size + 32 * (n - 1)) / n / 8) for size, n in ((height, rows), (width, columns)))
-        return cls(height=max(tile_height, 40), width=max(tile_width, 40))
+        parts, ratio = math.ceil(256 * 17 * (height + 32) * (width + 32) / 2**31), max(height, width) / min(height, width)
+        few, many = (math.ceil(math.sqrt(n)) if parts > 1 else 1 for n in (parts / ratio, parts * ratio))
+        counts = (few, many) if width >= height else (many, few)
+        # 40: a frame below the overlap is one tile as well
+        return cls(*(max(40, 8 * math.ceil((size + 32 * (n - 1)) / n / 8)) for size, n in zip((height, width), counts, strict=True)))
 
 
-def _starts(size: int, tile: int, stride: int) -> list[int]:
-    """Where tiles of one axis nominally begin: every `stride`, as many as are needed to reach `size`."""
-    return list(range(0, max(size - tile, 0) + stride, stride)) if size > tile else [0]
+def _starts(size: int, tile: int, stride: int) -> range:
+    """Where the tiles of one axis nominally begin: every `stride`, as many as it takes to reach `size`."""
+    return range(0, max(size - tile, 0) + (stride if size > tile else 1), stride)
 
 
 def _fade(before: Tensor, tile: Tensor, extent: int, dim: int) -> Tensor:
-    """`tile` with its first `extent` positions along `dim` faded in over the last `extent` of `before` (weights 0, 1/n, ...)."""
-    if extent == 0:
-        return tile
-    shape = [1] * tile.ndim
-    shape[dim] = extent
-    ramp = (torch.arange(extent, device=tile.device, dtype=tile.dtype) / extent).view(shape)
-    head, rest = tile.split((extent, tile.shape[dim] - extent), dim=dim)
-    tail = before.narrow(dim, before.shape[dim] - extent, extent)
-    return torch.cat((tail * (1 - ramp) + head * ramp, rest), dim=dim)
+    """`tile` with its first `extent` positions along `dim` faded in over the last `extent` of `before`: weights 0, 1/n, 2/n ..."""
+    shape = [extent if d == dim else 1 for d in range(tile.ndim)]
+    ramp = torch.arange(extent, device=tile.device, dtype=tile.dtype).div(extent).view(shape)
+    head, rest = tile.tensor_split((extent,), dim)
+    return torch.cat((before.narrow(dim, before.shape[dim] - extent, extent) * (1 - ramp) + head * ramp, rest), dim)
+
+
+def _join(tiles: list[Tensor], overlap: int, dim: int) -> Tensor:
+    """Each tile up to where the next one fades in, end to end."""
+    return torch.cat([tile.narrow(dim, 0, tile.shape[dim] - overlap) for tile in tiles[:-1]] + tiles[-1:], dim)
 
 
 class HunyuanVideoVAE(nn.Module):
@@ -282,7 +314,7 @@ class HunyuanVideoVAE(nn.Module):
     with F = 4 (T - 1) + 1. GroupNorm statistics span the whole tensor given, so what is computed together matters: see `decode`.
     """
 
-    def __init__(self, config: VAEConfig = VAEConfig()):
+    def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
@@ -296,77 +328,63 @@ class HunyuanVideoVAE(nn.Module):
         The mean is the posterior's mode; `sample_posterior` draws from it. ValueError unless F = 4 (T - 1) + 1 and H, W
         are positive multiples of 8.
         """
-        self._check(video, 3, "video", "[B, 3, F, H, W]")
+        _check(video, "video", "3, F, H, W")
         frames, height, width = video.shape[2:]
-        side, step = self.config.spatial_compression, self.config.temporal_compression
-        if frames % step != 1 or height % side or width % side:
+        if frames % 4 != 1 or height % 8 or width % 8:
             raise ValueError(
-                f"video needs {step}k+1 frames and sides divisible by {side}, got {frames} frames of {height}x{width}: crop or resize it"
+                f"video must have 4k+1 frames and sides divisible by 8, got {frames} frames of {height}x{width}: crop or resize it"
             )
-        return self.quant_conv(self.encoder(video)).chunk(2, dim=1)  # 2 x [B, C, T, H/8, W/8]
+        mean, logvar = self.quant_conv(self.encoder(video)).chunk(2, dim=1)  # [B, C, T, H/8, W/8]
+        return mean.contiguous(), logvar.contiguous()
 
     def decode(self, latents: Tensor, policy: str = "global", tiles: TilePlan | None = None) -> Tensor:
-        """Video [B, 3, 4 (T - 1) + 1, 8Y, 8X] of unscaled `latents` [B, latent_channels, T, Y, X], about -1..1, not clamped.
+        """Video [B, 3, 4 (T - 1) + 1, 8Y, 8X] of unscaled `latents` [B, latent_channels, T, Y, X]; about -1..1, not clamped.
 
         "global": the decoder once, over the whole latent. "official": the published pipeline's overlapping tiles, each with its
-        own statistics, under `tiles` or, where that is None, `TilePlan.for_frame` of the frame; the whole frame always comes out.
-        The two are different functions. ValueError for a wrong shape or policy, or tiles given to "global".
+        own statistics, under `tiles` or, without, `TilePlan.for_frame` of the frame; the whole frame always comes out.
+        The two are different functions. ValueError for a wrong shape or policy, or for tiles given to "global".
         """
-        self._check(latents, self.config.latent_channels, "latents", f"[B, {self.config.latent_channels}, T, Y, X]")
+        _check(latents, "latents", f"{self.config.latent_channels}, T, Y, X")
         if policy not in POLICIES or (policy == "global" and tiles is not None):
             raise ValueError(
-                f"decode policy must be one of {', '.join(POLICIES)}, and tiles go with official only, got {policy!r} "
-                f"with tiles {'given' if tiles else 'absent'}: name one policy"
+                f"policy must be one of {', '.join(POLICIES)}, and tiles only come with official, got {policy!r} and tiles {tiles}: "
+                "change one of them"
             )
         if policy == "global":
-            return self._decode_whole(latents)
-        side = self.config.spatial_compression
-        return self._decode_tiled(latents, tiles or TilePlan.for_frame(side * latents.shape[3], side * latents.shape[4]))
+            return self._decode(latents).contiguous()
+        plan = tiles or TilePlan.for_frame(8 * latents.shape[3], 8 * latents.shape[4])
+        length, faded, row = (plan.frames - 1) // 4, plan.frames - 1 - plan.frame_stride, []
+        for start in _starts(latents.shape[2] - 1, length, plan.frame_stride // 4):
+            tile = self._decode_frame_tiles(latents[:, :, start : start + length + 1], plan)  # [B, 3, <= frames, 8Y, 8X]
+            row.append(_fade(row[-1], tile[:, :, 1:], faded, dim=2) if row else tile)
+        return _join(row, faded, dim=2).contiguous()  # [B, 3, 4 (T - 1) + 1, 8Y, 8X]
 
-    def _check(self, x: Tensor, channels: int, name: str, shape: str) -> None:
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be a float tensor, got {x.dtype}: convert it first")
-        if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
-            raise ValueError(f"{name} must be a non-empty {shape}, got {list(x.shape)}: permute or crop it to that shape")
-
-    def _decode_whole(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents))  # [B, 3, 4 (T - 1) + 1, 8Y, 8X]
 
-    def _decode_tiled(self, latents: Tensor, plan: TilePlan) -> Tensor:
-        length, stride = (plan.frames - 1) // 4, plan.frame_stride // 4
-        blend = plan.frames - 1 - plan.frame_stride
-        starts = _starts(latents.shape[2] - 1, length, stride)
-        out, before = [], None
-        for start in starts:
-            tile = self._decode_frame_tiles(latents[:, :, start : start + length + 1], plan)  # [B, 3, <= frames, 8Y, 8X]
-            if before is not None:
-                tile = _fade(before, tile[:, :, 1:], blend, dim=2)
-            keep = tile.shape[2] if start == starts[-1] else plan.frame_stride + (start == 0)
-            out.append(tile[:, :, :keep])
-            before = tile
-        return torch.cat(out, dim=2)  # [B, 3, 4 (T - 1) + 1, 8Y, 8X]
-
     def _decode_frame_tiles(self, latents: Tensor, plan: TilePlan) -> Tensor:
-        side, (height, width) = self.config.spatial_compression, latents.shape[3:]
-        tile_size = (min(plan.height // side, height), min(plan.width // side, width))
-        rows, columns = (_starts(s, t, t - plan.overlap // side) for s, t in zip((height, width), tile_size))
-        out, above = [], []
-        for y in rows:
+        height, width = latents.shape[3:]
+        tile_height, tile_width, overlap = plan.height // 8, plan.width // 8, plan.overlap
+        above, strips = [], []
+        for y in _starts(height, tile_height, tile_height - overlap // 8):
             row: list[Tensor] = []
-            for x in columns:
-                top, left = min(y, height - tile_size[0]), min(x, width - tile_size[1])
-                tile = self._decode_whole(latents[..., top : top + tile_size[0], left : left + tile_size[1]])
-                tile = tile[..., side * (y - top) :, side * (x - left) :]  # the moved last tile, from its nominal start
-                if above:
-                    tile = _fade(above[len(row)], tile, plan.overlap, dim=3)
-                if row:
-                    tile = _fade(row[-1], tile, plan.overlap, dim=4)
-                row.append(tile)
-            steps = [side * (x2 - x1) for x1, x2 in zip(columns, columns[1:])] + [None]
-            strip = torch.cat([tile[..., :step] for tile, step in zip(row, steps)], dim=4)  # [B, 3, F, <= height, 8X]
-            out.append(strip if y == rows[-1] else strip[..., : plan.height - plan.overlap, :])
+            top = max(min(y, height - tile_height), 0)
+            for x in _starts(width, tile_width, tile_width - overlap // 8):
+                left = max(min(x, width - tile_width), 0)
+                tile = self._decode(latents[..., top : top + tile_height, left : left + tile_width])
+                tile = tile[..., 8 * (y - top) :, 8 * (x - left) :]  # a tile moved inwards counts from its nominal start
+                tile = _fade(above[len(row)], tile, overlap, dim=3) if above else tile
+                row.append(_fade(row[-1], tile, overlap, dim=4) if row else tile)
+            strips.append(_join(row, overlap, dim=4))  # [B, 3, F, <= height, 8X]
             above = row
-        return torch.cat(out, dim=3)  # [B, 3, F, 8Y, 8X]
+        return _join(strips, overlap, dim=3)  # [B, 3, F, 8Y, 8X]
+
+
+def _check(x: Tensor, name: str, shape: str) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must have a float dtype, got {x.dtype}: convert it first")
+    if x.ndim != 5 or str(x.shape[1]) != shape.split(",")[0] or 0 in x.shape:
+        raise ValueError(f"{name} must be a non-empty [B, {shape}], got {list(x.shape)}: permute or crop it to that shape")
 
 
 def sample_posterior(mean: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
