@@ -81,12 +81,9 @@ class QwenClipEncoder(nn.Module):
             raise RuntimeError(f"this checkpoint's text encoders require transformers >= 4.57, which cannot be imported ({error}); "
                                "pip install 'kandinsky-kernels[text]'") from error
 
-        class LanguageModel(Qwen2_5_VLTextModel):
-            _keys_to_ignore_on_load_unexpected = [r"visual\.", r"lm_head\."]
-
         config = AutoConfig.from_pretrained(sources.text_encoder, local_files_only=True)
-        qwen = _from_folder(LanguageModel, sources.text_encoder, dtype, config=config.text_config,
-                            key_mapping={r"^model\.language_model\.": "", r"^model\.(?!visual)": ""})
+        qwen = _from_folder(Qwen2_5_VLTextModel, sources.text_encoder, dtype, config=config.text_config,
+                            key_mapping={r"^model\.language_model\.": "model."})
         clip = _from_folder(CLIPTextModel, sources.text_encoder_2, torch.float32)
         return cls(qwen, AutoTokenizer.from_pretrained(sources.tokenizer, local_files_only=True), clip,
                    CLIPTokenizer.from_pretrained(sources.tokenizer_2, local_files_only=True),
@@ -94,7 +91,9 @@ class QwenClipEncoder(nn.Module):
 
 
 def _from_folder(kind: type, folder: Path, dtype: torch.dtype, **options) -> nn.Module:
-    """`kind.from_pretrained`, strict about missing tensors, with damaged files named before anything is read."""
+    """`kind.from_pretrained`, strict about missing tensors and silent about those of other parts; damaged files are named first."""
+    # The subclass keeps name and module, because transformers >= 5 picks its renaming of old tensor names by them.
+    kind = type(kind.__name__, (kind,), {"_keys_to_ignore_on_load_unexpected": [""], "__module__": kind.__module__})
     read_headers(find_weights(folder, "text_encoder")[0])
     model, report = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
                                          **options)
