@@ -68,7 +68,7 @@ def kernels() -> dict[str, dict[str, str]]:
             if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device):
                 row[device.lower()] = f"cpp ({extension.simd()})" if device == "CPU" else "cuda"
             elif device == "CPU":
-                row["cpu"] = f"reference: {extension_absence}"
+                row["cpu"] = f"reference: {extension_absence or 'the compiled extension has no kernel for this operator'}"
             else:
                 row["cuda"] = "reference: no GPU kernel for this operator yet"
         table[name] = row

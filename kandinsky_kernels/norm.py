@@ -87,7 +87,7 @@ def _check_heads(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | No
     for name, table in (("cos", cos), ("sin", sin)):
         if table is not None and table.shape != wanted:
             raise ValueError(f"{name} must have shape [S, D / 2] = {list(wanted)}, got {list(table.shape)}.")
-        if table is not None and table.dtype not in (torch.float32, torch.promote_types(x.dtype, torch.float32)):
+        if table is not None and table.dtype != torch.float32 and not table.dtype == x.dtype == torch.float64:
             raise TypeError(f"{name} must be float32, or float64 beside a float64 x, got {table.dtype}; cast it first.")
 
 

@@ -52,25 +52,36 @@ struct Moments {
   float scale, mean, offset, inverse;
 };
 
+struct Sums {
+  double values = 0, squares = 0;
+};
+
+// Sums of map.operator()<V>(i) and of its square over [0, n). A chain of additions is at most 64 long before it joins the
+// total: rounding grows with the chain, and narrow lanes make long ones.
+template <int W, class Map>
+KANDINSKY_INLINE Sums reduce(int64_t n, const Map& map) {
+  Sums sums;
+  for (int64_t start = 0; start < n; start += 64 * W) {
+    typename Lanes<W>::F values{}, squares{};
+    float rest = 0, rest_squares = 0;
+    sweep<W, 1>(std::min<int64_t>(64 * W, n - start), [&]<int V>(int64_t i) __attribute__((always_inline)) {
+      const auto x = map.template operator()<V>(start + i);
+      if constexpr (V == W) values += x, squares += x * x; else rest += x[0], rest_squares += x[0] * x[0];
+    });
+    sums.values += sum_lanes<W>(values) + rest;
+    sums.squares += sum_lanes<W>(squares) + rest_squares;
+  }
+  return sums;
+}
+
 template <int W>
 KANDINSKY_INLINE Moments moments(const float* row, int64_t n, float scale, double eps) {
-  using F = typename Lanes<W>::F;
-  F lanes{}, squares{};
-  float rest = 0, rest_squares = 0;
-  sweep<W, 1>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) {
-    const auto x = load<V>(row + i) * scale;
-    if constexpr (V == W) lanes += x; else rest += x[0];
-  });
-  const float mean = (sum_lanes<W>(lanes) + rest) / float(n);
-  lanes = F{}, rest = 0;
-  sweep<W, 1>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) {
-    const auto x = load<V>(row + i) * scale - mean;
-    if constexpr (V == W) lanes += x, squares += x * x; else rest += x[0], rest_squares += x[0] * x[0];
-  });
-  const float offset = (sum_lanes<W>(lanes) + rest) / float(n);
-  const float variance = (sum_lanes<W>(squares) + rest_squares) / float(n) - offset * offset;
-  const float small = std::max(float(eps * scale * scale), 1e-38f);
-  return {scale, mean, offset, 1.0f / std::sqrt(variance + small)};
+  const Sums first = reduce<W>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) { return load<V>(row + i) * scale; });
+  const float mean = float(first.values / double(n));
+  const Sums second = reduce<W>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) { return load<V>(row + i) * scale - mean; });
+  const double offset = second.values / double(n), variance = std::max(second.squares / double(n) - offset * offset, 0.0);
+  const double inverse = std::min(1.0 / std::sqrt(variance + eps * scale * scale), 3e38);  // finite for a huge constant
+  return {scale, mean, float(offset), float(inverse)};
 }
 
 template <int W>
@@ -153,14 +164,9 @@ struct NormRope {
 
   template <int W>
   KANDINSKY_INLINE float inverse_rms(const float* row) const {
-    typename Lanes<W>::F lanes{};
-    float rest = 0;
-    sweep<W, 1>(D, [&]<int V>(int64_t i) __attribute__((always_inline)) {
-      const auto v = load<V>(row + i);
-      if constexpr (V == W) lanes += v * v; else rest += v[0] * v[0];
-    });
-    const float inverse = 1.0f / std::sqrt(float((sum_lanes<W>(lanes) + rest) / float(D) + eps));
-    if (inverse > 0 || !(inverse == 0)) return inverse;
+    const Sums sums = reduce<W>(D, [&]<int V>(int64_t i) __attribute__((always_inline)) { return load<V>(row + i); });
+    const float inverse = float(1.0 / std::sqrt(sums.squares / double(D) + eps));
+    if (inverse > 0 || inverse != inverse) return inverse;
     double squares = 0;  // fp32 squares overflowed
     for (int64_t i = 0; i < D; ++i) squares += double(row[i]) * row[i];
     return float(1.0 / std::sqrt(squares / double(D) + eps));
@@ -195,7 +201,7 @@ struct NormRope {
 
   template <int W>
   KANDINSKY_INLINE void run(int64_t begin, int64_t end) const {
-    std::vector<float> scratch(3 * D), sums(offsets ? H * D : 0);
+    std::vector<float> scratch(3 * D), partial(offsets ? H * D : 0), sums(partial.size());
     for (int64_t unit = begin; unit < end; ++unit) {
       if (!offsets) {
         token<W>(unit / S, unit % S, scratch.data(), nullptr);
@@ -203,7 +209,11 @@ struct NormRope {
       }
       const int64_t batch = unit / N, block = unit % N, count = offsets[block + 1] - offsets[block];
       std::fill(sums.begin(), sums.end(), 0.0f);
-      for (int64_t t = offsets[block]; t < offsets[block + 1]; ++t) token<W>(batch, t, scratch.data(), sums.data());
+      for (int64_t t = offsets[block]; t < offsets[block + 1]; ++t) {
+        token<W>(batch, t, scratch.data(), partial.data());
+        if ((t - offsets[block]) % 8 < 7 && t + 1 < offsets[block + 1]) continue;
+        for (size_t i = 0; i < sums.size(); ++i) sums[i] += std::exchange(partial[i], 0.0f);  // 8 by 8: short chains round less
+      }
       for (int64_t head = 0; head < H; ++head) {
         float* mean = means + ((batch * H + head) * N + block) * D;
         for (int64_t i = 0; i < D; ++i) mean[i] = sums[head * D + i] / float(count);

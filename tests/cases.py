@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of cases. One row is an operator's inputs at one size: its tests and its benchmark.
+
+``exact`` is the operator's reference on fp64 inputs. ``peer`` is upstream's own way to write the same thing in plain
+PyTorch, in the working precision and independent of our reference: it sets the error allowed and the time to beat.
+"""
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+import kandinsky_kernels as ops
+from kandinsky_model.config import LITE_DIT, PRO_DIT
+from kandinsky_model.geometry import Grid, block_offsets, local_window
+
+from .compare import assert_faithful, assert_same_blocks
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def as_tuple(result) -> tuple[Tensor, ...]:
+    return tuple(x for x in (result if isinstance(result, tuple) else (result,)) if x is not None)
+
+
+def tensors(inputs: dict) -> dict[str, Tensor]:
+    return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+
+
+def faithful(actual: tuple, exact: tuple, peer: tuple, _: dict) -> None:
+    assert len(actual) == len(exact) == len(peer)
+    for outputs in zip(actual, exact, peer, strict=True):
+        assert_faithful(*outputs)
+
+
+def same_blocks(actual: tuple, _exact: tuple, _peer: tuple, inputs: dict) -> None:
+    query, key = inputs["query_means"].double(), inputs["key_means"].double()
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    near = local_window(inputs["tiles"], inputs["window"]) if inputs["tiles"] else None
+    assert_same_blocks(actual[0], scores, inputs["keep_mass"], near, inputs["ties"])
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What every case of one operator shares. ``narrow`` names the inputs that take the working dtype."""
+
+    call: Callable
+    peer: Callable
+    narrow: tuple[str, ...]
+    check: Callable = faithful
+    flops: Callable[[dict], int] = lambda inputs: 0
+    dense: Callable | None = None  # the unrestricted operator one would run instead, where there is one
+
+    def exact(self, inputs: dict) -> tuple[Tensor, ...]:
+        wide = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
+        return as_tuple(self.call(**wide))
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    size: str
+    make: Callable[[Generator], dict]
+    dtype: torch.dtype
+    bench: bool = False  # a size for the clock, too long for a test
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}-{self.size}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def operator(self) -> Operator:
+        return OPERATORS[self.op]
+
+    def inputs(self, seed: int = 0) -> dict:
+        made = self.make(torch.Generator().manual_seed(seed))
+        return {name: x.to(self.dtype) if name in self.operator.narrow else x for name, x in made.items()}
+
+    def run(self, inputs: dict) -> tuple[Tensor, ...]:
+        return as_tuple(self.operator.call(**inputs))
+
+    def check(self, actual: tuple[Tensor, ...], inputs: dict) -> None:
+        """Law 1 for these outputs of these inputs."""
+        operator = self.operator
+        exact, peer = ((), ()) if operator.check is same_blocks else (operator.exact(inputs), as_tuple(operator.peer(**inputs)))
+        operator.check(actual, exact, peer, inputs)
+
+
+def bytes_moved(inputs: dict, outputs: tuple[Tensor, ...]) -> int:
+    """Every input read once, every output written once."""
+    return sum(x.numel() * x.element_size() for x in (*tensors(inputs).values(), *outputs))
+
+
+def modulated_norm_peer(x, scale, shift):
+    return (F.layer_norm(x.float(), x.shape[-1:], eps=1e-5) * (scale[:, None] + 1.0) + shift[:, None]).to(x.dtype)
+
+
+def gated_add_norm_peer(x, branch, gate, scale=None, shift=None):
+    y = (x + gate[:, None] * branch.float()).to(x.dtype)
+    return y if scale is None else (y, modulated_norm_peer(y, scale, shift))
+
+
+def norm_rope_peer(x, weight, cos=None, sin=None):
+    normed = F.rms_norm(x.float(), x.shape[-1:], weight, eps=ops.norm.RMS_NORM_EPS).type_as(x)
+    if cos is None:
+        return normed
+    rotation = torch.stack((cos, -sin, sin, cos), -1).unflatten(-1, (2, 2))[:, None]  # [S, 1, D/2, 2, 2]
+    pairs = normed.float().unflatten(-1, (-1, 1, 2))  # [B, S, H, D/2, 1, 2]
+    return (rotation * pairs).sum(-1).flatten(-2).type_as(x)
+
+
+def norm_rope_means_peer(x, weight, cos, sin, block_offsets):
+    y = norm_rope_peer(x, weight, cos, sin)
+    blocks = y.float().split(block_offsets.diff().tolist(), dim=1)
+    return y, torch.stack([block.mean(1) for block in blocks], 2)  # [B, H, N, D]
+
+
+def select_blocks_peer(query_means, key_means, keep_mass, tiles, window, ties):
+    """Sorts the whole map, as upstream does. Ties fall as the sort leaves them."""
+    scores = query_means @ key_means.transpose(-1, -2) / math.sqrt(query_means.shape[-1])
+    values, order = scores.softmax(-1).sort(-1)
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, values.cumsum(-1) >= 1 - keep_mass)
+    return ops.pack_selection(kept | local_window(tiles, window) if tiles else kept)
+
+
+def dense_attention(query, key, value, mask=None, **_):
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def token_mask(selection: Tensor, offsets: Tensor) -> Tensor:
+    """bool [B, H, S, S]."""
+    block = torch.arange(len(offsets) - 1).repeat_interleave(offsets.diff().long())
+    return ops.unpack_selection(selection, len(offsets) - 1)[:, :, block][..., block]
+
+
+def block_sparse_attention_peer(query, key, value, selection, block_offsets, return_lse=False):
+    mask = token_mask(selection, block_offsets)
+    out = dense_attention(query, key, value, mask)
+    if not return_lse:
+        return out
+    scores = torch.einsum("bihd,bjhd->bhij", query.float(), key.float()) / math.sqrt(query.shape[-1])
+    return out, scores.masked_fill(~mask, -math.inf).logsumexp(-1)
+
+
+def attention_flops(inputs: dict) -> int:
+    """Two products over the kept pairs of tokens."""
+    lengths = inputs["block_offsets"].diff().double()
+    keep = ops.unpack_selection(inputs["selection"], len(lengths)).double()
+    return int(4 * inputs["query"].shape[-1] * (keep * lengths[:, None] * lengths).sum())
+
+
+def map_flops(inputs: dict) -> int:
+    B, H, N, D = inputs["query_means"].shape
+    return 2 * B * H * N * N * D
+
+
+OPERATORS = {
+    "modulated_norm": Operator(ops.modulated_norm, modulated_norm_peer, ("x",)),
+    "gated_add_norm": Operator(ops.gated_add_norm, gated_add_norm_peer, ("x", "branch")),
+    "norm_rope": Operator(ops.norm_rope, norm_rope_peer, ("x",)),
+    "norm_rope_means": Operator(ops.norm_rope_means, norm_rope_means_peer, ("x",)),
+    "select_blocks": Operator(ops.select_blocks, select_blocks_peer, (), same_blocks, map_flops),
+    "block_sparse_attention": Operator(ops.block_sparse_attention, block_sparse_attention_peer, ("query", "key", "value"),
+                                       flops=attention_flops, dense=dense_attention),
+}
+
+
+def rows(B: int, S: int, C: int, branch: bool = False, norm: bool = True) -> Callable:
+    def make(g: Generator) -> dict:
+        inputs = {"x": 3 * torch.randn(B, S, C, generator=g) + 0.5}
+        if branch:
+            inputs |= {"branch": torch.randn(B, S, C, generator=g), "gate": torch.randn(B, C, generator=g)}
+        if norm:
+            inputs |= {"scale": torch.randn(B, C, generator=g), "shift": torch.randn(B, C, generator=g)}
+        return inputs
+    return make
+
+
+def heads(B: int, S: int, H: int, D: int, rotate: bool = True, block: int = 0) -> Callable:
+    """block > 0: blocks of that many tokens, the last one shorter, and their means."""
+    def make(g: Generator) -> dict:
+        inputs = {"x": 2 * torch.randn(B, S, H, D, generator=g), "weight": 1 + 0.2 * torch.randn(D, generator=g)}
+        angles = 6.3 * torch.rand(S, D // 2, generator=g)
+        if rotate:
+            inputs |= {"cos": angles.cos(), "sin": angles.sin()}
+        if block:
+            inputs["block_offsets"] = torch.tensor([*range(0, S, block), S], dtype=torch.int32)
+        return inputs
+    return make
+
+
+def means(B: int, H: int, tiles: tuple[int, int, int], D: int, keep_mass: float, window=None, ties="all", sharp=1.0) -> Callable:
+    def make(g: Generator) -> dict:
+        shape = (B, H, math.prod(tiles), D)
+        return {"query_means": sharp * torch.randn(shape, generator=g), "key_means": torch.randn(shape, generator=g),
+                "keep_mass": keep_mass, "tiles": tiles if window else None, "window": window, "ties": ties}
+    return make
+
+
+def attention(B: int, H: int, grid: Grid, D: int, density: float, lse: bool = False) -> Callable:
+    """Every block of queries keeps itself and others at random, density * N in all; tokens in tile order."""
+    def make(g: Generator) -> dict:
+        N, offsets = grid.blocks, block_offsets(grid)
+        rank = torch.rand(B, H, N, N, generator=g) - 2 * torch.eye(N)
+        keep = rank.argsort(-1).argsort(-1) < max(1, round(density * N))
+        qkv = {name: torch.randn(B, grid.tokens, H, D, generator=g) for name in ("query", "key", "value")}
+        return {**qkv, "selection": ops.pack_selection(keep), "block_offsets": offsets, **({"return_lse": True} if lse else {})}
+    return make
+
+
+LITE, PRO = (LITE_DIT.model_dim, LITE_DIT.num_heads), (PRO_DIT.model_dim, PRO_DIT.num_heads)
+WIDTHS = {"one": (1, 1, 2), "odd": (2, 3, 63), "edge": (3, 7, 64), "past": (1, 63, 65), "prime": (2, 61, 509),
+          "lite": (1, 32, LITE[0]), "pro": (1, 16, PRO[0])}
+HEADS = {"one": (1, 1, 1, 2), "six": (1, 63, 1, 6), "odd": (2, 65, 3, 64), "prime": (1, 127, 5, 22), "lite": (1, 64, LITE[1], 64),
+         "pro": (1, 16, PRO[1], 128)}
+
+_TABLE = [
+    *(("modulated_norm", size, rows(*shape)) for size, shape in WIDTHS.items()),
+    *(("gated_add_norm", size, rows(*shape, branch=True)) for size, shape in WIDTHS.items()),
+    *(("gated_add_norm", f"{size}_add_only", rows(*WIDTHS[size], branch=True, norm=False)) for size in ("odd", "lite")),
+    *(("norm_rope", size, heads(*shape)) for size, shape in HEADS.items()),
+    *(("norm_rope", f"{size}_unrotated", heads(*HEADS[size], rotate=False)) for size in ("odd", "lite")),
+    *(("norm_rope_means", size, heads(*shape, block=block))
+      for (size, shape), block in zip(HEADS.items(), (1, 64, 64, 17, 64, 1), strict=True)),
+    ("block_sparse_attention", "one", attention(1, 1, Grid(1, 1, 1), 64, 1.0, lse=True)),
+    ("block_sparse_attention", "ragged", attention(2, 3, Grid(2, 9, 17), 64, 0.4, lse=True)),
+    ("block_sparse_attention", "wide", attention(1, 2, Grid(2, 12, 15), 128, 0.5)),
+    ("block_sparse_attention", "odd", attention(1, 2, Grid(3, 7, 5), 22, 0.6, lse=True)),
+    ("block_sparse_attention", "all", attention(1, 2, Grid(1, 24, 16), 64, 1.0)),
+]
+_SELECTIONS = [
+    ("one", means(1, 1, (1, 1, 1), 64, 0.5)),
+    ("peaked", means(2, 3, (3, 5, 7), 64, 0.9, (3, 3, 3), sharp=4.0)),
+    ("flat", means(1, 2, (5, 4, 4), 128, 0.6, (11, 3, 3), sharp=0.1)),
+    ("stable", means(1, 3, (1, 6, 11), 22, 0.3, ties="stable")),
+    ("everything", means(1, 2, (2, 5, 5), 64, 1.0)),
+]
+SPARSE_GRID = Grid(8, 32, 32)  # S = 8,192 in 128 blocks
+_BENCHES = [
+    *((op, "lite", rows(1, 8192, LITE[0], branch=op == "gated_add_norm"), FP32) for op in ("modulated_norm", "gated_add_norm")),
+    ("modulated_norm", "lite", rows(1, 8192, LITE[0]), BF16),
+    ("gated_add_norm", "lite", rows(1, 8192, LITE[0], branch=True), BF16),
+    ("norm_rope", "lite", heads(1, 8192, LITE[1], 64), FP32),
+    ("norm_rope_means", "lite", heads(1, 8192, LITE[1], 64, block=64), FP32),
+    ("norm_rope_means", "lite", heads(1, 8192, LITE[1], 64, block=64), BF16),
+    *(("block_sparse_attention", f"{percent}_percent", attention(1, 4, SPARSE_GRID, 64, percent / 100), FP32) for percent in (10, 20, 100)),
+    ("select_blocks", "128_blocks", means(1, 4, SPARSE_GRID.tiles, 64, 0.9, (11, 3, 3), sharp=4.0), FP32),
+    ("select_blocks", "1464_blocks", means(1, 4, (61, 4, 6), 64, 0.9, (11, 3, 3), sharp=4.0), FP32),
+]
+
+CASES = [
+    *(Case(op, f"{size}", make, dtype) for op, size, make in _TABLE for dtype in (FP32, BF16)),
+    *(Case(op, size, make, FP16) for op, size, make in _TABLE if size == "odd"),
+    *(Case("select_blocks", size, make, FP32) for size, make in _SELECTIONS),
+]
+BENCHES = [Case(op, size, make, dtype, bench=True) for op, size, make, dtype in _BENCHES]

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test shares: seeds, poisoned memory, the threads and the place of the golden files."""
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from kandinsky_kernels import _library
+
+
+def shared_data() -> Path:
+    """The folder of golden files beside the checkout; skips the test where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the shared test data beside the checkout (../shared/data)")
+    return folder
+
+
+def simd_levels() -> list[str]:
+    """The instruction sets this build and this processor have; none without the compiled extension."""
+    levels = []
+    for name in _library.extension.build_info()["simd"] if _library.extension else ():
+        try:
+            _library.extension.set_simd(name)
+        except ValueError:
+            continue
+        levels.append(name)
+    if levels:
+        _library.extension.set_simd(levels[-1])
+    return levels
+
+
+SIMD_LEVELS = simd_levels()
+
+
+@pytest.fixture(params=SIMD_LEVELS or ["no extension"])
+def simd(request):
+    """Runs the test once per instruction set, the scalar fallback included."""
+    if request.param not in SIMD_LEVELS:
+        pytest.skip("the compiled extension is not built")
+    _library.extension.set_simd(request.param)
+    yield request.param
+    _library.extension.set_simd(SIMD_LEVELS[-1])
+
+
+@pytest.fixture(autouse=True)
+def seeds_and_poison():
+    """Fixed seeds; fresh memory is full of NaN (of the largest integer), so that reading it shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_configure(config):
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(2)
+    config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation.*:UserWarning")
