@@ -66,6 +66,10 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
+inline Tensor to_float(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float);
+}
+
 // Calls body(T{}) with the C++ type of a float32, bfloat16 or float16 tensor.
 template <class Body>
 void dispatch_float(const Tensor& tensor, const char* name, Body&& body) {
