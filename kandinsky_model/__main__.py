@@ -33,11 +33,13 @@ class Progress:
         from tqdm import tqdm
 
         layout = "{desc:9} {n_fmt:>3}/{total_fmt} |{bar}| {elapsed} passed, {remaining} left, {rate_inv_fmt}"
-        self.bar = tqdm(total=1, unit="step", file=sys.stderr, disable=NOT_A_TERMINAL_IS_QUIET, bar_format=layout, dynamic_ncols=True)
+        self.bar = tqdm(desc="text", total=1, unit="step", leave=False, file=sys.stderr, disable=NOT_A_TERMINAL_IS_QUIET,
+                        bar_format=layout, dynamic_ncols=True)
 
     def __call__(self, stage, step=None, steps=None, latents=None):
-        self.bar.set_description_str(stage, refresh=not step)
-        if stage == "sampling" and step == 0:
+        begins = stage == "sampling" and step == 0
+        self.bar.set_description_str(stage, refresh=not step and not begins)
+        if begins:
             self.bar.reset(steps)  # the clock starts here, so that seconds per step are those of steps
         elif stage == "sampling":
             self.bar.update()
@@ -61,6 +63,7 @@ def generate(args) -> None:
         vae_policy=args.vae_policy)
     pipeline.check_settings(args.prompt, **settings)
     output = video.check_output(args.output)
+    video.check_output(pipeline.latents_path(output), (".safetensors",))
     strip = video.check_output(args.strip, (".png",)) if args.strip else None
     model = pipeline.load(args.model, device=args.device, revision=args.revision)
     if args.offload:

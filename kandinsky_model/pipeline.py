@@ -138,6 +138,7 @@ class Kandinsky5:
                         revision: str | None = None, parts: Sequence[str] = PARTS, **places: str | Path) -> Kandinsky5:
         """Load a preset, a local path or a hub repository `owner/name`; `locate` says which layouts are understood.
 
+        Parts are loaded into the CPU's memory and move to the device when first used, so that offloading can still be chosen.
         device: None takes a CUDA device where there is one. dtype: of weights and activations; None means fp32, on CUDA bf16 (latents
         and schedule stay fp32). parts: load only these. places: `vae=`, `text_encoder=`, `text_encoder_2=` folders of an official
         checkpoint whose parts do not lie together.
@@ -146,9 +147,9 @@ class Kandinsky5:
         device = choose_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         sources = locate(model, revision, cls.fallback_preset, places, parts)
-        dit = load_dit(sources.dit, dtype=dtype, device=device) if sources.dit else None
-        vae = load_vae(sources.vae, dtype=dtype, device=device) if sources.vae else None
-        text = _load_text(sources, dtype).to(device) if sources.text_encoder else None
+        dit = load_dit(sources.dit, dtype=dtype) if sources.dit else None
+        vae = load_vae(sources.vae, dtype=dtype) if sources.vae else None
+        text = _load_text(sources, dtype) if sources.text_encoder else None
         preset = replace(sources.preset, dit=dit.config) if dit is not None else sources.preset
         return cls(text, dit, vae, preset, sources.name, device)
 
@@ -197,10 +198,10 @@ class Kandinsky5:
         """
         if not torch.isfinite(latents).all():
             raise RuntimeError("decoding requires finite latents, got NaN or infinity; sample them again")
-        with self._placed(self.vae):
-            weight = self.vae.post_quant_conv.weight
-            scaled = (latents.to(self.device, torch.float32) / self.vae.config.scaling_factor).to(weight.dtype)
-            pixels = self.vae.decode(scaled.permute(0, 4, 1, 2, 3), settings.vae_policy)  # [1, 3, F, H, W]
+        with self._placed("vae") as vae:
+            weight = vae.post_quant_conv.weight
+            scaled = (latents.to(self.device, torch.float32) / vae.config.scaling_factor).to(weight.dtype)
+            pixels = vae.decode(scaled.permute(0, 4, 1, 2, 3), settings.vae_policy)  # [1, 3, F, H, W]
             levels = (pixels[0].float().clamp(-1, 1) + 1) * 127.5
             levels = levels if settings.precision == "reference" else levels.round()
             return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()  # [F, H, W, 3]
@@ -233,9 +234,9 @@ class Kandinsky5:
     @torch.no_grad()
     def _encode(self, plans: list[Settings]) -> tuple[Conditioning, Conditioning | None]:
         guided = _sampling(plans[0]).guided
-        with self._placed(self.text):
-            cond = self.text.encode([plan.prompt for plan in plans])
-            uncond = self.text.encode([plans[0].negative_prompt]) if guided else None
+        with self._placed("text") as text:
+            cond = text.encode([plan.prompt for plan in plans])
+            uncond = text.encode([plans[0].negative_prompt]) if guided else None
         if uncond is not None:  # one negative prompt for the whole batch
             B = len(plans)
             uncond = Conditioning(uncond.embeds.expand(B, -1, -1), uncond.lengths.expand(B), uncond.pooled.expand(B, -1))
@@ -248,16 +249,18 @@ class Kandinsky5:
         shape = (1, grid.T, 2 * grid.Y, 2 * grid.X, preset.dit.in_visual_dim)
         initial = torch.cat([noise(plan.seed, shape, self.device) for plan in plans])  # [B, T, 2Y, 2X, 16]
         plan = make_plan(preset.dit, grid, preset.scale_factor, nabla, self.device)
-        with self._placed(self.dit):
-            yield from sample(self.dit, initial, cond, plan, _sampling(first), uncond)
+        with self._placed("dit") as dit:
+            yield from sample(dit, initial, cond, plan, _sampling(first), uncond)
 
     @contextmanager
-    def _placed(self, part: nn.Module) -> Iterator[None]:
-        """`part` on the device while the body runs."""
-        if self._offload:
-            part.to(self.device)
+    def _placed(self, name: str) -> Iterator[nn.Module]:
+        """The part called `name`, on the device while the body runs, and, unless offloading, from then on."""
+        part = getattr(self, name)
+        if part is None:
+            raise RuntimeError(f"this requires the model's {name} part, which was not loaded; load it with parts={PARTS}")
+        part.to(self.device)
         try:
-            yield
+            yield part
         finally:
             if self._offload:
                 part.to("cpu")

@@ -233,6 +233,8 @@ def test_official_file_and_folder_load_with_the_settings_of_their_name(folder, t
     assert locate(file).preset == get_preset("t2v-lite-nocfg-10s")
     loaded = pipeline.load(file, device="cpu", parts=("dit", "vae"))
     assert loaded.text is None and loaded.preset.dit.model_dim == 64 and loaded.preset.guidance == 1.0
+    with pytest.raises(RuntimeError, match="text part, which was not loaded"):
+        loaded.generate(PROMPT, **SMALL)
     assert locate(file, places={"vae": folder}).vae == folder
     shutil.rmtree(tmp_path / "weights" / "vae")
     with pytest.raises(FileNotFoundError, match="no vae at"):
