@@ -226,6 +226,9 @@ class Kandinsky5:
         if (values["height"], values["width"]) not in preset.sizes:
             _log.warning("%s was trained for %s (width x height); %dx%d may look worse", preset.name,
                          ", ".join(f"{w}x{h}" for h, w in preset.sizes), values["width"], values["height"])
+        strangers = [word for text in prompts for word in getattr(self.text, "unknown_words", lambda _: [])(text)]
+        if strangers:
+            _log.warning("%s does not know %s; its words are %s", preset.name, ", ".join(strangers), ", ".join(self.text.config["words"]))
         if negative_prompt is None:
             negative_prompt = getattr(self.text, "default_negative", "")
         seed = random.randrange(SEEDS) if seed is None else seed

@@ -57,6 +57,11 @@ class TinyTextEncoder(nn.Module):
         words = re.findall(r"\w+", prompt.lower())
         return [START, *(self._index.get(aliases.get(word, word), UNKNOWN) for word in words)][: self.config["max_length"]]
 
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words of a prompt that the vocabulary lacks; they all read as the same unknown word."""
+        aliases = self.config["aliases"]
+        return [word for word in re.findall(r"\w+", prompt.lower()) if aliases.get(word, word) not in self._index]
+
     def encode(self, prompts: list[str]) -> TextEmbeddings:
         """Embed prompts together; a prompt's rows do not depend on its neighbours. Raises TypeError, or ValueError for an empty list."""
         if isinstance(prompts, str):

@@ -94,6 +94,14 @@ def test_defaults_are_the_presets(model):
     assert (video.settings.scheduler_scale, video.settings.attention, video.settings.fps) == (tiny.scheduler_scale, "nabla", 24)
 
 
+def test_what_the_model_was_not_trained_for_is_noted(model, caplog):
+    model.generate("a red cat", seed=0, **SMALL)
+    assert "does not know cat; its words are a, red" in caplog.text and "tiny was trained for 256x256" in caplog.text
+    caplog.clear()
+    model.generate("a red circle", seed=0, num_inference_steps=1, guidance_scale=1.0)
+    assert not caplog.text
+
+
 def test_callback_sees_every_stage_and_can_stop(model):
     events = []
     video = model.generate(PROMPT, seed=0, callback=lambda *event: events.append(event), **SMALL)
