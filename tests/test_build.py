@@ -84,7 +84,8 @@ def test_pure_wheel(tmp_path):
     assert not [file for file in files if file.startswith(("tests", "benchmarks"))]
 
 
-@pytest.mark.parametrize(("mode", "text"), [("bogus", "must be one of auto, cpu, cuda, none, got 'bogus'"), ("cuda", "cannot be satisfied")])
+@pytest.mark.parametrize(("mode", "text"), [
+    ("bogus", "must be one of auto, cpu, cuda, none, got 'bogus'"), ("cuda", "cannot be satisfied")])
 def test_impossible_build_fails_loudly(mode, text):
     if mode == "cuda" and list(ROOT.glob("csrc/cuda/*.cu")):
         pytest.skip("CUDA kernels exist, so the build may be possible here")
@@ -123,6 +124,16 @@ def test_form(path):
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", text) or path == Path(__file__)
 
 
+@pytest.mark.parametrize("path", [path for path in PYTHON if path.parent.name != "tests"], ids=name)
+def test_functions_are_short(path):
+    for node in ast.walk(ast.parse(code(path))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length, arguments = node.end_lineno - node.lineno + 1, [a.arg for a in node.args.args + node.args.kwonlyargs]
+            assert length <= 40, f"{name(path)}:{node.lineno} {node.name} has {length} lines"
+            public = len(arguments) - (arguments[:1] in (["self"], ["cls"])) if not node.name.startswith("_") else 0
+            assert public <= 7, f"{name(path)}:{node.lineno} {node.name} takes {public} arguments"
+
+
 @pytest.mark.parametrize("path", PYTHON, ids=name)
 def test_loads_no_code_from_data(path):
     """No pickle in any disguise: weights are safetensors."""
@@ -149,5 +160,5 @@ def test_no_flakiness(path):
 
 def test_environment_variables():
     """Two switches and no third: KANDINSKY_KERNELS at run time, KANDINSKY_KERNELS_BUILD at build time."""
-    reads = {variable for path in PYTHON if path.parent.name in PACKAGES for variable in re.findall(r"environ[^\"'\n]*[\"']([A-Z_]+)", code(path))}
-    assert {variable for variable in reads if variable.startswith("KANDINSKY")} == {"KANDINSKY_KERNELS"}
+    text = "".join(code(path) for path in PYTHON if path.parent.name in PACKAGES)
+    assert set(re.findall(r"environ[^\"'\n]*[\"'](KANDINSKY[A-Z_]*)", text)) == {"KANDINSKY_KERNELS"}
