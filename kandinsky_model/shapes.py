@@ -30,6 +30,7 @@ BACKGROUNDS = {"blue": OBJECT_COLORS["blue"], "black": (20, 20, 20), "white": (2
 PALETTE = {**OBJECT_COLORS, **BACKGROUNDS}
 MOTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}  # unit vectors (x, y), y down
 HELD_OUT = 48
+REACH = 1.45  # no outline is further than this from its centroid, in radii
 
 
 def _regular(count, radius, inner=None, phase=-math.pi / 2):
@@ -117,14 +118,21 @@ def random_prompt(combination, generator):
 
 
 def random_scene(combination, generator):
-    """Radius 48 +- 3 px; the path is centred in the frame (+- 8 px) and 92 +- 6 px long, so the motion says where it starts."""
-    travel = 92 + generator.uniform(-6, 6)
-    dx, dy = MOTIONS[combination.motion]
-    start = (
-        WIDTH / 2 + generator.uniform(-8, 8) - dx * travel / 2,
-        HEIGHT / 2 + generator.uniform(-8, 8) - dy * travel / 2,
-    )
-    return Scene(combination, 48 + generator.uniform(-3, 3), start, travel)
+    """Radius 40 +- 3 px, path 66 +- 5 px long, anywhere in the frame where the whole path fits. `generator` is a random.Random."""
+    radius, travel = 40 + generator.uniform(-3, 3), 66 + generator.uniform(-5, 5)
+    reach, start = REACH * radius, []
+    for side, direction in zip((WIDTH, HEIGHT), MOTIONS[combination.motion], strict=True):
+        low, high = reach + travel * max(0, -direction), side - reach - travel * max(0, direction)
+        start.append(generator.uniform(low, high) if low < high else side / 2)
+    return Scene(combination, radius, tuple(start), travel)
+
+
+def room(scene, frames=FRAMES):
+    """How far the first `frames` frames of a scene can be moved with the object inside: px (up, down, left, right), at least 0."""
+    (x, y), (dx, dy), reach = scene.start, MOTIONS[scene.combination.motion], REACH * scene.radius
+    along = scene.travel * (frames - 1) / (FRAMES - 1)
+    xs, ys = (x, x + dx * along), (y, y + dy * along)
+    return tuple(max(0.0, px) for px in (min(ys) - reach, HEIGHT - max(ys) - reach, min(xs) - reach, WIDTH - max(xs) - reach))
 
 
 def _signed_distance(shape, x, y):

@@ -6,6 +6,7 @@ Each stage leaves a complete, loadable folder behind and one entry in training.j
 """
 
 import copy
+import itertools
 import json
 import logging
 import platform
@@ -21,7 +22,7 @@ from torch import nn
 from . import shapes
 from .config import PRESETS
 from .dit import DiffusionTransformer3D, make_plan
-from .geometry import Grid
+from .geometry import Grid, frequencies
 from .text import UNKNOWN, TinyTextEncoder
 from .train import Average, Clock, Optimizer, training_dtype
 from .vae import CausalConv3d, Downsample, FrameCausalAttention, HunyuanVideoVAE, ResnetBlock, Upsample, sample_posterior
@@ -161,48 +162,53 @@ class FlowPlan:
     rate: float = 2e-3
     average: float = 0.995
     copies: int = 1
-    phases: tuple = ((1000, 16, 1, False), (700, 6, 5, False), (50, 4, 5, True))
+    phases: tuple = ((600, 16, 1, False), (1300, 4, 5, False), (25, 4, 5, True))
     drop: float = 0.1
     unknown: float = 0.02
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Encoded training clips: latents fp16 [N, T, h, w, C] and the combination each one shows."""
+    """Encoded training clips: latents fp16 [N, T, h, w, C] and the scene each one shows."""
 
     latents: torch.Tensor
-    combinations: list
+    scenes: list
 
     def batch(self, count, frames, generator):
         """Random clips cut to `frames` latent frames (the VAE is causal, so a prefix is a shorter clip).
 
-        Each is shifted by up to one latent pixel across its motion: there the flat background leaves room.
+        Each is moved by whole latent pixels to any place where the object stays inside: the flat background closes behind it.
         Returns latents fp32 [count, frames, h, w, C] and their combinations.
         """
         rows, chosen = [], []
         for _ in range(count):
-            i = generator.randrange(len(self.combinations))
-            dx, dy = shapes.MOTIONS[self.combinations[i].motion]
-            shift = [0 if moves else generator.randint(-1, 1) for moves in (dy, dx)]
+            i = generator.randrange(len(self.scenes))
+            up, down, left, right = (int(px) // 8 for px in shapes.room(self.scenes[i], 4 * frames - 3))
+            shift = (generator.randint(-up, down), generator.randint(-left, right))
             rows.append(self.latents[i, :frames].float().roll(shift, (1, 2)))
-            chosen.append(self.combinations[i])
+            chosen.append(self.scenes[i].combination)
         return torch.stack(rows), chosen
 
 
+def pool_scenes(copies, seed):
+    """The scenes of a pool: every training combination `copies` times, the same ones for the same seed."""
+    generator = random.Random(seed)
+    return [shapes.random_scene(c, generator) for c in shapes.training_combinations() * copies]
+
+
 @torch.no_grad()
-def encode_pool(vae, copies, seed):
-    """Draw every training combination `copies` times and encode it, four clips at a time."""
-    generator, dtype = random.Random(seed), training_dtype()
-    words = shapes.training_combinations() * copies
-    latents, device = [], vae.quant_conv.weight.device
-    for start in range(0, len(words), 4):
-        clips = torch.stack([shapes.draw(shapes.random_scene(c, generator)) for c in words[start : start + 4]])
+def encode_pool(vae, scenes):
+    """Draw and encode scenes, four at a time."""
+    device = vae.quant_conv.weight.device
+    latents, dtype = [], training_dtype(device)
+    for start in range(0, len(scenes), 4):
+        clips = torch.stack([shapes.draw(scene) for scene in scenes[start : start + 4]])
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             mean, _ = vae.encode(to_video(clips).to(device))
         latents.append(mean.movedim(1, -1).half().cpu())  # [4, T, h, w, C]
         if start % 100 == 0:
-            logger.info("encoded %d of %d clips", start, len(words))
-    return Pool(torch.cat(latents), words)
+            logger.info("encoded %d of %d clips", start, len(scenes))
+    return Pool(torch.cat(latents), scenes)
 
 
 def vocabulary():
@@ -211,12 +217,41 @@ def vocabulary():
     return sorted(set(" ".join(texts).replace(",", " ").split()))
 
 
+@torch.no_grad()
+def start_local(dit, sharpness=1.7, pairs=4):
+    """Let each self-attention head start out looking at one place relative to its own token.
+
+    A query and a key with the constant parts u and R(-d) u attend most at distance d, R the rotary rotation: a bias of the two layers
+    is all it takes, on the `pairs` fastest frequencies of each axis. Rotary angles are the only position this network has; heads that
+    look past the border of the frame or clip tell it where the border is, which it is slow to find out by itself.
+    """
+    axes = dit.config.axes_dims
+    places = itertools.cycle([(0, 0, -3), (0, 0, 3), (0, -3, 0), (0, 3, 0), (-1, 0, 0), (1, 0, 0), (0, 0, 0), None,
+                              (0, 0, -7), (0, 0, 7), (0, -7, 0), (0, 7, 0), (-2, 0, 0), (2, 0, 0), (0, 0, 0), None])
+    strength = torch.cat([(torch.arange(dim // 2) < pairs).float() for dim in axes])  # [D/2]
+    strength *= (len(strength) / strength.sum()).sqrt() * 2**0.5
+    ladder = torch.cat([frequencies(dim // 2) for dim in axes])
+    for block in dit.visual_transformer_blocks:
+        attention = block.self_attention
+        attention.query_norm.weight.fill_(sharpness)
+        attention.key_norm.weight.fill_(sharpness)
+        query, key = (layer.bias.view(-1, len(strength), 2) for layer in (attention.to_query, attention.to_key))  # [H, D/2, 2]
+        for head in range(len(query)):
+            place = next(places)
+            if place is None:
+                continue
+            angle = ladder * torch.cat([torch.full((dim // 2,), float(d)) for dim, d in zip(axes, place, strict=True)])
+            query[head] = strength[:, None] * torch.tensor([1.0, 0.0])
+            key[head] = strength[:, None] * torch.stack([angle.cos(), -angle.sin()], -1)
+
+
 def new_networks(dit_config, seed):
     """Untrained transformer and text encoder in one module; the transformer starts by predicting zero."""
     torch.manual_seed(seed)
     dit = DiffusionTransformer3D(dit_config)
     nn.init.zeros_(dit.out_layer.out_layer.weight)
     nn.init.zeros_(dit.out_layer.out_layer.bias)
+    start_local(dit)
     text = TinyTextEncoder(vocabulary(), ALIASES, dit_config.in_text_dim, dit_config.in_text_dim2)
     return nn.ModuleDict({"transformer": dit, "text_encoder": text})
 
@@ -358,11 +393,11 @@ def _entry(folder, stage, seed, continued, plan):
 
 def make_pool(folder, copies, seed, device):
     """The pool of `folder`, from its file or encoded now."""
-    path, words = folder / POOL_NAME, shapes.training_combinations() * copies
+    path, scenes = folder / POOL_NAME, pool_scenes(copies, seed)
     if path.is_file():
         latents = load_file(path)["latents"]
-        if len(latents) == len(words):
-            return Pool(latents, words)
-    pool = encode_pool(load_vae(folder / "vae", dtype=torch.float32, device=device), copies, seed)
+        if len(latents) == len(scenes):
+            return Pool(latents, scenes)
+    pool = encode_pool(load_vae(folder / "vae", dtype=torch.float32, device=device), scenes)
     save_file({"latents": pool.latents}, path)
     return pool

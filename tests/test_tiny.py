@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drawn clips, their judge, the tiny text encoder, its training in miniature, and the bundled checkpoint."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kandinsky_model import shapes, train_tiny
+from kandinsky_model.check_tiny import BUNDLE, check_tiny
+from kandinsky_model.config import PRESETS, DiTConfig, VAEConfig
+from kandinsky_model.text import START, UNKNOWN, TinyTextEncoder
+from kandinsky_model.train import Optimizer, orthogonalize
+from kandinsky_model.vae import HunyuanVideoVAE
+from kandinsky_model.weights import load_dit, load_vae
+
+LARGEST_BUNDLE = 16_000_000
+SMALL = replace(
+    PRESETS["tiny"],
+    dit=DiTConfig(
+        in_text_dim=16, in_text_dim2=16, time_dim=16, model_dim=64, ff_dim=64, num_text_blocks=1, num_visual_blocks=1, visual_cond=True
+    ),
+    vae=VAEConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=1, scaling_factor=1.0),
+)
+
+
+def clip(color="red", shape="circle", motion="right", background="blue", seed=0):
+    return shapes.draw(shapes.random_scene(shapes.Combination(color, shape, motion, background), random.Random(seed)))
+
+
+# ---- data
+
+
+def test_enough_words_and_nothing_drawn_in_its_own_color():
+    assert len(shapes.OBJECT_COLORS) >= 6 and len(shapes.SHAPES) >= 4 and len(shapes.MOTIONS) >= 5 and len(shapes.BACKGROUNDS) >= 4
+    assert all(c.color != c.background for c in shapes.combinations())
+    assert len(set(shapes.combinations())) == len(shapes.combinations())
+
+
+def test_held_out_is_disjoint_from_training_and_every_pair_of_words_is_seen():
+    hidden, seen = set(shapes.held_out()), set(shapes.training_combinations())
+    assert len(hidden) == 48 and not hidden & seen and hidden | seen == set(shapes.combinations())
+    for pair in (("color", "shape"), ("color", "motion"), ("color", "background"), ("shape", "motion"), ("shape", "background")):
+        pairs = {tuple(getattr(c, word) for word in pair) for c in shapes.combinations()}
+        assert {tuple(getattr(c, word) for word in pair) for c in seen} == pairs
+
+
+def test_training_scenes_never_show_a_held_out_combination():
+    generator = random.Random(0)
+    drawn = {shapes.training_scene(generator.randrange(10**6), generator).combination for _ in range(4000)}
+    assert not drawn & set(shapes.held_out()) and len(drawn) > 400
+
+
+def test_prompts_name_the_words():
+    combination = shapes.Combination("orange", "star", "up", "gray")
+    assert shapes.prompt(combination) == "an orange star moving up on a gray background"
+    for template in range(4):
+        assert all(word in shapes.prompt(combination, template) for word in ("orange", "star", "up", "gray"))
+    assert "gray" not in shapes.prompt(combination, 4) and "up" not in shapes.prompt(combination, 5)
+
+
+def test_a_window_is_a_cut_of_the_whole_frame():
+    scene = shapes.random_scene(shapes.combinations()[7], random.Random(3))
+    whole = shapes.draw(scene, (5, 6))
+    assert torch.equal(shapes.draw(scene, (5, 6), (40, 72, 64, 96)), whole[:, 40:104, 72:168])
+
+
+# ---- judge
+
+
+def test_judge_is_right_about_drawn_clips():
+    generator = random.Random(1)
+    for combination in shapes.combinations()[::19]:
+        verdict = shapes.judge(shapes.draw(shapes.random_scene(combination, generator)))
+        assert all(shapes.marks(verdict, combination).values()), (combination, verdict)
+
+
+@pytest.mark.parametrize("word, other", [("color", "green"), ("shape", "square"), ("motion", "left"), ("background", "black")])
+def test_judge_sees_one_wrong_word(word, other):
+    wanted = shapes.Combination("red", "circle", "right", "blue")
+    marks = shapes.marks(shapes.judge(clip(**{word: other})), wanted)
+    assert marks == {name: name != word for name in marks}
+
+
+def test_judge_finds_nothing_in_noise_emptiness_and_smears():
+    flat = torch.full((17, 256, 256, 3), 20, dtype=torch.uint8)
+    assert shapes.judge(flat).color == "none" and shapes.judge(flat).background == "black"
+    noise = torch.randint(0, 256, flat.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert shapes.judge(noise).shape == "none"
+    smear = flat.clone()
+    smear[:, 120:136, 30:220] = torch.tensor([205, 25, 40], dtype=torch.uint8)
+    assert shapes.judge(smear).shape == "none"
+
+
+def test_judge_calls_a_short_path_still_and_a_diagonal_none():
+    frames = clip(motion="still")
+    assert shapes.judge(frames).motion == "still"
+    diagonal = torch.stack([f.roll((3 * i, 3 * i), (0, 1)) for i, f in enumerate(frames)])
+    assert shapes.judge(diagonal).motion == "none"
+
+
+def test_judge_rejects_other_layouts():
+    with pytest.raises(ValueError, match="uint8"):
+        shapes.judge(torch.zeros(17, 256, 256, 3))
+
+
+# ---- text encoder
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return TinyTextEncoder(train_tiny.vocabulary(), {"grey": "gray"}, dim=64, pooled_dim=32).eval()
+
+
+def test_encode_shapes_and_independence_of_neighbours(encoder):
+    both = encoder.encode(["a red circle moving right on a blue background", "star"])
+    assert both.embeds.shape == (2, 10, 64) and both.pooled.shape == (2, 32) and both.lengths.tolist() == [10, 2]
+    alone = encoder.encode(["star"])
+    torch.testing.assert_close(both.embeds[1, :2], alone.embeds[0])
+    torch.testing.assert_close(both.pooled[1], alone.pooled[0])
+    assert not both.embeds[1, 2:].any()
+
+
+def test_words_case_aliases_unknown_and_empty(encoder):
+    assert encoder.tokens("Grey, STAR!") == encoder.tokens("gray star")
+    assert encoder.tokens("") == [START] and encoder.tokens("zebra") == [START, UNKNOWN]
+    assert encoder.encode([""]).lengths.tolist() == [1]
+    assert len(encoder.tokens("star " * 100)) == encoder.config["max_length"]
+    assert UNKNOWN not in {i for c in shapes.combinations() for t in range(7) for i in encoder.tokens(shapes.prompt(c, t))}
+
+
+def test_encode_errors(encoder):
+    with pytest.raises(TypeError, match="list"):
+        encoder.encode("a star")
+    with pytest.raises(TypeError, match="NoneType"):
+        encoder.encode([None])
+    with pytest.raises(ValueError, match="empty list"):
+        encoder.encode([])
+
+
+def test_text_encoder_round_trip_and_damage(encoder, tmp_path):
+    encoder.save(tmp_path)
+    torch.testing.assert_close(TinyTextEncoder.load(tmp_path).encode(["star"]).embeds, encoder.encode(["star"]).embeds)
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match="text encoder"):
+        TinyTextEncoder.load(tmp_path)
+
+
+# ---- training
+
+
+def test_orthogonalize_evens_out_singular_values():
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(3, 24, 40)))
+    assert values.min() > 0.5 and values.max() < 1.4
+
+
+def test_optimizer_moves_matrices_and_vectors_downhill():
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(8, 8), torch.randn(64, 8)
+    optimizer, losses = Optimizer(layer), []
+    for _ in range(60):
+        loss = (layer(x) - x.flip(1) - 1).square().mean()
+        losses.append(loss.item())
+        optimizer.step(loss, 0.05)
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_centred_latents_decode_to_the_same_picture():
+    torch.manual_seed(0)
+    vae = HunyuanVideoVAE(SMALL.vae).eval()
+    video = train_tiny.crop_batch(1, 5, 64, random.Random(0))
+    with torch.no_grad():
+        before = vae.decode(vae.encode(video)[0])
+        train_tiny.center_latents(vae, random.Random(0), clips=1)
+        torch.testing.assert_close(vae.decode(vae.encode(video)[0]), before, rtol=1e-3, atol=1e-4)
+
+
+def test_folding_time_keeps_stills_and_undoes_delay():
+    torch.manual_seed(0)
+    vae = HunyuanVideoVAE(SMALL.vae).eval()
+    still = train_tiny.crop_batch(1, 1, 64, random.Random(0))
+    with torch.no_grad():
+        before = vae.encode(still)[0]
+        train_tiny.fold_time(vae)
+        torch.testing.assert_close(vae.encode(still)[0], before, rtol=1e-4, atol=1e-5)
+        video = train_tiny.crop_batch(1, 5, 64, random.Random(1))
+        conv = vae.encoder.conv_in
+        torch.testing.assert_close(conv(video)[:, :, 3], conv(video[:, :, 3:4])[:, :, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_sample_times_cover_the_schedule():
+    times = train_tiny.sample_times(64, 3.0)
+    assert times.min() > 0 and times.max() < 1 and abs(times.median() - 0.75) < 0.05
+
+
+def test_training_in_miniature(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", SMALL)
+    monkeypatch.setattr(shapes, "training_combinations", lambda: shapes.combinations()[:4])
+    monkeypatch.setattr(shapes, "HEIGHT", 64)
+    monkeypatch.setattr(shapes, "WIDTH", 64)
+    vae_plan = train_tiny.VAEPlan(phases=((12, 2, 1, 32), (1, 1, 5, 32)))
+    flow_plan = train_tiny.FlowPlan(phases=((12, 4, 1, False), (2, 2, 5, False), (1, 1, 5, True)))
+    train_tiny.train_tiny(tmp_path, 1, vae_plan, flow_plan)
+    train_tiny.train_tiny(tmp_path, 1, None, train_tiny.FlowPlan(phases=((2, 1, 1, False),)), resume=True)
+    stages = json.loads((tmp_path / "training.json").read_text())["stages"]
+    assert [s["stage"] for s in stages] == ["vae", "flow", "flow"] and [s["continued"] for s in stages] == [False, False, True]
+    assert [s["seed"] for s in stages] == [1, 1, 2]
+    assert stages[0]["losses"] and stages[1]["steps"] == 15 and stages[2]["steps"] == 2
+    dit, vae = load_dit(tmp_path / "transformer"), load_vae(tmp_path / "vae")
+    assert dit.config == SMALL.dit and vae.config == SMALL.vae
+    assert TinyTextEncoder.load(tmp_path / "text_encoder").encode(["a star"]).embeds.shape == (1, 3, 16)
+
+
+def test_flow_training_learns():
+    torch.manual_seed(0)
+    networks = train_tiny.new_networks(SMALL.dit, 0)
+    pool = train_tiny.Pool(torch.randn(2, 1, 1, 1, 16).half().expand(2, 1, 4, 4, 16), train_tiny.pool_scenes(1, 0)[:2])
+    plan = train_tiny.FlowPlan(rate=1e-2, phases=((120, 16, 1, False),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "HEIGHT", 32)
+        patch.setattr(shapes, "WIDTH", 32)
+        _, losses = train_tiny.train_flow(networks, pool, plan, SMALL, 0)
+    assert losses[-1]["loss"] < 0.6 * losses[0]["loss"], losses
+
+
+# ---- the bundle
+
+
+def test_bundle_is_small_and_says_where_it_came_from():
+    files = [path for path in BUNDLE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= LARGEST_BUNDLE
+    assert {path.suffix for path in files} <= {".json", ".safetensors"}
+    stages = json.loads((BUNDLE / "training.json").read_text())["stages"]
+    assert {"vae", "flow"} == {s["stage"] for s in stages}
+    assert all({"seed", "machine", "plan", "seconds", "losses"} <= set(s) for s in stages)
+
+
+def test_bundle_loads_strictly_and_equals_the_preset():
+    preset = PRESETS["tiny"]
+    assert load_dit(BUNDLE / "transformer").config == preset.dit and load_vae(BUNDLE / "vae").config == preset.vae
+    TinyTextEncoder.load(BUNDLE / "text_encoder")
+
+
+def test_bundle_draws_a_held_out_prompt():
+    report = check_tiny(steps=8, combinations=shapes.held_out()[:1])
+    assert report["color_and_background"] == 1, report
