@@ -65,7 +65,7 @@ def row(case: Case, roof: dict[str, float], compiled: bool) -> dict:
     gb_s, gflop_s = bytes_moved(inputs, outputs) / 1e6 / ours, flops / 1e6 / ours
     op = case.op.removesuffix("_means")
     return {"case": case.id, "kernel": kandinsky_kernels.kernels()[op]["cpu"], "gb_s": round(gb_s, 3), "gflop_s": round(gflop_s, 2),
-            "of_roof": round(gflop_s / roof["matmul_gflop_s"] if flops else gb_s / roof["clone_gb_s"], 3),
+            "of_roof": round(gflop_s / roof["matmul_gflop_s"] if flops else gb_s / roof["copy_gb_s"], 3),
             "timings": {name: timing.record() for name, timing in timings.items()}}
 
 

@@ -40,7 +40,7 @@ def bars_table(result: dict) -> str:
 def machine_line(result: dict) -> str:
     m, roofs = result["machine"], result["roofs"]
     return (f"{m['cpu']}, {m['threads']} threads, {m['simd']}, torch {m['torch']}, {m['compiler']}, commit {m['commit']}; "
-            f"copy {roofs['copy_gb_s']} GB/s (fresh memory {roofs['clone_gb_s']}), matrix product {roofs['matmul_gflop_s']} GFLOP/s")
+            f"copy {roofs['copy_gb_s']} GB/s, matrix product {roofs['matmul_gflop_s']} GFLOP/s")
 
 
 def markdown(result: dict) -> str:

@@ -244,13 +244,13 @@ _SELECTIONS = [
     ("everything", means(1, 2, (2, 5, 5), 64, 1.0)),
 ]
 SPARSE_GRID = Grid(8, 32, 32)  # S = 8,192 in 128 blocks
-_BENCHES = [
-    *((op, "lite", rows(1, 8192, LITE[0], branch=op == "gated_add_norm"), FP32) for op in ("modulated_norm", "gated_add_norm")),
-    ("modulated_norm", "lite", rows(1, 8192, LITE[0]), BF16),
-    ("gated_add_norm", "lite", rows(1, 8192, LITE[0], branch=True), BF16),
-    ("norm_rope", "lite", heads(1, 8192, LITE[1], 64), FP32),
-    ("norm_rope_means", "lite", heads(1, 8192, LITE[1], 64, block=64), FP32),
-    ("norm_rope_means", "lite", heads(1, 8192, LITE[1], 64, block=64), BF16),
+_BENCHES = [  # norms: 28 MiB in fp32, more than a cache and less than the allocator returns to the system after each use
+    *((op, "lite", rows(1, 4096, LITE[0], branch=op == "gated_add_norm"), FP32) for op in ("modulated_norm", "gated_add_norm")),
+    ("modulated_norm", "lite", rows(1, 4096, LITE[0]), BF16),
+    ("gated_add_norm", "lite", rows(1, 4096, LITE[0], branch=True), BF16),
+    ("norm_rope", "lite", heads(1, 4096, LITE[1], 64), FP32),
+    ("norm_rope_means", "lite", heads(1, 4096, LITE[1], 64, block=64), FP32),
+    ("norm_rope_means", "lite", heads(1, 4096, LITE[1], 64, block=64), BF16),
     *(("block_sparse_attention", f"{percent}_percent", attention(1, 4, SPARSE_GRID, 64, percent / 100), FP32) for percent in (10, 20, 100)),
     ("select_blocks", "128_blocks", means(1, 4, SPARSE_GRID.tiles, 64, 0.9, (11, 3, 3), sharp=4.0), FP32),
     ("select_blocks", "1464_blocks", means(1, 4, (61, 4, 6), 64, 0.9, (11, 3, 3), sharp=4.0), FP32),
