@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The instruments: a clock that takes turns, bars that are judged from medians, and tables that say what was measured."""
+import json
+import time
+
+import pytest
+
+from benchmarks import clock, ops, report
+
+from .cases import BENCHES, CASES
+
+
+def test_clock_takes_turns(monkeypatch):
+    monkeypatch.setattr(clock, "WARM_UP_S", 0.0)
+    calls = []
+
+    def slow():
+        calls.append("slow")
+        time.sleep(0.02)
+
+    timings = clock.measure({"slow": slow, "quick": lambda: calls.append("quick")}, budget_s=0.1, most=8)
+    assert timings["slow"].runs <= 5 and timings["quick"].runs == 8
+    assert calls[:6] == ["slow", "quick"] * 3
+    assert timings["slow"].median_ms >= 20 > timings["quick"].median_ms
+    assert timings["slow"].low_ms <= timings["slow"].median_ms <= timings["slow"].high_ms
+    assert clock.Timing(1.0, 0.9, 1.1, 5).noisy and not clock.Timing(1.0, 0.99, 1.01, 5).noisy
+
+
+def test_machine_record_is_complete():
+    record = clock.machine()
+    assert all(record[key] for key in ("cpu", "cores", "threads", "simd", "compiler", "torch", "python", "system", "commit"))
+    assert json.loads(json.dumps(record)) == record
+
+
+def planted(**medians):
+    def timings(values):
+        return {name: {"median_ms": value, "noisy": value == 1.0} for name, value in values.items()}
+    return [{"case": case, "timings": timings(values), "gb_s": 12.5, "gflop_s": 0.0, "of_roof": 0.5} for case, values in medians.items()]
+
+
+def test_bars_are_judged_from_medians():
+    rows = planted(**{"block_sparse_attention-10_percent-float32": {"ours": 10.0, "dense": 70.0},
+                      "block_sparse_attention-100_percent-float32": {"ours": 100.0, "dense": 70.0},
+                      "select_blocks-128_blocks-float32": {"ours": 0.4}})
+    judged = {bar["name"]: bar for bar in ops.bars(rows)}
+    assert len(judged) == 3  # nothing was measured at 20 %
+    sparse, dense, selection = judged.values()
+    assert (sparse["measured"], sparse["holds"]) == (7.0, True)
+    assert (dense["measured"], dense["holds"]) == (0.7, False)
+    assert (selection["measured"], selection["holds"]) == (0.04, True)
+
+
+def test_every_bar_has_its_case():
+    ids = [case.id for case in BENCHES]
+    for _, over, under, *_ in ops.BARS:
+        assert all(sum(case in one for one in ids) == 1 for case, _ in (over, under))
+    assert {case.op for case in BENCHES} == {case.op for case in CASES}
+
+
+def test_markdown_goes_between_the_markers():
+    result = {"machine": clock.machine(), "roofs": {"copy_gb_s": 10.0, "matmul_gflop_s": 100.0}, "bars": [],
+              "rows": planted(norm={"ours": 2.0, "torch": 1.0})}
+    text = report.insert(f"a\n{report.BEGIN}\nold\n{report.END}\nz\n", report.markdown(result))
+    assert "old" not in text and text.startswith("a\n") and text.endswith("z\n")
+    assert "| norm | 2 | - | 1 (noisy) | - | - | 12.5 GB/s | 50% |" in text
+    with pytest.raises(ValueError, match="markers"):
+        report.insert("no place", "figures")
