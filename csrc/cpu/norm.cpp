@@ -56,21 +56,39 @@ struct Sums {
   double values = 0, squares = 0;
 };
 
-// Sums of map.operator()<V>(i) and of its square over [0, n). A chain of additions is at most 64 long before it joins the
-// total: rounding grows with the chain, and narrow lanes make long ones.
+// Sums of map.operator()<V>(i) and of its square over [0, n). Four chains of additions hide their latency, and none is
+// longer than 16 before it joins the total: rounding grows with the chain, and narrow lanes make long ones.
 template <int W, class Map>
 KANDINSKY_INLINE Sums reduce(int64_t n, const Map& map) {
   Sums sums;
-  for (int64_t start = 0; start < n; start += 64 * W) {
-    typename Lanes<W>::F values{}, squares{};
-    float rest = 0, rest_squares = 0;
-    sweep<W, 1>(std::min<int64_t>(64 * W, n - start), [&]<int V>(int64_t i) __attribute__((always_inline)) {
-      const auto x = map.template operator()<V>(start + i);
-      if constexpr (V == W) values += x, squares += x * x; else rest += x[0], rest_squares += x[0] * x[0];
-    });
-    sums.values += sum_lanes<W>(values) + rest;
-    sums.squares += sum_lanes<W>(squares) + rest_squares;
+  float rest = 0, rest_squares = 0;
+  int64_t i = 0;
+  while (i + 4 * W <= n) {
+    typename Lanes<W>::F values[4]{}, squares[4]{};
+    for (const int64_t stop = std::min(n - 4 * W, i + 60 * W); i <= stop; i += 4 * W) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const auto x = map.template operator()<W>(i + j * W);
+        values[j] += x;
+        squares[j] += x * x;
+      }
+    }
+    sums.values += sum_lanes<W>((values[0] + values[1]) + (values[2] + values[3]));
+    sums.squares += sum_lanes<W>((squares[0] + squares[1]) + (squares[2] + squares[3]));
   }
+  typename Lanes<W>::F values{}, squares{};
+  for (; i + W <= n; i += W) {
+    const auto x = map.template operator()<W>(i);
+    values += x;
+    squares += x * x;
+  }
+  for (; i < n; ++i) {
+    const float x = map.template operator()<1>(i)[0];
+    rest += x;
+    rest_squares += x * x;
+  }
+  sums.values += sum_lanes<W>(values) + rest;
+  sums.squares += sum_lanes<W>(squares) + rest_squares;
   return sums;
 }
 
