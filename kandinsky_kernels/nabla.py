@@ -15,8 +15,6 @@ from torch import Tensor
 from . import reference
 from ._library import declare, needs_reference
 
-MAX_BLOCK = 64
-
 
 def _empty_selection(query_means: Tensor, *_) -> Tensor:
     B, H, N, _ = query_means.shape
@@ -37,6 +35,20 @@ _block_sparse_attention = declare(
     " -> (Tensor, Tensor)", reference.block_sparse_attention, _empty_attention)
 
 
+def _check_alike(**tensors: Tensor) -> None:
+    """The kernels read whole rows of floats: one shape of four dimensions, one float dtype, rows contiguous."""
+    (first, x), *rest = tensors.items()
+    names = ", ".join(tensors)
+    if x.dim() != 4 or any(other.shape != x.shape for _, other in rest):
+        raise ValueError(f"{names} must share one shape of four dimensions, got {[list(t.shape) for t in tensors.values()]}.")
+    if not x.is_floating_point() or any(other.dtype != x.dtype for _, other in rest):
+        raise TypeError(f"{names} must share one float dtype, got {[t.dtype for t in tensors.values()]}; cast them first.")
+    for name, t in tensors.items():
+        if t.shape[-1] > 1 and t.stride(-1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {list(t.stride())}; "
+                             "call .contiguous() first.")
+
+
 def select_blocks(query_means: Tensor, key_means: Tensor, keep_mass: float, tiles: Sequence[int] | None = None,
                   window: Sequence[int] | None = None, ties: str = "all") -> Tensor:
     """For every block of queries, the smallest set of key blocks that holds ``keep_mass`` of its probability.
@@ -47,14 +59,13 @@ def select_blocks(query_means: Tensor, key_means: Tensor, keep_mass: float, tile
     (``ties="all"``), or dropped from the lowest index on as a stable sort would (``ties="stable"``). The largest is
     always kept; a row without a finite maximum keeps everything. keep_mass is the published P.
 
-    query_means, key_means: [B, H, N, D] (fp32 from `norm_rope_means`). tiles: (T, Y, X) grid of blocks with
+    query_means, key_means: [B, H, N, D] (fp32 from `norm_rope_means`), last dimension contiguous. tiles: (T, Y, X) grid of blocks with
     N = T * Y * X, and window: published full widths (wT, wY, wX), for the union with the local window
     |dt| <= wT // 2, |dy| <= wY // 2, |dx| <= wX // 2, truncated at borders; both or neither.
-    Returns the packed selection, int32 [B, H, N, W]. Raises ValueError on other shapes or values.
+    Returns the packed selection, int32 [B, H, N, W]. Raises ValueError on other shapes, strides or values, TypeError on
+    other dtypes.
     """
-    if query_means.dim() != 4 or query_means.shape != key_means.shape:
-        raise ValueError("query_means and key_means must share one shape [B, H, N, D], got "
-                         f"{list(query_means.shape)} and {list(key_means.shape)}.")
+    _check_alike(query_means=query_means, key_means=key_means)
     if not 0.0 < keep_mass <= 1.0:
         raise ValueError(f"keep_mass must be in (0, 1], got {keep_mass}.")
     if ties not in ("all", "stable"):
@@ -62,9 +73,9 @@ def select_blocks(query_means: Tensor, key_means: Tensor, keep_mass: float, tile
     if (tiles is None) != (window is None):
         raise ValueError("tiles and window must be given together, got only one of them.")
     tiles, window = list(tiles or ()), list(window or ())
-    if tiles and (len(tiles) != 3 or len(window) != 3 or math.prod(tiles) != query_means.shape[2]):
-        raise ValueError(f"tiles must be three numbers with product N = {query_means.shape[2]} and window three widths, "
-                         f"got {tiles} and {window}.")
+    if tiles and (len(tiles) != 3 or len(window) != 3 or math.prod(tiles) != query_means.shape[2] or min(window) < 1):
+        raise ValueError(f"tiles must be three numbers with product N = {query_means.shape[2]} and window three widths from 1 "
+                         f"on, got {tiles} and {window}.")
     with torch.no_grad():  # the choice has no gradient
         op = reference.select_blocks if needs_reference(query_means) else _select_blocks
         return op(query_means, key_means, keep_mass, tiles, window, ties)
@@ -78,13 +89,9 @@ def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, selection:
     [B, H, N, W]. block_offsets: int32 [N + 1] from 0 to S, blocks of 1 to 64 tokens. scale: 1 / sqrt(D) by default.
     Returns out [B, S, H, D], contiguous, in query's dtype; with return_lse also the natural log-sum-exp of the kept
     logits, fp32 [B, H, S]. A block of queries that keeps nothing gives zeros and -inf.
-    Raises ValueError on other shapes, TypeError on mixed dtypes.
+    Raises ValueError on other shapes and strides, TypeError on other dtypes, RuntimeError on other block_offsets.
     """
-    if query.dim() != 4 or not query.shape == key.shape == value.shape:
-        raise ValueError("query, key and value must share one shape [B, S, H, D], got "
-                         f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}.")
-    if not query.dtype == key.dtype == value.dtype:
-        raise TypeError(f"query, key and value must share one dtype, got {query.dtype}, {key.dtype}, {value.dtype}.")
+    _check_alike(query=query, key=key, value=value)
     if block_offsets.dim() != 1 or block_offsets.dtype != torch.int32:
         raise ValueError(f"block_offsets must be int32 [N + 1], got {block_offsets.dtype} {list(block_offsets.shape)}.")
     N = block_offsets.shape[0] - 1

@@ -143,5 +143,6 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tenso
     block_of_token = torch.repeat_interleave(block_offsets.diff(), output_size=query.shape[1])
     mask = keep[:, :, block_of_token][..., block_of_token]  # [B, H, S, S]
     logits = (wide[0] @ wide[1].transpose(-1, -2) * scale).masked_fill(~mask, -math.inf)
-    out = logits.softmax(-1).nan_to_num(0.0) @ wide[2]
+    weights = logits.softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.0)  # rows that keep nothing give zeros
+    out = weights @ wide[2]
     return out.transpose(1, 2).to(query.dtype).contiguous(), logits.logsumexp(-1)

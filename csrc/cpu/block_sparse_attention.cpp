@@ -19,7 +19,7 @@ namespace kandinsky {
 namespace {
 
 constexpr int64_t kMaxBlock = 64;
-constexpr int64_t kPackedBytes = 64 << 20;  // keys and values packed at once: as many heads as fit, at least one
+constexpr int64_t kPackedBytes = 16 << 20;  // keys and values packed at once: as many heads as fit, at least one
 
 struct KeyBlock {
   const float *key, *value;  // [tokens, D]

@@ -3,6 +3,7 @@
 // its own lane from the first product to the last sum, so nothing is ever reduced across lanes, keys and values are read
 // as they lie, and a query's result cannot depend on its neighbours.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -32,15 +33,16 @@ constexpr int kPanel = 2 * W;
 template <int W>
 constexpr int kRows = W == 16 ? 8 : 6;
 
-// done(row, low, high) receives sum_k a[row * row_step + k * depth_step] * panel[k] for `rows` rows from `row` on.
-template <int W, int R, class Done>
-KANDINSKY_INLINE void tile(const float* a, int64_t row_step, int64_t depth_step, const float* panel, int64_t depth, int64_t row,
-                           const Done& done) {
+// Terms added to one accumulator before it is set aside: the error of a sum grows with the length of its chain.
+constexpr int64_t kChain = 128;
+
+// low[r] and high[r] = sum_k a[r * row_step + k * depth_step] * panel[k], over `depth` terms.
+template <int W, int R>
+KANDINSKY_INLINE void accumulate(const float* a, int64_t row_step, int64_t depth_step, const float* panel, int64_t depth,
+                                 typename Lanes<W>::F (&low)[R], typename Lanes<W>::F (&high)[R]) {
   using F = typename Lanes<W>::F;
-  F low[R], high[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) low[r] = high[r] = F{};
-  a += row * row_step;
   for (int64_t k = 0; k < depth; ++k, a += depth_step, panel += kPanel<W>) {
     const F x = load<W>(panel), y = load<W>(panel + W);
 #pragma GCC unroll 8
@@ -50,10 +52,25 @@ KANDINSKY_INLINE void tile(const float* a, int64_t row_step, int64_t depth_step,
       high[r] += scalar * y;
     }
   }
+}
+
+// done(row, low, high) receives sum_k a[row * row_step + k * depth_step] * panel[k] for R rows from `row` on.
+template <int W, int R, class Done>
+KANDINSKY_INLINE void tile(const float* a, int64_t row_step, int64_t depth_step, const float* panel, int64_t depth, int64_t row,
+                           const Done& done) {
+  typename Lanes<W>::F low[R], high[R], more_low[R], more_high[R];
+  a += row * row_step;
+  accumulate<W, R>(a, row_step, depth_step, panel, std::min(depth, kChain), low, high);
+  for (int64_t k = kChain; k < depth; k += kChain) {
+    accumulate<W, R>(a + k * depth_step, row_step, depth_step, panel + k * kPanel<W>, std::min(depth - k, kChain), more_low, more_high);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) low[r] += more_low[r], high[r] += more_high[r];
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) done(row + r, low[r], high[r]);
 }
 
+// The same for rows [row, rows): kRows at a time, then fewer.
 template <int W, int R = kRows<W>, class Done>
 KANDINSKY_INLINE void product(const float* a, int64_t row_step, int64_t depth_step, const float* panel, int64_t depth, int64_t rows,
                               const Done& done, int64_t row = 0) {

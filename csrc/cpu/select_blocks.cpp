@@ -21,13 +21,15 @@ namespace {
 template <int W>
 struct Sums {
   typedef double D __attribute__((vector_size(4 * W)));
+  typedef double All __attribute__((vector_size(8 * W)));
   D low{}, high{};
 
   KANDINSKY_INLINE void add(const typename Lanes<W>::F& mass) {
-    typename Lanes<W / 2>::F halves[2];
-    std::memcpy(halves, &mass, sizeof(mass));
-    low += __builtin_convertvector(halves[0], D);
-    high += __builtin_convertvector(halves[1], D);
+    const All wide = __builtin_convertvector(mass, All);
+    D halves[2];
+    std::memcpy(halves, &wide, sizeof(wide));
+    low += halves[0];
+    high += halves[1];
   }
   KANDINSKY_INLINE void store_to(double* lanes) const {
     std::memcpy(lanes, &low, sizeof(low));
