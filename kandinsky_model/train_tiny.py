@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the bundled tiny checkpoint: VAE, text encoder and diffusion transformer, on clips drawn by `shapes`.
 
-Stages: `vae` (reconstruct), `pool` (encode clips once), `flow` (flow matching over the pool, text encoder and transformer together).
-Each stage leaves a complete, loadable folder behind and one entry in training.json; a later run resumes after it.
+Stages: `vae` (reconstruct), `pool` (encode clips once), `flow` (flow matching over the pool). Each leaves a complete, loadable folder
+behind and one entry in training.json; a later run resumes after it.
 """
 
 import copy
@@ -329,8 +329,7 @@ def load_networks(folder):
 
 def machine():
     """The machine's record for the training log."""
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
+    model, info = platform.processor(), Path("/proc/cpuinfo")
     if info.is_file():
         model = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), model)
     return {"cpu": model, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
@@ -345,8 +344,7 @@ def write_log(folder, entry):
 
 def read_log(folder):
     """The stages that training.json of `folder` tells of, none where it is missing."""
-    path = folder / LOG_NAME
-    return json.loads(path.read_text())["stages"] if path.is_file() else []
+    return json.loads((folder / LOG_NAME).read_text())["stages"] if (folder / LOG_NAME).is_file() else []
 
 
 def train_tiny(out_dir, seed=2026, vae_plan=None, flow_plan=None, resume=False, device="cpu"):
@@ -387,16 +385,15 @@ def train_tiny(out_dir, seed=2026, vae_plan=None, flow_plan=None, resume=False, 
 def _entry(folder, stage, seed, continued, plan):
     """The head of a stage's log entry, and its plan. The seed grows by one with each earlier run of the stage."""
     seed += sum(old["stage"] == stage for old in read_log(folder))
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {"stage": stage, "started": started, "seed": seed, "machine": machine(), "continued": continued, "plan": asdict(plan)}, plan
+    return {"stage": stage, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "seed": seed, "machine": machine(), "continued": continued,
+            "plan": asdict(plan)}, plan
 
 
 def make_pool(folder, copies, seed, device):
     """The pool of `folder`, from its file or encoded now."""
     path, scenes = folder / POOL_NAME, pool_scenes(copies, seed)
     if path.is_file():
-        latents = load_file(path)["latents"]
-        if len(latents) == len(scenes):
+        if len(latents := load_file(path)["latents"]) == len(scenes):
             return Pool(latents, scenes)
     pool = encode_pool(load_vae(folder / "vae", dtype=torch.float32, device=device), scenes)
     save_file({"latents": pool.latents}, path)

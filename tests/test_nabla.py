@@ -15,8 +15,7 @@ from .cases import token_mask
 from .compare import assert_faithful, assert_same_blocks
 from .conftest import shared_data
 
-LIBRARY = torch.ops.kandinsky_kernels
-RAGGED, WHOLE = Grid(2, 11, 19), Grid(2, 16, 16)  # 12 blocks of 9 to 64 tokens; 8 of 64
+LIBRARY, RAGGED, WHOLE = torch.ops.kandinsky_kernels, Grid(2, 11, 19), Grid(2, 16, 16)  # 12 blocks of 9 to 64 tokens; 8 of 64
 
 
 def qkv(grid, B=1, H=2, D=64, scale=1.0):
