@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo   writes demo.mp4 from a prompt        make bench  times the operators on this machine
+# make demo   writes demo.mp4 from PROMPT          make bench  times the operators on this machine
 # make test   runs the tests                       make clean  forgets everything that was built
 # All of them set up .venv first where it is missing: PYTHON=... chooses the interpreter, TORCH=... the torch to install.
 
@@ -17,7 +17,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
-	$(VENV)/bin/kandinsky generate "$(PROMPT)" -o demo.mp4
+	$(VENV)/bin/kandinsky generate "$(PROMPT)" -o demo.mp4 --strip demo.png --seed 7
 
 test: $(VENV)/.built $(VENV)/.test
 	$(PY) -m pytest -q $(PYTEST_ARGS)

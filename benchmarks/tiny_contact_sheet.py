@@ -7,10 +7,9 @@
 import argparse
 from pathlib import Path
 
-import torch
-
 from kandinsky_model import shapes
-from kandinsky_model.check_tiny import BUNDLE, Sampler
+from kandinsky_model.check_tiny import draw
+from kandinsky_model.locate import TINY
 
 SHEET = Path(__file__).with_name("results") / "tiny_contact_sheet.png"
 FRAMES, SIDE, CAPTION = (0, 4, 8, 12, 16), 96, 18
@@ -27,7 +26,7 @@ def strip(clip, text):
     return picture
 
 
-def sheet(clips, texts, path):
+def sheet(texts, clips, path):
     """Two columns of strips, written to `path` as PNG."""
     from PIL import Image
 
@@ -43,11 +42,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=SHEET)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bundle", type=Path, default=BUNDLE)
+    parser.add_argument("--bundle", type=Path, default=TINY)
     options = parser.parse_args()
-    sampler, texts = Sampler(options.bundle), [shapes.prompt(c) for c in shapes.held_out()[::4]]
-    clips = torch.cat([sampler(texts[i : i + 4], options.seed + i) for i in range(0, len(texts), 4)])
-    sheet(clips, texts, options.output)
+    drawn = [(text, video.frames) for _, text, video in draw(shapes.held_out()[::4], options.bundle, options.seed)]
+    sheet(*zip(*drawn, strict=True), options.output)
 
 
 if __name__ == "__main__":

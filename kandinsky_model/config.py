@@ -156,8 +156,8 @@ _ALL = (
     _pro("t2v", "10s", 0.9, 10.0), _pro("t2v", "10s", 0.7, 10.0, hd=True),
     _pro("i2v", "5s", None, 10.0), _pro("i2v", "5s", 0.8, 5.0, hd=True),
     _image("t2i", IMAGE_DIT), _image("i2i", IMAGE_EDIT_DIT),
-    Preset(name="tiny", dit=TINY_DIT, vae=TINY_VAE, nabla=NablaConfig(0.9, (3, 1, 1)), steps=25, guidance=3.0, scheduler_scale=3.0,
-           scale_factor=(1.0, 1.0, 1.0), sizes=((256, 256),), frames=17, text="tiny"),
+    Preset(name="tiny", dit=TINY_DIT, vae=TINY_VAE, nabla=NablaConfig(0.9, (3, 1, 1)), steps=25, guidance=3.0, scheduler_scale=5.0,
+           scale_factor=(1.0, 1.0, 1.0), sizes=((160, 160),), frames=17, text="tiny"),
 )
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 

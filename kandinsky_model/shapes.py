@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-HEIGHT = WIDTH = 256
+HEIGHT = WIDTH = 160
 FRAMES = 17
 
 # RGB 0..255; every object colour is at least 110 (Euclidean) away from every other colour it can meet.
@@ -118,21 +118,11 @@ def random_prompt(combination, generator):
 
 
 def random_scene(combination, generator):
-    """Radius 40 +- 3 px, path 66 +- 5 px long, anywhere in the frame where the whole path fits. `generator` is a random.Random."""
-    radius, travel = 40 + generator.uniform(-3, 3), 66 + generator.uniform(-5, 5)
-    reach, start = REACH * radius, []
-    for side, direction in zip((WIDTH, HEIGHT), MOTIONS[combination.motion], strict=True):
-        low, high = reach + travel * max(0, -direction), side - reach - travel * max(0, direction)
-        start.append(generator.uniform(low, high) if low < high else side / 2)
-    return Scene(combination, radius, tuple(start), travel)
-
-
-def room(scene, frames=FRAMES):
-    """How far the first `frames` frames of a scene can be moved with the object inside: px (up, down, left, right), at least 0."""
-    (x, y), (dx, dy), reach = scene.start, MOTIONS[scene.combination.motion], REACH * scene.radius
-    along = scene.travel * (frames - 1) / (FRAMES - 1)
-    xs, ys = (x, x + dx * along), (y, y + dy * along)
-    return tuple(max(0.0, px) for px in (min(ys) - reach, HEIGHT - max(ys) - reach, min(xs) - reach, WIDTH - max(xs) - reach))
+    """Radius 30 +- 2 px, path 46 +- 4 px long with its middle within 6 px of the frame's. `generator` is a random.Random."""
+    radius, travel = 30 + generator.uniform(-2, 2), 46 + generator.uniform(-4, 4)
+    middle = [side / 2 + generator.uniform(-6, 6) for side in (WIDTH, HEIGHT)]
+    start = tuple(m - direction * travel / 2 for m, direction in zip(middle, MOTIONS[combination.motion], strict=True))
+    return Scene(combination, radius, start, travel)
 
 
 def _signed_distance(shape, x, y):

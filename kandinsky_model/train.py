@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every training here shares: the optimizer, the clock, the averaged copy of the weights, the choice of arithmetic."""
 
+import contextlib
 import copy
 import logging
 import math
+import platform
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +36,17 @@ class Optimizer:
 
     On flat pictures neighbouring inputs are equal, so elementwise steps of all weights add up in a few directions and blow up; an
     orthogonal step moves every direction alike. It is scaled by 0.2 sqrt(max(R, C)), the root mean square of an AdamW step, so one
-    learning rate serves both. Convolution kernels count as matrices [out, in * taps]. Embeddings are tables, not matrices.
+    learning rate serves both; `boost` lengthens it for the matrices alone. Convolution kernels count as matrices [out, in * taps].
+    Embeddings are tables, not matrices.
     """
 
-    def __init__(self, module, momentum=0.95, decay=0.01):
+    def __init__(self, module, momentum=0.95, decay=0.01, boost=1.0):
         tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in tables]
         known = {id(p) for p in self.matrices}
         self.adam = torch.optim.AdamW([p for p in parameters if id(p) not in known], betas=(0.9, 0.98), weight_decay=0.0)
-        self.momentum, self.decay, self.parameters = momentum, decay, parameters
+        self.momentum, self.decay, self.boost, self.parameters = momentum, decay, boost, parameters
         self.velocity = [torch.zeros_like(p) for p in self.matrices]
 
     def step(self, loss, rate, clip=1.0):
@@ -66,7 +71,7 @@ class Optimizer:
             groups.setdefault(direction.shape, []).append((parameter, direction))
         for (rows, columns), members in groups.items():
             directions = orthogonalize(torch.stack([direction for _, direction in members]))
-            size = rate * 0.2 * math.sqrt(max(rows, columns))
+            size = rate * self.boost * 0.2 * math.sqrt(max(rows, columns))
             for (parameter, _), direction in zip(members, directions, strict=True):
                 parameter.mul_(1 - rate * self.decay).sub_(size * direction.view_as(parameter))
 
@@ -108,6 +113,21 @@ class Average:
             mine.lerp_(theirs, 1 - decay)
 
 
+@contextlib.contextmanager
+def short_attention(device):
+    """On the CPU, dense attention as two matrix products: its fused kernel is slow backwards over a few hundred tokens."""
+    if torch.device(device).type != "cpu":
+        yield
+        return
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # governs the CPU's products too
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
 def training_dtype(device="cpu"):
     """bf16 on a GPU, and where this CPU multiplies bf16 matrices faster than fp32 ones (AVX512-BF16, AMX): measured, not looked up."""
     if torch.device(device).type != "cpu":
@@ -120,3 +140,12 @@ def training_dtype(device="cpu"):
             a @ b
             seconds[dtype] = min(seconds.get(dtype, math.inf), time.perf_counter() - start)
     return min(seconds, key=seconds.get)
+
+
+def machine():
+    """The machine's record for the training log."""
+    model, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.is_file():
+        model = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), model)
+    return {"cpu": model, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+            "arithmetic": str(training_dtype()).removeprefix("torch.")}

@@ -9,7 +9,6 @@ import copy
 import itertools
 import json
 import logging
-import platform
 import random
 import time
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,7 @@ from .config import PRESETS
 from .dit import DiffusionTransformer3D, make_plan
 from .geometry import Grid, frequencies
 from .text import UNKNOWN, TinyTextEncoder
-from .train import Average, Clock, Optimizer, training_dtype
+from .train import Average, Clock, Optimizer, machine, short_attention, training_dtype
 from .vae import CausalConv3d, Downsample, FrameCausalAttention, HunyuanVideoVAE, ResnetBlock, Upsample, sample_posterior
 from .weights import load_dit, load_vae, save_dit, save_vae
 
@@ -40,7 +39,7 @@ class VAEPlan:
     rate: float = 4e-3
     kl_weight: float = 1e-3
     average: float = 0.99
-    phases: tuple = ((1400, 16, 1, 32), (400, 8, 1, 64), (900, 2, 17, 64), (300, 1, 17, 128), (30, 1, 17, 256))
+    phases: tuple = ((1400, 16, 1, 32), (400, 8, 1, 64), (900, 2, 17, 64), (300, 1, 17, 128), (30, 1, 17, 160))
 
 
 def to_video(frames):
@@ -61,8 +60,8 @@ def crop_batch(clips, frames, side, generator):
         first = generator.randrange(shapes.FRAMES - frames + 1)
         along = scene.travel * (first + frames / 2) / shapes.FRAMES
         dx, dy = shapes.MOTIONS[scene.combination.motion]
-        left = scene.start[0] + dx * along - side / 2 + generator.uniform(-80, 80)
-        top = scene.start[1] + dy * along - side / 2 + generator.uniform(-80, 80)
+        left = scene.start[0] + dx * along - side / 2 + generator.uniform(-60, 60)
+        top = scene.start[1] + dy * along - side / 2 + generator.uniform(-60, 60)
         window = (int(min(max(top, 0), shapes.HEIGHT - side)), int(min(max(left, 0), shapes.WIDTH - side)), side, side)
         batch.append(shapes.draw(scene, range(first, first + frames), window))
     return to_video(torch.stack(batch))
@@ -157,14 +156,20 @@ def center_latents(vae, generator, clips=24):
 
 @dataclass(frozen=True)
 class FlowPlan:
-    """How text encoder and transformer are trained. `phases` = (steps, clips, latent frames, sparse attention)."""
+    """How text encoder and transformer are trained. `phases` = (steps, clips, latent frames, sparse attention).
+
+    boost: see `Optimizer`. drop, unknown: how often a prompt is left out, and a word replaced by the unknown one. compile: fuse the
+    visual blocks with torch.compile, which needs a C++ compiler on the CPU.
+    """
 
     rate: float = 2e-3
+    boost: float = 2.5
     average: float = 0.995
-    copies: int = 1
-    phases: tuple = ((600, 16, 1, False), (1300, 4, 5, False), (25, 4, 5, True))
+    copies: int = 3
+    phases: tuple = ((2800, 32, 1, False), (2600, 8, 5, False), (700, 8, 5, True))
     drop: float = 0.1
     unknown: float = 0.02
+    compile: bool = True
 
 
 @dataclass(frozen=True)
@@ -177,17 +182,10 @@ class Pool:
     def batch(self, count, frames, generator):
         """Random clips cut to `frames` latent frames (the VAE is causal, so a prefix is a shorter clip).
 
-        Each is moved by whole latent pixels to any place where the object stays inside: the flat background closes behind it.
         Returns latents fp32 [count, frames, h, w, C] and their combinations.
         """
-        rows, chosen = [], []
-        for _ in range(count):
-            i = generator.randrange(len(self.scenes))
-            up, down, left, right = (int(px) // 8 for px in shapes.room(self.scenes[i], 4 * frames - 3))
-            shift = (generator.randint(-up, down), generator.randint(-left, right))
-            rows.append(self.latents[i, :frames].float().roll(shift, (1, 2)))
-            chosen.append(self.scenes[i].combination)
-        return torch.stack(rows), chosen
+        rows = [generator.randrange(len(self.scenes)) for _ in range(count)]
+        return self.latents[rows, :frames].float(), [self.scenes[i].combination for i in rows]
 
 
 def pool_scenes(copies, seed):
@@ -291,19 +289,23 @@ def train_flow(networks, pool, plan, preset, seed, on_average=None):
     """
     torch.manual_seed(seed)
     generator, device = random.Random(seed), next(networks.parameters()).device
-    dtype, dit = training_dtype(device), preset.dit
+    dtype = training_dtype(device)
     schedule = [phase[1:] for phase in plan.phases for _ in range(phase[0])]
-    optimizer, average, clock = Optimizer(networks), Average(networks, plan.average), Clock(len(schedule))
+    optimizer, average, clock = Optimizer(networks, boost=plan.boost), Average(networks, plan.average), Clock(len(schedule))
     plans, recent = {}, []
+    dit = networks["transformer"]
+    if plan.compile:  # after the average was copied, so that it stays an ordinary module
+        dit._visual = torch.compile(dit._visual, dynamic=True)
     for step, (clips, frames, sparse) in enumerate(schedule):
         if (frames, sparse) not in plans:
             grid = Grid(frames, shapes.HEIGHT // 16, shapes.WIDTH // 16)
-            plans[frames, sparse] = make_plan(dit, grid, preset.scale_factor, preset.nabla if sparse else None, device)
+            plans[frames, sparse] = make_plan(preset.dit, grid, preset.scale_factor, preset.nabla if sparse else None, device)
         clean, words = pool.batch(clips, frames, generator)
         prompts = [shapes.random_prompt(c, generator) for c in words]
         times = sample_times(clips, preset.scheduler_scale).to(device)
-        losses = flow_loss(networks, clean.to(device), prompts, plans[frames, sparse], times, (plan, generator, dtype))
-        optimizer.step(losses.mean(), clock.rate(step, plan.rate))
+        with short_attention(device):
+            losses = flow_loss(networks, clean.to(device), prompts, plans[frames, sparse], times, (plan, generator, dtype))
+            optimizer.step(losses.mean(), clock.rate(step, plan.rate))
         average.update(networks, step)
         recent.append(torch.stack([times, losses.detach()]))
         if step % 20 == 19 or step + 1 == len(schedule):
@@ -312,6 +314,8 @@ def train_flow(networks, pool, plan, preset, seed, on_average=None):
             recent = []
         if on_average and step % (len(schedule) // 10 + 1) == len(schedule) // 10:
             on_average(average.module, clock.losses)
+    if plan.compile:
+        del dit._visual
     return average.module, clock.losses
 
 
@@ -325,15 +329,6 @@ def load_networks(folder):
     """The two networks of a bundle, in fp32 and trainable."""
     dit = load_dit(folder / "transformer", dtype=torch.float32)
     return nn.ModuleDict({"transformer": dit, "text_encoder": TinyTextEncoder.load(folder / "text_encoder")}).train().requires_grad_(True)
-
-
-def machine():
-    """The machine's record for the training log."""
-    model, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.is_file():
-        model = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), model)
-    return {"cpu": model, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-            "arithmetic": str(training_dtype()).removeprefix("torch.")}
 
 
 def write_log(folder, entry):
@@ -392,9 +387,8 @@ def _entry(folder, stage, seed, continued, plan):
 def make_pool(folder, copies, seed, device):
     """The pool of `folder`, from its file or encoded now."""
     path, scenes = folder / POOL_NAME, pool_scenes(copies, seed)
-    if path.is_file():
-        if len(latents := load_file(path)["latents"]) == len(scenes):
-            return Pool(latents, scenes)
+    if path.is_file() and len(latents := load_file(path)["latents"]) == len(scenes):
+        return Pool(latents, scenes)
     pool = encode_pool(load_vae(folder / "vae", dtype=torch.float32, device=device), scenes)
     save_file({"latents": pool.latents}, path)
     return pool

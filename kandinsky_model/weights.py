@@ -256,7 +256,7 @@ def _compare(expected: Mapping[str, tuple[int, ...]], entries: Mapping[str, Entr
              if name in entries and entries[name].shape != shape]
     problems = [_some(*problem) for problem in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)) if problem[1]]
     if problems:
-        where = ", ".join(sorted({entry.path.name for entry in entries.values()})) or "the file"
+        where = ", ".join(sorted({f"{entry.path.parent.name}/{entry.path.name}" for entry in entries.values()})) or "the file"
         raise ValueError(f"the weights must match the model tensor by tensor, but in {where} {'; '.join(problems)}; "
                          "check that file and configuration belong together")
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from kandinsky_model import shapes, train_tiny
-from kandinsky_model.check_tiny import BUNDLE, check_tiny
+from kandinsky_model.check_tiny import check_tiny
 from kandinsky_model.config import PRESETS, DiTConfig, VAEConfig
+from kandinsky_model.locate import TINY as BUNDLE
 from kandinsky_model.text import START, UNKNOWN, TinyTextEncoder
 from kandinsky_model.train import Optimizer, orthogonalize
 from kandinsky_model.vae import HunyuanVideoVAE
@@ -64,7 +65,7 @@ def test_prompts_name_the_words():
 def test_a_window_is_a_cut_of_the_whole_frame():
     scene = shapes.random_scene(shapes.combinations()[7], random.Random(3))
     whole = shapes.draw(scene, (5, 6))
-    assert torch.equal(shapes.draw(scene, (5, 6), (40, 72, 64, 96)), whole[:, 40:104, 72:168])
+    assert torch.equal(shapes.draw(scene, (5, 6), (40, 48, 64, 96)), whole[:, 40:104, 48:144])
 
 
 # ---- judge
@@ -85,25 +86,25 @@ def test_judge_sees_one_wrong_word(word, other):
 
 
 def test_judge_finds_nothing_in_noise_emptiness_and_smears():
-    flat = torch.full((17, 256, 256, 3), 20, dtype=torch.uint8)
+    flat = torch.full((17, 160, 160, 3), 20, dtype=torch.uint8)
     assert shapes.judge(flat).color == "none" and shapes.judge(flat).background == "black"
     noise = torch.randint(0, 256, flat.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert shapes.judge(noise).shape == "none"
     smear = flat.clone()
-    smear[:, 120:136, 30:220] = torch.tensor([205, 25, 40], dtype=torch.uint8)
+    smear[:, 72:84, 15:145] = torch.tensor([205, 25, 40], dtype=torch.uint8)
     assert shapes.judge(smear).shape == "none"
 
 
 def test_judge_calls_a_short_path_still_and_a_diagonal_none():
     frames = clip(motion="still")
     assert shapes.judge(frames).motion == "still"
-    diagonal = torch.stack([f.roll((3 * i, 3 * i), (0, 1)) for i, f in enumerate(frames)])
+    diagonal = torch.stack([f.roll((2 * i, 2 * i), (0, 1)) for i, f in enumerate(frames)])
     assert shapes.judge(diagonal).motion == "none"
 
 
 def test_judge_rejects_other_layouts():
     with pytest.raises(ValueError, match="uint8"):
-        shapes.judge(torch.zeros(17, 256, 256, 3))
+        shapes.judge(torch.zeros(17, 160, 160, 3))
 
 
 # ---- text encoder
@@ -203,9 +204,9 @@ def test_training_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "HEIGHT", 64)
     monkeypatch.setattr(shapes, "WIDTH", 64)
     vae_plan = train_tiny.VAEPlan(phases=((12, 2, 1, 32), (1, 1, 5, 32)))
-    flow_plan = train_tiny.FlowPlan(phases=((12, 4, 1, False), (2, 2, 5, False), (1, 1, 5, True)))
+    flow_plan = train_tiny.FlowPlan(phases=((12, 4, 1, False), (2, 2, 5, False), (1, 1, 5, True)), copies=1, compile=False)
     train_tiny.train_tiny(tmp_path, 1, vae_plan, flow_plan)
-    train_tiny.train_tiny(tmp_path, 1, None, train_tiny.FlowPlan(phases=((2, 1, 1, False),)), resume=True)
+    train_tiny.train_tiny(tmp_path, 1, None, train_tiny.FlowPlan(phases=((2, 1, 1, False),), copies=1, compile=False), resume=True)
     stages = json.loads((tmp_path / "training.json").read_text())["stages"]
     assert [s["stage"] for s in stages] == ["vae", "flow", "flow"] and [s["continued"] for s in stages] == [False, False, True]
     assert [s["seed"] for s in stages] == [1, 1, 2]
@@ -219,7 +220,7 @@ def test_flow_training_learns():
     torch.manual_seed(0)
     networks = train_tiny.new_networks(SMALL.dit, 0)
     pool = train_tiny.Pool(torch.randn(2, 1, 1, 1, 16).half().expand(2, 1, 4, 4, 16), train_tiny.pool_scenes(1, 0)[:2])
-    plan = train_tiny.FlowPlan(rate=1e-2, phases=((120, 16, 1, False),))
+    plan = train_tiny.FlowPlan(rate=1e-2, boost=1.0, phases=((120, 16, 1, False),), compile=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "HEIGHT", 32)
         patch.setattr(shapes, "WIDTH", 32)
