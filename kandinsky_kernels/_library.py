@@ -3,22 +3,26 @@
 
 An operator is declared once, with its reference as ``CompositeExplicitAutograd``: that makes the reference the
 fallback on every device and the fake kernel of ``torch.compile`` at once. Kernels register themselves under ``CPU``
-(the compiled ``_C`` module) and PyTorch's dispatcher does the choosing.
+(the compiled ``_C`` module) or ``CUDA`` (Triton launchers, by `attach`) and PyTorch's dispatcher does the choosing.
 """
 
+import contextlib
 import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
 
 import torch
 
+from . import _guard, tuning
+
 NAMESPACE = "kandinsky_kernels"
 REFERENCE_ONLY = os.environ.get("KANDINSKY_KERNELS", "") == "reference"
 
 _log = logging.getLogger(__name__)
 _library = torch.library.Library(NAMESPACE, "DEF")
-_names: list[str] = []
+_references: dict[str, Callable] = {}
 extension = None  # the compiled module, or None
 extension_absence = ""  # why it is None
 
@@ -33,8 +37,37 @@ def declare(schema: str, reference: Callable, fake: Callable | None = None) -> C
     _library.impl(name, reference, "CompositeExplicitAutograd")
     if fake is not None:
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    _names.append(name)
+    _references[name] = reference
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def triton_absence() -> str | None:
+    """Why no Triton kernel can run, or None."""
+    if REFERENCE_ONLY:
+        return "KANDINSKY_KERNELS=reference asks for references only"
+    return None if importlib.util.find_spec("triton") else "Triton is not installed; install it with: pip install triton"
+
+
+def attach(name: str, launch: Callable, refuse: Callable[..., str | None], trial: Callable[..., tuple]) -> None:
+    """Register a Triton launcher of the declared op ``name`` for CUDA, under guard.
+
+    refuse(*args) says why the kernel cannot take these arguments, or None; trial(*args) makes a small case of their kind, on which the
+    launcher must agree with the reference before it is first used. Otherwise the reference runs.
+    """
+    reference = _references[name]
+
+    def run(*args):
+        if refuse(*args) is None and _guard.trusted(name, launch, reference, trial, args):
+            return launch(*args)
+        return reference(*args)
+
+    if triton_absence() is None:
+        _library.impl(name, run, "CUDA")
+
+
+def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Make the tensor's card the current one; nothing for the CPU, where Triton's interpreter runs."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def load_extension() -> None:
@@ -61,15 +94,22 @@ def needs_reference(*tensors: torch.Tensor | None) -> bool:
 def kernels() -> dict[str, dict[str, str]]:
     """What would run for each operator and device type, and why: ``{op: {"cpu": ..., "cuda": ...}}``."""
     table = {}
-    for name in _names:
+    for name in _references:
         qualified = f"{NAMESPACE}::{name}"
         row = {}
         for device in ("CPU", "CUDA"):
             if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device):
-                row[device.lower()] = f"cpp ({extension.simd()})" if device == "CPU" else "cuda"
+                row[device.lower()] = f"cpp ({extension.simd()})" if device == "CPU" else _triton_state(name)
             elif device == "CPU":
                 row["cpu"] = f"reference: {extension_absence or 'the compiled extension has no kernel for this operator'}"
             else:
-                row["cuda"] = "reference: no GPU kernel for this operator yet"
+                row["cuda"] = f"reference: {triton_absence() or 'no GPU kernel for this operator yet'}"
         table[name] = row
     return table
+
+
+def _triton_state(name: str) -> str:
+    failed = _guard.failure(name)
+    if failed:
+        return f"reference: {failed}"
+    return "triton" if name in tuning.VERIFIED else "triton (not yet verified on hardware; checks itself on first use)"

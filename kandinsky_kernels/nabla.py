@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
-from ._library import declare, needs_reference
+from . import reference, tuning
+from ._library import attach, declare, needs_reference, on
 
 
 def _empty_selection(query_means: Tensor, *_) -> Tensor:
@@ -111,3 +111,57 @@ def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, selection:
 def selection_density(selection: Tensor, blocks: int) -> float:
     """Kept blocks over all blocks of a packed selection for ``blocks`` = N blocks: a number in 0..1."""
     return reference.unpack_selection(selection, blocks).double().mean().item()
+
+
+# ---- on GPUs
+
+
+def _refuse_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, *_) -> str | None:
+    """Why the Triton kernel cannot take this call, or None."""
+    if not query.numel():
+        return "there is nothing to compute"
+    if query.dtype == torch.float64:
+        return "its matrix products take float16, bfloat16 and float32, got float64"
+    if query.shape[-1] > 128:
+        return f"it holds head dims up to 128, got {query.shape[-1]}"
+    return None if selection.shape[2] < 1 << 16 else f"its lists hold 65,535 blocks, got {selection.shape[2]}"
+
+
+def _launch_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor,
+                      scale: float) -> tuple[Tensor, Tensor]:
+    """Heads are taken in groups whose block lists fit into `tuning.LIST_BYTES`."""
+    from .triton import nabla as kernels
+
+    B, S, H, D = query.shape
+    N, block = selection.shape[2], tuning.padded(D, 16)
+    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
+    launch = tuning.attention(block, torch.finfo(query.dtype).bits, capability)
+    group = min(B * H, max(1, tuning.LIST_BYTES // (2 * N * N)))
+    rows, block_offsets = selection.contiguous().view(B * H * N, -1), block_offsets.contiguous()
+    lists = torch.empty(group * N, N, dtype=torch.int16, device=query.device)
+    counts = torch.empty(group * N, dtype=torch.int32, device=query.device)
+    out, lse = query.new_empty(B, S, H, D), query.new_empty((B, H, S), dtype=torch.float32)
+    strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
+    with on(query):
+        for first in range(0, B * H, group):
+            pairs = min(group, B * H - first)
+            kernels.list_blocks[(pairs * N,)](
+                rows[first * N:], lists, counts, N, rows.shape[1], CHUNK=min(tuning.LIST_CHUNK, tuning.padded(N)),
+                num_warps=tuning.LIST.num_warps)
+            kernels.block_sparse_attention[(N, pairs)](
+                query, key, value, lists, counts, block_offsets, out, lse, first, S, H, N, D, *strides, scale / math.log(2),
+                FULL=S == tuning.TOKENS * N, PRECISION="ieee", BLOCK=block, TOKENS=tuning.TOKENS,
+                num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return out, lse
+
+
+def _trial_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor, scale: float) -> tuple:
+    """Three blocks, full ones like the caller's or ragged: one keeps itself, one all of them, one the first two."""
+    ends = [0, 64, 128, 192] if query.shape[1] == tuning.TOKENS * selection.shape[2] else [0, 64, 69, 101]
+    offsets = torch.tensor(ends, dtype=torch.int32, device=query.device)
+    keep = torch.tensor([[[[0b001], [0b111], [0b011]]]], dtype=torch.int32, device=query.device)
+    shape, like = (1, ends[-1], 1, query.shape[-1]), {"dtype": query.dtype, "device": query.device}
+    return (*(torch.randn(shape, **like) for _ in range(3)), keep, offsets, scale)
+
+
+attach("block_sparse_attention", _launch_attention, _refuse_attention, _trial_attention)

@@ -4,8 +4,8 @@
 import torch
 from torch import Tensor
 
-from . import reference
-from ._library import declare, needs_reference
+from . import reference, tuning
+from ._library import attach, declare, needs_reference, on
 
 LAYER_NORM_EPS = 1e-5
 RMS_NORM_EPS = 1.1920928955078125e-07  # torch.nn.RMSNorm(eps=None) on an fp32 input
@@ -118,3 +118,83 @@ def norm_rope_means(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor |
         raise ValueError(f"block_offsets must be int32 [N + 1], got {block_offsets.dtype} {list(block_offsets.shape)}.")
     op = reference.norm_rope if needs_reference(x, weight) else _norm_rope
     return op(x, weight, cos, sin, block_offsets, eps)
+
+
+# ---- on GPUs
+
+
+def _refuse_norm(x: Tensor, *_) -> str | None:
+    """Why the Triton kernels cannot take this call, or None."""
+    if not x.numel():
+        return "there is nothing to compute"
+    return None if x.shape[-1] <= 16384 else f"rows of {x.shape[-1]} channels do not fit into registers, 16384 do"
+
+
+def _launch_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    from .triton import norm as kernels
+
+    B, S, C = x.shape
+    out, block, rows = x.new_empty(B, S, C), tuning.padded(C), tuning.norm_rows(S)
+    launch = tuning.norm(block)
+    with on(x):
+        kernels.modulated_norm[(-(-S // rows), B)](
+            x, scale, shift, out, S, C, x.stride(0), x.stride(1), scale.stride(0), shift.stride(0), eps,
+            ROWS=rows, BLOCK=block, num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return out
+
+
+def _launch_gated_add_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None, shift: Tensor | None,
+                           eps: float) -> tuple[Tensor, Tensor]:
+    from .triton import norm as kernels
+
+    B, S, C = x.shape
+    normed = scale is not None and shift is not None
+    y, block, rows = x.new_empty(B, S, C), tuning.padded(C), tuning.norm_rows(S)
+    out, launch = x.new_empty(B, S, C) if normed else x.new_empty(0), tuning.norm(block)
+    scale, shift = (scale, shift) if normed else (gate, gate)
+    with on(x):
+        kernels.gated_add_norm[(-(-S // rows), B)](
+            x, branch, gate, scale, shift, y, out, S, C, x.stride(0), x.stride(1), branch.stride(0), branch.stride(1),
+            gate.stride(0), scale.stride(0), shift.stride(0), eps, NORM=normed, ROWS=rows, BLOCK=block,
+            num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return y, out
+
+
+def _launch_norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, block_offsets: Tensor | None,
+                      eps: float) -> tuple[Tensor, Tensor]:
+    from .triton import norm as kernels
+
+    B, S, H, D = x.shape
+    N = -(-S // tuning.TOKENS) if block_offsets is None else block_offsets.shape[0] - 1
+    y, heads, launch = x.new_empty(B, S, H, D), tuning.rope_heads(H), tuning.rope(tuning.padded(D))
+    means = x.new_empty(0 if block_offsets is None else (B, H, N, D), dtype=torch.float32)
+    weight, rotate = weight.contiguous(), cos is not None and sin is not None
+    cos, sin = (cos.contiguous(), sin.contiguous()) if rotate else (weight, weight)
+    with on(x):
+        kernels.norm_rope[(N, -(-H // heads), B)](
+            x, weight, cos, sin, weight if block_offsets is None else block_offsets.contiguous(), y, means, S, H, N, D, x.stride(0),
+            x.stride(1), x.stride(2), eps, ROTATE=rotate, MEANS=block_offsets is not None, HEADS=heads, TOKENS=tuning.TOKENS,
+            BLOCK=tuning.padded(D), num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return y, means
+
+
+def _trial_norm(x: Tensor, *args) -> tuple:
+    """Three rows of the caller's width, one sample: random vectors, its eps."""
+    *vectors, eps = args
+    like = {"dtype": x.dtype, "device": x.device}
+    rows = torch.randn(1, 3, x.shape[-1], **like)
+    made = [None if v is None else torch.randn(rows.shape if v.dim() == 3 else (1, x.shape[-1]), **like) for v in vectors]
+    return (rows, *made, eps)
+
+
+def _trial_norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, block_offsets: Tensor | None, eps: float) -> tuple:
+    """Seventy tokens of two heads in blocks of 64 and 6."""
+    D, angles = x.shape[-1], None if cos is None else torch.randn(70, x.shape[-1] // 2, device=x.device)
+    offsets = None if block_offsets is None else torch.tensor([0, 64, 70], dtype=torch.int32, device=x.device)
+    return (torch.randn(1, 70, 2, D, dtype=x.dtype, device=x.device), torch.rand(D, dtype=weight.dtype, device=x.device),
+            None if angles is None else angles.cos(), None if angles is None else angles.sin(), offsets, eps)
+
+
+attach("modulated_norm", _launch_modulated_norm, _refuse_norm, _trial_norm)
+attach("gated_add_norm", _launch_gated_add_norm, _refuse_norm, _trial_norm)
+attach("norm_rope", _launch_norm_rope, _refuse_norm, _trial_norm_rope)

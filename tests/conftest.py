@@ -8,6 +8,9 @@ import torch
 
 from kandinsky_kernels import _library
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which reads it once
+
 
 def shared_data() -> Path:
     """The folder of golden files beside the checkout; skips the test where it is absent."""

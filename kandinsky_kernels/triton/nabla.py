@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block-sparse attention on GPUs: lists from the packed selection, then one program per block of queries.
+
+Locals: i_ an index, o_ offsets, m_ a mask, p_ a pointer, b_ a block of values.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def list_blocks(p_selection, p_list, p_count, N, words, CHUNK: tl.constexpr):
+    """Packed rows int32 [R, words] -> kept blocks in ascending order, int16 (read as unsigned) [R, N], and their number int32 [R].
+
+    Grid (R,). A list beyond its count is not written.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    count = 0
+    for start in range(0, N, CHUNK):
+        o_block = start + tl.arange(0, CHUNK)
+        m_block = o_block < N
+        b_word = tl.load(p_selection + i_row * words + o_block // 32, m_block, 0)
+        b_keep = (b_word >> (o_block % 32)) & 1
+        o_place = count + tl.cumsum(b_keep, 0) - 1
+        tl.store(p_list + i_row * N + o_place, o_block.to(tl.int16), m_block & (b_keep == 1))
+        count += tl.sum(b_keep, 0)
+    tl.store(p_count + i_row, count)
+
+
+@triton.jit
+def block_sparse_attention(p_query, p_key, p_value, p_list, p_count, p_offsets, p_out, p_lse, first, S, H, N, D,
+                           q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, scale_log2,
+                           FULL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
+    """softmax(scale query key^T) value over the listed blocks of keys, online, in base 2; out and natural log-sum-exp.
+
+    Grid (N, pairs): program (i, j) owns query block i of the j-th (batch, head) from `first` on. FULL: every block has TOKENS tokens.
+    BLOCK >= D, a power of two.
+    """
+    i_block, i_pair = tl.program_id(0), tl.program_id(1)
+    i_batch, i_head = ((first + i_pair) // H).to(tl.int64), ((first + i_pair) % H).to(tl.int64)
+    i_row = i_pair.to(tl.int64) * N + i_block
+    o_t, o_d = tl.arange(0, TOKENS), tl.arange(0, BLOCK)
+    m_d = (o_d < D)[None]
+    start, length = i_block * TOKENS, TOKENS
+    if not FULL:
+        start = tl.load(p_offsets + i_block)
+        length = tl.load(p_offsets + i_block + 1) - start
+    o_query = (start + o_t).to(tl.int64)
+    m_query = (o_t < length)[:, None] & m_d
+    b_query = tl.load(p_query + i_batch * q_batch + i_head * q_head + o_query[:, None] * q_token + o_d[None], m_query, 0.0)
+    p_k = p_key + i_batch * k_batch + i_head * k_head + o_t[:, None].to(tl.int64) * k_token + o_d[None]
+    p_v = p_value + i_batch * v_batch + i_head * v_head + o_t[:, None].to(tl.int64) * v_token + o_d[None]
+
+    b_max = tl.full([TOKENS], -float("inf"), tl.float32)
+    b_sum = tl.zeros([TOKENS], tl.float32)
+    b_out = tl.zeros([TOKENS, BLOCK], tl.float32)
+    count = tl.load(p_count + i_row)
+    for i in range(count):
+        i_key = tl.load(p_list + i_row * N + i).to(tl.int32) & 0xFFFF
+        if FULL:
+            o_key, m_key = i_key.to(tl.int64) * TOKENS, m_d
+        else:
+            o_key = tl.load(p_offsets + i_key).to(tl.int64)
+            b_inside = o_t < tl.load(p_offsets + i_key + 1) - o_key
+            m_key = b_inside[:, None] & m_d
+        b_key = tl.load(p_k + o_key * k_token, m_key, 0.0)
+        b_logit = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2  # [TOKENS, TOKENS]
+        if not FULL:
+            b_logit = tl.where(b_inside[None], b_logit, -float("inf"))
+        b_max, b_old = tl.maximum(b_max, tl.max(b_logit, 1)), b_max
+        b_zero = tl.where(b_max == -float("inf"), 0.0, b_max)  # -inf - -inf is NaN
+        b_decay = tl.exp2(b_old - b_zero)
+        b_share = tl.exp2(b_logit - b_zero[:, None])
+        b_value = tl.load(p_v + o_key * v_token, m_key, 0.0)
+        b_sum = b_sum * b_decay + tl.sum(b_share, 1)
+        b_out = tl.dot(b_share.to(b_value.dtype), b_value, b_out * b_decay[:, None], input_precision=PRECISION)
+
+    if count == 0:
+        b_sum += 1.0  # zeros, and -inf below: b_max still is
+    b_out = b_out / b_sum[:, None]
+    p_o = p_out + ((i_batch * S + o_query[:, None]) * H + i_head) * D + o_d[None]
+    tl.store(p_o, b_out.to(p_out.dtype.element_ty), m_query)
+    b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
+    tl.store(p_lse + (i_batch * H + i_head) * S + o_query, b_lse, o_t < length)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles every Triton kernel for every architecture without a GPU: ``python -m tests.cubins [sm ...]`` prints one JSON line each.
+
+Run as a process of its own, because the tests' process has Triton's interpreter switched on.
+"""
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kandinsky_kernels import tuning
+from kandinsky_kernels.triton import nabla, norm
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+POINTERS = {"p_cos": "fp32", "p_sin": "fp32", "p_means": "fp32", "p_lse": "fp32", "p_scale": "fp32", "p_shift": "fp32", "p_gate": "fp32",
+            "p_offsets": "i32", "p_count": "i32", "p_selection": "i32", "p_list": "i16"}
+FLOATS = ("eps", "scale_log2")
+
+
+def kernels(capability):
+    """(name, kernel, constants, Launch) of everything the launchers start at the sizes of Lite (D 64) and Pro (D 128), in bf16."""
+    yield "list_blocks", nabla.list_blocks, {"CHUNK": tuning.LIST_CHUNK}, tuning.LIST
+    for D, C in ((64, 1792), (128, 4096)):
+        rows, block = {"ROWS": tuning.norm_rows(93696), "BLOCK": tuning.padded(C)}, tuning.padded(C)
+        yield f"modulated_norm-{C}", norm.modulated_norm, rows, tuning.norm(block)
+        yield f"gated_add_norm-{C}", norm.gated_add_norm, {"NORM": True, **rows}, tuning.norm(block)
+        rope = {"ROTATE": True, "MEANS": True, "HEADS": tuning.rope_heads(28 if D == 64 else 32), "TOKENS": tuning.TOKENS, "BLOCK": D}
+        yield f"norm_rope-{D}", norm.norm_rope, rope, tuning.rope(D)
+        for full in (True, False):
+            constants = {"FULL": full, "PRECISION": "ieee", "BLOCK": D, "TOKENS": tuning.TOKENS}
+            yield (f"block_sparse_attention-{D}{'' if full else '-ragged'}", nabla.block_sparse_attention, constants,
+                   tuning.attention(D, 16, capability))
+
+
+def compiled(kernel, constants, launch, architecture):
+    """The compiled kernel, with the hints a real call gives: pointers and strides are multiples of 16."""
+    signature, hints = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.startswith("p_"):
+            signature[name] = "*" + POINTERS.get(name, "bf16")
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+        if signature[name][0] == "*" or re.search("_(batch|row|token|head)$", name) or name in ("D", "C"):
+            hints[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, hints)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32),
+                          options={"num_warps": launch.num_warps, "num_stages": launch.num_stages})
+
+
+def resources(cubin):
+    """Registers per thread and bytes of local memory (spills live there), read off the binary."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"LOCAL:(\d+)", text)[1])
+
+
+def main():
+    for architecture in [int(sm) for sm in sys.argv[1:]] or ARCHITECTURES:
+        for name, kernel, constants, launch in kernels(divmod(architecture, 10)):
+            result = compiled(kernel, constants, launch, architecture)
+            registers, local = resources(result.asm["cubin"])
+            print(json.dumps({"kernel": name, "sm": architecture, "registers": registers, "local": local, "shared": result.metadata.shared,
+                              "warps": launch.num_warps, "stages": launch.num_stages,
+                              "wgmma": "wgmma.mma_async" in result.asm["ptx"], "mma": "mma.sync" in result.asm["ptx"],
+                              "tcgen05": "tcgen05.mma" in result.asm["ptx"]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

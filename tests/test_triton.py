@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels: under the interpreter, or on a GPU where there is one; as binaries for every architecture; and their guard."""
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kandinsky_kernels import _guard, _library, kernels, nabla, norm, tuning
+from kandinsky_model.geometry import Grid
+
+from .cases import CASES, attention, heads
+from .compare import assert_faithful
+
+triton = pytest.importorskip("triton", reason="needs Triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAUNCHERS = {
+    "modulated_norm": (norm, norm._launch_modulated_norm), "gated_add_norm": (norm, norm._launch_gated_add_norm),
+    "norm_rope": (norm, norm._launch_norm_rope), "norm_rope_means": (norm, norm._launch_norm_rope),
+    "block_sparse_attention": (nabla, nabla._launch_attention),
+}
+# The interpreter multiplies the bit patterns of bf16 numbers, and adds up a mean of 64 tokens one after the other.
+SKIPPED = {case.id for case in CASES if DEVICE == "cpu" and (case.dtype == torch.bfloat16 or case.id == "norm_rope_means-lite-float32")}
+TRITON_CASES = [case for case in CASES if case.op in LAUNCHERS and case.id not in SKIPPED]
+
+
+def on_device(inputs):
+    return {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+
+
+def launched(case, inputs, monkeypatch):
+    """The public function with the launcher in the dispatcher's place."""
+    module, launch = LAUNCHERS[case.op]
+    monkeypatch.setattr(module, f"_{case.op.removesuffix('_means')}", launch)
+    outputs = case.run(on_device(inputs))
+    monkeypatch.undo()
+    return tuple(x.cpu() for x in outputs)
+
+
+@pytest.mark.parametrize("case", TRITON_CASES, ids=lambda case: case.id)
+def test_every_case(case, monkeypatch):  # law 1
+    inputs = case.inputs()
+    case.check(launched(case, inputs, monkeypatch), inputs)
+
+
+@pytest.mark.parametrize("D", [32, 64, 96, 128])
+def test_attention_of_every_head_size_in_groups_of_heads(D, monkeypatch):
+    """A small scratch for lists cuts the heads into launches of one; S is not a multiple of a block."""
+    monkeypatch.setattr(tuning, "LIST_BYTES", 1)
+    inputs = attention(2, 2, Grid(1, 11, 10), D, 0.5)(torch.Generator().manual_seed(1))
+    args = [inputs[name].to(DEVICE) for name in ("query", "key", "value", "selection", "block_offsets")]
+    out, lse = nabla._launch_attention(*args, 0.3)
+    exact, exact_lse = nabla.reference.block_sparse_attention(*(x.double() if x.is_floating_point() else x for x in args), 0.3)
+    peer, peer_lse = nabla.reference.masked_attention(*args, 0.3)
+    assert_faithful(out, exact, peer)
+    assert_faithful(lse, exact_lse, peer_lse)
+
+
+def test_attention_reads_strided_inputs_and_forgives_empty_rows():
+    inputs = attention(1, 2, Grid(1, 8, 24), 32, 1.0)(torch.Generator().manual_seed(2))
+    packed = torch.stack([inputs[name] for name in ("query", "key", "value")], 2).to(DEVICE)  # [B, S, 3, H, D], as one projection gives
+    selection = inputs["selection"].to(DEVICE).clone()
+    selection[0, 1, 2] = 0
+    args = (*packed.unbind(2), selection, inputs["block_offsets"].to(DEVICE), 0.2)
+    out, lse = nabla._launch_attention(*args)
+    exact, exact_lse = nabla.reference.block_sparse_attention(*args)
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-5, atol=1e-6)
+    assert not out[0, 128:, 1].any() and (lse[0, 1, 128:] == -torch.inf).all() and out[0, :128, 1].any()
+
+
+def test_rows_beyond_one_program(monkeypatch):
+    """The configuration for long inputs: several rows per program, the last program with fewer."""
+    monkeypatch.setattr(tuning, "FEW_ROWS", 1)
+    case = next(case for case in TRITON_CASES if case.id == "gated_add_norm-edge-float32")
+    inputs = case.inputs()
+    assert inputs["x"].shape[1] % tuning.norm_rows(1)
+    case.check(launched(case, inputs, monkeypatch), inputs)
+
+
+# ---- binaries
+
+
+@pytest.fixture(scope="module")
+def cubins():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-m", "tests.cubins"], capture_output=True, text=True, env=environment,
+                         cwd=os.path.dirname(os.path.dirname(__file__)))
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_no_kernel_spills_and_every_architecture_is_built(cubins):
+    assert {row["sm"] for row in cubins} == {80, 86, 89, 90, 100, 120}
+    assert [row for row in cubins if row["local"]] == []
+
+
+def test_attention_uses_the_matrix_units_of_its_architecture(cubins):
+    rows = [row for row in cubins if row["kernel"].startswith("block_sparse_attention")]
+    units = {row["sm"]: {unit for unit in ("wgmma", "mma", "tcgen05") if row[unit]} for row in rows}
+    assert units == {80: {"mma"}, 86: {"mma"}, 89: {"mma"}, 90: {"wgmma"}, 100: {"tcgen05"}, 120: {"mma"}}
+
+
+def test_shared_memory_leaves_room_for_a_second_program(cubins):
+    per_sm = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB, CUDA programming guide, table of technical specifications
+    for row in cubins:
+        residents = 1 if row["kernel"].startswith("block_sparse_attention-128") else 2
+        assert residents * (row["shared"] + 1024) <= per_sm[row["sm"]] << 10, row
+
+
+# ---- guard
+
+
+@pytest.fixture
+def guard(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_guard, "_verdicts", {})
+    return tmp_path / "kandinsky_kernels" / "checked.json"
+
+
+def ask(launch):
+    case = (torch.randn(4, 8),)
+    return _guard.trusted("double", launch, lambda x: 2 * x, lambda *_: case, case)
+
+
+def test_guard_tries_once_and_remembers(guard, monkeypatch):
+    calls = []
+
+    def launch(x):
+        calls.append(x.shape)
+        return 2 * x
+
+    assert ask(launch) and ask(launch) and len(calls) == 1
+    assert "double torch.float32 8 cpu" in json.loads(guard.read_text())[0]
+    monkeypatch.setattr(_guard, "_verdicts", {})  # another process
+    assert ask(launch) and len(calls) == 1
+    monkeypatch.setattr(_guard, "_version", lambda: "another version")
+    monkeypatch.setattr(_guard, "_verdicts", {})
+    assert ask(launch) and len(calls) == 2
+
+
+@pytest.mark.parametrize("fault, word", [
+    (lambda x: 2 * x + 0.1, "off by"), (lambda x: 2 * x[:2], "shape"), (lambda x: x * torch.nan, "off by nan"),
+    (lambda x: [][0], "IndexError"),
+])
+def test_guard_falls_back_with_one_line(guard, caplog, fault, word):
+    with caplog.at_level(logging.WARNING, "kandinsky_kernels"):
+        assert not ask(fault) and not ask(fault)
+    assert len(caplog.records) == 1 and word in caplog.text and "please report" in caplog.text
+    assert word in _guard.failure("double") and not guard.exists()
+
+
+@pytest.mark.parametrize("op", ["modulated_norm", "gated_add_norm", "norm_rope", "block_sparse_attention"])
+def test_trials_agree(op, guard):
+    """The guard's own small cases pass, ragged and full, with and without what is optional."""
+    module, launch = LAUNCHERS[op]
+    reference = _library._references[op]
+    kinds = {
+        "modulated_norm": [(torch.randn(2, 5, 40), torch.randn(2, 40), torch.randn(2, 40), 1e-5)],
+        "gated_add_norm": [(torch.randn(2, 5, 40), torch.randn(2, 5, 40), *(torch.randn(2, 40),) * 3, 1e-5),
+                           (torch.randn(2, 5, 40), torch.randn(2, 5, 40), torch.randn(2, 40), None, None, 1e-5)],
+        "norm_rope": [(*heads(1, 9, 1, 22, block=4)(torch.Generator()).values(), 1e-6), (torch.randn(1, 9, 1, 22), torch.ones(22), None,
+                                                                                      None, None, 1e-6)],
+        "block_sparse_attention": [tuple(attention(1, 1, grid, 64, 1.0)(torch.Generator()).values()) + (0.1,)
+                                   for grid in (Grid(1, 8, 8), Grid(1, 9, 7))],
+    }
+    trial = module._trial_norm if module is norm and op != "norm_rope" else getattr(module, f"_trial_{op.split('_')[-1]}", None)
+    for args in kinds[op]:
+        args = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args]
+        small = (trial or norm._trial_norm_rope)(*args)
+        assert _guard.disagreement(launch(*small), reference(*(_guard._double(x) for x in small))) is None
+
+
+def test_refusals_say_why():
+    q, selection = torch.randn(1, 64, 1, 160), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    assert "up to 128, got 160" in nabla._refuse_attention(q, q, q, selection)
+    assert "nothing" in nabla._refuse_attention(q[:, :0], q, q, selection) and "nothing" in norm._refuse_norm(q[:0])
+    assert "float64" in nabla._refuse_attention(q[..., :64].double(), q, q, selection)
+    assert nabla._refuse_attention(q[..., :64], q, q, selection) is None
+
+
+def test_kernels_tell_what_is_not_verified(monkeypatch):
+    monkeypatch.setattr(tuning, "VERIFIED", frozenset({"modulated_norm"}))
+    rows = kernels()
+    assert rows["modulated_norm"]["cuda"] == "triton" and "not yet verified" in rows["block_sparse_attention"]["cuda"]
+    monkeypatch.setattr(_guard, "_verdicts", {("norm_rope", 1): "it is off"})
+    assert kernels()["norm_rope"]["cuda"] == "reference: it is off"
