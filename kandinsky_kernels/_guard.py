@@ -55,7 +55,7 @@ def _judge(name: str, launch: Callable, reference: Callable, case: tuple) -> str
 
 
 def disagreement(outputs, exact) -> str | None:
-    """How ``outputs`` (a tensor or several) differ from the fp64 ``exact`` by more than `ROUNDINGS` allows, or None."""
+    """How ``outputs`` (a tensor or several) differ from the fp64 ``exact`` by more than `ROUNDINGS` allows, integers at all; or None."""
     pairs = zip(outputs, exact, strict=True) if isinstance(outputs, tuple) else [(outputs, exact)]
     for index, (actual, wanted) in enumerate(pairs):
         if actual.shape != wanted.shape:
@@ -63,7 +63,9 @@ def disagreement(outputs, exact) -> str | None:
         if not wanted.numel():
             continue
         off = (actual.double() - wanted).abs().max().item()
-        allowed = ROUNDINGS[actual.dtype] * torch.finfo(actual.dtype).eps * wanted.abs().max().item()
+        allowed = 0.0
+        if actual.is_floating_point():
+            allowed = ROUNDINGS[actual.dtype] * torch.finfo(actual.dtype).eps * wanted.abs().max().item()
         if not off <= allowed:  # so that NaN disagrees
             return f"output {index} is off by {off:.3g} where {allowed:.3g} is allowed"
     return None

@@ -116,6 +116,55 @@ def selection_density(selection: Tensor, blocks: int) -> float:
 # ---- on GPUs
 
 
+def _refuse_selection(query_means: Tensor, *_) -> str | None:
+    """Why the Triton kernel cannot take this call, or None."""
+    N = query_means.shape[2]
+    if not query_means.numel():
+        return "there is nothing to compute"
+    return None if N <= tuning.LONGEST_ROW else f"it holds rows of up to {tuning.LONGEST_ROW} blocks, got {N}"
+
+
+def _thirds(x: float) -> list[float]:
+    """Three fp32 numbers whose sum is x exactly: each has 24 of its 53 bits."""
+    parts = []
+    for _ in range(3):
+        parts.append(torch.tensor(x, dtype=torch.float32).item())
+        x -= parts[-1]
+    return parts
+
+
+def _launch_selection(query_means: Tensor, key_means: Tensor, keep_mass: float, tiles: list[int], window: list[int],
+                      ties: str) -> Tensor:
+    """The map is made and used in pieces of `tuning.MAP_BYTES`: several heads at once, or some rows of one."""
+    from .triton import nabla as kernels
+
+    B, H, N, D = query_means.shape
+    query, key = query_means.float().flatten(0, 1), key_means.float().flatten(0, 1).transpose(1, 2)
+    selection = torch.empty(B, H, N, -(-N // 32), dtype=torch.int32, device=query.device)
+    words, block = selection.shape[-1], tuning.padded(N, 32)
+    heads, rows = max(1, tuning.MAP_BYTES // (4 * N * N)), min(N, max(1, tuning.MAP_BYTES // (4 * N)))
+    near = [width // 2 for width in window] or [0, 0, 0]
+    with on(query):
+        for head in range(0, B * H, heads):
+            for first in range(0, N, rows):
+                logits = query[head:head + heads, first:first + rows] @ key[head:head + heads]  # [heads, rows, N]
+                kernels.select_blocks[(logits.shape[1], logits.shape[0])](
+                    logits, selection.view(B * H, N, words)[head:], first, N, words, logits.stride(0), N * words, math.sqrt(D),
+                    *_thirds(1.0 - keep_mass), *(tiles[1:] or [1, 1]), *near, WINDOW=bool(tiles), STABLE=ties == "stable",
+                    BLOCK=block, num_warps=tuning.row(block).num_warps)
+    return selection
+
+
+def _trial_selection(query_means: Tensor, key_means: Tensor, keep_mass: float, tiles: list[int], window: list[int], ties: str) -> tuple:
+    """A row of forty blocks for each of two heads, whose masses differ by powers of two: no rounding can move the choice."""
+    D, device = query_means.shape[-1], query_means.device
+    query = torch.zeros(1, 2, 40, D, device=device)
+    query[..., 0] = math.log(2.0) * math.sqrt(D)
+    key = torch.zeros(1, 2, 40, D, device=device)
+    key[..., 0] = -(torch.arange(40, device=device) * 7 % 40).float()
+    return query.to(query_means.dtype), key.to(query_means.dtype), 0.9, [2, 4, 5], [3, 3, 1], ties
+
+
 def _refuse_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, *_) -> str | None:
     """Why the Triton kernel cannot take this call, or None."""
     if not query.numel():
@@ -164,4 +213,5 @@ def _trial_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tenso
     return (*(torch.randn(shape, **like) for _ in range(3)), keep, offsets, scale)
 
 
+attach("select_blocks", _launch_selection, _refuse_selection, _trial_selection)
 attach("block_sparse_attention", _launch_attention, _refuse_attention, _trial_attention)

@@ -10,6 +10,8 @@ VERIFIED: frozenset[str] = frozenset()  # operators with a GPU result in benchma
 TOKENS = 64  # per block of NABLA, and per tile of everything that works on tokens
 LIST_BYTES = 64 << 20  # scratch for block lists per launch of attention; longer ones are cut by heads
 LIST_CHUNK = 1024
+MAP_BYTES = 64 << 20  # scratch for the block map: seven heads of Lite 10 s, one of Pro 10 s HD
+LONGEST_ROW = 16384  # blocks; a row of the map stays in registers
 FEW_ROWS = 4096  # below this many rows a norm takes one row per program, so that small inputs still reach every multiprocessor
 
 
@@ -55,6 +57,11 @@ def rope_heads(heads: int) -> int:
 def rope(block: int) -> Launch:
     """About 32 elements of a tile of 64 tokens per thread."""
     return Launch(max(1, min(8, block // 16)), 1)
+
+
+def row(block: int) -> Launch:
+    """About 16 masses of 64 bits per thread; the bisection reads them some thirty times."""
+    return Launch(max(1, min(16, block // 512)), 1)
 
 
 LIST = Launch(4, 1)

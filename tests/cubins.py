@@ -19,12 +19,15 @@ from kandinsky_kernels.triton import nabla, norm
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 POINTERS = {"p_cos": "fp32", "p_sin": "fp32", "p_means": "fp32", "p_lse": "fp32", "p_scale": "fp32", "p_shift": "fp32", "p_gate": "fp32",
-            "p_offsets": "i32", "p_count": "i32", "p_selection": "i32", "p_list": "i16"}
-FLOATS = ("eps", "scale_log2")
+            "p_offsets": "i32", "p_count": "i32", "p_selection": "i32", "p_list": "i16", "p_logit": "fp32"}
+FLOATS = ("eps", "scale_log2", "root", "drop_high", "drop_middle", "drop_low")
 
 
 def kernels(capability):
     """(name, kernel, constants, Launch) of everything the launchers start at the sizes of Lite (D 64) and Pro (D 128), in bf16."""
+    for N in (1464, 3660):
+        block = tuning.padded(N, 32)
+        yield (f"select_blocks-{N}", nabla.select_blocks, {"WINDOW": True, "STABLE": False, "BLOCK": block}, tuning.row(block))
     yield "list_blocks", nabla.list_blocks, {"CHUNK": tuning.LIST_CHUNK}, tuning.LIST
     for D, C in ((64, 1792), (128, 4096)):
         rows, block = {"ROWS": tuning.norm_rows(93696), "BLOCK": tuning.padded(C)}, tuning.padded(C)

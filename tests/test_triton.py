@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 
+import kandinsky_kernels as ops
 from kandinsky_kernels import _guard, _library, kernels, nabla, norm, tuning
 from kandinsky_model.geometry import Grid
 
-from .cases import CASES, attention, heads
+from .cases import CASES, Case, attention, heads, means
 from .compare import assert_faithful
 
 triton = pytest.importorskip("triton", reason="needs Triton")
@@ -21,10 +22,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAUNCHERS = {
     "modulated_norm": (norm, norm._launch_modulated_norm), "gated_add_norm": (norm, norm._launch_gated_add_norm),
     "norm_rope": (norm, norm._launch_norm_rope), "norm_rope_means": (norm, norm._launch_norm_rope),
-    "block_sparse_attention": (nabla, nabla._launch_attention),
+    "select_blocks": (nabla, nabla._launch_selection), "block_sparse_attention": (nabla, nabla._launch_attention),
 }
-# The interpreter multiplies the bit patterns of bf16 numbers, and adds up a mean of 64 tokens one after the other.
-SKIPPED = {case.id for case in CASES if DEVICE == "cpu" and (case.dtype == torch.bfloat16 or case.id == "norm_rope_means-lite-float32")}
+# The interpreter multiplies the bit patterns of bf16 numbers, adds up a mean of 64 tokens one after the other, and takes seconds for a
+# hundred rows of the block map.
+SLOW_OR_UNLIKE = ("norm_rope_means-lite-float32", "select_blocks-peaked-float32", "select_blocks-flat-float32",
+                  "select_blocks-everything-float32", "select_blocks-stable-float32")
+SKIPPED = {case.id for case in CASES if DEVICE == "cpu" and (case.dtype == torch.bfloat16 or case.id in SLOW_OR_UNLIKE)}
 TRITON_CASES = [case for case in CASES if case.op in LAUNCHERS and case.id not in SKIPPED]
 
 
@@ -71,6 +75,34 @@ def test_attention_reads_strided_inputs_and_forgives_empty_rows():
     torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse, exact_lse, rtol=1e-5, atol=1e-6)
     assert not out[0, 128:, 1].any() and (lse[0, 1, 128:] == -torch.inf).all() and out[0, :128, 1].any()
+
+
+@pytest.mark.parametrize("ties", ["all", "stable"])
+@pytest.mark.parametrize("keep_mass", [0.3, 0.9, 1.0])
+def test_selection_in_pieces(ties, keep_mass, monkeypatch):
+    """Whole heads and parts of heads at a time, with a local window; equal masses at the threshold."""
+    case = Case("select_blocks", "pieces", means(1, 2, (1, 3, 6), 8, keep_mass, (1, 3, 3), ties), torch.float32)
+    inputs = case.inputs()
+    inputs["key_means"][:, :, 4:9] = inputs["key_means"][:, :, :1]
+    for pieces in (8 * 18 * 18, 4 * 18 * 7):
+        monkeypatch.setattr(tuning, "MAP_BYTES", pieces)
+        chosen = launched(case, inputs, monkeypatch)
+        case.check(chosen, inputs)
+        assert torch.equal(chosen[0], case.run(inputs)[0])
+
+
+def test_rows_without_a_finite_maximum_keep_every_block():  # law 9
+    query, key = torch.zeros(1, 1, 5, 4, device=DEVICE), torch.randn(1, 1, 5, 4, device=DEVICE)
+    query[..., 0] = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, 0.0])
+    key[..., 0] = torch.tensor([9.0, -9.0, -9.0, -9.0, -9.0])
+    kept = ops.unpack_selection(nabla._launch_selection(query, key, 0.5, [], [], "all"), 5)[0, 0]
+    assert kept[1:].all() and kept[0].tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("x", [0.1, 1 - 0.9, 1 / 3, 2.0**-40 + 2.0**-60, 0.0])
+def test_a_double_is_the_sum_of_three_floats(x):
+    parts = nabla._thirds(x)
+    assert sum(parts[::-1]) == x and all(torch.tensor(part).double().item() == part for part in parts)
 
 
 def test_rows_beyond_one_program(monkeypatch):
@@ -154,7 +186,7 @@ def test_guard_falls_back_with_one_line(guard, caplog, fault, word):
     assert word in _guard.failure("double") and not guard.exists()
 
 
-@pytest.mark.parametrize("op", ["modulated_norm", "gated_add_norm", "norm_rope", "block_sparse_attention"])
+@pytest.mark.parametrize("op", sorted(_library._references))
 def test_trials_agree(op, guard):
     """The guard's own small cases pass, ragged and full, with and without what is optional."""
     module, launch = LAUNCHERS[op]
@@ -165,19 +197,24 @@ def test_trials_agree(op, guard):
                            (torch.randn(2, 5, 40), torch.randn(2, 5, 40), torch.randn(2, 40), None, None, 1e-5)],
         "norm_rope": [(*heads(1, 9, 1, 22, block=4)(torch.Generator()).values(), 1e-6), (torch.randn(1, 9, 1, 22), torch.ones(22), None,
                                                                                       None, None, 1e-6)],
+        "select_blocks": [(torch.randn(1, 1, 5, 64), None, 0.5, [], [], ties) for ties in ("all", "stable")],
         "block_sparse_attention": [tuple(attention(1, 1, grid, 64, 1.0)(torch.Generator()).values()) + (0.1,)
                                    for grid in (Grid(1, 8, 8), Grid(1, 9, 7))],
     }
-    trial = module._trial_norm if module is norm and op != "norm_rope" else getattr(module, f"_trial_{op.split('_')[-1]}", None)
+    trials = {"norm_rope": norm._trial_norm_rope, "select_blocks": nabla._trial_selection,
+              "block_sparse_attention": nabla._trial_attention}
     for args in kinds[op]:
         args = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args]
-        small = (trial or norm._trial_norm_rope)(*args)
+        small = trials.get(op, norm._trial_norm)(*args)
         assert _guard.disagreement(launch(*small), reference(*(_guard._double(x) for x in small))) is None
 
 
 def test_refusals_say_why():
     q, selection = torch.randn(1, 64, 1, 160), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
     assert "up to 128, got 160" in nabla._refuse_attention(q, q, q, selection)
+    long = torch.empty(1, 1, tuning.LONGEST_ROW + 1, 1)
+    assert "got 16385" in nabla._refuse_selection(long) and nabla._refuse_selection(long[:, :, 1:]) is None
+    assert "nothing" in nabla._refuse_selection(long[:, :0])
     assert "nothing" in nabla._refuse_attention(q[:, :0], q, q, selection) and "nothing" in norm._refuse_norm(q[:0])
     assert "float64" in nabla._refuse_attention(q[..., :64].double(), q, q, selection)
     assert nabla._refuse_attention(q[..., :64], q, q, selection) is None
