@@ -101,7 +101,7 @@ def test_bundled_model_is_the_default(run, tmp_path):
         pytest.skip("the bundled model is not in this checkout")
     assert main(["generate", PROMPT, "--steps", "1", "--frames", "5", "--device", "cpu", "--seed", "1"]) == 0
     frames, comment = frames_of(tmp_path / "out.mp4")
-    assert frames.shape == (5, 256, 256, 3) and json.loads(comment)["model"] == "tiny"
+    assert frames.shape == (5, 160, 160, 3) and json.loads(comment)["model"] == "tiny"
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

@@ -262,6 +262,15 @@ def test_keeping_everything_equals_dense(grid):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_the_whole_network_is_one_graph(mode):
+    grid = Grid(2, 9, 10)
+    dit, data, plan = build(), inputs(CONFIG, grid), make_plan(CONFIG, grid, SCALE, MODES[mode])
+    torch._dynamo.reset()
+    compiled = torch.compile(dit, fullgraph=True, backend="aot_eager")
+    assert rel_l2(compiled(*data, plan), dit(*data, plan)) <= 1e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_permuting_heads_changes_nothing(mode):
     grid = Grid(2, 16, 9)
     plan = make_plan(CONFIG, grid, SCALE, MODES[mode])

@@ -96,7 +96,7 @@ def test_defaults_are_the_presets(model):
 
 def test_what_the_model_was_not_trained_for_is_noted(model, caplog):
     model.generate("a red cat", seed=0, **SMALL)
-    assert "does not know cat; its words are a, red" in caplog.text and "tiny was trained for 256x256" in caplog.text
+    assert "does not know cat; its words are a, red" in caplog.text and "tiny was trained for 160x160" in caplog.text
     caplog.clear()
     model.generate("a red circle", seed=0, num_inference_steps=1, guidance_scale=1.0)
     assert not caplog.text
