@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kandinsky_model import dit as dit_module
 from kandinsky_model.config import IMAGE_DIT, IMAGE_EDIT_DIT, LITE_DIT, PRESETS, PRO_DIT, DiTConfig, NablaConfig, get_preset
 from kandinsky_model.dit import Attention, DiffusionTransformer3D, make_plan
 from kandinsky_model.geometry import Grid, local_window
@@ -259,6 +260,16 @@ def test_keeping_everything_equals_dense(grid):
     dense = dit(*data, make_plan(CONFIG, grid, SCALE))
     everything = dit(*data, make_plan(CONFIG, grid, SCALE, NablaConfig(1.0, (1, 1, 1))))
     assert rel_l2(everything, dense) <= 1e-6
+
+
+def test_long_inputs_go_through_the_feed_forward_in_parts(monkeypatch):
+    grid, widest = Grid(2, 8, 16), []
+    dit, data, plan = build(), inputs(CONFIG, grid), make_plan(CONFIG, grid, SCALE)
+    whole = dit(*data, plan)
+    monkeypatch.setattr(dit_module, "FEED_FORWARD_TOKENS", 100)
+    gelu = torch.nn.functional.gelu
+    monkeypatch.setattr(torch.nn.functional, "gelu", lambda x: widest.append(x.shape[1]) or gelu(x))
+    assert rel_l2(dit(*data, plan), whole) <= 1e-6 and set(widest) == {11, 100, 56}
 
 
 @pytest.mark.parametrize("mode", MODES)
