@@ -6,17 +6,19 @@ whoever holds sampler latents divides them by `VAEConfig.scaling_factor` before 
 T latent frames stand for 4 (T - 1) + 1 video frames: the first one is alone, each later one holds four.
 """
 
-import math
-from dataclasses import dataclass
+import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import VAEConfig
+from .tiles import TilePlan, fade, join, starts
 
 POLICIES = ("global", "official")
 _EPS = 1e-6
+# Which of a window's three taps meet the same input, for each phase of an axis that is enlarged by this factor.
+_TAPS = {1: [[[1, 0, 0], [0, 1, 0], [0, 0, 1]]], 2: [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]}
 
 
 def _group_affine(norm: nn.GroupNorm, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +77,17 @@ class CausalConv3d(nn.Module):
             frame[:, :, 0], frame[:, :, -1] = frame[:, :, 1], frame[:, :, -2]
         padded[:, :2] = padded[:, 2:3]
         return padded.permute(0, 4, 1, 2, 3)  # [B, C, T + 2, Y + 2, X + 2]
+
+
+def _pad_replicate(x: Tensor, front: int) -> Tensor:
+    """[B, C, front + T, Y + 2, X + 2] with repeated borders; without autograd on a CPU channels-last, gathered by rows of channels."""
+    if torch.is_grad_enabled() or x.device.type != "cpu":
+        return F.pad(x, (1, 1, 1, 1, front, 0), mode="replicate")
+    rows = x.permute(0, 2, 3, 4, 1).contiguous()  # [B, T, Y, X, C]
+    frames, height, width = rows.shape[1:4]
+    t, y, z = ((torch.arange(-low, n + high).clamp(0, n - 1)) for n, low, high in ((frames, front, 0), (height, 1, 1), (width, 1, 1)))
+    index = (t[:, None, None] * height + y[:, None]) * width + z  # [T', Y', X']
+    return rows.flatten(1, 3).index_select(1, index.flatten()).unflatten(1, index.shape).permute(0, 4, 1, 2, 3)
 
 
 class ResnetBlock(nn.Module):
@@ -144,7 +157,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest upsampling, then a causal convolution; in time the first frame is not doubled, so T -> 2 T - 1."""
+    """Nearest upsampling, then a causal convolution; in time the first frame is not doubled, so T -> 2 T - 1.
+
+    Along a doubled axis two of a window's three taps meet the same input, so each phase of the output is a convolution with two taps,
+    w0 and w1 + w2 or w0 + w1 and w2: 8 products for 27, and the upsampled tensor never exists. Exact, borders and first frame included.
+    """
 
     def __init__(self, channels: int, factors: tuple[int, int, int]):
         super().__init__()
@@ -152,22 +169,18 @@ class Upsample(nn.Module):
         self.conv = CausalConv3d(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.device.type != "cpu":
-            time, height, width = self.factors
-            x = x.repeat_interleave(width, dim=4).repeat_interleave(height, dim=3)  # [B, C, T, 2Y, 2X]
-            return self.conv(x.repeat_interleave(time, dim=2)[:, :, time - 1 :])  # [B, C, 2T - 1, 2Y, 2X]
-        return self.conv.conv(self._upsample_pad(x))
-
-    def _upsample_pad(self, x: Tensor) -> Tensor:
-        """Both in one gather of channel rows, so that the large tensor is written once."""
-        rows = x.permute(0, 2, 3, 4, 1).contiguous()  # [B, T, Y, X, C]
-        (frames, height, width), (time, up, across) = rows.shape[1:4], self.factors
-        t = (torch.arange(-2, time * (frames - 1) + 1).clamp(min=0) + time - 1) // time
-        y = torch.arange(-1, up * height + 1).clamp(0, up * height - 1) // up
-        z = torch.arange(-1, across * width + 1).clamp(0, across * width - 1) // across
-        index = (t[:, None, None] * height + y[:, None]) * width + z  # [T', Y', X']
-        padded = rows.flatten(1, 3).index_select(1, index.flatten()).unflatten(1, index.shape)
-        return padded.permute(0, 4, 1, 2, 3)  # [B, C, T', Y', X'], T' = time (T - 1) + 3
+        weight, bias, (time, up, across) = self.conv.conv.weight, self.conv.conv.bias, self.factors
+        (frames, height, width), padded = x.shape[2:], _pad_replicate(x, 3 - time)  # [B, C, T + 3 - f, Y + 2, X + 2]
+        out = x.new_empty(*x.shape[:2], time * (frames - 1) + 1, up * height, across * width).to(memory_format=torch.channels_last_3d)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for t, y, z in itertools.product(*map(range, self.factors)):
+            if frames <= t:  # a single frame has no doubled one
+                continue
+            taps = [wide.new_tensor(_TAPS[factor][phase]) for factor, phase in zip(self.factors, (t, y, z), strict=True)]
+            folded = torch.einsum("oitjk,at,bj,ck->oiabc", wide, *taps).to(weight.dtype)
+            window = padded[:, :, t:, y : y + height + 3 - up, z : z + width + 3 - across]
+            out[:, :, t::time, y::up, z::across] = F.conv3d(window, folded, bias)
+        return out  # [B, C, f (T - 1) + 1, 2Y, 2X]
 
 
 class Level(nn.Module):
@@ -246,67 +259,6 @@ class Decoder(nn.Module):
         return self.conv_out(x, self.conv_norm_out)
 
 
-@dataclass(frozen=True)
-class TilePlan:
-    """Fixed tiles of the `official` policy, in output frames and pixels.
-
-    Time: tiles of `frames` every `frame_stride`. Each later tile drops its first frame and fades in linearly over the
-    frames it then shares with the one before (17 and 8: eight of them). The last tile is cut where the video ends.
-    Space: tiles of `height` x `width`; neighbours share `overlap` pixels, faded linearly, vertically and then horizontally.
-    The last tile is moved inwards to end at the border, and what it then shares beyond `overlap` is its neighbour's.
-    A side no longer than its tile is one tile. ValueError for sizes that are not whole latents or leave no stride.
-    """
-
-    height: int
-    width: int
-    overlap: int = 32
-    frames: int = 17
-    frame_stride: int = 8
-
-    def __post_init__(self):
-        sizes = (self.height, self.width, self.overlap)
-        if any(size % 8 or size < 0 for size in sizes) or min(self.height, self.width) <= self.overlap:
-            raise ValueError(f"a tile's height and width must exceed its overlap, all multiples of 8, got {sizes}: round them up")
-        if self.frames % 4 != 1 or self.frame_stride % 4 or not 0 < self.frame_stride < self.frames:
-            raise ValueError(
-                f"a tile must have 4k+1 frames and a smaller stride divisible by 4, got {self.frames} and {self.frame_stride}: "
-                "take for example 17 and 8"
-            )
-
-    @classmethod
-    def for_frame(cls, height: int, width: int) -> "TilePlan":
-        """The plan for frames of height x width pixels: a function of the size alone, where upstream also asks for free memory.
-
-        n = ceil(256 * 17 * (height + 32) * (width + 32) / 2^31), the widest activation in 32-bit indices. n = 1 is one tile
-        (512x768 is); else the long side gets ceil(sqrt(n r)) tiles and the short one ceil(sqrt(n / r)), r their ratio, each the
-        least multiple of 8 that covers the side with 32 pixels shared. That is upstream's tile on a large GPU wherever upstream
-        reaches the border (768x1280: 2x3 of 400x448), and 8 pixels more where it stops short (640x1408: 1x3 of 640x496).
-        """
-        parts, ratio = math.ceil(256 * 17 * (height + 32) * (width + 32) / 2**31), max(height, width) / min(height, width)
-        few, many = (math.ceil(math.sqrt(n)) if parts > 1 else 1 for n in (parts / ratio, parts * ratio))
-        counts = (few, many) if width >= height else (many, few)
-        # 40: a frame below the overlap is one tile as well
-        return cls(*(max(40, 8 * math.ceil((size + 32 * (n - 1)) / n / 8)) for size, n in zip((height, width), counts, strict=True)))
-
-
-def _starts(size: int, tile: int, stride: int) -> range:
-    """Where the tiles of one axis nominally begin: every `stride`, as many as it takes to reach `size`."""
-    return range(0, max(size - tile, 0) + (stride if size > tile else 1), stride)
-
-
-def _fade(before: Tensor, tile: Tensor, extent: int, dim: int) -> Tensor:
-    """`tile` with its first `extent` positions along `dim` faded in over the last `extent` of `before`: weights 0, 1/n, 2/n ..."""
-    shape = [extent if d == dim else 1 for d in range(tile.ndim)]
-    ramp = torch.arange(extent, device=tile.device, dtype=tile.dtype).div(extent).view(shape)
-    head, rest = tile.tensor_split((extent,), dim)
-    return torch.cat((before.narrow(dim, before.shape[dim] - extent, extent) * (1 - ramp) + head * ramp, rest), dim)
-
-
-def _join(tiles: list[Tensor], overlap: int, dim: int) -> Tensor:
-    """Each tile up to where the next one fades in, end to end."""
-    return torch.cat([tile.narrow(dim, 0, tile.shape[dim] - overlap) for tile in tiles[:-1]] + tiles[-1:], dim)
-
-
 class HunyuanVideoVAE(nn.Module):
     """Encoder, decoder and the two 1x1x1 convolutions around the latent, under the published names.
 
@@ -354,10 +306,10 @@ class HunyuanVideoVAE(nn.Module):
             return self._decode(latents).contiguous()
         plan = tiles or TilePlan.for_frame(8 * latents.shape[3], 8 * latents.shape[4])
         length, faded, row = (plan.frames - 1) // 4, plan.frames - 1 - plan.frame_stride, []
-        for start in _starts(latents.shape[2] - 1, length, plan.frame_stride // 4):
+        for start in starts(latents.shape[2] - 1, length, plan.frame_stride // 4):
             tile = self._decode_frame_tiles(latents[:, :, start : start + length + 1], plan)  # [B, 3, <= frames, 8Y, 8X]
-            row.append(_fade(row[-1], tile[:, :, 1:], faded, dim=2) if row else tile)
-        return _join(row, faded, dim=2).contiguous()  # [B, 3, 4 (T - 1) + 1, 8Y, 8X]
+            row.append(fade(row[-1], tile[:, :, 1:], faded, dim=2) if row else tile)
+        return join(row, faded, dim=2).contiguous()  # [B, 3, 4 (T - 1) + 1, 8Y, 8X]
 
     def _decode(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents))  # [B, 3, 4 (T - 1) + 1, 8Y, 8X]
@@ -366,18 +318,18 @@ class HunyuanVideoVAE(nn.Module):
         height, width = latents.shape[3:]
         tile_height, tile_width, overlap = plan.height // 8, plan.width // 8, plan.overlap
         above, strips = [], []
-        for y in _starts(height, tile_height, tile_height - overlap // 8):
+        for y in starts(height, tile_height, tile_height - overlap // 8):
             row: list[Tensor] = []
             top = max(min(y, height - tile_height), 0)
-            for x in _starts(width, tile_width, tile_width - overlap // 8):
+            for x in starts(width, tile_width, tile_width - overlap // 8):
                 left = max(min(x, width - tile_width), 0)
                 tile = self._decode(latents[..., top : top + tile_height, left : left + tile_width])
                 tile = tile[..., 8 * (y - top) :, 8 * (x - left) :]  # a tile moved inwards counts from its nominal start
-                tile = _fade(above[len(row)], tile, overlap, dim=3) if above else tile
-                row.append(_fade(row[-1], tile, overlap, dim=4) if row else tile)
-            strips.append(_join(row, overlap, dim=4))  # [B, 3, F, <= height, 8X]
+                tile = fade(above[len(row)], tile, overlap, dim=3) if above else tile
+                row.append(fade(row[-1], tile, overlap, dim=4) if row else tile)
+            strips.append(join(row, overlap, dim=4))  # [B, 3, F, <= height, 8X]
             above = row
-        return _join(strips, overlap, dim=3)  # [B, 3, F, 8Y, 8X]
+        return join(strips, overlap, dim=3)  # [B, 3, F, 8Y, 8X]
 
 
 def _check(x: Tensor, name: str, shape: str) -> None:

@@ -185,6 +185,19 @@ def test_upsampling_and_attention_are_causal(grad):
         assert not torch.allclose(attention(x)[:, :, 2:], attention(later)[:, :, 2:], atol=1e-1)
 
 
+@MODES
+@pytest.mark.parametrize("factors", [(1, 2, 2), (2, 2, 2), (2, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 6, 1, 3, 5), (2, 6, 2, 1, 1), (1, 6, 5, 4, 7)], ids=str)
+def test_folded_upsampling_is_upsampling_and_convolution(grad, factors, shape):
+    upsample, x = Upsample(6, factors).double(), torch.randn(shape, dtype=torch.float64)
+    wide = x
+    for dim, factor in zip((2, 3, 4), factors, strict=True):
+        wide = wide.repeat_interleave(factor, dim=dim)
+    exact = upsample.conv(wide[:, :, factors[0] - 1 :])  # the first frame is not doubled
+    with torch.set_grad_enabled(grad):
+        assert (upsample(x) - exact).abs().max() <= 1e-12
+
+
 # Tiles
 
 
