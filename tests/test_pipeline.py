@@ -134,7 +134,7 @@ def test_nan_is_reported_with_its_step(model):
     (["a", " "], {}, ValueError, "prompt must say something"),
     ([], {}, ValueError, "prompt must say something"),
     (3.0, {}, TypeError, "prompt"),
-    ("a", {"height": 100}, ValueError, "nearest is 256x96"),
+    ("a", {"height": 100}, ValueError, "nearest is 160x96"),
     ("a", {"num_frames": 20}, ValueError, "nearest is 17 or 21"),
     ("a", {"num_frames": 0}, ValueError, "nearest is 1$"),
     ("a", {"num_inference_steps": 0}, ValueError, "at least 1"),
