@@ -18,7 +18,7 @@ import kandinsky_kernels
 from kandinsky_kernels import reference
 from tests.cases import BENCHES, Case, bytes_moved
 
-from .clock import machine, measure, roofs
+from .clock import keep_memory, machine, measure, roofs
 from .report import markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the cases whose id contains this, and write nothing")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the plain expressions")
     options = parser.parse_args()
+    keep_memory()
     roof = roofs()
     rows = []
     for case in BENCHES:
