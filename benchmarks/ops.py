@@ -86,7 +86,7 @@ def bars(rows: list[dict]) -> list[dict]:
 
 
 def results_file(record: dict) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{record['cpu']} {record['threads']} threads".lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{record['cpu']} {record['threads']} threads {record['simd']}".lower()).strip("-")
     return RESULTS / f"{slug}.json"
 
 
@@ -94,7 +94,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times the operators and writes benchmarks/results/<machine>.json.")
     parser.add_argument("--only", default="", help="run the cases whose id contains this, and write nothing")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the plain expressions")
+    parser.add_argument("--simd", help="restrict our kernels to scalar, avx2 or avx512; torch's own listen to ATEN_CPU_CAPABILITY=avx2 "
+                                       "MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2")
     options = parser.parse_args()
+    if options.simd:
+        kandinsky_kernels._library.extension.set_simd(options.simd)
     keep_memory()
     roof = roofs()
     rows = []
