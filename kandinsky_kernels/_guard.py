@@ -21,14 +21,14 @@ _log = logging.getLogger(__name__)
 _verdicts: dict[tuple, str | None] = {}  # None: agrees
 
 
-def trusted(name: str, launch: Callable, reference: Callable, trial: Callable[..., tuple], args: tuple) -> bool:
-    """Whether ``launch`` agrees with ``reference`` on trial(*args); decided once per op, dtype, last dimension and device."""
+def trusted(name: str, launch: Callable, reference: Callable, trial: Callable[..., tuple], args: tuple, kind: tuple = ()) -> bool:
+    """Whether ``launch`` agrees with ``reference`` on trial(*args); decided once per op, kind, dtype, last dimension and device."""
     x = args[0]
-    key = (name, x.dtype, x.shape[-1], x.device)
+    key = (name, kind, x.dtype, x.shape[-1], x.device)
     if key not in _verdicts:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return True  # a trial cannot be captured: the warm-up before the capture has made it
-        _verdicts[key] = _judge(name, launch, reference, trial(*args))
+        _verdicts[key] = _judge(name, launch, reference, trial(*args), kind)
     return _verdicts[key] is None
 
 
@@ -37,9 +37,9 @@ def failure(name: str) -> str | None:
     return next((verdict for (op, *_), verdict in _verdicts.items() if op == name and verdict), None)
 
 
-def _judge(name: str, launch: Callable, reference: Callable, case: tuple) -> str | None:
+def _judge(name: str, launch: Callable, reference: Callable, case: tuple, kind: tuple) -> str | None:
     x = case[0]
-    known, entry = _remembered(), f"{name} {x.dtype} {x.shape[-1]} {_card(x.device)} {_version()}"
+    known, entry = _remembered(), f"{name} {kind} {x.dtype} {x.shape[-1]} {_card(x.device)} {_version()}"
     if entry in known:
         return None
     try:

@@ -48,16 +48,18 @@ def triton_absence() -> str | None:
     return None if importlib.util.find_spec("triton") else "Triton is not installed; install it with: pip install triton"
 
 
-def attach(name: str, launch: Callable, refuse: Callable[..., str | None], trial: Callable[..., tuple]) -> None:
+def attach(name: str, launch: Callable, refuse: Callable[..., str | None], trial: Callable[..., tuple],
+           kind: Callable[..., tuple] = lambda *_: ()) -> None:
     """Register a Triton launcher of the declared op ``name`` for CUDA, under guard.
 
     refuse(*args) says why the kernel cannot take these arguments, or None; trial(*args) makes a small case of their kind, on which the
-    launcher must agree with the reference before it is first used. Otherwise the reference runs.
+    launcher must agree with the reference before it is first used. Otherwise the reference runs. kind(*args) tells apart the kernels
+    that one launcher chooses between: each has its own trial.
     """
     reference = _references[name]
 
     def run(*args):
-        if refuse(*args) is None and _guard.trusted(name, launch, reference, trial, args):
+        if refuse(*args) is None and _guard.trusted(name, launch, reference, trial, args, kind(*args)):
             return launch(*args)
         return reference(*args)
 

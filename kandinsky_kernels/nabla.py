@@ -31,8 +31,8 @@ _select_blocks = declare(
     "select_blocks(Tensor query_means, Tensor key_means, float keep_mass, int[] tiles, int[] window, str ties) -> Tensor",
     reference.select_blocks, _empty_selection)
 _block_sparse_attention = declare(
-    "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor selection, Tensor block_offsets, float scale)"
-    " -> (Tensor, Tensor)", reference.block_sparse_attention, _empty_attention)
+    "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor selection, Tensor block_offsets, float scale,"
+    " float logit_bound) -> (Tensor, Tensor)", reference.block_sparse_attention, _empty_attention)
 
 
 def _check_alike(**tensors: Tensor) -> None:
@@ -82,14 +82,17 @@ def select_blocks(query_means: Tensor, key_means: Tensor, keep_mass: float, tile
 
 
 def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor,
-                           scale: float | None = None, return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+                           scale: float | None = None, return_lse: bool = False,
+                           logit_bound: float = math.inf) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * query key^T) value over the kept blocks only.
 
     query, key, value: [B, S, H, D] of one dtype, last dimension contiguous, other strides free. selection: packed int32
     [B, H, N, W]. block_offsets: int32 [N + 1] from 0 to S, blocks of 1 to 64 tokens. scale: 1 / sqrt(D) by default.
+    logit_bound: a number that no |scale * query . key| exceeds, where one is known, as after `norm_rope` with known weights. A kernel
+    may then take it for every row's maximum and need not search; a false one can overflow or lose the row.
     Returns out [B, S, H, D], contiguous, in query's dtype; with return_lse also the natural log-sum-exp of the kept
     logits, fp32 [B, H, S]. A block of queries that keeps nothing gives zeros and -inf.
-    Raises ValueError on other shapes and strides, TypeError on other dtypes, RuntimeError on other block_offsets.
+    Raises ValueError on other shapes, strides and bounds, TypeError on other dtypes, RuntimeError on other block_offsets.
     """
     _check_alike(query=query, key=key, value=value)
     if block_offsets.dim() != 1 or block_offsets.dtype != torch.int32:
@@ -99,12 +102,14 @@ def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, selection:
     if selection.shape != wanted or selection.dtype != torch.int32:
         raise ValueError(f"selection must be int32 [B, H, N, ceil(N / 32)] = {list(wanted)}, got {selection.dtype} "
                          f"{list(selection.shape)}; make it with select_blocks or pack_selection.")
+    if not logit_bound >= 0.0:
+        raise ValueError(f"logit_bound must be a number from 0 on, got {logit_bound}; leave it out when none is known.")
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         op = reference.masked_attention
     else:
         op = reference.block_sparse_attention if needs_reference(query) else _block_sparse_attention
-    out, lse = op(query, key, value, selection, block_offsets, scale)
+    out, lse = op(query, key, value, selection, block_offsets, scale, logit_bound)
     return (out, lse) if return_lse else out
 
 
@@ -176,21 +181,43 @@ def _refuse_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tens
     return None if selection.shape[2] < 1 << 16 else f"its lists hold 65,535 blocks, got {selection.shape[2]}"
 
 
-def _launch_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor,
-                      scale: float) -> tuple[Tensor, Tensor]:
+def _attention_kind(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor, scale: float,
+                    logit_bound: float) -> tuple[bool, bool]:
+    """Whether every block is full, and whether the bound replaces the running maximum.
+
+    It does in bf16 alone: an exponent near -40 is rounded to 2^-19, which shows beside fp32, and fp16 ends at 2^-24.
+    """
+    full = query.shape[1] == tuning.TOKENS * selection.shape[2]
+    return full, logit_bound / math.log(2) <= tuning.BOUND_LOG2 and query.dtype == torch.bfloat16
+
+
+def _describe(x: Tensor, block: int):
+    """A tensor descriptor whose tiles are TOKENS rows of one (batch, head) of x [B, S, H, D], or None where the hardware cannot take it."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    strides = [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    if x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in strides):
+        return None
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, tuning.TOKENS, 1, block])
+
+
+def _launch_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor, scale: float,
+                      logit_bound: float) -> tuple[Tensor, Tensor]:
     """Heads are taken in groups whose block lists fit into `tuning.LIST_BYTES`."""
     from .triton import nabla as kernels
 
     B, S, H, D = query.shape
     N, block = selection.shape[2], tuning.padded(D, 16)
-    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
-    launch = tuning.attention(block, torch.finfo(query.dtype).bits, capability)
+    launch = tuning.attention(block, query.dtype, torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0))
     group = min(B * H, max(1, tuning.LIST_BYTES // (2 * N * N)))
     rows, block_offsets = selection.contiguous().view(B * H * N, -1), block_offsets.contiguous()
     lists = torch.empty(group * N, N, dtype=torch.int16, device=query.device)
     counts = torch.empty(group * N, dtype=torch.int32, device=query.device)
     out, lse = query.new_empty(B, S, H, D), query.new_empty((B, H, S), dtype=torch.float32)
     strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
+    full, bounded = _attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
+    tiles = [_describe(x, block) for x in (key, value)] if launch.descriptors and full else [None]
+    descriptors = None not in tiles
     with on(query):
         for first in range(0, B * H, group):
             pairs = min(group, B * H - first)
@@ -198,20 +225,25 @@ def _launch_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tens
                 rows[first * N:], lists, counts, N, rows.shape[1], CHUNK=min(tuning.LIST_CHUNK, tuning.padded(N)),
                 num_warps=tuning.LIST.num_warps)
             kernels.block_sparse_attention[(N, pairs)](
-                query, key, value, lists, counts, block_offsets, out, lse, first, S, H, N, D, *strides, scale / math.log(2),
-                FULL=S == tuning.TOKENS * N, PRECISION="ieee", BLOCK=block, TOKENS=tuning.TOKENS,
-                num_warps=launch.num_warps, num_stages=launch.num_stages)
+                query, *(tiles if descriptors else (key, value)), lists, counts, block_offsets, out, lse, first, S, H, N, D, *strides,
+                scale / math.log(2), logit_bound / math.log(2) if bounded else 0.0, FULL=full, BOUNDED=bounded, TMA=descriptors,
+                PRECISION="ieee", BLOCK=block, TOKENS=tuning.TOKENS, num_warps=launch.num_warps, num_stages=launch.num_stages)
     return out, lse
 
 
-def _trial_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor, scale: float) -> tuple:
+def _trial_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor, scale: float,
+                     logit_bound: float) -> tuple:
     """Three blocks, full ones like the caller's or ragged: one keeps itself, one all of them, one the first two."""
-    ends = [0, 64, 128, 192] if query.shape[1] == tuning.TOKENS * selection.shape[2] else [0, 64, 69, 101]
+    full, bounded = _attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
+    ends = [0, 64, 128, 192] if full else [0, 64, 69, 101]
     offsets = torch.tensor(ends, dtype=torch.int32, device=query.device)
     keep = torch.tensor([[[[0b001], [0b111], [0b011]]]], dtype=torch.int32, device=query.device)
     shape, like = (1, ends[-1], 1, query.shape[-1]), {"dtype": query.dtype, "device": query.device}
-    return (*(torch.randn(shape, **like) for _ in range(3)), keep, offsets, scale)
+    query, key, value = (torch.randn(shape, **like) for _ in range(3))
+    if bounded:  # and must be here as well
+        scale = logit_bound / (query.float().norm(dim=-1).max() * key.float().norm(dim=-1).max()).item()
+    return query, key, value, keep, offsets, scale, logit_bound
 
 
 attach("select_blocks", _launch_selection, _refuse_selection, _trial_selection)
-attach("block_sparse_attention", _launch_attention, _refuse_attention, _trial_attention)
+attach("block_sparse_attention", _launch_attention, _refuse_attention, _trial_attention, _attention_kind)

@@ -115,7 +115,7 @@ def select_blocks(query_means: Tensor, key_means: Tensor, keep_mass: float, tile
 
 
 def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor,
-                           scale: float) -> tuple[Tensor, Tensor]:
+                           scale: float, logit_bound: float = math.inf) -> tuple[Tensor, Tensor]:
     """Softmax attention over the kept blocks: out [B, S, H, D] in query's dtype, natural log-sum-exp [B, H, S]."""
     B, S, H, _ = query.shape
     starts = block_offsets.tolist()
@@ -136,7 +136,7 @@ def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, selection:
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor,
-                     scale: float) -> tuple[Tensor, Tensor]:
+                     scale: float, logit_bound: float = math.inf) -> tuple[Tensor, Tensor]:
     """The same through one dense boolean mask: differentiable and quick for short sequences, quadratic in memory."""
     wide = [_wide(x).transpose(1, 2) for x in (query, key, value)]  # [B, H, S, D]
     keep = unpack_selection(selection, block_offsets.shape[0] - 1)

@@ -6,21 +6,25 @@ No GPU has run these yet: they are derived from sizes of registers and shared me
 
 from dataclasses import dataclass
 
+import torch
+
 VERIFIED: frozenset[str] = frozenset()  # operators with a GPU result in benchmarks/results
 TOKENS = 64  # per block of NABLA, and per tile of everything that works on tokens
 LIST_BYTES = 64 << 20  # scratch for block lists per launch of attention; longer ones are cut by heads
 LIST_CHUNK = 1024
 MAP_BYTES = 64 << 20  # scratch for the block map: seven heads of Lite 10 s, one of Pro 10 s HD
+BOUND_LOG2 = 56.0  # of logits in base 2 that need no maximum: shares from 2^-112 on stay normal numbers of fp32 and bf16, times values too
 LONGEST_ROW = 16384  # blocks; a row of the map stays in registers
 FEW_ROWS = 4096  # below this many rows a norm takes one row per program, so that small inputs still reach every multiprocessor
 
 
 @dataclass(frozen=True)
 class Launch:
-    """num_warps and num_stages of a Triton launch."""
+    """num_warps and num_stages of a Triton launch, and whether it reads by tensor descriptors."""
 
     num_warps: int
     num_stages: int
+    descriptors: bool = False
 
 
 def padded(width: int, least: int = 2) -> int:
@@ -28,15 +32,17 @@ def padded(width: int, least: int = 2) -> int:
     return max(least, 1 << (width - 1).bit_length())
 
 
-def attention(block: int, bits: int, capability: tuple[int, int]) -> Launch:
-    """Four warps are one Hopper warpgroup for 64 rows. A stage holds K and V: 2 * 64 * block * bits / 8 bytes, 16 KiB for D = 64 in bf16.
+def attention(block: int, dtype: torch.dtype, capability: tuple[int, int]) -> Launch:
+    """Four warps are one Hopper warpgroup for 64 rows. A stage holds K and V: 2 * 64 * block elements, 16 KiB for D = 64 in bf16.
 
     Three stages cover the dependent load of the block's number and of its keys. Where an SM has 227 KiB (sm_90, sm_100) or 163 KiB
     (sm_80) they always fit; sm_86, 89 and 120 have 99 KiB, enough for three stages of 16 KiB with two programs resident, or two of 32.
+    Descriptors (TMA) from sm_90 on: one instruction per tile in place of addresses, 15 registers fewer for D = 64.
     """
     roomy = capability[0] in (9, 10) or capability == (8, 0)
-    stage = 2 * TOKENS * block * bits // 8
-    return Launch(4, 3 if stage <= 16 << 10 or (roomy and stage <= 32 << 10) else 2 if stage <= 32 << 10 else 1)
+    stage = 2 * TOKENS * block * dtype.itemsize
+    stages = 3 if stage <= 16 << 10 or (roomy and stage <= 32 << 10) else 2 if stage <= 32 << 10 else 1
+    return Launch(4, stages, descriptors=capability[0] >= 9 and dtype.itemsize == 2)
 
 
 def norm_rows(rows: int) -> int:

@@ -3,6 +3,7 @@
 
 Run as a process of its own, because the tests' process has Triton's interpreter switched on.
 """
+import itertools
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -20,7 +22,7 @@ from kandinsky_kernels.triton import nabla, norm
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 POINTERS = {"p_cos": "fp32", "p_sin": "fp32", "p_means": "fp32", "p_lse": "fp32", "p_scale": "fp32", "p_shift": "fp32", "p_gate": "fp32",
             "p_offsets": "i32", "p_count": "i32", "p_selection": "i32", "p_list": "i16", "p_logit": "fp32"}
-FLOATS = ("eps", "scale_log2", "root", "drop_high", "drop_middle", "drop_low")
+FLOATS = ("eps", "scale_log2", "bound_log2", "root", "drop_high", "drop_middle", "drop_low")
 
 
 def kernels(capability):
@@ -35,10 +37,12 @@ def kernels(capability):
         yield f"gated_add_norm-{C}", norm.gated_add_norm, {"NORM": True, **rows}, tuning.norm(block)
         rope = {"ROTATE": True, "MEANS": True, "HEADS": tuning.rope_heads(28 if D == 64 else 32), "TOKENS": tuning.TOKENS, "BLOCK": D}
         yield f"norm_rope-{D}", norm.norm_rope, rope, tuning.rope(D)
-        for full in (True, False):
-            constants = {"FULL": full, "PRECISION": "ieee", "BLOCK": D, "TOKENS": tuning.TOKENS}
-            yield (f"block_sparse_attention-{D}{'' if full else '-ragged'}", nabla.block_sparse_attention, constants,
-                   tuning.attention(D, 16, capability))
+        launch = tuning.attention(D, torch.bfloat16, capability)
+        for full, bounded in itertools.product((True, False), (True, False)):
+            constants = {"FULL": full, "BOUNDED": bounded, "TMA": full and launch.descriptors, "PRECISION": "ieee", "BLOCK": D,
+                         "TOKENS": tuning.TOKENS}
+            name = f"block_sparse_attention-{D}{'' if full else '-ragged'}{'-bounded' if bounded else ''}"
+            yield name, nabla.block_sparse_attention, constants, launch
 
 
 def compiled(kernel, constants, launch, architecture):
@@ -47,6 +51,8 @@ def compiled(kernel, constants, launch, architecture):
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif constants.get("TMA") and name in ("p_key", "p_value"):
+            signature[name] = f"tensordesc<bf16[1,{tuning.TOKENS},1,{constants['BLOCK']}]>"
         elif name.startswith("p_"):
             signature[name] = "*" + POINTERS.get(name, "bf16")
         else:
@@ -75,7 +81,7 @@ def main():
             registers, local = resources(result.asm["cubin"])
             print(json.dumps({"kernel": name, "sm": architecture, "registers": registers, "local": local, "shared": result.metadata.shared,
                               "warps": launch.num_warps, "stages": launch.num_stages,
-                              "wgmma": "wgmma.mma_async" in result.asm["ptx"], "mma": "mma.sync" in result.asm["ptx"],
+                              "wgmma": "wgmma.mma_async" in result.asm["ptx"], "mma": "mma.sync" in result.asm["ptx"], "tma": "cp.async.bulk.tensor" in result.asm["ptx"],
                               "tcgen05": "tcgen05.mma" in result.asm["ptx"]}), flush=True)
 
 

@@ -377,11 +377,11 @@ MISUSE = [
     (lambda: ops.block_sparse_attention(Q, Q, Q, BITS.long(), OFFSETS), ValueError, "make it with select_blocks or pack_selection"),
 ]
 CORRUPTING = [
-    *[(lambda offsets=offsets: LIBRARY.block_sparse_attention(Q, Q, Q, BITS, torch.tensor(offsets, dtype=torch.int32), 1.0),
+    *[(lambda offsets=offsets: LIBRARY.block_sparse_attention(Q, Q, Q, BITS, torch.tensor(offsets, dtype=torch.int32), 1.0, 9.0),
        "block_offsets must ascend from 0 to S = 70 in blocks of 1 to 64 tokens")
       for offsets in ([0, 70, 70], [0, 65, 70], [0, 60, 71], [1, 64, 70], [0, 72, 70], [0, -6, 70])],
-    (lambda: LIBRARY.block_sparse_attention(Q, Q[:, :69], Q, BITS, OFFSETS, 1.0), r"key must have shape \[1, 70, 2, 8\]"),
-    (lambda: LIBRARY.block_sparse_attention(Q, Q, Q, BITS[..., :1, :], OFFSETS, 1.0), r"selection must have shape \[1, 2, 2, 1\]"),
+    (lambda: LIBRARY.block_sparse_attention(Q, Q[:, :69], Q, BITS, OFFSETS, 1.0, 9.0), r"key must have shape \[1, 70, 2, 8\]"),
+    (lambda: LIBRARY.block_sparse_attention(Q, Q, Q, BITS[..., :1, :], OFFSETS, 1.0, 9.0), r"selection must have shape \[1, 2, 2, 1\]"),
     (lambda: LIBRARY.select_blocks(M, M[..., :5, :], 0.5, [], [], "all"), r"key_means must have shape \[1, 2, 6, 8\]"),
     (lambda: LIBRARY.select_blocks(M, M, 0.5, [1, 2, 4], [1, 1, 1], "all"), "the tiles with product N = 6"),
 ]

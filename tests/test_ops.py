@@ -170,7 +170,7 @@ def schema_arguments(op, inputs):
     given = {"scale": None, "shift": None, "cos": None, "sin": None, "block_offsets": None, "eps": 1e-5, **inputs}
     given |= {"tiles": list(inputs.get("tiles") or ()), "window": list(inputs.get("window") or ())}
     if op == "block_sparse_attention":
-        given["scale"] = 0.125
+        given |= {"scale": 0.125, "logit_bound": 100.0}
     schema = getattr(LIBRARY, op.removesuffix("_means")).default._schema
     return tuple(given[argument.name] for argument in schema.arguments)
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels: under the interpreter, or on a GPU where there is one; as binaries for every architecture; and their guard."""
+import dataclasses
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -51,30 +53,61 @@ def test_every_case(case, monkeypatch):  # law 1
     case.check(launched(case, inputs, monkeypatch), inputs)
 
 
+@pytest.mark.parametrize("grid", [Grid(1, 11, 10), Grid(1, 16, 8)], ids=["ragged", "full"])
 @pytest.mark.parametrize("D", [32, 64, 96, 128])
-def test_attention_of_every_head_size_in_groups_of_heads(D, monkeypatch):
-    """A small scratch for lists cuts the heads into launches of one; S is not a multiple of a block."""
+def test_attention_of_every_head_size_in_groups_of_heads(D, grid, monkeypatch):
+    """A small scratch for lists cuts the heads into launches of one; by pointers where blocks are ragged, by descriptors where full."""
     monkeypatch.setattr(tuning, "LIST_BYTES", 1)
-    inputs = attention(2, 2, Grid(1, 11, 10), D, 0.5)(torch.Generator().manual_seed(1))
+    launch = dataclasses.replace(tuning.attention(D, torch.float32, (9, 0)), descriptors=DEVICE == "cpu" or D <= 64)
+    monkeypatch.setattr(tuning, "attention", lambda *_: launch)
+    inputs = attention(2, 2, grid, D, 0.5)(torch.Generator().manual_seed(1))
     args = [inputs[name].to(DEVICE) for name in ("query", "key", "value", "selection", "block_offsets")]
-    out, lse = nabla._launch_attention(*args, 0.3)
+    out, lse = nabla._launch_attention(*args, 0.3, math.inf)
     exact, exact_lse = nabla.reference.block_sparse_attention(*(x.double() if x.is_floating_point() else x for x in args), 0.3)
     peer, peer_lse = nabla.reference.masked_attention(*args, 0.3)
     assert_faithful(out, exact, peer)
     assert_faithful(lse, exact_lse, peer_lse)
 
 
-def test_attention_reads_strided_inputs_and_forgives_empty_rows():
+@pytest.mark.parametrize("bound", [math.inf, 20.0], ids=["online", "bounded"])
+def test_attention_reads_strided_inputs_and_forgives_empty_rows(bound, monkeypatch):
+    monkeypatch.setattr(nabla, "_attention_kind", lambda *_: (True, bound < math.inf))
     inputs = attention(1, 2, Grid(1, 8, 24), 32, 1.0)(torch.Generator().manual_seed(2))
     packed = torch.stack([inputs[name] for name in ("query", "key", "value")], 2).to(DEVICE)  # [B, S, 3, H, D], as one projection gives
     selection = inputs["selection"].to(DEVICE).clone()
     selection[0, 1, 2] = 0
-    args = (*packed.unbind(2), selection, inputs["block_offsets"].to(DEVICE), 0.2)
+    args = (*packed.unbind(2), selection, inputs["block_offsets"].to(DEVICE), 0.2, bound)
     out, lse = nabla._launch_attention(*args)
     exact, exact_lse = nabla.reference.block_sparse_attention(*args)
     torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse, exact_lse, rtol=1e-5, atol=1e-6)
     assert not out[0, 128:, 1].any() and (lse[0, 1, 128:] == -torch.inf).all() and out[0, :128, 1].any()
+
+
+@pytest.mark.parametrize("logit, base", [(30.0, -1), (-30.0, -1), (30.0, 1)])
+def test_a_bound_far_above_the_logits_loses_nothing(logit, base, monkeypatch):
+    """Logits at the bound, at its negative and at both: shares between 1 and 2^-112, whose sum must not vanish."""
+    monkeypatch.setattr(nabla, "_attention_kind", lambda *_: (True, True))
+    q, v = torch.full((1, 128, 1, 32), 1.0, device=DEVICE), torch.randn(1, 128, 1, 32, device=DEVICE)
+    k = torch.full((1, 128, 1, 32), logit / 32, device=DEVICE)
+    k[:, 64:] *= -base
+    args = (q, k, v, torch.full((1, 1, 2, 1), 3, dtype=torch.int32, device=DEVICE),
+            torch.tensor([0, 64, 128], dtype=torch.int32, device=DEVICE), 1.0)
+    exact, exact_lse = nabla.reference.block_sparse_attention(*args)
+    for bound in (30.0, tuning.BOUND_LOG2 * math.log(2)):
+        out, lse = nabla._launch_attention(*args, bound)
+        torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse, exact_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bound_is_used_only_where_it_is_safe():
+    q, selection, offsets = torch.zeros(1, 64, 1, 32), torch.ones(1, 1, 1, 1, dtype=torch.int32), torch.tensor([0, 64], dtype=torch.int32)
+
+    def bounded(dtype, bound):
+        return nabla._attention_kind(*(q.to(dtype),) * 3, selection, offsets, 1.0, bound)[1]
+
+    assert bounded(torch.bfloat16, 38.8) and not bounded(torch.float32, 30.0) and not bounded(torch.float16, 30.0)
+    assert not bounded(torch.bfloat16, 38.9) and not bounded(torch.bfloat16, math.inf)
 
 
 @pytest.mark.parametrize("ties", ["all", "stable"])
@@ -133,8 +166,10 @@ def test_no_kernel_spills_and_every_architecture_is_built(cubins):
 
 def test_attention_uses_the_matrix_units_of_its_architecture(cubins):
     rows = [row for row in cubins if row["kernel"].startswith("block_sparse_attention")]
-    units = {row["sm"]: {unit for unit in ("wgmma", "mma", "tcgen05") if row[unit]} for row in rows}
-    assert units == {80: {"mma"}, 86: {"mma"}, 89: {"mma"}, 90: {"wgmma"}, 100: {"tcgen05"}, 120: {"mma"}}
+    wanted = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
+    for row in rows:
+        assert [unit for unit in ("wgmma", "mma", "tcgen05") if row[unit]] == [wanted[row["sm"]]], row
+        assert row["tma"] == (row["sm"] >= 90 and "ragged" not in row["kernel"]), row
 
 
 def test_shared_memory_leaves_room_for_a_second_program(cubins):
@@ -154,9 +189,9 @@ def guard(tmp_path, monkeypatch):
     return tmp_path / "kandinsky_kernels" / "checked.json"
 
 
-def ask(launch):
+def ask(launch, kind=()):
     case = (torch.randn(4, 8),)
-    return _guard.trusted("double", launch, lambda x: 2 * x, lambda *_: case, case)
+    return _guard.trusted("double", launch, lambda x: 2 * x, lambda *_: case, case, kind)
 
 
 def test_guard_tries_once_and_remembers(guard, monkeypatch):
@@ -167,7 +202,9 @@ def test_guard_tries_once_and_remembers(guard, monkeypatch):
         return 2 * x
 
     assert ask(launch) and ask(launch) and len(calls) == 1
-    assert "double torch.float32 8 cpu" in json.loads(guard.read_text())[0]
+    assert "double () torch.float32 8 cpu" in json.loads(guard.read_text())[0]
+    assert ask(launch, (True,)) and len(calls) == 2, "another kind of call has its own trial"
+    calls.pop()
     monkeypatch.setattr(_guard, "_verdicts", {})  # another process
     assert ask(launch) and len(calls) == 1
     monkeypatch.setattr(_guard, "_version", lambda: "another version")
@@ -187,7 +224,7 @@ def test_guard_falls_back_with_one_line(guard, caplog, fault, word):
 
 
 @pytest.mark.parametrize("op", sorted(_library._references))
-def test_trials_agree(op, guard):
+def test_trials_agree(op, guard, monkeypatch):
     """The guard's own small cases pass, ragged and full, with and without what is optional."""
     module, launch = LAUNCHERS[op]
     reference = _library._references[op]
@@ -198,11 +235,12 @@ def test_trials_agree(op, guard):
         "norm_rope": [(*heads(1, 9, 1, 22, block=4)(torch.Generator()).values(), 1e-6), (torch.randn(1, 9, 1, 22), torch.ones(22), None,
                                                                                       None, None, 1e-6)],
         "select_blocks": [(torch.randn(1, 1, 5, 64), None, 0.5, [], [], ties) for ties in ("all", "stable")],
-        "block_sparse_attention": [tuple(attention(1, 1, grid, 64, 1.0)(torch.Generator()).values()) + (0.1,)
-                                   for grid in (Grid(1, 8, 8), Grid(1, 9, 7))],
+        "block_sparse_attention": [tuple(attention(1, 1, grid, 64, 1.0)(torch.Generator()).values()) + (0.1, bound)
+                                   for grid in (Grid(1, 8, 8), Grid(1, 9, 7)) for bound in (20.0, math.inf)],
     }
     trials = {"norm_rope": norm._trial_norm_rope, "select_blocks": nabla._trial_selection,
               "block_sparse_attention": nabla._trial_attention}
+    monkeypatch.setattr(nabla, "_attention_kind", lambda *args: (args[0].shape[1] == 64, args[-1] < math.inf))
     for args in kinds[op]:
         args = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args]
         small = trials.get(op, norm._trial_norm)(*args)

@@ -163,7 +163,7 @@ void require_blocks(const Tensor& offsets, int64_t S) {
 }
 
 std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                  const Tensor& selection, const Tensor& offsets, double scale) {
+                                                  const Tensor& selection, const Tensor& offsets, double scale, double) {
   require(query.dim() == 4, "query must have shape [B, S, H, D], got ", shape_of(query), ".");
   const int64_t B = query.size(0), S = query.size(1), H = query.size(2), D = query.size(3);
   require_blocks(offsets, S);

@@ -72,16 +72,27 @@ def list_blocks(p_selection, p_list, p_count, N, words, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _tile(p_rows, start, token, o_t, o_d, m_rows, TMA: tl.constexpr, i_batch, i_head, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows start.. of one (batch, head) as [TOKENS, BLOCK]: by the descriptor p_rows, or from p_rows at their first row."""
+    if TMA:
+        return p_rows.load([i_batch, start, i_head, 0]).reshape([TOKENS, BLOCK])
+    else:  # nothing behind an if that is decided at compile time is left out
+        return tl.load(p_rows + (start.to(tl.int64) + o_t[:, None]) * token + o_d[None], m_rows, 0.0)
+
+
+@triton.jit
 def block_sparse_attention(p_query, p_key, p_value, p_list, p_count, p_offsets, p_out, p_lse, first, S, H, N, D,
-                           q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, scale_log2,
-                           FULL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
-    """softmax(scale query key^T) value over the listed blocks of keys, online, in base 2; out and natural log-sum-exp.
+                           q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, scale_log2, bound_log2,
+                           FULL: tl.constexpr, BOUNDED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+                           BLOCK: tl.constexpr, TOKENS: tl.constexpr):
+    """softmax(scale query key^T) value over the listed blocks of keys, in base 2; out and natural log-sum-exp.
 
     Grid (N, pairs): program (i, j) owns query block i of the j-th (batch, head) from `first` on. FULL: every block has TOKENS tokens.
-    BLOCK >= D, a power of two.
+    BOUNDED: no logit exceeds bound_log2, which then stands for every row's maximum: nothing waits for a maximum and nothing is
+    rescaled. TMA: key and value are tensor descriptors. BLOCK >= D, a power of two.
     """
     i_block, i_pair = tl.program_id(0), tl.program_id(1)
-    i_batch, i_head = ((first + i_pair) // H).to(tl.int64), ((first + i_pair) % H).to(tl.int64)
+    i_batch, i_head = (first + i_pair) // H, (first + i_pair) % H
     i_row = i_pair.to(tl.int64) * N + i_block
     o_t, o_d = tl.arange(0, TOKENS), tl.arange(0, BLOCK)
     m_d = (o_d < D)[None]
@@ -91,38 +102,45 @@ def block_sparse_attention(p_query, p_key, p_value, p_list, p_count, p_offsets, 
         length = tl.load(p_offsets + i_block + 1) - start
     o_query = (start + o_t).to(tl.int64)
     m_query = (o_t < length)[:, None] & m_d
-    b_query = tl.load(p_query + i_batch * q_batch + i_head * q_head + o_query[:, None] * q_token + o_d[None], m_query, 0.0)
-    p_k = p_key + i_batch * k_batch + i_head * k_head + o_t[:, None].to(tl.int64) * k_token + o_d[None]
-    p_v = p_value + i_batch * v_batch + i_head * v_head + o_t[:, None].to(tl.int64) * v_token + o_d[None]
+    p_q = p_query + i_batch.to(tl.int64) * q_batch + i_head.to(tl.int64) * q_head
+    b_query = tl.load(p_q + o_query[:, None] * q_token + o_d[None], m_query, 0.0)
+    if not TMA:
+        p_key += i_batch.to(tl.int64) * k_batch + i_head.to(tl.int64) * k_head
+        p_value += i_batch.to(tl.int64) * v_batch + i_head.to(tl.int64) * v_head
 
-    b_max = tl.full([TOKENS], -float("inf"), tl.float32)
-    b_sum = tl.zeros([TOKENS], tl.float32)
+    b_max = tl.full([TOKENS], bound_log2 if BOUNDED else -float("inf"), tl.float32)
+    b_sums = tl.zeros([TOKENS, 8], tl.float32)  # eight parts of a row's sum: added up across threads once, at the end
     b_out = tl.zeros([TOKENS, BLOCK], tl.float32)
     count = tl.load(p_count + i_row)
+    p_list += i_row * N
     for i in range(count):
-        i_key = tl.load(p_list + i_row * N + i).to(tl.int32) & 0xFFFF
-        if FULL:
-            o_key, m_key = i_key.to(tl.int64) * TOKENS, m_d
-        else:
-            o_key = tl.load(p_offsets + i_key).to(tl.int64)
-            b_inside = o_t < tl.load(p_offsets + i_key + 1) - o_key
+        i_key = tl.load(p_list + i).to(tl.int32) & 0xFFFF
+        i_first, m_key = i_key * TOKENS, m_d
+        if not FULL:
+            i_first = tl.load(p_offsets + i_key)
+            b_inside = o_t < tl.load(p_offsets + i_key + 1) - i_first
             m_key = b_inside[:, None] & m_d
-        b_key = tl.load(p_k + o_key * k_token, m_key, 0.0)
-        b_logit = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2  # [TOKENS, TOKENS]
+        b_key = _tile(p_key, i_first, k_token, o_t, o_d, m_key, TMA, i_batch, i_head, TOKENS, BLOCK)
+        b_logit = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)  # [TOKENS, TOKENS]
         if not FULL:
             b_logit = tl.where(b_inside[None], b_logit, -float("inf"))
-        b_max, b_old = tl.maximum(b_max, tl.max(b_logit, 1)), b_max
-        b_zero = tl.where(b_max == -float("inf"), 0.0, b_max)  # -inf - -inf is NaN
-        b_decay = tl.exp2(b_old - b_zero)
-        b_share = tl.exp2(b_logit - b_zero[:, None])
-        b_value = tl.load(p_v + o_key * v_token, m_key, 0.0)
-        b_sum = b_sum * b_decay + tl.sum(b_share, 1)
-        b_out = tl.dot(b_share.to(b_value.dtype), b_value, b_out * b_decay[:, None], input_precision=PRECISION)
+        if BOUNDED:
+            b_share = tl.exp2(b_logit * scale_log2 - bound_log2)
+        else:
+            b_max, b_old = tl.maximum(b_max, tl.max(b_logit, 1) * scale_log2), b_max
+            b_zero = tl.where(b_max == -float("inf"), 0.0, b_max)  # -inf - -inf is NaN
+            b_decay = tl.exp2(b_old - b_zero)
+            b_share = tl.exp2(b_logit * scale_log2 - b_zero[:, None])
+            b_sums, b_out = b_sums * b_decay[:, None], b_out * b_decay[:, None]
+        b_value = _tile(p_value, i_first, v_token, o_t, o_d, m_key, TMA, i_batch, i_head, TOKENS, BLOCK)
+        b_sums += tl.sum(tl.reshape(b_share, [TOKENS, TOKENS // 8, 8]), 1)
+        b_out = tl.dot(b_share.to(b_value.dtype), b_value, b_out, input_precision=PRECISION)
 
+    b_sum = tl.sum(b_sums, 1)
+    b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
     if count == 0:
-        b_sum += 1.0  # zeros, and -inf below: b_max still is
+        b_sum += 1.0  # zeros, and -inf beside them
     b_out = b_out / b_sum[:, None]
     p_o = p_out + ((i_batch * S + o_query[:, None]) * H + i_head) * D + o_d[None]
     tl.store(p_o, b_out.to(p_out.dtype.element_ty), m_query)
-    b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453
-    tl.store(p_lse + (i_batch * H + i_head) * S + o_query, b_lse, o_t < length)
+    tl.store(p_lse + (i_batch.to(tl.int64) * H + i_head) * S + o_query, b_lse, o_t < length)
