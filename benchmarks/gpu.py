@@ -5,6 +5,7 @@
 ``--small`` runs everything at toy sizes on any device: a test that the benchmark itself works, not a measurement.
 """
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -21,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kandinsky_kernels as ops
-from kandinsky_model import dit as dit_module
+from kandinsky_kernels import tuning
+from kandinsky_model import attention as attention_module
 from kandinsky_model.config import LITE_DIT, PRO_DIT, NablaConfig
-from kandinsky_model.dit import DiffusionTransformer3D, make_plan
+from kandinsky_model.dit import DiffusionTransformer3D
 from kandinsky_model.geometry import Grid, block_offsets, local_window
+from kandinsky_model.plan import make_plan
 from tests.cases import gated_add_norm_peer, head_first, modulated_norm_peer, norm_rope_peer
 
 WINDOW = (11, 3, 3)
@@ -124,8 +127,7 @@ def norms(clock: Clock, size: Size, roof: dict) -> list[dict]:
     ):
         calls = {"ours": ours}
         if peer:
-            torch._dynamo.reset()
-            compiled = cached_compile()
+            compiled = compile_once(clock.device)
             calls |= {"eager": lambda peer=peer: peer(lambda f: f), "compiled": lambda peer=peer, c=compiled: peer(c)}
         times = clock.measure(calls)
         rows.append({"op": name, "size": size.name, "ms": times, "floor_ms": moved / 1e6 / roof["copy_gb_s"],
@@ -134,10 +136,11 @@ def norms(clock: Clock, size: Size, roof: dict) -> list[dict]:
     return rows
 
 
-def cached_compile() -> Callable:
-    """torch.compile that compiles each function once."""
+def compile_once(device: torch.device) -> Callable:
+    """torch.compile that compiles each function once; on a CPU, where only the benchmark itself is tried, nothing at all."""
+    torch._dynamo.reset()
     made = {}
-    return lambda f: made.setdefault(f, torch.compile(f, dynamic=False))
+    return lambda f: made.setdefault(f, torch.compile(f, dynamic=False)) if device.type == "cuda" else f
 
 
 def published_selection(query_means: Tensor, key_means: Tensor, keep_mass: float, near: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,24 +204,31 @@ def flex_call(q: Tensor, k: Tensor, v: Tensor, selection: Tensor, N: int) -> Cal
     kept = ops.unpack_selection(selection, N)
     counts, lists = kept.sum(-1, dtype=torch.int32), kept.int().argsort(-1, descending=True).int()
     mask = BlockMask.from_kv_blocks(torch.zeros_like(counts), lists, counts, lists, BLOCK_SIZE=64, mask_mod=None)
-    torch._dynamo.reset()
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = compile_once(q.device)(flex_attention)
     return lambda: compiled(q, k, v, block_mask=mask)
+
+
+def normed_heads(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor, float]:
+    """query, key, value in bf16 as the network has them, queries and keys of RMS 1, and the bound of their logits."""
+    q, k, v = (torch.randn(1, size.grid.tokens, size.H, size.D, device=device) for _ in range(3))
+    q, k = (F.rms_norm(x, x.shape[-1:]) for x in (q, k))
+    return q.bfloat16(), k.bfloat16(), v.bfloat16(), 1.01 * math.sqrt(size.D)
 
 
 def attention(clock: Clock, size: Size, roof: dict) -> list[dict]:
     """block_sparse_attention against compiled FlexAttention on the same masks, and dense attention; useful FLOPs only."""
     rows = []
-    S, N, offsets = size.grid.tokens, size.grid.blocks, block_offsets(size.grid).to(clock.device)
-    q, k, v = (torch.randn(1, S, size.H, size.D, device=clock.device, dtype=torch.bfloat16) for _ in range(3))
+    N, offsets = size.grid.blocks, block_offsets(size.grid).to(clock.device)
+    q, k, v, bound = normed_heads(size, clock.device)
     heads = head_first(q, k, v)
     dense = clock.measure({"dense": lambda: F.scaled_dot_product_attention(*heads)})
     for density in (0.1, 0.2):
         for family, chosen in masks(size, density, clock.device).items():
             real = ops.selection_density(chosen, N)
-            off = spot_check(q, k, v, chosen, offsets)
+            off = max(spot_check(q, k, v, chosen, offsets, limit) for limit in (bound, math.inf))
             times = clock.measure({
-                "ours": lambda chosen=chosen: ops.block_sparse_attention(q, k, v, chosen, offsets),
+                "ours": lambda chosen=chosen: ops.block_sparse_attention(q, k, v, chosen, offsets, logit_bound=bound),
+                "ours, running maximum": lambda chosen=chosen: ops.block_sparse_attention(q, k, v, chosen, offsets),
                 "flex": flex_call(*heads, chosen, N)}) | dense
             tflop = 4 * 64 * 64 * size.D * real * N * N * size.H / 1e12
             rows.append({"op": "block_sparse_attention", "size": size.name, "mask": family, "density": real, "ms": times,
@@ -228,9 +238,9 @@ def attention(clock: Clock, size: Size, roof: dict) -> list[dict]:
     return rows
 
 
-def spot_check(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, offsets: Tensor, rows: int = 24) -> float:
+def spot_check(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, offsets: Tensor, bound: float, rows: int = 24) -> float:
     """Largest error of some random blocks of queries against fp64. Raises AssertionError beyond bf16's."""
-    out, worst = ops.block_sparse_attention(q, k, v, chosen, offsets), 0.0
+    out, worst = ops.block_sparse_attention(q, k, v, chosen, offsets, logit_bound=bound), 0.0
     kept, block = ops.unpack_selection(chosen, len(offsets) - 1), torch.repeat_interleave(offsets.diff(), output_size=q.shape[1])
     for _ in range(rows):
         head, i = int(torch.randint(q.shape[2], ())), int(torch.randint(len(offsets) - 1, ()))
@@ -245,13 +255,13 @@ def spot_check(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, offsets: Tensor,
 def together(clock: Clock, size: Size, _: dict) -> list[dict]:
     """From normed and rotated q, k, v to the attention's output: ours against the published recipe, with its copies."""
     rows = []
-    S, N, offsets = size.grid.tokens, size.grid.blocks, block_offsets(size.grid).to(clock.device)
-    q, k, v = (torch.randn(1, S, size.H, size.D, device=clock.device, dtype=torch.bfloat16) for _ in range(3))
+    N, offsets = size.grid.blocks, block_offsets(size.grid).to(clock.device)
+    q, k, v, bound = normed_heads(size, clock.device)
     near = local_window(size.grid.tiles, WINDOW).to(clock.device)
 
     def ours():
-        means = (ops.block_means(x, offsets) for x in (q, k))
-        return ops.block_sparse_attention(q, k, v, ops.select_blocks(*means, 0.3, size.grid.tiles, WINDOW), offsets)
+        chosen = ops.select_blocks(*(ops.block_means(x, offsets) for x in (q, k)), 0.3, size.grid.tiles, WINDOW)
+        return ops.block_sparse_attention(q, k, v, chosen, offsets, logit_bound=bound)
 
     def published(q, k, v):
         from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -262,11 +272,28 @@ def together(clock: Clock, size: Size, _: dict) -> list[dict]:
         mask = BlockMask.from_kv_blocks(torch.zeros_like(counts), lists, counts, lists, BLOCK_SIZE=64, mask_mod=None)
         return flex_attention(*heads, block_mask=mask).transpose(1, 2).contiguous()
 
-    torch._dynamo.reset()
-    compiled = torch.compile(published, dynamic=False)
+    compiled = compile_once(clock.device)(published)
     times = clock.measure({"ours": ours, "published": lambda: compiled(q, k, v)})
     rows.append({"op": "selection and attention", "size": size.name, "ms": times, **ratios(times)})
     show(rows[-1])
+    return rows
+
+
+def launches(clock: Clock, size: Size, roof: dict) -> list[dict]:
+    """block_sparse_attention under every launch that could be the better one: what `tuning.attention` is to be decided by."""
+    rows = []
+    offsets = block_offsets(size.grid).to(clock.device)
+    q, k, v, bound = normed_heads(size, clock.device)
+    chosen, usual = masks(size, 0.15, clock.device)["clustered"], tuning.attention
+    for warps, stages, descriptors in itertools.product((4, 8), (1, 2, 3, 4), (False, True)):
+        launch = tuning.Launch(warps, stages, descriptors)
+        with mock.patch.object(tuning, "attention", lambda *_, launch=launch: launch):
+            times = clock.measure({"ours": lambda: ops.block_sparse_attention(q, k, v, chosen, offsets, logit_bound=bound),
+                                   "ours, running maximum": lambda: ops.block_sparse_attention(q, k, v, chosen, offsets)})
+        usual_one = clock.device.type == "cuda" and launch == usual(size.D, q.dtype, torch.cuda.get_device_capability())
+        rows.append({"op": "block_sparse_attention", "size": size.name, "warps": warps, "stages": stages, "descriptors": descriptors,
+                     "usual": usual_one, "ms": times})
+        show(rows[-1])
     return rows
 
 
@@ -282,6 +309,7 @@ def transformer(clock: Clock, size: Size, _: dict) -> list[dict]:
     dit = dit.to_empty(device=clock.device).to(torch.bfloat16 if not toy else torch.float32)
     for parameter in dit.parameters():
         parameter.normal_(0, 0.02)
+    dit.prepare()
     plan = make_plan(config, size.grid, (1.0, 2.0, 2.0), NablaConfig(0.9), clock.device)
     grid, make = size.grid, dict(device=clock.device)
     x = torch.randn(1, grid.T, 2 * grid.Y, 2 * grid.X, config.in_channels, **make)
@@ -289,9 +317,9 @@ def transformer(clock: Clock, size: Size, _: dict) -> list[dict]:
               torch.tensor([700.0], **make), plan)
     real = Size(size.name, grid, config.num_heads, config.head_dim)
     chosen = masks(real, 0.15, clock.device)["clustered"]
-    with mock.patch.object(dit_module, "select_blocks", lambda *_: chosen):
+    with mock.patch.object(attention_module, "select_blocks", lambda *_: chosen):
         _, peak = peak_memory(lambda: dit(*inputs), clock.device)
-        times = clock.measure({"ours, 15 % kept": lambda: dit(*inputs)})
+        times = clock.measure({"ours": lambda: dit(*inputs)})
     row = {"op": "transformer", "size": size.name, "ms": times, "peak_mib": peak, "density": ops.selection_density(chosen, grid.blocks)}
     show(row)
     return [row]
@@ -308,12 +336,13 @@ def show(row: dict) -> None:
 
 
 SECTIONS = {"norms": norms, "selection": selection, "attention": attention, "together": together, "transformer": transformer}
+MORE = {"launches": launches}  # run only when named
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="where the JSON goes; rewritten after every section")
-    parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, comma-separated, in order: {','.join(SECTIONS)}")
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, comma-separated, in order: {','.join(SECTIONS | MORE)}")
     parser.add_argument("--small", action="store_true", help="toy sizes on any device")
     parser.add_argument("--budget", type=float, default=0.5, help="seconds per provider and row")
     options = parser.parse_args()
@@ -328,7 +357,7 @@ def main() -> None:
         print(f"== {name}", flush=True)
         try:
             for size in SMALL if options.small else FULL:
-                result["rows"][name] = result["rows"].get(name, []) + SECTIONS[name](clock, size, roof)
+                result["rows"][name] = result["rows"].get(name, []) + (SECTIONS | MORE)[name](clock, size, roof)
         except Exception as error:  # the other sections' figures must not be lost
             traceback.print_exc()
             result["failed"][name] = f"{type(error).__name__}: {error}"

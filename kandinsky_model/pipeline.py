@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from . import video as files
 from .config import NablaConfig, Preset
-from .dit import make_plan
 from .geometry import Grid
 from .locate import PARTS, Sources, locate, text_to_video
+from .plan import make_plan
 from .sampler import PRECISIONS, Conditioning, Sampling, noise, sample
 from .vae import POLICIES
 from .weights import load_dit, load_vae, read_headers
@@ -147,7 +147,7 @@ class Kandinsky5:
         device = choose_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         sources = locate(model, revision, cls.fallback_preset, places, parts)
-        dit = load_dit(sources.dit, dtype=dtype) if sources.dit else None
+        dit = load_dit(sources.dit, dtype=dtype).prepare() if sources.dit else None
         vae = load_vae(sources.vae, dtype=dtype) if sources.vae else None
         text = _load_text(sources, dtype) if sources.text_encoder else None
         preset = replace(sources.preset, dit=dit.config) if dit is not None else sources.preset

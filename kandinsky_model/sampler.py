@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dit import DiffusionTransformer3D, Plan
+from .dit import DiffusionTransformer3D
+from .plan import Plan
 
 TIME_UNIT = 1000.0  # the network is told 1000 t
 NO_GUIDANCE = 1e-6  # a guidance this close to 1 needs no unconditional pass
@@ -107,14 +108,16 @@ def sample(dit: DiffusionTransformer3D, initial: Tensor, cond: Conditioning, pla
     dtype = PRECISIONS[sampling.precision]
     times = schedule(sampling.steps, sampling.scheduler_scale)
     x = initial.to(dtype)
+    every_time = (times[:-1] * TIME_UNIT)[:, None].expand(-1, x.shape[0]).to(x.device)  # [steps, B]
+    guided = dit.modulate(every_time, cond.pooled)
+    unguided = dit.modulate(every_time, uncond.pooled) if sampling.guided else None
     for step in range(sampling.steps):
         x = _with_first_frame(x, first_frame)
         model_input = _model_input(dit, x, first_frame is not None)
-        time = (times[step] * TIME_UNIT).expand(x.shape[0]).to(x.device)  # [B]
-        velocity = dit(model_input, cond.embeds, cond.pooled, time, plan, cond.lengths).to(dtype)
+        velocity = dit(model_input, cond.embeds, cond.pooled, every_time[step], plan, cond.lengths, guided.step(step)).to(dtype)
         if sampling.guided:
-            unguided = dit(model_input, uncond.embeds, uncond.pooled, time, plan, uncond.lengths).to(dtype)
-            velocity = unguided + sampling.guidance * (velocity - unguided)
+            other = dit(model_input, uncond.embeds, uncond.pooled, every_time[step], plan, uncond.lengths, unguided.step(step)).to(dtype)
+            velocity = other + sampling.guidance * (velocity - other)
         x = x + (times[step + 1] - times[step]).to(x.device) * velocity
         if step == sampling.steps - 1 and first_frame is not None:
             x = finish_first_frame(x, first_frame)

@@ -20,8 +20,9 @@ from torch import nn
 
 from . import shapes
 from .config import PRESETS
-from .dit import DiffusionTransformer3D, make_plan
+from .dit import DiffusionTransformer3D
 from .geometry import Grid, frequencies
+from .plan import make_plan
 from .text import UNKNOWN, TinyTextEncoder
 from .train import Average, Clock, Optimizer, machine, short_attention, training_dtype
 from .vae import CausalConv3d, Downsample, FrameCausalAttention, HunyuanVideoVAE, ResnetBlock, Upsample, sample_posterior

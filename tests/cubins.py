@@ -22,6 +22,7 @@ from kandinsky_kernels.triton import nabla, norm
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 POINTERS = {"p_cos": "fp32", "p_sin": "fp32", "p_means": "fp32", "p_lse": "fp32", "p_scale": "fp32", "p_shift": "fp32", "p_gate": "fp32",
             "p_offsets": "i32", "p_count": "i32", "p_selection": "i32", "p_list": "i16", "p_logit": "fp32"}
+UNITS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma", "tma": "cp.async.bulk.tensor"}
 FLOATS = ("eps", "scale_log2", "bound_log2", "root", "drop_high", "drop_middle", "drop_low")
 
 
@@ -81,8 +82,7 @@ def main():
             registers, local = resources(result.asm["cubin"])
             print(json.dumps({"kernel": name, "sm": architecture, "registers": registers, "local": local, "shared": result.metadata.shared,
                               "warps": launch.num_warps, "stages": launch.num_stages,
-                              "wgmma": "wgmma.mma_async" in result.asm["ptx"], "mma": "mma.sync" in result.asm["ptx"], "tma": "cp.async.bulk.tensor" in result.asm["ptx"],
-                              "tcgen05": "tcgen05.mma" in result.asm["ptx"]}), flush=True)
+                              **{unit: word in result.asm["ptx"] for unit, word in UNITS.items()}}), flush=True)
 
 
 if __name__ == "__main__":

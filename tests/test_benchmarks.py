@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The instruments: a clock that takes turns, bars that are judged from medians, and tables that say what was measured."""
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from benchmarks import clock, ops, report
+from benchmarks import clock, gpu, ops, report
 
 from .cases import BENCHES, CASES
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_clock_takes_turns(monkeypatch):
@@ -65,3 +70,14 @@ def test_markdown_goes_between_the_markers():
     assert "| norm | 2 | - | 1 (noisy) | - | - | 12.5 GB/s | 50% |" in text
     with pytest.raises(ValueError, match="markers"):
         report.insert("no place", "figures")
+
+
+def test_gpu_benchmark_runs_at_toy_size(tmp_path):
+    """Every section and every peer on a CPU: the few minutes on a GPU are not there to find a typing error."""
+    out, sections = tmp_path / "gate.json", [*gpu.SECTIONS, *gpu.MORE]
+    run = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--small", "--out", out, "--only", ",".join(sections)], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert run.returncode == 0 and "cannot run" not in run.stdout, run.stdout + run.stderr
+    result = json.loads(out.read_text())
+    assert list(result["rows"]) == sections and all(result["rows"].values()) and not result["failed"]
+    assert all(row["ms"]["ours"] > 0 for rows in result["rows"].values() for row in rows)

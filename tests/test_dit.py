@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from kandinsky_model import dit as dit_module
+from kandinsky_model.attention import Attention
 from kandinsky_model.config import IMAGE_DIT, IMAGE_EDIT_DIT, LITE_DIT, PRESETS, PRO_DIT, DiTConfig, NablaConfig, get_preset
-from kandinsky_model.dit import Attention, DiffusionTransformer3D, make_plan
+from kandinsky_model.dit import DiffusionTransformer3D
 from kandinsky_model.geometry import Grid, local_window
+from kandinsky_model.plan import make_plan
 
 from .compare import assert_faithful
 from .conftest import shared_data

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 from kandinsky_model import sampler
 from kandinsky_model.config import DiTConfig, NablaConfig
-from kandinsky_model.dit import DiffusionTransformer3D, make_plan
+from kandinsky_model.dit import DiffusionTransformer3D, Modulations
 from kandinsky_model.geometry import Grid
+from kandinsky_model.plan import make_plan
 from kandinsky_model.sampler import Conditioning, Sampling, noise, normalize_first_frame, sample, schedule
 
 from .conftest import shared_data
@@ -26,7 +27,12 @@ class Formula:
     def __init__(self, rule, visual_cond=True):
         self.rule, self.calls, self.config = rule, [], DiTConfig(visual_cond=visual_cond)
 
-    def __call__(self, x, text, pooled, time, plan, text_lengths=None):
+    def modulate(self, time, pooled):
+        return Modulations([], [(time, pooled.expand(len(time), *pooled.shape))])
+
+    def __call__(self, x, text, pooled, time, plan, text_lengths, modulations):
+        ((modulated_time, modulated_pooled),) = modulations.visual  # made for all steps before the first one
+        assert torch.equal(modulated_time, time) and torch.equal(modulated_pooled, pooled)
         self.calls.append((x.clone(), text, pooled, time, text_lengths))
         return self.rule(x[..., :16], time, text).to(x.dtype)
 

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head attention with normalised queries and keys: over all tokens, over the blocks that NABLA chooses, over a text."""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kandinsky_kernels import block_means, block_sparse_attention, norm_rope, norm_rope_means, select_blocks
+
+from .plan import Plan, Rotary
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its input, so that a checkpoint may mix dtypes freely."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of each head and, where given, rotation; with `block_offsets` also the mean of each block."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim))
+
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        cos, sin = rotary or (None, None)
+        return norm_rope(x, self.weight, cos, sin)
+
+    def with_means(self, x: Tensor, rotary: Rotary, block_offsets: Tensor) -> tuple[Tensor, Tensor]:
+        return norm_rope_means(x, self.weight, *rotary, block_offsets)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with normalised queries and keys, in three forms: over itself, over blocks of itself, over a text."""
+
+    def __init__(self, model_dim: int, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.to_query = Linear(model_dim, model_dim)
+        self.to_key = Linear(model_dim, model_dim)
+        self.to_value = Linear(model_dim, model_dim)
+        self.query_norm = HeadNorm(head_dim)
+        self.key_norm = HeadNorm(head_dim)
+        self.out_layer = Linear(model_dim, model_dim)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._joint: tuple[Tensor, Tensor] | None = None  # weight [3 C, C] and bias [3 C] of all three projections
+        self.logit_bound = math.inf
+
+    def prepare(self) -> None:
+        """For inference: one product gives queries, keys and values, and the logits get a bound. Loading and training undo it.
+
+        The three weights become views of one tensor, so names, values and memory stay. RMSNorm makes |query| <= sqrt(D) max|weight|,
+        rotation keeps it; 1 % is for rounding to 16 bits.
+        """
+        layers = self._projections()
+        if len({(layer.weight.dtype, layer.weight.device) for layer in layers}) == 1 and not layers[0].weight.is_meta:
+            weight, bias = self._joint = tuple(
+                torch.cat([getattr(layer, name).detach() for layer in layers]) for name in ("weight", "bias"))
+            for layer, w, b in zip(layers, weight.chunk(3), bias.chunk(3), strict=True):
+                layer.weight.data, layer.bias.data = w, b
+        largest = self.query_norm.weight.detach().abs().max() * self.key_norm.weight.detach().abs().max()
+        self.logit_bound = 1.01 * math.sqrt(self.head_dim) * largest.item()
+
+    def _projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.to_query, self.to_key, self.to_value
+
+    def _is_joint(self) -> bool:
+        """Whether the projections still are what was joined: adapters and quantisers put others in their place."""
+        layers = self._projections()
+        if self._joint is None or any(type(layer) is not Linear for layer in layers):
+            return False
+        if torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in layers):
+            return False
+        return torch.compiler.is_compiling() or all(  # under the compiler an address cannot be read
+            layer.weight.data_ptr() == part.data_ptr() for layer, part in zip(layers, self._joint[0].chunk(3), strict=True))
+
+    def _apply(self, fn, recurse: bool = True) -> Attention:
+        joint = self._joint is not None
+        self._joint = None
+        super()._apply(fn, recurse)
+        if joint:  # in its new place or dtype
+            self.prepare()
+        return self
+
+    def _load_from_state_dict(self, *args) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args)
+
+    def train(self, mode: bool = True) -> Attention:
+        if mode:
+            self._forget()
+        return super().train(mode)
+
+    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = (-1, self.head_dim)
+        if x is context and self._is_joint():
+            weight, bias = self._joint
+            return F.linear(x, weight.to(x.dtype), bias.to(x.dtype)).unflatten(-1, (3, *heads)).unbind(2)  # 3 x [B, S, H, D]
+        return (self.to_query(x).unflatten(-1, heads), self.to_key(context).unflatten(-1, heads),  # [B, S, H, D]
+                self.to_value(context).unflatten(-1, heads))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, rotary: Rotary | None = None, key_mask: Tensor | None = None,
+                rope_cast: torch.dtype | None = None) -> Tensor:
+        """Dense attention of x [B, S, C] over `context` [B, L, C] (itself when None). key_mask: bool [B, 1, 1, L], True is visible."""
+        query, key, value = self.project(x, x if context is None else context)  # each [B, S, H, D]
+        query, key = _round(self.query_norm(query, rotary), rope_cast), _round(self.key_norm(key, rotary), rope_cast)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, H, S, D]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
+        return self.out_layer(out.transpose(1, 2).flatten(-2))  # [B, S, C]
+
+    def nabla(self, x: Tensor, plan: Plan) -> Tensor:
+        """Attention of x [B, S, C], in tile order, over the blocks that NABLA chooses from the block means."""
+        query, key, value = self.project(x, x)
+        query, query_means = self.query_norm.with_means(query, plan.rotary, plan.block_offsets)
+        key, key_means = self.key_norm.with_means(key, plan.rotary, plan.block_offsets)
+        if plan.rope_cast is not None:
+            query, key = _round(query, plan.rope_cast), _round(key, plan.rope_cast)
+            query_means, key_means = block_means(query, plan.block_offsets), block_means(key, plan.block_offsets)
+        selection = select_blocks(query_means.detach(), key_means.detach(), plan.nabla.keep_mass, plan.grid.tiles, plan.nabla.window)
+        out = block_sparse_attention(query, key, value, selection, plan.block_offsets, logit_bound=self.logit_bound)
+        return self.out_layer(out.flatten(-2))  # [B, S, C]
+
+
+def _round(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None else x.to(dtype).to(x.dtype)
