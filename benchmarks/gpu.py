@@ -28,7 +28,7 @@ from kandinsky_model.config import LITE_DIT, PRO_DIT, NablaConfig
 from kandinsky_model.dit import DiffusionTransformer3D
 from kandinsky_model.geometry import Grid, block_offsets, local_window
 from kandinsky_model.plan import make_plan
-from tests.cases import gated_add_norm_peer, head_first, modulated_norm_peer, norm_rope_peer
+from tests.cases import gated_add_norm_peer, head_first, modulated_norm_peer, norm_rope_per_token
 
 WINDOW = (11, 3, 3)
 
@@ -114,16 +114,17 @@ def norms(clock: Clock, size: Size, roof: dict) -> list[dict]:
     x, branch = torch.randn(1, S, C, **make), torch.randn(1, S, C, **make)
     gate, scale, shift = (torch.randn(1, C, device=clock.device) for _ in range(3))
     heads, weight = x.view(1, S, size.H, size.D), torch.rand(size.D, device=clock.device)
-    angles, offsets = torch.rand(S, size.D // 2, device=clock.device), block_offsets(size.grid).to(clock.device)
-    cos, sin = angles.cos(), angles.sin()
-    tensor, table = 2 * S * C, 4 * S * size.D
+    plan = make_plan(PRO_DIT if size.D == 128 else LITE_DIT, size.grid, (1.0, 2.0, 2.0), NablaConfig(0.9), clock.device)
+    angles = torch.rand(S, size.D // 2, device=clock.device)
+    whole = ops.Rotary.per_token(angles.cos(), angles.sin())  # what the peers read
+    tensor, table = 2 * S * C, 12 * S
     for name, moved, ours, peer in (
         ("modulated_norm", 2 * tensor, lambda: ops.modulated_norm(x, scale, shift), lambda f: f(modulated_norm_peer)(x, scale, shift)),
         ("gated_add_norm", 4 * tensor, lambda: ops.gated_add_norm(x, branch, gate, scale, shift),
          lambda f: f(gated_add_norm_peer)(x, branch, gate, scale, shift)),
-        ("norm_rope", 2 * tensor + table, lambda: ops.norm_rope(heads, weight, cos, sin),
-         lambda f: f(norm_rope_peer)(heads, weight, cos, sin)),
-        ("norm_rope_means", 2 * tensor + table, lambda: ops.norm_rope_means(heads, weight, cos, sin, offsets), None),
+        ("norm_rope", 2 * tensor + table, lambda: ops.norm_rope(heads, weight, plan.rotary),
+         lambda f: f(norm_rope_per_token)(heads, weight, whole.cos, whole.sin)),
+        ("norm_rope_means", 2 * tensor + table, lambda: ops.norm_rope_means(heads, weight, plan.rotary, plan.block_offsets), None),
     ):
         calls = {"ours": ours}
         if peer:

@@ -3,13 +3,13 @@
 
 from ._library import kernels, load_extension
 from .nabla import block_sparse_attention, select_blocks, selection_density
-from .norm import gated_add_norm, modulated_norm, norm_rope, norm_rope_means
+from .norm import Rotary, gated_add_norm, modulated_norm, norm_rope, norm_rope_means
 from .reference import block_means, pack_selection, unpack_selection
 
 load_extension()
 
 __version__ = "0.1.0"
 __all__ = [
-    "block_means", "block_sparse_attention", "gated_add_norm", "kernels", "modulated_norm", "norm_rope",
+    "Rotary", "block_means", "block_sparse_attention", "gated_add_norm", "kernels", "modulated_norm", "norm_rope",
     "norm_rope_means", "pack_selection", "select_blocks", "selection_density", "unpack_selection",
 ]

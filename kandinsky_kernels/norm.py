@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Norms fused with what surrounds them in a diffusion transformer: modulation, gate and residual, rotary embedding."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from . import reference, tuning
 from ._library import attach, declare, needs_reference, on
 
 LAYER_NORM_EPS = 1e-5
+MOST_AXES = 3
 RMS_NORM_EPS = 1.1920928955078125e-07  # torch.nn.RMSNorm(eps=None) on an fp32 input
 
 _modulated_norm = declare("modulated_norm(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor", reference.modulated_norm)
@@ -15,8 +18,25 @@ _gated_add_norm = declare(
     "gated_add_norm(Tensor x, Tensor branch, Tensor gate, Tensor? scale, Tensor? shift, float eps) -> (Tensor, Tensor)",
     reference.gated_add_norm)
 _norm_rope = declare(
-    "norm_rope(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, Tensor? block_offsets, float eps) -> (Tensor, Tensor)",
-    reference.norm_rope)
+    "norm_rope(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, Tensor? positions, int[] pairs, Tensor? block_offsets, float eps)"
+    " -> (Tensor, Tensor)", reference.norm_rope)
+
+
+class Rotary(NamedTuple):
+    """By which angle each pair of a head turns, for tokens on a grid of A axes: tables of a few rows instead of one row per token.
+
+    Pair c, one of the axis a that `pairs` assigns it to, turns by the angle of cos[p, c] and sin[p, c] with p = positions[token, a].
+    """
+
+    cos: Tensor  # fp32 [P, D / 2], P at least one more than the largest position
+    sin: Tensor
+    positions: Tensor  # int32 [S, A]
+    pairs: tuple[int, ...]  # pairs per axis, A numbers with sum D / 2
+
+    @classmethod
+    def per_token(cls, cos: Tensor, sin: Tensor) -> "Rotary":
+        """One row of angles [S, D / 2] for each token."""
+        return cls(cos, sin, torch.arange(len(cos), dtype=torch.int32, device=cos.device)[:, None], (cos.shape[-1],))
 
 
 def _check_layout(name: str, x: Tensor) -> None:
@@ -75,37 +95,41 @@ def gated_add_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None
     return y, None if scale is None else normed
 
 
-def _check_heads(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+def _check_heads(x: Tensor, weight: Tensor, rotary: Rotary | None) -> None:
     if x.dim() != 4 or x.shape[-1] % 2:
         raise ValueError(f"x must have shape [B, S, H, D] with even D, got {list(x.shape)}.")
     _check_layout("x", x)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must have shape [D] = [{x.shape[-1]}], got {list(weight.shape)}.")
-    if (cos is None) != (sin is None):
-        raise ValueError("cos and sin must be given together, got only one of them.")
-    wanted = (x.shape[1], x.shape[-1] // 2)
+    if rotary is None:
+        return
+    cos, sin, positions, pairs = rotary
+    half = x.shape[-1] // 2
     for name, table in (("cos", cos), ("sin", sin)):
-        if table is not None and table.shape != wanted:
-            raise ValueError(f"{name} must have shape [S, D / 2] = {list(wanted)}, got {list(table.shape)}.")
-        if table is not None and table.dtype != torch.float32 and not table.dtype == x.dtype == torch.float64:
+        if table.shape != (cos.shape[0], half):
+            raise ValueError(f"{name} must have shape [P, D / 2] = {[cos.shape[0], half]}, got {list(table.shape)}.")
+        if table.dtype != torch.float32 and not table.dtype == x.dtype == torch.float64:
             raise TypeError(f"{name} must be float32, or float64 beside a float64 x, got {table.dtype}; cast it first.")
+    if not 1 <= len(pairs) <= MOST_AXES or min(pairs) < 0 or sum(pairs) != half:
+        raise ValueError(f"pairs must be 1 to {MOST_AXES} numbers with sum D / 2 = {half}, got {list(pairs)}.")
+    if positions.shape != (x.shape[1], len(pairs)) or positions.dtype != torch.int32:
+        raise ValueError(f"positions must be int32 [S, axes] = {[x.shape[1], len(pairs)]}, got {positions.dtype} {list(positions.shape)}.")
 
 
-def norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None = None, sin: Tensor | None = None,
-              eps: float = RMS_NORM_EPS) -> Tensor:
+def norm_rope(x: Tensor, weight: Tensor, rotary: Rotary | None = None, eps: float = RMS_NORM_EPS) -> Tensor:
     """RMSNorm over the head dimension times weight, then a rotation of adjacent pairs (RoPE, arXiv 2104.09864).
 
     (y0, y1) = (x0 cos - x1 sin, x0 sin + x1 cos) for the pairs (0, 1), (2, 3), ...
-    x: [B, S, H, D], any float dtype, last dimension contiguous. weight: [D]. cos, sin: fp32 [S, D / 2], or None for the
-    norm alone. Returns a new contiguous tensor of x's shape and dtype, rounded once. Raises ValueError on other shapes
-    and strides, TypeError on other dtypes.
+    x: [B, S, H, D], any float dtype, last dimension contiguous. weight: [D]. rotary: see `Rotary`; None for the norm alone.
+    Returns a new contiguous tensor of x's shape and dtype, rounded once. Raises ValueError on other shapes and strides,
+    TypeError on other dtypes, RuntimeError on a CPU for positions outside of the tables.
     """
-    _check_heads(x, weight, cos, sin)
+    _check_heads(x, weight, rotary)
     op = reference.norm_rope if needs_reference(x, weight) else _norm_rope
-    return op(x, weight, cos, sin, None, eps)[0]
+    return op(x, weight, *(rotary or (None, None, None, ())), None, eps)[0]
 
 
-def norm_rope_means(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, block_offsets: Tensor,
+def norm_rope_means(x: Tensor, weight: Tensor, rotary: Rotary | None, block_offsets: Tensor,
                     eps: float = RMS_NORM_EPS) -> tuple[Tensor, Tensor]:
     """`norm_rope` and the mean of its result over every block of tokens, as NABLA's selection wants it.
 
@@ -113,11 +137,11 @@ def norm_rope_means(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor |
     The means are of y as rounded. Returns (y [B, S, H, D], means [B, H, N, D] in fp32, or fp64 for fp64 x). Raises
     ValueError on other shapes and strides, TypeError on other dtypes.
     """
-    _check_heads(x, weight, cos, sin)
+    _check_heads(x, weight, rotary)
     if block_offsets.dim() != 1 or block_offsets.dtype != torch.int32:
         raise ValueError(f"block_offsets must be int32 [N + 1], got {block_offsets.dtype} {list(block_offsets.shape)}.")
     op = reference.norm_rope if needs_reference(x, weight) else _norm_rope
-    return op(x, weight, cos, sin, block_offsets, eps)
+    return op(x, weight, *(rotary or (None, None, None, ())), block_offsets, eps)
 
 
 # ---- on GPUs
@@ -160,21 +184,22 @@ def _launch_gated_add_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tenso
     return y, out
 
 
-def _launch_norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, block_offsets: Tensor | None,
-                      eps: float) -> tuple[Tensor, Tensor]:
+def _launch_norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, pairs: list[int],
+                      block_offsets: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     from .triton import norm as kernels
 
     B, S, H, D = x.shape
     N = -(-S // tuning.TOKENS) if block_offsets is None else block_offsets.shape[0] - 1
     y, heads, launch = x.new_empty(B, S, H, D), tuning.rope_heads(H), tuning.rope(tuning.padded(D))
     means = x.new_empty(0 if block_offsets is None else (B, H, N, D), dtype=torch.float32)
-    weight, rotate = weight.contiguous(), cos is not None and sin is not None
-    cos, sin = (cos.contiguous(), sin.contiguous()) if rotate else (weight, weight)
+    weight, axes = weight.contiguous(), 0 if cos is None else len(pairs)
+    cos, sin, positions = (weight if tensor is None else tensor.contiguous() for tensor in (cos, sin, positions))
+    first, second = (sum(pairs[:count]) for count in (1, 2))
     with on(x):
         kernels.norm_rope[(N, -(-H // heads), B)](
-            x, weight, cos, sin, weight if block_offsets is None else block_offsets.contiguous(), y, means, S, H, N, D, x.stride(0),
-            x.stride(1), x.stride(2), eps, ROTATE=rotate, MEANS=block_offsets is not None, HEADS=heads, TOKENS=tuning.TOKENS,
-            BLOCK=tuning.padded(D), num_warps=launch.num_warps, num_stages=launch.num_stages)
+            x, weight, cos, sin, positions, weight if block_offsets is None else block_offsets.contiguous(), y, means, S, H, N, D, first,
+            second, x.stride(0), x.stride(1), x.stride(2), eps, AXES=axes, MEANS=block_offsets is not None, HEADS=heads,
+            TOKENS=tuning.TOKENS, BLOCK=tuning.padded(D), num_warps=launch.num_warps, num_stages=launch.num_stages)
     return y, means
 
 
@@ -187,12 +212,14 @@ def _trial_norm(x: Tensor, *args) -> tuple:
     return (rows, *made, eps)
 
 
-def _trial_norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, block_offsets: Tensor | None, eps: float) -> tuple:
-    """Seventy tokens of two heads in blocks of 64 and 6."""
-    D, angles = x.shape[-1], None if cos is None else torch.randn(70, x.shape[-1] // 2, device=x.device)
+def _trial_norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, pairs: list[int],
+                     block_offsets: Tensor | None, eps: float) -> tuple:
+    """Seventy tokens of two heads, in blocks of 64 and 6, at any of nine positions along each axis."""
+    D, angles = x.shape[-1], None if cos is None else torch.randn(9, x.shape[-1] // 2, device=x.device)
+    places = None if angles is None else torch.randint(9, (70, len(pairs)), device=x.device, dtype=torch.int32)
     offsets = None if block_offsets is None else torch.tensor([0, 64, 70], dtype=torch.int32, device=x.device)
     return (torch.randn(1, 70, 2, D, dtype=x.dtype, device=x.device), torch.rand(D, dtype=weight.dtype, device=x.device),
-            None if angles is None else angles.cos(), None if angles is None else angles.sin(), offsets, eps)
+            None if angles is None else angles.cos(), None if angles is None else angles.sin(), places, pairs, offsets, eps)
 
 
 attach("modulated_norm", _launch_modulated_norm, _refuse_norm, _trial_norm)

@@ -44,12 +44,14 @@ def block_means(x: Tensor, block_offsets: Tensor) -> Tensor:
     return (sums / lengths.to(wide.dtype)[:, None, None]).transpose(1, 2).contiguous()  # [B, H, N, D]
 
 
-def norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, block_offsets: Tensor | None,
-              eps: float) -> tuple[Tensor, Tensor]:
+def norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, pairs: list[int],
+              block_offsets: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """RMSNorm over D, then rotate adjacent pairs; also the block means of the result when offsets are given."""
     wide = _wide(x)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
-    if cos is not None and sin is not None:
+    if cos is not None and sin is not None and positions is not None:
+        axes = [(slice(sum(pairs[:i]), sum(pairs[: i + 1])), positions[:, i].long()) for i in range(len(pairs))]
+        cos, sin = (torch.cat([table[rows, columns] for columns, rows in axes], -1) for table in (cos, sin))  # [S, D/2]
         even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)  # [B, S, H, D/2] each
         cos, sin = cos.to(wide.dtype)[:, None], sin.to(wide.dtype)[:, None]  # [S, 1, D/2]
         y = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)

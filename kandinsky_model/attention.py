@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kandinsky_kernels import block_means, block_sparse_attention, norm_rope, norm_rope_means, select_blocks
+from kandinsky_kernels import Rotary, block_means, block_sparse_attention, norm_rope, norm_rope_means, select_blocks
 
-from .plan import Plan, Rotary
+from .plan import Plan
 
 
 class Linear(nn.Linear):
@@ -28,11 +28,10 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
-        cos, sin = rotary or (None, None)
-        return norm_rope(x, self.weight, cos, sin)
+        return norm_rope(x, self.weight, rotary)
 
     def with_means(self, x: Tensor, rotary: Rotary, block_offsets: Tensor) -> tuple[Tensor, Tensor]:
-        return norm_rope_means(x, self.weight, *rotary, block_offsets)
+        return norm_rope_means(x, self.weight, rotary, block_offsets)
 
 
 class Attention(nn.Module):

@@ -99,20 +99,17 @@ def frequencies(count: int, device: torch.device | str | None = None) -> Tensor:
     return torch.exp(-math.log(10000.0) * torch.arange(count, dtype=torch.float32, device=device) / count)
 
 
-def rotary_angles(grid: Grid, axes_dims: tuple[int, int, int], scale_factor: tuple[float, float, float]) -> Tensor:
-    """fp32 [S, D / 2], raster order: the angle of each adjacent pair of a head. Pairs are split among (T, Y, X) by `axes_dims`.
+def positions(grid: Grid) -> Tensor:
+    """int32 [S, 3], raster order: where each token lies along (T, Y, X)."""
+    axes = [torch.arange(length, dtype=torch.int32) for length in (grid.T, grid.Y, grid.X)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
 
-    angle = position * frequency / scale_factor: the scale divides the angle and so stretches the grid a model was trained on.
+
+def rotary_angles(length: int, axes_dims: tuple[int, ...], scale_factor: tuple[float, ...]) -> Tensor:
+    """fp32 [length, D / 2]: the angle of each adjacent pair of a head at each position along its axis.
+
+    Pairs are split among the axes by `axes_dims`. angle = position * frequency / scale_factor: the scale divides the angle and so
+    stretches the grid a model was trained on.
     """
-    axes = []
-    for length, dim, scale in zip((grid.T, grid.Y, grid.X), axes_dims, scale_factor, strict=True):
-        axes.append(torch.outer(torch.arange(length, dtype=torch.float32), frequencies(dim // 2)) / scale)
-    t, y, x = axes
-    shape = (grid.T, grid.Y, grid.X, -1)
-    angles = [t[:, None, None, :].expand(shape), y[None, :, None, :].expand(shape), x[None, None, :, :].expand(shape)]
-    return torch.cat(angles, dim=-1).flatten(0, 2)  # [S, D / 2]
-
-
-def rotary_angles_1d(length: int, head_dim: int) -> Tensor:
-    """fp32 [length, D / 2]: the rotary angles of a text of `length` tokens."""
-    return torch.outer(torch.arange(length, dtype=torch.float32), frequencies(head_dim // 2))
+    place = torch.arange(length, dtype=torch.float32)
+    return torch.cat([torch.outer(place, frequencies(dim // 2)) / scale for dim, scale in zip(axes_dims, scale_factor, strict=True)], -1)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kandinsky_kernels import Rotary
+
 from . import geometry
 from .config import DiTConfig, NablaConfig
-
-Rotary = tuple[Tensor, Tensor]  # cos, sin: fp32 [S, D/2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +18,7 @@ class Plan:
     """What one video size needs at every step and layer, computed once by `make_plan`."""
 
     grid: geometry.Grid
-    rotary: Rotary  # in the order of the tokens
+    rotary: Rotary  # its positions in the order of the tokens
     nabla: NablaConfig | None = None  # None: dense attention, raster order
     order: Tensor | None = None  # int64 [S], raster index of the i-th token
     inverse: Tensor | None = None  # int64 [S]
@@ -27,10 +27,10 @@ class Plan:
     text_rotaries: dict[tuple[int, int], Rotary] = field(default_factory=dict, repr=False)
 
     def text_rotary(self, length: int, head_dim: int) -> Rotary:
-        """cos, sin of a text of `length` tokens; remembered, as every step asks for the same two or so."""
+        """The angles of a text of `length` tokens; remembered, as every step asks for the same two or so."""
         if (length, head_dim) not in self.text_rotaries:
-            angles = geometry.rotary_angles_1d(length, head_dim)
-            self.text_rotaries[length, head_dim] = (angles.cos().to(self.rotary[0].device), angles.sin().to(self.rotary[0].device))
+            angles = geometry.rotary_angles(length, (head_dim,), (1.0,))
+            self.text_rotaries[length, head_dim] = Rotary.per_token(*(x.to(self.rotary.cos.device) for x in (angles.cos(), angles.sin())))
         return self.text_rotaries[length, head_dim]
 
 
@@ -41,10 +41,11 @@ def make_plan(config: DiTConfig, grid: geometry.Grid, scale_factor: tuple[float,
     rope_cast: round rotated queries and keys to this dtype and back. None is exact; torch.bfloat16 reproduces in an
     fp32 run what diffusers does there.
     """
-    angles = geometry.rotary_angles(grid, config.axes_dims, scale_factor)  # [S, D/2], raster
+    angles = geometry.rotary_angles(max(grid.T, grid.Y, grid.X), config.axes_dims, scale_factor)  # [P, D/2]
+    order = geometry.tile_order(grid) if nabla else None
+    positions = geometry.positions(grid) if order is None else geometry.positions(grid)[order]
+    rotary = Rotary(angles.cos().to(device), angles.sin().to(device), positions.to(device), tuple(dim // 2 for dim in config.axes_dims))
     if nabla is None:
-        return Plan(grid, (angles.cos().to(device), angles.sin().to(device)), rope_cast=rope_cast)
-    order = geometry.tile_order(grid)
-    angles = angles[order]
-    return Plan(grid, (angles.cos().to(device), angles.sin().to(device)), nabla, order.to(device),
-                geometry.inverse_order(order).to(device), geometry.block_offsets(grid).to(device), rope_cast)
+        return Plan(grid, rotary, rope_cast=rope_cast)
+    return Plan(grid, rotary, nabla, order.to(device), geometry.inverse_order(order).to(device), geometry.block_offsets(grid).to(device),
+                rope_cast)

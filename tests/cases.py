@@ -102,7 +102,20 @@ def gated_add_norm_peer(x, branch, gate, scale=None, shift=None):
     return y if scale is None else (y, modulated_norm_peer(y, scale, shift))
 
 
-def norm_rope_peer(x, weight, cos=None, sin=None):
+def rotary(cos=None, sin=None, positions=None, pairs=()):
+    return None if cos is None else ops.Rotary(cos, sin, positions, pairs)
+
+
+def norm_rope(x, weight, **tables):
+    return ops.norm_rope(x, weight, rotary(**tables))
+
+
+def norm_rope_means(x, weight, block_offsets, **tables):
+    return ops.norm_rope_means(x, weight, rotary(**tables), block_offsets)
+
+
+def norm_rope_per_token(x, weight, cos=None, sin=None):
+    """With a row of angles for each token, as upstream has them."""
     normed = F.rms_norm(x.float(), x.shape[-1:], weight, eps=ops.norm.RMS_NORM_EPS).type_as(x)
     if cos is None:
         return normed
@@ -111,8 +124,15 @@ def norm_rope_peer(x, weight, cos=None, sin=None):
     return (rotation * pairs).sum(-1).flatten(-2).type_as(x)
 
 
-def norm_rope_means_peer(x, weight, cos, sin, block_offsets):
-    y = norm_rope_peer(x, weight, cos, sin)
+def norm_rope_peer(x, weight, cos=None, sin=None, positions=None, pairs=()):
+    if cos is not None:
+        columns = torch.repeat_interleave(torch.tensor(pairs))  # the axis of each pair
+        cos, sin = (table[positions.long()[:, columns], torch.arange(len(columns))] for table in (cos, sin))  # [S, D/2]
+    return norm_rope_per_token(x, weight, cos, sin)
+
+
+def norm_rope_means_peer(x, weight, block_offsets, **tables):
+    y = norm_rope_peer(x, weight, **tables)
     blocks = y.float().split(block_offsets.diff().tolist(), dim=1)
     return y, torch.stack([block.mean(1) for block in blocks], 2)  # [B, H, N, D]
 
@@ -165,8 +185,8 @@ def map_flops(inputs: dict) -> int:
 OPERATORS = {
     "modulated_norm": Operator(ops.modulated_norm, modulated_norm_peer, ("x",)),
     "gated_add_norm": Operator(ops.gated_add_norm, gated_add_norm_peer, ("x", "branch")),
-    "norm_rope": Operator(ops.norm_rope, norm_rope_peer, ("x",)),
-    "norm_rope_means": Operator(ops.norm_rope_means, norm_rope_means_peer, ("x",)),
+    "norm_rope": Operator(norm_rope, norm_rope_peer, ("x",)),
+    "norm_rope_means": Operator(norm_rope_means, norm_rope_means_peer, ("x",)),
     "select_blocks": Operator(ops.select_blocks, select_blocks_peer, (), same_blocks, map_flops),
     "block_sparse_attention": Operator(ops.block_sparse_attention, block_sparse_attention_peer, ("query", "key", "value"),
                                        flops=attention_flops, dense=dense_attention),
@@ -184,13 +204,16 @@ def rows(B: int, S: int, C: int, branch: bool = False, norm: bool = True) -> Cal
     return make
 
 
-def heads(B: int, S: int, H: int, D: int, rotate: bool = True, block: int = 0) -> Callable:
-    """block > 0: blocks of that many tokens, the last one shorter, and their means."""
+def heads(B: int, S: int, H: int, D: int, rotate: bool = True, block: int = 0, axes: int = 3) -> Callable:
+    """block > 0: blocks of that many tokens, the last one shorter, and their means. The last axis has the pairs that are left over."""
     def make(g: Generator) -> dict:
         inputs = {"x": 2 * torch.randn(B, S, H, D, generator=g), "weight": 1 + 0.2 * torch.randn(D, generator=g)}
         angles = 6.3 * torch.rand(S, D // 2, generator=g)
         if rotate:
-            inputs |= {"cos": angles.cos(), "sin": angles.sin()}
+            share = D // 2 // axes
+            inputs |= {"cos": angles.cos(), "sin": angles.sin(),
+                       "positions": torch.randint(max(S, 1), (S, axes), generator=g, dtype=torch.int32),
+                       "pairs": (share,) * (axes - 1) + (D // 2 - share * (axes - 1),)}
         if block:
             inputs["block_offsets"] = torch.tensor([*range(0, S, block), S], dtype=torch.int32)
         return inputs
@@ -227,6 +250,7 @@ _TABLE = [
     *(("gated_add_norm", size, rows(*shape, branch=True)) for size, shape in WIDTHS.items()),
     *(("gated_add_norm", f"{size}_add_only", rows(*WIDTHS[size], branch=True, norm=False)) for size in ("odd", "lite")),
     *(("norm_rope", size, heads(*shape)) for size, shape in HEADS.items()),
+    *(("norm_rope", f"odd_{axes}_axes", heads(*HEADS["odd"], axes=axes)) for axes in (1, 2)),
     *(("norm_rope", f"{size}_unrotated", heads(*HEADS[size], rotate=False)) for size in ("odd", "lite")),
     *(("norm_rope_means", size, heads(*shape, block=block))
       for (size, shape), block in zip(HEADS.items(), (1, 64, 64, 17, 64, 1), strict=True)),

@@ -21,7 +21,7 @@ from kandinsky_kernels.triton import nabla, norm
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 POINTERS = {"p_cos": "fp32", "p_sin": "fp32", "p_means": "fp32", "p_lse": "fp32", "p_scale": "fp32", "p_shift": "fp32", "p_gate": "fp32",
-            "p_offsets": "i32", "p_count": "i32", "p_selection": "i32", "p_list": "i16", "p_logit": "fp32"}
+            "p_offsets": "i32", "p_positions": "i32", "p_count": "i32", "p_selection": "i32", "p_list": "i16", "p_logit": "fp32"}
 UNITS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma", "tma": "cp.async.bulk.tensor"}
 FLOATS = ("eps", "scale_log2", "bound_log2", "root", "drop_high", "drop_middle", "drop_low")
 
@@ -36,7 +36,7 @@ def kernels(capability):
         rows, block = {"ROWS": tuning.norm_rows(93696), "BLOCK": tuning.padded(C)}, tuning.padded(C)
         yield f"modulated_norm-{C}", norm.modulated_norm, rows, tuning.norm(block)
         yield f"gated_add_norm-{C}", norm.gated_add_norm, {"NORM": True, **rows}, tuning.norm(block)
-        rope = {"ROTATE": True, "MEANS": True, "HEADS": tuning.rope_heads(28 if D == 64 else 32), "TOKENS": tuning.TOKENS, "BLOCK": D}
+        rope = {"AXES": 3, "MEANS": True, "HEADS": tuning.rope_heads(28 if D == 64 else 32), "TOKENS": tuning.TOKENS, "BLOCK": D}
         yield f"norm_rope-{D}", norm.norm_rope, rope, tuning.rope(D)
         launch = tuning.attention(D, torch.bfloat16, capability)
         for full, bounded in itertools.product((True, False), (True, False)):

@@ -52,7 +52,7 @@ import sys
 if {hide}: sys.modules["kandinsky_kernels._C"] = None
 import torch, kandinsky_kernels as k
 x = torch.randn(1, 130, 2, 8)
-y, means = k.norm_rope_means(x, torch.ones(8), None, None, torch.tensor([0, 64, 128, 130], dtype=torch.int32))
+y, means = k.norm_rope_means(x, torch.ones(8), None, torch.tensor([0, 64, 128, 130], dtype=torch.int32))
 selection = k.select_blocks(means, means, 0.5, (1, 1, 3), (1, 1, 1))
 out = k.block_sparse_attention(y, y, y, selection, torch.tensor([0, 64, 128, 130], dtype=torch.int32))
 assert out.isfinite().all() and k.modulated_norm(y.flatten(2), torch.zeros(1, 16), torch.zeros(1, 16)).shape == (1, 130, 16)
@@ -133,6 +133,7 @@ def test_functions_are_short(path):
             assert length <= (120 if kernels else 40), f"{name(path)}:{node.lineno} {node.name} has {length} lines"
             public = len(arguments) - (arguments[:1] in (["self"], ["cls"])) if not node.name.startswith("_") else 0
             allowed = 8 if node.name == "block_sparse_attention" else 7  # what attention takes everywhere, the blocks, and the bound
+            allowed += path.name == "reference.py"  # whose functions take what the schemas have
             assert public <= allowed or kernels, f"{name(path)}:{node.lineno} {node.name} takes {public} arguments"
 
 

@@ -13,8 +13,8 @@ from kandinsky_model.geometry import (
     inverse_order,
     local_window,
     patchify,
+    positions,
     rotary_angles,
-    rotary_angles_1d,
     tile_order,
     unpatchify,
 )
@@ -100,10 +100,12 @@ def test_golden_local_windows():
 @pytest.mark.parametrize("axes_dims", [(16, 24, 24), (32, 48, 48)])
 def test_rotary_angles(axes_dims):
     grid, scale = Grid(3, 4, 5), (1.0, 2.0, 3.16)
-    angles = rotary_angles(grid, axes_dims, scale)
-    assert angles.shape == (grid.tokens, sum(axes_dims) // 2) and angles.dtype == torch.float32
+    table, places = rotary_angles(5, axes_dims, scale), positions(grid)
+    assert table.shape == (5, sum(axes_dims) // 2) and table.dtype == torch.float32
+    assert places.shape == (grid.tokens, 3) and places.dtype == torch.int32
     for position in ((2, 0, 0), (0, 3, 0), (0, 0, 4), (2, 3, 4)):
-        row = angles[(position[0] * grid.Y + position[1]) * grid.X + position[2]]
+        assert tuple(places[(position[0] * grid.Y + position[1]) * grid.X + position[2]].tolist()) == position
+        row = torch.cat([part[p] for part, p in zip(table.split([dim // 2 for dim in axes_dims], -1), position, strict=True)])
         wanted = [p * 10000 ** (-j / (dim // 2)) / s for p, dim, s in zip(position, axes_dims, scale, strict=True) for j in range(dim // 2)]
         assert torch.allclose(row, torch.tensor(wanted), rtol=1e-6)
 
@@ -112,9 +114,9 @@ def test_first_frequencies():
     """Check values of the published tables: position 1 on each axis."""
     for dim, values in ((16, (1, 0.316228, 0.1, 0.031623)), (24, (1, 0.464159, 0.215443, 0.1)), (32, (1, 0.562341, 0.316228)),
                         (48, (1, 0.681292, 0.464159))):
-        assert rotary_angles_1d(2, dim)[1, :len(values)].tolist() == pytest.approx(values, abs=1e-6)
-    assert rotary_angles_1d(1200, 64).shape == (1200, 32)  # no table to run out of
-    assert math.isclose(rotary_angles_1d(8, 64)[7, 0].item(), 7.0)
+        assert rotary_angles(2, (dim,), (1.0,))[1, :len(values)].tolist() == pytest.approx(values, abs=1e-6)
+    assert rotary_angles(1200, (64,), (1.0,)).shape == (1200, 32)  # no table to run out of
+    assert math.isclose(rotary_angles(8, (64,), (1.0,))[7, 0].item(), 7.0)
 
 
 def test_empty_grid_is_refused():

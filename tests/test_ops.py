@@ -153,21 +153,22 @@ def test_row_does_not_depend_on_its_neighbours(op, piece, simd):  # law 12
     case = Case(op, "sliced", make, FP32)
     inputs = case.inputs()
     whole = case.run(inputs)
-    part = {name: x[:, piece] if name in ("x", "branch") else x[piece] if name in ("cos", "sin") else x for name, x in inputs.items()}
+    part = {name: x[:, piece] if name in ("x", "branch") else x[piece] if name == "positions" else x for name, x in inputs.items()}
     same(case.run(part), [x[:, piece] for x in whole])
 
 
 @by_op
 def test_sample_does_not_depend_on_its_batch(case, simd):  # law 12
     inputs = case.inputs()
-    shared = ("weight", "cos", "sin", "block_offsets")
+    shared = ("weight", "cos", "sin", "positions", "block_offsets")
     second = {name: x[1:] if isinstance(x, torch.Tensor) and name not in shared else x for name, x in inputs.items()}
     same(case.run(second), [x[1:] for x in case.run(inputs)])
 
 
 def schema_arguments(op, inputs):
     """The public function's inputs as the dispatcher takes them."""
-    given = {"scale": None, "shift": None, "cos": None, "sin": None, "block_offsets": None, "eps": 1e-5, **inputs}
+    optional = ("scale", "shift", "cos", "sin", "positions", "block_offsets")
+    given = {**dict.fromkeys(optional), "pairs": (), "eps": 1e-5, **inputs}
     given |= {"tiles": list(inputs.get("tiles") or ()), "window": list(inputs.get("window") or ())}
     if op == "block_sparse_attention":
         given |= {"scale": 0.125, "logit_bound": 100.0}
@@ -229,7 +230,7 @@ def test_gradients_go_through_the_reference():
     assert torch.autograd.gradcheck(lambda *a: ops.gated_add_norm(*a)[1], (x, x.detach() + 1, scale, shift, scale))
     q, weight = torch.randn(1, 3, 2, 4, dtype=torch.float64, requires_grad=True), torch.rand(4, dtype=torch.float64, requires_grad=True)
     angle = torch.rand(3, 2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(ops.norm_rope, (q, weight, angle.cos(), angle.sin()))
+    assert torch.autograd.gradcheck(lambda q, weight: ops.norm_rope(q, weight, ops.Rotary.per_token(angle.cos(), angle.sin())), (q, weight))
     narrow = torch.randn(1, 3, 8, requires_grad=True)
     out = ops.modulated_norm(narrow, torch.zeros(1, 8), torch.zeros(1, 8))
     assert out.requires_grad
@@ -237,6 +238,7 @@ def test_gradients_go_through_the_reference():
 
 
 X, V, Q, ANGLE = torch.zeros(2, 3, 8), torch.zeros(2, 8), torch.zeros(2, 3, 4, 8), torch.zeros(3, 4)
+ROTARY = ops.Rotary.per_token(ANGLE, ANGLE)
 MISUSE = [
     (lambda: ops.modulated_norm(X[0], V, V), ValueError, r"x must have shape \[B, S, C\], got \[3, 8\]"),
     (lambda: ops.modulated_norm(X, V[:1], V), ValueError, r"scale must have shape \[B, C\] = \[2, 8\], got \[1, 8\]"),
@@ -251,14 +253,21 @@ MISUSE = [
     (lambda: ops.norm_rope(X, V[0]), ValueError, r"x must have shape \[B, S, H, D\] with even D"),
     (lambda: ops.norm_rope(Q[..., :7], V[0, :7]), ValueError, "even D"),
     (lambda: ops.norm_rope(Q, V[0, :4]), ValueError, r"weight must have shape \[D\] = \[8\], got \[4\]"),
-    (lambda: ops.norm_rope(Q, V[0], ANGLE), ValueError, "cos and sin must be given together"),
-    (lambda: ops.norm_rope(Q, V[0], ANGLE[:2], ANGLE[:2]), ValueError, r"cos must have shape \[S, D / 2\] = \[3, 4\]"),
-    (lambda: ops.norm_rope(Q, V[0], ANGLE.bfloat16(), ANGLE), TypeError, "cos must be float32"),
-    (lambda: ops.norm_rope_means(Q, V[0], None, None, torch.tensor([0, 3])), ValueError, "block_offsets must be int32"),
-    *[(lambda offsets=offsets: ops.norm_rope_means(Q, V[0], None, None, torch.tensor(offsets, dtype=torch.int32)), RuntimeError,
+    (lambda: ops.norm_rope(Q, V[0], ROTARY._replace(cos=ANGLE[:, :3])), ValueError, r"cos must have shape \[P, D / 2\] = \[3, 4\]"),
+    (lambda: ops.norm_rope(Q, V[0], ROTARY._replace(sin=ANGLE[:2])), ValueError, r"sin must have shape \[P, D / 2\] = \[3, 4\]"),
+    (lambda: ops.norm_rope(Q, V[0], ROTARY._replace(cos=ANGLE.bfloat16())), TypeError, "cos must be float32"),
+    (lambda: ops.norm_rope(Q, V[0], ROTARY._replace(pairs=(1, 2))), ValueError, r"numbers with sum D / 2 = 4, got \[1, 2\]"),
+    (lambda: ops.norm_rope(Q, V[0], ROTARY._replace(pairs=(1, 3))), ValueError, r"positions must be int32 \[S, axes\] = \[3, 2\]"),
+    (lambda: ops.norm_rope(Q, V[0], ROTARY._replace(positions=ROTARY.positions.long())), ValueError, "positions must be int32"),
+    (lambda: ops.norm_rope(Q, V[0], ROTARY._replace(positions=ROTARY.positions + 1)), RuntimeError, "tables' rows 0 to 2"),
+    (lambda: ops.norm_rope_means(Q, V[0], None, torch.tensor([0, 3])), ValueError, "block_offsets must be int32"),
+    *[(lambda offsets=offsets: ops.norm_rope_means(Q, V[0], None, torch.tensor(offsets, dtype=torch.int32)), RuntimeError,
        "block_offsets must ascend from 0 to the number of tokens 3") for offsets in ([0, 2], [0, 2, 2, 3], [0, 4, 3], [1, 3], [0, 2, 4])],
     (lambda: LIBRARY.modulated_norm(X, V[:, :4], V, 1e-5), RuntimeError, r"scale must have shape \[2, 8\], got \[2, 4\]"),
-    (lambda: LIBRARY.norm_rope(Q, V[0], ANGLE, ANGLE[:2], None, 1e-5), RuntimeError, r"sin must have shape \[3, 4\]"),
+    (lambda: LIBRARY.norm_rope(Q, V[0], ANGLE, ANGLE[:2], ROTARY.positions, (4,), None, 1e-5), RuntimeError,
+     r"sin must have shape \[3, 4\]"),
+    (lambda: LIBRARY.norm_rope(Q, V[0], ANGLE, ANGLE, None, (), None, 1e-5), RuntimeError, "positions must be given together"),
+    (lambda: LIBRARY.norm_rope(Q, V[0], ANGLE, ANGLE, ROTARY.positions, (-1, 5), None, 1e-5), RuntimeError, "must not be negative, got -1"),
 ]
 
 

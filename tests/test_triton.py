@@ -232,8 +232,8 @@ def test_trials_agree(op, guard, monkeypatch):
         "modulated_norm": [(torch.randn(2, 5, 40), torch.randn(2, 40), torch.randn(2, 40), 1e-5)],
         "gated_add_norm": [(torch.randn(2, 5, 40), torch.randn(2, 5, 40), *(torch.randn(2, 40),) * 3, 1e-5),
                            (torch.randn(2, 5, 40), torch.randn(2, 5, 40), torch.randn(2, 40), None, None, 1e-5)],
-        "norm_rope": [(*heads(1, 9, 1, 22, block=4)(torch.Generator()).values(), 1e-6), (torch.randn(1, 9, 1, 22), torch.ones(22), None,
-                                                                                      None, None, 1e-6)],
+        "norm_rope": [(*heads(1, 9, 1, 22, block=4, axes=axes)(torch.Generator()).values(), 1e-6) for axes in (1, 2, 3)]
+                     + [(torch.randn(1, 9, 1, 22), torch.ones(22), None, None, None, (), None, 1e-6)],
         "select_blocks": [(torch.randn(1, 1, 5, 64), None, 0.5, [], [], ties) for ties in ("all", "stable")],
         "block_sparse_attention": [tuple(attention(1, 1, grid, 64, 1.0)(torch.Generator()).values()) + (0.1, bound)
                                    for grid in (Grid(1, 8, 8), Grid(1, 9, 7)) for bound in (20.0, math.inf)],

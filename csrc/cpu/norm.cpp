@@ -173,7 +173,9 @@ template <class T>
 struct NormRope {
   const T* x;
   T* y;
-  const float *weight, *cos, *sin;  // [D], [S, D/2], [S, D/2]; cos and sin null: no rotation
+  const float *weight, *cos, *sin;  // [D], [P, D/2], [P, D/2]; cos and sin null: no rotation
+  const int32_t* positions;         // [S, axes]: a token's row of the tables for the pairs of each axis
+  const std::vector<int64_t>& pairs;
   const int32_t* offsets;           // [N + 1], or null: then a unit of work is one token
   float* means;                     // [B, H, N, D]
   int64_t S, H, D, N;
@@ -192,10 +194,14 @@ struct NormRope {
 
   // Every angle twice, sines with the sign that belongs to the even and the odd element of a pair.
   KANDINSKY_INLINE void spread_angles(int64_t token, float* twice_cos, float* signed_sin) const {
-    for (int64_t i = 0; i < D / 2; ++i) {
-      twice_cos[2 * i] = twice_cos[2 * i + 1] = cos[token * cos_stride + i];
-      signed_sin[2 * i + 1] = sin[token * sin_stride + i];
-      signed_sin[2 * i] = -signed_sin[2 * i + 1];
+    const int64_t axes = int64_t(pairs.size());
+    for (int64_t axis = 0, i = 0, stop = 0; axis < axes; ++axis) {
+      const int64_t position = positions[token * axes + axis];
+      for (stop += pairs[axis]; i < stop; ++i) {
+        twice_cos[2 * i] = twice_cos[2 * i + 1] = cos[position * cos_stride + i];
+        signed_sin[2 * i + 1] = sin[position * sin_stride + i];
+        signed_sin[2 * i] = -signed_sin[2 * i + 1];
+      }
     }
   }
 
@@ -314,22 +320,41 @@ void require_offsets(const Tensor& offsets, int64_t S) {
   require(ascending, "block_offsets must ascend from 0 to the number of tokens ", S, " without empty blocks.");
 }
 
-const float* table_of(const std::optional<Tensor>& table, const char* name, int64_t S, int64_t D) {
-  if (!table) return nullptr;
-  require_shape(*table, name, {S, D / 2});
-  require_type(*table, name, ScalarType::Float);
-  require_rows(*table, name);
-  return data<float>(*table);
+const float* table_of(const Tensor& table, const char* name, int64_t P, int64_t D) {
+  require_shape(table, name, {P, D / 2});
+  require_type(table, name, ScalarType::Float);
+  require_rows(table, name);
+  return data<float>(table);
+}
+
+const int32_t* positions_of(const Tensor& positions, int64_t S, const std::vector<int64_t>& pairs, int64_t P, int64_t D) {
+  int64_t sum = 0;
+  for (const int64_t count : pairs) {
+    require(count >= 0, "pairs must not be negative, got ", count, ".");
+    sum += count;
+  }
+  require(sum == D / 2, "pairs must have the sum D / 2 = ", D / 2, ", got ", sum, ".");
+  require_shape(positions, "positions", {S, int64_t(pairs.size())});
+  require_type(positions, "positions", ScalarType::Int);
+  require(positions.is_contiguous(), "positions must be contiguous; call .contiguous() first.");
+  const int32_t* p = data<int32_t>(positions);
+  const bool inside = std::all_of(p, p + positions.numel(), [&](int32_t row) { return 0 <= row && row < P; });
+  require(inside, "positions must lie in the tables' rows 0 to ", P - 1, ".");
+  return p;
 }
 
 std::tuple<Tensor, Tensor> norm_rope(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& cos,
-                                     const std::optional<Tensor>& sin, const std::optional<Tensor>& offsets, double eps) {
+                                     const std::optional<Tensor>& sin, const std::optional<Tensor>& positions,
+                                     const std::vector<int64_t>& pairs, const std::optional<Tensor>& offsets, double eps) {
   require(x.dim() == 4 && x.size(3) % 2 == 0, "x must have shape [B, S, H, D] with even D, got ", shape_of(x), ".");
   const int64_t B = x.size(0), S = x.size(1), H = x.size(2), D = x.size(3);
   require_rows(x, "x");
   require_shape(weight, "weight", {D});
-  require(cos.has_value() == sin.has_value(), "cos and sin must be given together, got only one of them.");
-  const float *cos_data = table_of(cos, "cos", S, D), *sin_data = table_of(sin, "sin", S, D);
+  require(cos.has_value() == sin.has_value() && cos.has_value() == positions.has_value(),
+          "cos, sin and positions must be given together, got only some of them.");
+  const int64_t P = cos && cos->dim() ? cos->size(0) : 0;
+  const float *cos_data = cos ? table_of(*cos, "cos", P, D) : nullptr, *sin_data = sin ? table_of(*sin, "sin", P, D) : nullptr;
+  const int32_t* position_data = positions ? positions_of(*positions, S, pairs, P, D) : nullptr;
   if (offsets) require_offsets(*offsets, S);
   const int64_t N = offsets ? offsets->numel() - 1 : 0;
   Tensor y = torch::stable::new_empty(x, std::vector<int64_t>{B, S, H, D});
@@ -338,7 +363,7 @@ std::tuple<Tensor, Tensor> norm_rope(const Tensor& x, const Tensor& weight, cons
   const auto wide_weight = vectors(weight, "weight");
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
-    const NormRope<T> kernel{data<T>(x), mutable_data<T>(y), wide_weight.data(), cos_data, sin_data,
+    const NormRope<T> kernel{data<T>(x), mutable_data<T>(y), wide_weight.data(), cos_data, sin_data, position_data, pairs,
                              offsets ? data<int32_t>(*offsets) : nullptr, mutable_data<float>(means), S, H, D, N,
                              x.stride(0), x.stride(1), x.stride(2), cos ? cos->stride(0) : 0, sin ? sin->stride(0) : 0, eps};
     run_parallel(kernel, offsets ? B * N : B * S, offsets ? S / std::max<int64_t>(1, N) * H * D : H * D);

@@ -59,13 +59,13 @@ def gated_add_norm(p_x, p_branch, p_gate, p_scale, p_shift, p_y, p_out, S, C, x_
 
 
 @triton.jit
-def norm_rope(p_x, p_weight, p_cos, p_sin, p_offsets, p_y, p_means, S, H, N, D, x_batch, x_token, x_head, eps,
-              ROTATE: tl.constexpr, MEANS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+def norm_rope(p_x, p_weight, p_cos, p_sin, p_positions, p_offsets, p_y, p_means, S, H, N, D, first_pair, second_pair, x_batch, x_token,
+              x_head, eps, AXES: tl.constexpr, MEANS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     """RMSNorm of each head, rotation of adjacent pairs, and with MEANS the mean of every block of tokens.
 
     x [B, S, H, D] -> y [B, S, H, D], means fp32 [B, H, N, D]. A program takes one block of tokens (TOKENS of them at a time) and HEADS
-    heads, so that it reads its angles once. Without MEANS blocks are TOKENS long. Grid (blocks, ceil(H / HEADS), B); BLOCK >= D, a
-    power of two.
+    heads. Pairs from first_pair on belong to the second of AXES axes, from second_pair on to the third; 0 axes: no rotation. Without
+    MEANS blocks are TOKENS long. Grid (blocks, ceil(H / HEADS), B); BLOCK >= D, a power of two.
     """
     i_block, i_batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     o_d, o_half = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
@@ -84,8 +84,13 @@ def norm_rope(p_x, p_weight, p_cos, p_sin, p_offsets, p_y, p_means, S, H, N, D, 
             o_x = i_batch * x_batch + o_token[:, None] * x_token + i_head * x_head + o_d[None]
             b_x = tl.load(p_x + o_x, m_tile, 0.0).to(tl.float32)  # [TOKENS, BLOCK]
             b_y = b_x * (1.0 / tl.sqrt(tl.sum(b_x * b_x, 1) / D + eps))[:, None] * b_weight[None]
-            if ROTATE:
-                o_angle = o_token[:, None] * (D // 2) + o_half[None]
+            if AXES > 0:
+                o_row = tl.load(p_positions + o_token * AXES, m_token, 0)[:, None]
+                if AXES > 1:
+                    o_row = tl.where((o_half < first_pair)[None], o_row, tl.load(p_positions + o_token * AXES + 1, m_token, 0)[:, None])
+                if AXES > 2:
+                    o_row = tl.where((o_half < second_pair)[None], o_row, tl.load(p_positions + o_token * AXES + 2, m_token, 0)[:, None])
+                o_angle = o_row * (D // 2) + o_half[None]
                 m_angle = m_token[:, None] & (o_half < D // 2)[None]
                 b_cos, b_sin = tl.load(p_cos + o_angle, m_angle, 0.0), tl.load(p_sin + o_angle, m_angle, 0.0)
                 b_even, b_odd = tl.split(tl.reshape(b_y, [TOKENS, BLOCK // 2, 2]))
