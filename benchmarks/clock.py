@@ -92,7 +92,7 @@ def _cpu_model() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _commit() -> str:
+def commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -108,7 +108,7 @@ def machine() -> dict:
     return {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "simd": extension.simd() if extension else "none",
             "compiler": extension.build_info()["compiler"] if extension else "none", "torch": torch.__version__,
-            "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "commit": _commit()}
+            "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "commit": commit()}
 
 
 def roofs() -> dict[str, float]:

@@ -5,6 +5,18 @@ import json
 from pathlib import Path
 
 PROVIDERS = ("ours", "reference", "torch", "compiled", "dense")
+GPU_KEYS = {"ms": "ms", "useful_tflop_s": "useful TFLOP/s", "of_copy": "share of a copy's rate", "over_eager": "times faster than eager",
+            "over_compiled": "times faster than compiled", "over_flex": "times faster than compiled FlexAttention",
+            "over_published": "times faster than the published recipe"}
+GPU_BARS = (  # section, key, wanted, hoped for, the rows it is about; judged by the worst of them
+    ("norms", "of_copy", 0.8, None, {}), ("norms", "over_eager", 3.0, None, {}), ("norms", "over_compiled", 1.2, None, {}),
+    ("selection", "ms", 0.5, 0.25, {"size": "lite 10 s"}), ("selection", "ms", 0.8, 0.45, {"size": "pro 10 s"}),
+    ("selection", "over_published", 30.0, None, {}),
+    ("attention", "useful_tflop_s", 300.0, 340.0, {"size": "lite 10 s"}),
+    ("attention", "useful_tflop_s", 350.0, 420.0, {"size": "pro 10 s"}),
+    ("attention", "over_flex", 1.3, None, {}), ("together", "over_published", 2.0, None, {}),
+    ("transformer", "ms", 1300.0, 1000.0, {"size": "lite 10 s"}),
+)
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
@@ -44,7 +56,48 @@ def bars_table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def gpu_bars(result: dict) -> list[dict]:
+    """GPU_BARS judged by the worst row each of them is about; bars about nothing measured are left out."""
+    judged = []
+    for section, key, wanted, hoped, about in GPU_BARS:
+        rows = [row for row in result["rows"].get(section, []) if about.items() <= row.items()]
+        values = [row["ms"].get("ours") if key == "ms" else row.get(key) for row in rows]
+        values = [value for value in values if value is not None]  # not every row has every peer
+        if not values:
+            continue
+        worst = max(values) if key == "ms" else min(values)
+        name = ", ".join([rows[0]["op"] if section != "norms" or about else "every norm", *about.values(), GPU_KEYS[key]])
+        judged.append({"name": name, "measured": worst, "wanted": wanted, "hoped": hoped,
+                       "holds": worst <= wanted if key == "ms" else worst >= wanted})
+    return judged
+
+
+def gpu_table(result: dict) -> str:
+    """Medians side by side: ours, and each of the others with how many times longer it takes."""
+    lines = ["| operator | size | case | ours, ms | others, ms (times ours) | reached |", "|---|---|---|---:|---|---:|"]
+    for row in (row for rows in result["rows"].values() for row in rows):
+        ours = row["ms"].get("ours")
+        others = [f"{name} {ms:.3g}" + (f" ({ms / ours:.2f}x)" if ours else "") for name, ms in row["ms"].items() if name != "ours"]
+        case = [row.get("mask"), f"{row['density']:.1%}" if "density" in row else None]
+        reached = "-"
+        if "useful_tflop_s" in row:
+            reached = f"{row['useful_tflop_s']:.0f} TFLOP/s"
+        elif "of_copy" in row:
+            reached = f"{row['of_copy']:.0%} of a copy"
+        lines.append(f"| {row['op']} | {row['size']} | {' '.join(filter(None, case)) or '-'} | {f'{ours:.3g}' if ours else 'cannot run'} | "
+                     f"{'; '.join(others) or '-'} | {reached} |")
+    return "\n".join(lines)
+
+
+def gpu_line(result: dict) -> str:
+    m, roofs = result["machine"], result["ceilings"]
+    return (f"{m.get('card', m['device'])}, torch {m['torch']}, Triton {m.get('triton', 'absent')}, commit {m['commit']}; "
+            f"copy {roofs['copy_gb_s']:.0f} GB/s, bf16 matrix product {roofs['matmul_tflop_s']:.0f} TFLOP/s.")
+
+
 def markdown(result: dict) -> str:
+    if "ceilings" in result:  # of benchmarks.gpu
+        return "\n\n".join((gpu_line(result), gpu_table(result), bars_table({"bars": gpu_bars(result)})))
     return "\n\n".join((machine_line(result), operators_table(result), bars_table(result)))
 
 

@@ -81,3 +81,19 @@ def test_gpu_benchmark_runs_at_toy_size(tmp_path):
     result = json.loads(out.read_text())
     assert list(result["rows"]) == sections and all(result["rows"].values()) and not result["failed"]
     assert all(row["ms"]["ours"] > 0 for rows in result["rows"].values() for row in rows)
+    table = report.markdown(result)
+    assert table.count("\n| block_sparse_attention |") == 6 + 16 and "useful TFLOP/s" not in table  # a bar of another size
+    assert "every norm, times faster than eager" in table
+
+
+def test_gpu_bars_are_judged_by_the_worst_row():
+    rows = {"selection": [{"op": "select_blocks", "size": "lite 10 s", "ms": {"ours": 0.4, "published": 8.0}, "over_published": 20.0},
+                          {"op": "select_blocks", "size": "pro 10 s", "ms": {"ours": 0.9, "published": 90.0}, "over_published": 100.0}],
+            "attention": [{"op": "block_sparse_attention", "size": "lite 10 s", "ms": {"ours": 1.0}, "useful_tflop_s": 400.0},
+                          {"op": "block_sparse_attention", "size": "lite 10 s", "ms": {"ours": 1.0}, "useful_tflop_s": 299.0}]}
+    judged = [(bar["name"], bar["measured"], bar["holds"]) for bar in report.gpu_bars({"rows": rows})]
+    assert judged == [
+        ("select_blocks, lite 10 s, ms", 0.4, True), ("select_blocks, pro 10 s, ms", 0.9, False),
+        ("select_blocks, times faster than the published recipe", 20.0, False),
+        ("block_sparse_attention, lite 10 s, useful TFLOP/s", 299.0, False),
+    ]
