@@ -277,7 +277,7 @@ def test_long_inputs_go_through_the_feed_forward_in_parts(monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_whole_network_is_one_graph(mode):
     grid = Grid(2, 9, 10)
-    dit, data, plan = build(), inputs(CONFIG, grid), make_plan(CONFIG, grid, SCALE, MODES[mode])
+    dit, data, plan = build().prepare(), inputs(CONFIG, grid), make_plan(CONFIG, grid, SCALE, MODES[mode])
     torch._dynamo.reset()
     compiled = torch.compile(dit, fullgraph=True, backend="aot_eager")
     assert rel_l2(compiled(*data, plan), dit(*data, plan)) <= 1e-6
