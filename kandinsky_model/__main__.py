@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from .config import PRESETS
+from .config import CACHES, PRESETS
 
 NOT_A_TERMINAL_IS_QUIET = None  # tqdm's word for it
 
@@ -60,8 +60,10 @@ def generate(args) -> None:
     settings = dict(
         negative_prompt=args.negative, seed=args.seed, num_frames=frames, height=height, width=width, num_inference_steps=args.steps,
         guidance_scale=args.guidance, scheduler_scale=args.scheduler_scale, attention=args.attention, precision=args.precision,
-        vae_policy=args.vae_policy)
+        cache=args.cache, vae_policy=args.vae_policy)
     pipeline.check_settings(args.prompt, **settings)
+    if args.cache not in (None, "none"):  # how many passes it saved is worth a line
+        logging.getLogger(f"{__package__}.sampler").setLevel(logging.INFO)
     output = video.check_output(args.output)
     video.check_output(pipeline.latents_path(output), (".safetensors",))
     strip = video.check_output(args.strip, (".png",)) if args.strip else None
@@ -162,6 +164,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative", metavar="PROMPT", help="what to steer away from (default: the model's own)")
     command.add_argument("--attention", choices=("nabla", "dense"), help="default: what the model was trained with")
     command.add_argument("--precision", choices=("fp32", "reference"), help="of the latents; reference rounds as the official code does")
+    command.add_argument("--cache", choices=CACHES, help="reuse what the blocks did at earlier steps (default: none)")
     command.add_argument("--offload", action="store_true", help="keep on the GPU only the part that is working")
     command.add_argument("--strip", metavar="FILE.png", help="also write some frames side by side")
     _decoding_arguments(command)

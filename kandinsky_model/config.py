@@ -62,6 +62,9 @@ class VAEConfig:
     temporal_compression: int = 4
 
 
+CACHES = ("none", "mag", "first-block")  # ways to reuse what the blocks did at earlier steps: see caching.py
+
+
 @dataclass(frozen=True)
 class NablaConfig:
     """Adaptive block-sparse attention: probability mass to keep per row, and the full widths (T, Y, X) of the local window in tiles."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -205,26 +204,39 @@ class DiffusionTransformer3D(nn.Module):
         Raises ValueError when shapes do not fit the plan or each other.
         """
         self._check(x, text, pooled, time, plan, text_lengths)
-        text, key_mask = _trim(text.to(self.dtype), text_lengths)
         modulations = self.modulate(time, pooled) if modulations is None else modulations
+        x, text, key_mask = self.begin(x, text, plan, text_lengths, modulations)
+        _, normed = self.blocks(x, None, text, modulations.visual, key_mask, plan, range(len(self.visual_transformer_blocks)))
+        return self.finish(normed, plan)
+
+    def begin(self, x: Tensor, text: Tensor, plan: Plan, text_lengths: Tensor | None,
+              modulations: Modulations) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The embedded tokens [B, S, C] in the plan's order, the text [B, L, C] after its blocks, and its key mask."""
+        text, key_mask = _trim(text.to(self.dtype), text_lengths)
         text = self.text_embeddings(text)  # [B, L, C]
         for block, modulation in zip(self.text_transformer_blocks, modulations.text, strict=True):
             text = block(text, modulation, key_mask, plan)
-
         patches = geometry.patchify(x.to(self.dtype), self.config.patch_size)  # [B, S, patch * Cin]
-        if plan.order is not None:
-            patches = patches[:, plan.order]
-        out = self._visual(self.visual_embeddings(patches), text, modulations.visual, key_mask, plan)
+        return self.visual_embeddings(patches if plan.order is None else patches[:, plan.order]), text, key_mask
+
+    def blocks(self, x: Tensor, normed: Tensor | None, text: Tensor, modulations: list[tuple[Tensor, ...]], key_mask: Tensor | None,
+               plan: Plan, span: range) -> tuple[Tensor, Tensor]:
+        """The visual blocks of `span` on x [B, S, C] and its norm for the first of them (None: made here); x and norm for what follows."""
+        normed = self.norm_for(span.start, x, modulations) if normed is None else normed
+        for i in span:
+            x, normed = self.visual_transformer_blocks[i](x, normed, modulations[i], modulations[i + 1], text, key_mask, plan)
+        return x, normed
+
+    def norm_for(self, stage: int, x: Tensor, modulations: list[tuple[Tensor, ...]]) -> Tensor:
+        """x as visual block `stage`, or with -1 the out layer, reads it."""
+        return modulated_norm(x, modulations[stage][1], modulations[stage][0])
+
+    def finish(self, normed: Tensor, plan: Plan) -> Tensor:
+        """The out layer on the last norm [B, S, C], put back into frames."""
+        out = self.out_layer(normed)  # [B, S, patch * Cout]
         if plan.inverse is not None:  # after the last projection, which is per token: fewer features to move
             out = out[:, plan.inverse]
         return geometry.unpatchify(out, plan.grid, self.config.patch_size)
-
-    def _visual(self, x: Tensor, text: Tensor, modulations: list[tuple[Tensor, ...]], key_mask: Tensor | None, plan: Plan) -> Tensor:
-        """Visual blocks and the out layer on x [B, S, C]."""
-        normed = modulated_norm(x, modulations[0][1], modulations[0][0])
-        for block, (modulation, following) in zip(self.visual_transformer_blocks, pairwise(modulations), strict=True):
-            x, normed = block(x, normed, modulation, following, text, key_mask, plan)
-        return self.out_layer(normed)  # [B, S, patch * Cout]
 
     def _check(self, x: Tensor, text: Tensor, pooled: Tensor, time: Tensor, plan: Plan, text_lengths: Tensor | None) -> None:
         config, grid, B = self.config, plan.grid, x.shape[0]

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import video as files
-from .config import NablaConfig, Preset
+from .caching import make_cache
+from .config import CACHES, NablaConfig, Preset
 from .geometry import Grid
 from .locate import PARTS, Sources, locate, text_to_video
 from .plan import make_plan
@@ -57,6 +58,7 @@ class Settings:
     attention: str
     precision: str = "fp32"
     vae_policy: str = "global"
+    cache: str = "none"
     fps: int = 24
     model: str = ""
 
@@ -64,7 +66,7 @@ class Settings:
         _check_prompt(self.prompt)
         _check_size(self.height, self.width)
         _check_frames(self.num_frames)
-        for name, allowed in (("attention", ATTENTIONS), ("precision", tuple(PRECISIONS)), ("vae_policy", POLICIES)):
+        for name, allowed in (("attention", ATTENTIONS), ("precision", tuple(PRECISIONS)), ("cache", CACHES), ("vae_policy", POLICIES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}; choose one of them")
         if self.num_inference_steps < 1:
@@ -168,10 +170,11 @@ class Kandinsky5:
         """Sample a video from a prompt, or a list of videos, in one batch, from a list of prompts.
 
         settings: num_frames (4k + 1), height, width (multiples of 16), num_inference_steps, guidance_scale (1: none),
-        scheduler_scale, attention ("nabla" | "dense"), precision ("fp32" | "reference"), vae_policy ("global" | "official"); each
-        defaults to what the model was released with. negative_prompt: None takes the model's own. seed: None draws one; the i-th prompt
-        uses seed + i, and a single prompt with that seed gives the same video. callback(stage, step, steps, latents) is called when the
-        stages "text" and "sampling" begin and after each step; an exception raised in it stops the run.
+        scheduler_scale, attention ("nabla" | "dense"), precision ("fp32" | "reference"), cache ("none" | "mag" | "first-block"),
+        vae_policy ("global" | "official"); each defaults to what the model was released with. negative_prompt: None takes the model's
+        own. seed: None draws one; the i-th prompt uses seed + i, and a single prompt with that seed gives the same video.
+        callback(stage, step, steps, latents) is called when the stages "text" and "sampling" begin and after each step; an exception
+        raised in it stops the run.
         Raises ValueError and TypeError before any work when something does not fit, RuntimeError when latents stop being finite.
         """
         plans = self._settings(prompt, negative_prompt, seed, settings)
@@ -226,6 +229,7 @@ class Kandinsky5:
         if (values["height"], values["width"]) not in preset.sizes:
             _log.warning("%s was trained for %s (width x height); %dx%d may look worse", preset.name,
                          ", ".join(f"{w}x{h}" for h, w in preset.sizes), values["width"], values["height"])
+        make_cache(values.get("cache", "none"), preset.name)  # says now what it would say after the text
         strangers = [word for text in prompts for word in getattr(self.text, "unknown_words", lambda _: [])(text)]
         if strangers:
             _log.warning("%s does not know %s; its words are %s", preset.name, ", ".join(strangers), ", ".join(self.text.config["words"]))
@@ -236,7 +240,7 @@ class Kandinsky5:
 
     @torch.no_grad()
     def _encode(self, plans: list[Settings]) -> tuple[Conditioning, Conditioning | None]:
-        guided = _sampling(plans[0]).guided
+        guided = _sampling(plans[0], self.preset.name).guided
         with self._placed("text") as text:
             cond = text.encode([plan.prompt for plan in plans])
             uncond = text.encode([plans[0].negative_prompt]) if guided else None
@@ -253,7 +257,7 @@ class Kandinsky5:
         initial = torch.cat([noise(plan.seed, shape, self.device) for plan in plans])  # [B, T, 2Y, 2X, 16]
         plan = make_plan(preset.dit, grid, preset.scale_factor, nabla, self.device)
         with self._placed("dit") as dit:
-            yield from sample(dit, initial, cond, plan, _sampling(first), uncond)
+            yield from sample(dit, initial, cond, plan, _sampling(first, preset.name), uncond)
 
     @contextmanager
     def _placed(self, name: str) -> Iterator[nn.Module]:
@@ -333,8 +337,9 @@ def _load_text(sources: Sources, dtype: torch.dtype) -> nn.Module:
     return QwenClipEncoder.load(sources, dtype)
 
 
-def _sampling(settings: Settings) -> Sampling:
-    return Sampling(settings.num_inference_steps, settings.scheduler_scale, settings.guidance_scale, settings.precision)
+def _sampling(settings: Settings, preset: str) -> Sampling:
+    return Sampling(settings.num_inference_steps, settings.scheduler_scale, settings.guidance_scale, settings.precision,
+                    make_cache(settings.cache, preset))
 
 
 def _check_prompt(prompt: str) -> None:

@@ -5,12 +5,14 @@ A latent at time t is (1 - t) * clean + t * noise; the network predicts the velo
 """
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .caching import FirstBlockCache, MagCache
 from .dit import DiffusionTransformer3D
 from .plan import Plan
 
@@ -20,6 +22,7 @@ PRECISIONS = {"fp32": torch.float32, "reference": torch.bfloat16}
 # First-frame normalisation: how far mean and standard deviation of an early frame may be moved (down, up).
 SOURCE_FRAMES, REFERENCE_FRAMES = slice(0, 4), slice(4, 9)
 MEAN_RANGE, STD_RANGE = (0.05, 0.1), (0.1, 0.25)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,7 @@ class Sampling:
     scheduler_scale: float = 5.0
     guidance: float = 5.0
     precision: str = "fp32"
+    cache: MagCache | FirstBlockCache | None = None  # see caching.py
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -111,12 +115,14 @@ def sample(dit: DiffusionTransformer3D, initial: Tensor, cond: Conditioning, pla
     every_time = (times[:-1] * TIME_UNIT)[:, None].expand(-1, x.shape[0]).to(x.device)  # [steps, B]
     guided = dit.modulate(every_time, cond.pooled)
     unguided = dit.modulate(every_time, uncond.pooled) if sampling.guided else None
+    branches = sampling.cache.branches(dit, sampling.steps, 1 + sampling.guided) if sampling.cache else [dit, dit]
     for step in range(sampling.steps):
         x = _with_first_frame(x, first_frame)
         model_input = _model_input(dit, x, first_frame is not None)
-        velocity = dit(model_input, cond.embeds, cond.pooled, every_time[step], plan, cond.lengths, guided.step(step)).to(dtype)
+        velocity = branches[0](model_input, cond.embeds, cond.pooled, every_time[step], plan, cond.lengths, guided.step(step)).to(dtype)
         if sampling.guided:
-            other = dit(model_input, uncond.embeds, uncond.pooled, every_time[step], plan, uncond.lengths, unguided.step(step)).to(dtype)
+            other = branches[1](model_input, uncond.embeds, uncond.pooled, every_time[step], plan, uncond.lengths, unguided.step(step))
+            other = other.to(dtype)
             velocity = other + sampling.guidance * (velocity - other)
         x = x + (times[step + 1] - times[step]).to(x.device) * velocity
         if step == sampling.steps - 1 and first_frame is not None:
@@ -125,6 +131,9 @@ def sample(dit: DiffusionTransformer3D, initial: Tensor, cond: Conditioning, pla
             raise RuntimeError(f"latents must stay finite, but step {step + 1} of {sampling.steps} produced NaN or Inf; "
                                "check the weights, or try another dtype")
         yield step, x
+    if sampling.cache:
+        computed, skipped = (sum(getattr(branch, name) for branch in branches) for name in ("computed", "skipped"))
+        _log.info("%d of %d passes were computed, %d reused an earlier one", computed, computed + skipped, skipped)
 
 
 def finish_first_frame(x: Tensor, first_frame: Tensor) -> Tensor:

@@ -296,7 +296,7 @@ def train_flow(networks, pool, plan, preset, seed, on_average=None):
     plans, recent = {}, []
     dit = networks["transformer"]
     if plan.compile:  # after the average was copied, so that it stays an ordinary module
-        dit._visual = torch.compile(dit._visual, dynamic=True)
+        dit.blocks = torch.compile(dit.blocks, dynamic=True)
     for step, (clips, frames, sparse) in enumerate(schedule):
         if (frames, sparse) not in plans:
             grid = Grid(frames, shapes.HEIGHT // 16, shapes.WIDTH // 16)
@@ -316,7 +316,7 @@ def train_flow(networks, pool, plan, preset, seed, on_average=None):
         if on_average and step % (len(schedule) // 10 + 1) == len(schedule) // 10:
             on_average(average.module, clock.losses)
     if plan.compile:
-        del dit._visual
+        del dit.blocks
     return average.module, clock.losses
 
 
