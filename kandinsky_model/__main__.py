@@ -68,6 +68,8 @@ def generate(args) -> None:
     video.check_output(pipeline.latents_path(output), (".safetensors",))
     strip = video.check_output(args.strip, (".png",)) if args.strip else None
     model = pipeline.load(args.model, device=args.device, revision=args.revision)
+    for path, scale in args.lora:
+        model.lora.load(path, scale=scale)
     if args.offload:
         model.enable_model_cpu_offload()
     with Progress() as progress:
@@ -148,6 +150,14 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _lora(text: str) -> tuple[str, float]:
+    path, _, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if path else (text, 1.0)
+    except ValueError:  # a colon of the path's own
+        return text, 1.0
+
+
 def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompt")
     command.add_argument("-o", "--output", default="out.mp4", help=".mp4, .gif or .png; several frames as png: <name>_000.png, ...")
@@ -165,6 +175,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--attention", choices=("nabla", "dense"), help="default: what the model was trained with")
     command.add_argument("--precision", choices=("fp32", "reference"), help="of the latents; reference rounds as the official code does")
     command.add_argument("--cache", choices=CACHES, help="reuse what the blocks did at earlier steps (default: none)")
+    command.add_argument("--lora", type=_lora, action="append", default=[], metavar="PATH[:SCALE]", help="a LoRA; may be repeated")
     command.add_argument("--offload", action="store_true", help="keep on the GPU only the part that is working")
     command.add_argument("--strip", metavar="FILE.png", help="also write some frames side by side")
     _decoding_arguments(command)

@@ -24,6 +24,7 @@ from .caching import make_cache
 from .config import CACHES, NablaConfig, Preset
 from .geometry import Grid
 from .locate import PARTS, Sources, locate, text_to_video
+from .lora import Adapters
 from .plan import make_plan
 from .sampler import PRECISIONS, Conditioning, Sampling, noise, sample
 from .vae import POLICIES
@@ -134,6 +135,7 @@ class Kandinsky5:
                  device: torch.device | str = "cpu"):
         self.text, self.dit, self.vae, self.preset, self.name = text, dit, vae, text_to_video(preset), name
         self.device, self._offload = torch.device(device), False
+        self.lora = Adapters(dit)
 
     @classmethod
     def from_pretrained(cls, model: str | Path = "tiny", device: str | None = None, dtype: torch.dtype | None = None,
@@ -242,7 +244,7 @@ class Kandinsky5:
     def _encode(self, plans: list[Settings]) -> tuple[Conditioning, Conditioning | None]:
         guided = _sampling(plans[0], self.preset.name).guided
         with self._placed("text") as text:
-            cond = text.encode([plan.prompt for plan in plans])
+            cond = text.encode([self.lora.prompt(plan.prompt) for plan in plans])
             uncond = text.encode([plans[0].negative_prompt]) if guided else None
         if uncond is not None:  # one negative prompt for the whole batch
             B = len(plans)
