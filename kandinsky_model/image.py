@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A given picture: read in any mode, sized as the checkpoints were trained, and encoded to the latent of a first frame."""
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .config import Preset
+from .vae import HunyuanVideoVAE, sample_posterior
+
+MOST_PIXELS = 2**27  # of a file: more is a decompression bomb or a mistake
+LONGEST_RATIO = 8.0
+STEP = {False: 16, True: 128}  # pixels that a side is rounded to: with dense attention and with NABLA, as the official code does
+
+
+def read_image(source: str | Path | Tensor | object) -> Tensor:
+    """uint8 [3, H, W] from a file's path, a PIL image or a uint8 tensor [H, W, 3].
+
+    Palettes, grey, CMYK and 16-bit pictures become RGB; what is transparent becomes white; a photograph is turned as its EXIF data say.
+    Raises FileNotFoundError, TypeError for other objects and dtypes, ValueError for pictures that cannot be read, are smaller than 16
+    pixels or longer than 8 times their width.
+    """
+    if isinstance(source, Tensor):
+        if source.dtype != torch.uint8 or source.dim() != 3 or source.shape[-1] != 3:
+            raise TypeError(f"an image tensor must be uint8 [H, W, 3], got {source.dtype} {list(source.shape)}; convert it first")
+        pixels = source.permute(2, 0, 1)
+    else:
+        pixels = _from_pil(_open(source) if isinstance(source, (str, Path)) else source)
+    height, width = pixels.shape[1:]
+    if min(height, width) < 16 or max(height, width) > LONGEST_RATIO * min(height, width):
+        raise ValueError(f"an image must have sides of at least 16 pixels, one at most 8 times the other, got {width}x{height}; crop or "
+                         "enlarge it")
+    return pixels.contiguous()
+
+
+def _open(path: str | Path):
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(path)
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"an image must have at most {MOST_PIXELS:,} pixels, {path} has {image.width}x{image.height}; make it smaller")
+        image.load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"the image must exist, but {path} does not; check the path") from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the image must be one that Pillow can read, but {path} is not ({error}); save it as png or jpg") from None
+    return image
+
+
+def _from_pil(image) -> Tensor:
+    import numpy
+    from PIL import Image, ImageOps
+
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"an image must be a path, a PIL image or a uint8 tensor [H, W, 3], got {type(image).__name__}")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # Pillow cuts these off at 255 instead of scaling them
+        values = numpy.asarray(image, dtype=numpy.float64)
+        top = 65535.0 if image.mode.startswith("I") else max(float(values.max()), 1e-12)
+        image = Image.fromarray((values / top * 255).round().clip(0, 255).astype(numpy.uint8))
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def fitting_size(height: int, width: int, preset: Preset) -> tuple[int, int]:
+    """The size of video (height, width) for a picture of this shape: the area the checkpoint was trained for, sides rounded.
+
+    sqrt(area / (height * width)) scales both sides; the area is 512 x 768 or, for HD, 1024 x 1024.
+    """
+    hd = min(preset.sizes[0]) > 512
+    area = 1024 * 1024 if hd else preset.sizes[0][0] * preset.sizes[0][1]
+    step = STEP[hd]
+    factor = math.sqrt(area / (height * width)) / step
+    return max(1, round(height * factor)) * step, max(1, round(width * factor)) * step
+
+
+def first_frame(image: Tensor, vae: HunyuanVideoVAE, height: int, width: int, seed: int) -> Tensor:
+    """The scaled latent [1, 1, H/8, W/8, C] of uint8 [3, h, w], resized to height x width and sampled from its posterior by `seed`."""
+    weight = vae.quant_conv.weight
+    pixels = F.interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True).round()  # as for 8-bit pictures
+    pixels = (pixels / 127.5 - 1).to(weight.device, weight.dtype)[:, :, None]  # [1, 3, 1, H, W]
+    mean, logvar = vae.encode(pixels)
+    latent = sample_posterior(mean.float(), logvar.float(), torch.Generator().manual_seed(seed))
+    return latent.permute(0, 2, 3, 4, 1) * vae.config.scaling_factor
