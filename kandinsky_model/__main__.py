@@ -114,6 +114,22 @@ def doctor(args) -> None:
         print(line)
 
 
+def verify(args) -> None:
+    from .verify import verify as lines_about
+
+    for line in lines_about(args.path):
+        print(line)
+
+
+def download(args) -> None:
+    from .locate import locate
+
+    sources = locate(args.preset, args.revision)
+    for name in ("dit", "vae", "text_encoder", "text_encoder_2"):
+        if getattr(sources, name) is not None:
+            print(f"{name.replace('_', ' '):14} {getattr(sources, name)}")
+
+
 def presets(args) -> None:
     print(f"{'preset':30} {'task':4} {'steps':>5} {'guidance':>8} {'attention':10} {'frames':>6} {'size':9} published in")
     for preset in PRESETS.values():
@@ -194,6 +210,11 @@ def _decoding_arguments(command: argparse.ArgumentParser) -> None:
                          help="decode in one piece, or in the published pipeline's tiles (default: one piece while the clip is small)")
 
 
+def _download_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("preset", help="a preset (kandinsky presets) or a hub repository")
+    command.add_argument("--revision", help="commit, branch or tag of the hub repository")
+
+
 def _train_tiny_arguments(command: argparse.ArgumentParser) -> None:
     command.set_defaults(chatty=True)
     command.add_argument("-o", "--output", default="tiny", metavar="FOLDER", help="where the model goes (default: tiny)")
@@ -220,6 +241,8 @@ def parser() -> argparse.ArgumentParser:
         (generate, _generate_arguments, "make a video from a prompt"),
         (decode, _decode_arguments, "decode saved latents again"),
         (presets, None, "list the released checkpoints"),
+        (download, _download_arguments, "fetch what a preset needs into the hub library's cache; afterwards no network is needed"),
+        (verify, lambda command: command.add_argument("path"), "say what a file or folder of weights is, and whether it is whole"),
         (doctor, None, "show what this machine offers, and what runs for each operator"),
         (train_tiny, _train_tiny_arguments, "train the bundled model from nothing"),
         (check_tiny, _check_tiny_arguments, "measure how often the bundled model draws what is asked"),

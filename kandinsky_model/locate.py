@@ -81,10 +81,10 @@ def locate(model: str | Path, revision: str | None = None, fallback: str = "t2v-
         file = f"model/{request.preset.filename}"
         return _official(download(request.preset.repo, (file, "*.json"), revision) / file if "dit" in parts else path, request)
     if path.exists():
-        request = _Request(name, text_to_video(_recognise(path) or get_preset(fallback)), places, parts)
+        request = _Request(name, text_to_video(recognise(path) or get_preset(fallback)), places, parts)
         return (_in_folder if path.is_dir() else _official)(path, request)
     if _REPO.fullmatch(name) and path.suffix != ".safetensors":
-        request = _Request(name, text_to_video(_recognise(path) or get_preset(fallback)), places, parts, shared=True)
+        request = _Request(name, text_to_video(recognise(path) or get_preset(fallback)), places, parts, shared=True)
         weights = [f"{folder}/*.safetensors" for folder in request.folders]
         weights += ["transformer/*.safetensors", "model/*.safetensors"] if "dit" in parts else []
         return _in_folder(download(name, (*weights, "*.json", "*.txt"), revision), request)
@@ -115,7 +115,7 @@ def download(repo: str, patterns: tuple[str, ...], revision: str | None = None) 
                            "check its name, the network and HF_HUB_OFFLINE, or give a local path") from error
 
 
-def _recognise(path: Path) -> Preset | None:
+def recognise(path: Path) -> Preset | None:
     """The preset that was published under this file or repository name."""
     for preset in PRESETS.values():
         repo = preset.repo.rpartition("/")[2]
@@ -174,7 +174,7 @@ def _settings(root: Path, preset: Preset) -> Preset:
     config, nabla = read_dit_config(root / "transformer")
     if config is not None:
         preset = replace(preset, dit=config, nabla=nabla)
-    if _recognise(root) is None:
+    if recognise(root) is None:
         shift = _read_json(root / "scheduler" / "scheduler_config.json").get("shift")
         preset = replace(preset, scheduler_scale=float(shift or preset.scheduler_scale))
     return preset

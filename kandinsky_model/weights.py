@@ -229,7 +229,7 @@ def _load(build: Callable[[], _Module], entries: Mapping[str, Entry], dtype: tor
     with torch.device("meta"):
         module = build()
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    _compare(expected, entries)
+    check_names(expected, entries)
     state = {}
     for path in sorted({entry.path for entry in entries.values()}):
         try:
@@ -249,7 +249,8 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(torch.promote_types(dtype, torch.float32) if any(part in name for part in FP32_NAMES) else dtype)
 
 
-def _compare(expected: Mapping[str, tuple[int, ...]], entries: Mapping[str, Entry]) -> None:
+def check_names(expected: Mapping[str, tuple[int, ...]], entries: Mapping[str, Entry]) -> None:
+    """ValueError, with the first five of each kind, unless `entries` are exactly the tensors and shapes that are expected."""
     missing = [name for name in expected if name not in entries]
     unexpected = sorted(name for name in entries if name not in expected)
     wrong = [f"{name} {list(entries[name].shape)} instead of {list(shape)}" for name, shape in expected.items()
