@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pass of the whole transformer at full size, ours and diffusers', both over the same blocks."""
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import kandinsky_kernels as ops
+from kandinsky_model import attention as attention_module
+from kandinsky_model.config import LITE_DIT, DiTConfig, NablaConfig
+from kandinsky_model.dit import DiffusionTransformer3D
+from kandinsky_model.plan import make_plan
+
+from .device import FULL, Clock, Size, block_mask, masks, peak_memory, ratios, show
+
+SCALE = (1.0, 2.0, 2.0)
+
+
+@torch.no_grad()
+def transformer(clock: Clock, size: Size, _: dict) -> list[dict]:
+    """Lite at 10 s (random weights) with 15 % of the blocks kept, against diffusers' compiled where diffusers is installed."""
+    if size is FULL[1]:
+        return []
+    toy = size is not FULL[0]
+    config = DiTConfig(model_dim=128, ff_dim=256, num_visual_blocks=2, visual_cond=True) if toy else LITE_DIT
+    dit = random_transformer(config, clock.device, torch.float32 if toy else torch.bfloat16).prepare()
+    plan = make_plan(config, size.grid, SCALE, NablaConfig(0.9), clock.device)
+    grid, make = size.grid, dict(device=clock.device)
+    inputs = (torch.randn(1, grid.T, 2 * grid.Y, 2 * grid.X, config.in_channels, **make), torch.randn(1, 256, config.in_text_dim, **make),
+              torch.randn(1, config.in_text_dim2, **make), torch.tensor([700.0], **make))
+    chosen = masks(Size(size.name, grid, config.num_heads, config.head_dim), 0.15, clock.device)["clustered"]
+    calls = {"ours": lambda: dit(*inputs, plan)}
+    theirs = diffusers_transformer(dit, inputs, plan, chosen)
+    if theirs is not None:
+        calls["diffusers"] = theirs
+    with mock.patch.object(attention_module, "select_blocks", lambda *_: chosen):
+        _, peak = peak_memory(calls["ours"], clock.device)
+        times = clock.measure(calls)
+    row = {"op": "transformer", "size": size.name, "ms": times, "peak_mib": peak, "density": ops.selection_density(chosen, grid.blocks),
+           **ratios(times)}
+    show(row)
+    return [row]
+
+
+def random_transformer(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> DiffusionTransformer3D:
+    with torch.device("meta"):
+        dit = DiffusionTransformer3D(config)
+    dit = dit.to_empty(device=device).to(dtype).requires_grad_(False)
+    for parameter in dit.parameters():
+        parameter.normal_(0, 0.02)
+    return dit
+
+
+def diffusers_transformer(dit: DiffusionTransformer3D, inputs: tuple[Tensor, ...], plan, chosen: Tensor) -> Callable | None:
+    """diffusers' network with the same weights and blocks: compiled block by block on a GPU, its selection left out as ours is; or None.
+
+    On a CPU, where its FlexAttention does not compile, nothing is, and it attends to all blocks: good for a test of this function only.
+    """
+    try:
+        from diffusers.models.transformers import transformer_kandinsky as module
+    except ImportError:
+        return None
+    x, text, pooled, time = inputs
+    config = {key: getattr(dit.config, key) for key in dit.config.__dataclass_fields__ if key != "instruct_type"}
+    with torch.device(x.device):
+        model = module.Kandinsky5Transformer3DModel(**config).eval().requires_grad_(False).to(dit.dtype)
+    model.load_state_dict(dit.state_dict())
+    model.set_attention_backend("flex")
+    blocks = block_mask(chosen, plan.grid.blocks)
+    module.nablaT_v2 = lambda *_, **__: blocks
+    if x.device.type == "cuda":
+        model.compile_repeated_blocks(fullgraph=True)
+    positions = [torch.arange(n, device=x.device) for n in (plan.grid.T, plan.grid.Y, plan.grid.X)]
+    sparse = {"sta_mask": None, "P": 0.9, "to_fractal": True}
+    return lambda: model(x.to(dit.dtype), text.to(dit.dtype), time, pooled.to(dit.dtype), positions,
+                         torch.arange(text.shape[1], device=x.device), SCALE, sparse, return_dict=False)
