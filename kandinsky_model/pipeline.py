@@ -125,8 +125,8 @@ class Video:
 class Kandinsky5:
     """A text-to-video model and what it needs around it.
 
-    text: an encoder with `encode(list of str) -> TextEmbeddings`; dit: DiffusionTransformer3D; vae: HunyuanVideoVAE; a part that is not
-    needed may be None. preset: the settings that `generate` uses where it is told nothing.
+    text: an encoder with `encode(list of str, kind) -> TextEmbeddings`; dit: DiffusionTransformer3D; vae: HunyuanVideoVAE; a part that is
+    not needed may be None. preset: the settings that `generate` uses where it is told nothing.
     """
 
     fallback_preset = "t2v-lite-sft-5s"
@@ -244,8 +244,9 @@ class Kandinsky5:
     def _encode(self, plans: list[Settings]) -> tuple[Conditioning, Conditioning | None]:
         guided = _sampling(plans[0], self.preset.name).guided
         with self._placed("text") as text:
-            cond = text.encode([self.lora.prompt(plan.prompt) for plan in plans])
-            uncond = text.encode([plans[0].negative_prompt]) if guided else None
+            kind = "video" if plans[0].num_frames > 1 else "image"
+            cond = text.encode([self.lora.prompt(plan.prompt) for plan in plans], kind)
+            uncond = text.encode([plans[0].negative_prompt], kind) if guided else None
         if uncond is not None:  # one negative prompt for the whole batch
             B = len(plans)
             uncond = Conditioning(uncond.embeds.expand(B, -1, -1), uncond.lengths.expand(B), uncond.pooled.expand(B, -1))

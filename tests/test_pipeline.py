@@ -288,45 +288,62 @@ def test_repository_from_the_hub_cache_offline(folder, tmp_path):
 # Text encoders of the released checkpoints
 
 
-def reference_pipeline(parts, template):
+def reference_pipeline(parts, template, name="Kandinsky5T2VPipeline"):
     """diffusers' pipeline around the same encoders, with our template and crop."""
-    from diffusers import Kandinsky5T2VPipeline
+    import diffusers
 
     class Processor:  # the pipeline calls its tokenizer the way one calls a Qwen2-VL processor
         def __call__(self, text, images=None, videos=None, **options):
             return parts[1](text, **options)
 
-    pipe = Kandinsky5T2VPipeline(None, None, parts[0], Processor(), parts[2], parts[3], None)
+    pipe = getattr(diffusers, name)(None, None, parts[0], Processor(), parts[2], parts[3], None)
     pipe.prompt_template, pipe.prompt_template_encode_start_idx = template, len(parts[1](template.partition("{}")[0])["input_ids"])
     return pipe
 
 
 def test_the_diffusers_folder_generates_with_the_real_template(diffusers_folder, text_parts):
     model = pipeline.load(diffusers_folder, device="cpu")
-    assert model.text.template == official_template()
+    assert model.text.template("video")[0] == official_template()
     video = model.generate("a cat, running", seed=1, **SMALL)
     assert video.settings.negative_prompt == official_negative() != ""
     assert video.frames.shape == (5, 64, 80, 3)
     names = set(model.text.qwen.state_dict())
     assert not any("visual" in name or "lm_head" in name for name in names)
 
-    embeddings = model.text.encode(["a cat, running"])
-    embeds, pooled, ends = reference_pipeline(text_parts, official_template()).encode_prompt("a cat, running", device=torch.device("cpu"))
+
+@pytest.mark.parametrize("kind, name", [("video", "Kandinsky5T2VPipeline"), ("image", "Kandinsky5T2IPipeline")])
+def test_embeddings_are_those_of_diffusers(diffusers_folder, text_parts, kind, name):
+    text = pipeline.load(diffusers_folder, device="cpu", parts=("text",)).text
+    embeddings = text.encode(["a cat, running"], kind)
+    reference = reference_pipeline(text_parts, official_template(kind), name)
+    embeds, pooled, ends = reference.encode_prompt("a cat, running", device=torch.device("cpu"))
     assert embeddings.lengths.tolist() == [int(ends[-1])] and embeddings.embeds.shape == embeds.shape
     torch.testing.assert_close(embeddings.embeds, embeds, rtol=0, atol=1e-6)
     torch.testing.assert_close(embeddings.pooled, pooled, rtol=0, atol=1e-6)
 
 
 def test_template_and_negative_prompt_are_the_official_ones():
-    assert len(official_template()) == 669 and "You are a promt engineer" in official_template()
+    assert [len(official_template(kind)) for kind in ("video", "image", "image_edit")] == [669, 218, 266]
+    assert all("You are a promt engineer" in official_template(kind) for kind in ("video", "image", "image_edit"))
+    with pytest.raises(ValueError, match="video or image or image_edit, got 'sound'"):
+        official_template("sound")
     assert official_negative().endswith("walking backwards")
+
+
+def test_a_single_frame_is_asked_for_as_an_image(folder, monkeypatch):
+    model, kinds = pipeline.load(folder, device="cpu"), []
+    encode = model.text.encode
+    monkeypatch.setattr(model.text, "encode", lambda prompts, kind: kinds.append(kind) or encode(prompts, kind))
+    for frames in (1, 5):
+        model.generate(PROMPT, seed=1, **{**SMALL, "num_frames": frames})
+    assert kinds == ["image", "image", "video", "video"]
 
 
 def test_prompts_of_a_batch_do_not_see_each_other_and_long_ones_are_cut(text_parts):
     encoder = QwenClipEncoder(*text_parts_without_head(text_parts), "<|im_start|>user\n{}<|im_end|>", max_length=20)
     prompts = ["a {} cat", "a much longer prompt that will not fit", "b"]
     batch = encoder.encode(prompts)
-    assert encoder.crop == 6 and batch.lengths.tolist() == [9, 20, 2]  # bytes of the prompt and the end-of-turn token
+    assert encoder.template("video")[1] == 6 and batch.lengths.tolist() == [9, 20, 2]  # bytes of the prompt and the end-of-turn token
     for i, prompt in enumerate(prompts):
         alone = encoder.encode([prompt])
         assert torch.equal(batch.embeds[i, : batch.lengths[i]], alone.embeds[0])
