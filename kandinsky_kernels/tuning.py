@@ -65,3 +65,36 @@ def row(block: int) -> Launch:
 
 
 LIST = Launch(4, 1)
+
+# ---- video VAE
+
+SLAB_ELEMENTS = 1 << 16  # of one program's statistics: 8 terms per fp32 sum, 48 programs for one latent frame of 64 x 96 x 512
+SLAB_TILE = 1 << 13  # two fp32 sums of 32 elements per thread
+SLABS = Launch(8, 1)
+JOINED = 32  # slabs at a time
+NORM_TILE = 1 << 12  # elements: 32 per thread, and a pixel's channels are read whole
+NORMED = Launch(4, 1)
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Rows of queries, keys at a time and depth of a product of `frame_causal_attention`, and its launch."""
+
+    rows: int
+    keys: int
+    depth: int
+    launch: Launch
+
+
+def frame_attention(block: int, capability: tuple[int, int]) -> AttentionTile:
+    """The sums of 64 rows of 512 take 128 registers of each of 256 threads; what is beside them must fit into the other 127.
+
+    Compiled sizes for 512: queries stay in shared memory with two stages of keys and values, 136 KiB (sm_80, sm_90), or sums stay in
+    tensor memory and 64 KiB suffice (sm_100). With 99 KiB (sm_86, 89, 120) half the rows fit, at 98 KiB.
+    """
+    depth = min(64, block)
+    if capability[0] == 10:
+        return AttentionTile(64, 64, depth, Launch(8, 1))
+    if capability[0] == 9 or capability == (8, 0):
+        return AttentionTile(64, 32, depth, Launch(8, 2))
+    return AttentionTile(32, 32, min(128, block), Launch(8, 2))
