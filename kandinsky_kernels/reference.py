@@ -152,11 +152,11 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tenso
 def group_moments(x: Tensor, groups: int) -> Tensor:
     """Mean and biased variance of every group of channels in every frame. x [B, T, Y, X, C] -> fp64 [B, T, groups, 2]."""
     moments = x.new_empty((*x.shape[:2], groups, 2), dtype=torch.float64)
-    for sample, sample_moments in zip(x, moments, strict=True):
-        for frame, row in zip(sample, sample_moments, strict=True):  # one at a time: the others cannot change a frame's result
-            wide = frame.double().unflatten(-1, (groups, -1))  # [Y, X, G, C/G]
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):  # one at a time: the others cannot change a frame's result
+            wide = x[b, t].double().unflatten(-1, (groups, -1))  # [Y, X, G, C/G]
             mean = wide.mean((0, 1, 3))
-            row[:, 0], row[:, 1] = mean, (wide - mean[:, None]).square_().mean((0, 1, 3))
+            moments[b, t] = torch.stack((mean, (wide - mean[:, None]).square().mean((0, 1, 3))), -1)
     return moments
 
 

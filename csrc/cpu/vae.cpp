@@ -20,7 +20,9 @@ namespace {
 
 constexpr int64_t kSlabElements = 1 << 16;  // of one task; a frame is cut by its own size alone, so threads cannot change its sums
 constexpr int64_t kSlabs = 32;              // at most, per frame
-constexpr int kPixels = 8;                  // summed in registers before they join the sums of their channels
+constexpr int kPixels = 8;                  // summed in fp32 before they join the fp64 sums of their channels
+constexpr int64_t kPivotPixels = 64;        // of a frame's first row: one outlier alone must not become the pivot
+constexpr int64_t kFewPixels = 256;         // of a frame: too few for the roundings of fp32 sums to cancel, and quick in fp64
 
 template <class Kernel>
 void run_parallel(const Kernel& kernel, int64_t units, int64_t elements_per_unit) {
@@ -44,8 +46,8 @@ struct Doubles {
   typedef double D __attribute__((vector_size(8 * W)));
 };
 
-// Sums of x - pivot and of its square per channel: in fp32 over kPixels pixels, from there in fp64. The pivot is the frame's first
-// pixel, so that what cancels is small beside the variance it belongs to. Squares that leave fp32 are summed again in fp64.
+// Sums of x - pivot and of its square per channel: in fp32 over kPixels pixels, from there in fp64. The pivot is a mean of
+// pixels of the frame, so that what cancels is small beside the variance it belongs to. Squares that leave fp32 are summed again in fp64.
 template <class T>
 struct FrameSums {
   Video<T> x;
@@ -53,54 +55,76 @@ struct FrameSums {
   double* sums;   // [frames, slabs, 2, C]
   int64_t Y, X, C, slabs, rows;
 
-  template <class Term, int V, int N>
+  void choose_pivot(int64_t frame) const {
+    const T* p = x.at(frame / x.T_, frame % x.T_, 0);
+    const int64_t count = std::min(X, kPivotPixels);
+    for (int64_t c = 0; c < C; ++c) {
+      double sum = 0;
+      for (int64_t i = 0; i < count; ++i) sum += float(p[i * x.pixel + c]);
+      const float mean = float(sum / double(count));
+      pivot[frame * C + c] = std::isfinite(mean) ? mean : 0.0f;
+    }
+  }
+
+  template <int V, int N>
   KANDINSKY_INLINE void add(const T* p, const float* about, double* first, double* second) const {
-    using D = typename Doubles<V>::D;
-    using A = std::conditional_t<std::is_same_v<Term, float>, typename Lanes<V>::F, D>;
-    const A origin = __builtin_convertvector(load<V>(about), A);
-    A sum{}, square{};
+    using F = typename Lanes<V>::F;
+    typedef double D __attribute__((vector_size(8 * V)));
+    const F origin = load<V>(about);
+    F sum{}, square{};
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
-      const A d = __builtin_convertvector(load<V>(p + i * x.pixel), A) - origin;
+      const F d = load<V>(p + i * x.pixel) - origin;
       sum += d;
       square += d * d;
     }
-    D before, squares;
-    std::memcpy(&before, first, sizeof(D));
-    std::memcpy(&squares, second, sizeof(D));
-    before += __builtin_convertvector(sum, D);
-    squares += __builtin_convertvector(square, D);
-    std::memcpy(first, &before, sizeof(D));
-    std::memcpy(second, &squares, sizeof(D));
+    D sums_before, squares_before;
+    std::memcpy(&sums_before, first, sizeof(D));
+    std::memcpy(&squares_before, second, sizeof(D));
+    sums_before += __builtin_convertvector(sum, D);
+    squares_before += __builtin_convertvector(square, D);
+    std::memcpy(first, &sums_before, sizeof(D));
+    std::memcpy(second, &squares_before, sizeof(D));
   }
 
-  template <class Term, int V, int N>
+  template <int V, int N>
   KANDINSKY_INLINE void add_pixels(const T* p, const float* about, double* first, double* second) const {
     int64_t c = 0;
-    for (; c + V <= C; c += V) add<Term, V, N>(p + c, about + c, first + c, second + c);
-    for (; c < C; ++c) add<Term, 1, N>(p + c, about + c, first + c, second + c);
+    for (; c + V <= C; c += V) add<V, N>(p + c, about + c, first + c, second + c);
+    for (; c < C; ++c) add<1, N>(p + c, about + c, first + c, second + c);
   }
 
-  template <class Term, int V>
-  KANDINSKY_INLINE void add_slab(int64_t unit, double* first, double* second) const {
-    const int64_t frame = unit / slabs, slab = unit % slabs;
-    const float* about = pivot + frame * C;
-    std::fill(first, first + 2 * C, 0.0);
-    for (int64_t y = slab * rows; y < std::min(Y, slab * rows + rows); ++y) {
-      const T* p = x.at(frame / x.T_, frame % x.T_, y);
-      int64_t i = 0;
-      for (; i + kPixels <= X; i += kPixels) add_pixels<Term, V, kPixels>(p + i * x.pixel, about, first, second);
-      for (; i < X; ++i) add_pixels<Term, V, 1>(p + i * x.pixel, about, first, second);
+  // The sums of channels [from, to) over again, in fp64.
+  KANDINSKY_INLINE void add_wide(const T* p, int64_t from, int64_t to, const float* about, double* first, double* second) const {
+    for (int64_t i = 0; i < X; ++i, p += x.pixel) {
+      for (int64_t c = from; c < to; ++c) {
+        const double d = double(float(p[c])) - about[c];
+        first[c] += d;
+        second[c] += d * d;
+      }
     }
   }
 
   template <int W>
   KANDINSKY_INLINE void run(int64_t begin, int64_t end) const {
+    const bool few = Y * X < kFewPixels;
     for (int64_t unit = begin; unit < end; ++unit) {
-      double *first = sums + unit * 2 * C, *second = first + C, total = 0;
-      add_slab<float, W>(unit, first, second);
-      for (int64_t c = 0; c < 2 * C; ++c) total += first[c] * 0;  // 0, or NaN where a sum is not finite
-      if (total != 0) add_slab<double, W / 2>(unit, first, second);
+      const int64_t frame = unit / slabs, start = unit % slabs * rows, stop = std::min(Y, start + rows);
+      const float* about = pivot + frame * C;
+      double *first = sums + unit * 2 * C, *second = first + C;
+      const auto row = [&](int64_t y) __attribute__((always_inline)) { return x.at(frame / x.T_, frame % x.T_, y); };
+      std::fill(first, first + 2 * C, 0.0);
+      for (int64_t y = start; y < stop; ++y) {
+        int64_t i = 0;
+        for (; i + kPixels <= X && !few; i += kPixels) add_pixels<W, kPixels>(row(y) + i * x.pixel, about, first, second);
+        for (; i < X && !few; ++i) add_pixels<W, 1>(row(y) + i * x.pixel, about, first, second);
+        if (few) add_wide(row(y), 0, C, about, first, second);
+      }
+      for (int64_t c = 0; c < C; ++c) {
+        if (std::isfinite(second[c])) continue;
+        first[c] = second[c] = 0;
+        for (int64_t y = start; y < stop; ++y) add_wide(row(y), c, c + 1, about, first, second);
+      }
     }
   }
 };
@@ -139,10 +163,7 @@ Tensor group_moments(const Tensor& x, int64_t groups) {
   dispatch_float(x, "x", [&](auto type) {
     using E = decltype(type);
     const FrameSums<E> kernel{Video<E>(x), pivot.data(), sums.data(), Y, X, C, slabs, rows};
-    for (int64_t i = 0; i < B * T * C && X * Y > 0; ++i) {
-      const float value = kernel.x.at(i / C / T, i / C % T, 0)[i % C];
-      pivot[i] = std::isfinite(value) ? value : 0.0f;
-    }
+    for (int64_t frame = 0; frame < B * T && X * Y > 0; ++frame) kernel.choose_pivot(frame);
     run_parallel(kernel, B * T * slabs, rows * X * C);
   });
   for (int64_t frame = 0; frame < B * T; ++frame)
