@@ -161,7 +161,7 @@ def group_moments(x: Tensor, groups: int) -> Tensor:
 
 
 def group_norm_silu(x: Tensor, scale: Tensor, shift: Tensor, front: Tensor | None, pad: bool, silu: bool) -> Tensor:
-    """silu(x * scale + shift), with pad inside a border of repeated pixels and behind two frames. x [B, T, Y, X, C]; scale, shift [B, C]."""
+    """silu(x * scale + shift), with pad inside a border of repeated pixels and behind two frames. x [B, T, Y, X, C]; vectors [B, C]."""
     y = _wide(x) * _wide(scale)[:, None, None, None] + _wide(shift)[:, None, None, None]
     y = (F.silu(y) if silu else y).to(x.dtype).contiguous()
     if not pad:

@@ -56,8 +56,9 @@ def group_moments(x: Tensor, groups: int) -> Tensor:
     """Mean and biased variance of every group of channels in every frame.
 
     x: [B, T, Y, X, C], any float dtype, last dimension contiguous; C is a multiple of groups.
-    Returns fp64 [B, T, groups, 2]. Differences from a mean nearby are summed, so that a large mean costs no digits; a frame's result is
-    bitwise the same whichever frames come with it. Raises ValueError on other shapes and strides, TypeError on tensors that are not floats.
+    Returns fp64 [B, T, groups, 2]. Differences from a mean nearby are summed, so that a large mean costs no digits; a frame's result
+    is bitwise the same whichever frames come with it. Raises ValueError on other shapes and strides, TypeError on tensors that are
+    not floats.
     """
     _check_floats("x", x, "B, T, Y, X, C")
     if groups < 1 or x.shape[-1] % groups:
@@ -69,12 +70,13 @@ def group_moments(x: Tensor, groups: int) -> Tensor:
 def group_affine(moments: Tensor, weight: Tensor, bias: Tensor, eps: float = GROUP_NORM_EPS) -> tuple[Tensor, Tensor]:
     """Scale and shift with GroupNorm(x) = x * scale + shift, from the moments of all frames of x.
 
-    mean = mean_t(m_t) and variance = mean_t(v_t + (m_t - mean)^2), in fp64; scale = weight / sqrt(variance + eps), shift = bias - mean scale.
+    mean = mean_t(m_t), variance = mean_t(v_t + (m_t - mean)^2), scale = weight / sqrt(variance + eps), shift = bias - mean scale, in fp64.
     moments: fp64 [B, T, G, 2] from `group_moments`. weight, bias: [C] of one float dtype, C a multiple of G.
     Returns two [B, C], fp32, or fp64 for fp64 weights. Raises ValueError on other shapes.
     """
     if moments.dim() != 4 or moments.shape[-1] != 2 or not moments.shape[1]:
-        raise ValueError(f"moments must have shape [B, T, G, 2] with a frame at least, got {list(moments.shape)}; make them with group_moments.")
+        raise ValueError(f"moments must have shape [B, T, G, 2] with a frame at least, got {list(moments.shape)}; "
+                         "make them with group_moments.")
     G = moments.shape[2]
     if weight.dim() != 1 or weight.shape != bias.shape or weight.shape[0] % G:
         raise ValueError(f"weight and bias must share one shape [C] with C a multiple of {G} groups, "
@@ -120,21 +122,22 @@ def frame_causal_attention(query: Tensor, key: Tensor, value: Tensor, first_fram
                            return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * query key^T) value, where query frame t sees every token of key frames 0 to first_frame + t.
 
-    query: [B, T, P, D]; key, value: [B, T', P', D] of query's dtype with T' >= first_frame + T, last dimension contiguous; one head. No mask is
-    built and frames beyond a query's own are not read. scale: 1 / sqrt(D) by default.
+    query: [B, T, P, D]; key, value: [B, T', P', D] of query's dtype with T' >= first_frame + T, last dimension contiguous; one head. No
+    mask is built and frames beyond a query's own are not read. scale: 1 / sqrt(D) by default.
     Returns out [B, T, P, D], contiguous, in query's dtype; with return_lse also the natural log-sum-exp of the logits, fp32 [B, T, P], by
     which results over several ranges of keys merge. Raises ValueError on other shapes and strides, TypeError on other dtypes.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         _check_floats(name, x, "B, T, P, D")
         if x.dtype != query.dtype:
-            raise TypeError(f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}; cast them first.")
+            raise TypeError(f"query, key and value must share one dtype, got {query.dtype} and {x.dtype}; cast one of them.")
     (B, T, _, D), frames = query.shape, key.shape[1]
     if key.shape != value.shape or (key.shape[0], key.shape[3]) != (B, D) or not key.shape[2]:
         raise ValueError(f"key and value must share one shape [B, T', P', D] with B = {B}, D = {D} and P' > 0, got {list(key.shape)} and "
                          f"{list(value.shape)}.")
     if first_frame < 0 or frames < first_frame + T:
-        raise ValueError(f"key must have the frames of query and first_frame >= 0 earlier ones, got {frames} frames for {T} and {first_frame}.")
+        raise ValueError(f"key must have the frames of query and first_frame >= 0 earlier ones, got {frames} frames for {T} and "
+                         f"{first_frame}.")
     scale = 1.0 / math.sqrt(D) if scale is None else scale
     op = reference.frame_causal_attention if needs_reference(query, key, value) else _frame_causal_attention
     out, lse = op(query, key, value, first_frame, scale)
@@ -144,13 +147,13 @@ def frame_causal_attention(query: Tensor, key: Tensor, value: Tensor, first_fram
 def causal_conv3d(x_padded: Tensor, weight: Tensor, bias: Tensor | None = None, stride: tuple[int, int, int] = (1, 1, 1)) -> Tensor:
     """3-D convolution without padding of a channels-last input that brings its own, through PyTorch's cuDNN and oneDNN.
 
-    x_padded: [B, T + kT - 1, Y + kY - 1, X + kX - 1, C], contiguous, as `group_norm_silu` returns it. weight: [C', C, kT, kY, kX] of x's dtype.
-    Returns a contiguous [B, T', Y', X', C'] with T' = (T - 1) // stride + 1 and so on. Frames go in several calls where one would have an
-    operand of 2^31 elements. Raises ValueError on other shapes.
+    x_padded: [B, T + kT - 1, Y + kY - 1, X + kX - 1, C], as `group_norm_silu` returns it. weight: [C', C, kT, kY, kX] of its dtype.
+    Returns a contiguous [B, T', Y', X', C'] in x_padded's dtype with T' = (T - 1) // stride + 1 and so on. Frames go in several calls
+    where one would have an operand of 2^31 elements. Raises ValueError on other shapes.
     """
     _check_floats("x_padded", x_padded, "B, T, Y, X, C")
-    taps = weight.shape[2:]
-    if weight.dim() != 5 or weight.shape[1] != x_padded.shape[-1] or any(size < k for size, k in zip(x_padded.shape[1:4], taps, strict=True)):
+    taps, sizes = weight.shape[2:], x_padded.shape[1:4]
+    if weight.dim() != 5 or weight.shape[1] != x_padded.shape[-1] or any(n < k for n, k in zip(sizes, taps, strict=True)):
         raise ValueError(f"weight must have shape [C', C, kT, kY, kX] with C = {x_padded.shape[-1]} and fit into x_padded, "
                          f"got {list(weight.shape)} for {list(x_padded.shape)}.")
     x, step, B = x_padded.permute(0, 4, 1, 2, 3), stride[0], x_padded.shape[0]  # [B, C, T + 2, Y + 2, X + 2]
@@ -158,8 +161,12 @@ def causal_conv3d(x_padded: Tensor, weight: Tensor, bias: Tensor | None = None, 
     area = math.prod((x.shape[axis] - taps[axis - 2]) // stride[axis - 2] + 1 for axis in (3, 4))
     inputs = INDEXABLE // max(1, B * math.prod(x_padded.shape[2:]))  # frames that one call may read
     most = max(1, min(INDEXABLE // max(1, B * weight.shape[0] * area), (inputs - taps[0]) // step + 1))
-    pieces = [F.conv3d(x[:, :, step * t:step * (min(t + most, frames) - 1) + taps[0]], weight, bias, stride)  # [B, C', <= most, Y', X']
-              for t in range(0, frames, most)]
+    narrow = x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16)  # without units for them oneDNN is 100 times slower
+    dtype = torch.float32 if narrow else x.dtype
+    weight, bias, pieces = weight.to(dtype), None if bias is None else bias.to(dtype), []
+    for t in range(0, frames, most):
+        piece = x[:, :, step * t:step * (min(t + most, frames) - 1) + taps[0]].to(dtype)
+        pieces.append(F.conv3d(piece, weight, bias, stride).to(x.dtype))  # [B, C', <= most, Y', X']
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)).permute(0, 2, 3, 4, 1).contiguous()
 
 
@@ -247,7 +254,7 @@ def _launch_attention(query: Tensor, key: Tensor, value: Tensor, first_frame: in
     with on(query):
         kernels.frame_causal_attention[(-(-P // tile.rows), T, B)](
             query, key, value, out, lse, T, P, tokens, first_frame, D, *query.stride()[:3], *key.stride()[:2], *value.stride()[:2],
-            scale / math.log(2), PRECISION="ieee", WHOLE=D == block, ROWS=tile.rows, KEYS=tile.keys, DEPTH=tile.depth, BLOCK=block,
+            scale / math.log(2), PRECISION="ieee", WHOLE=block == D, ROWS=tile.rows, KEYS=tile.keys, DEPTH=tile.depth, BLOCK=block,
             num_warps=tile.launch.num_warps, num_stages=tile.launch.num_stages)
     return out, lse
 

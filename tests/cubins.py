@@ -19,8 +19,8 @@ from kandinsky_kernels.triton import nabla, norm, vae
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 POINTERS = {"p_cos": "fp32", "p_sin": "fp32", "p_means": "fp32", "p_lse": "fp32", "p_scale": "fp32", "p_shift": "fp32", "p_gate": "fp32",
-            "p_offsets": "i32", "p_count": "i32", "p_selection": "i32", "p_list": "i16", "p_logit": "fp32", "p_mean": "fp64", "p_spread": "fp64",
-            "p_moments": "fp64"}
+            "p_offsets": "i32", "p_count": "i32", "p_selection": "i32", "p_list": "i16", "p_logit": "fp32", "p_mean": "fp64",
+            "p_spread": "fp64", "p_moments": "fp64"}
 FLOATS = ("eps", "scale_log2", "root", "drop_high", "drop_middle", "drop_low")
 
 
@@ -66,7 +66,8 @@ def compiled(kernel, constants, launch, architecture):
             signature[name] = "*" + POINTERS.get(name, "bf16")
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        if signature[name][0] == "*" or re.search("_(batch|row|token|head|pixel)$|(x|q|front)_frame$", name) or name in ("D", "C"):
+        multiple = re.search("_(batch|row|token|head|pixel)$|(x|q|front)_frame$", name) or name in ("D", "C")
+        if signature[name] != "constexpr" and (signature[name][0] == "*" or multiple):
             hints[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, hints)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32),

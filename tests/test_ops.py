@@ -183,7 +183,8 @@ def permuted(x):
 
 
 EMPTY_NABLA = {"select_blocks": means(0, 2, (1, 2, 2), 8, 0.5, (1, 3, 3)), "norm_rope_means": heads(0, 65, 2, 8, block=64)}
-EMPTY_VAE = {"group_moments": video(1, 0, 3, 4, 8, 2), "group_norm_silu": normed(0, 2, 3, 4, 8), "frame_causal_attention": frames(2, 0, 3, 8, 1)}
+EMPTY_VAE = {"group_moments": video(1, 0, 3, 4, 8, 2), "group_norm_silu": normed(0, 2, 3, 4, 8),
+             "frame_causal_attention": frames(2, 0, 3, 8, 1)}
 
 
 @by_op

@@ -57,7 +57,7 @@ def test_non_finite_stays_in_its_group(value, place, simd):  # law 9
     case = Case("group_moments", "non_finite", video(1, 3, 20, 17, 32, 8), FP32)
     inputs = case.inputs()
     clean = ops.group_moments(**inputs)
-    inputs["x"][0, 1, *place, 5] = value
+    inputs["x"][0, 1, place[0], place[1], 5] = value
     dirty, (exact,) = ops.group_moments(**inputs), case.operator.exact(inputs)
     assert torch.equal(dirty.isnan(), exact.isnan()) and torch.equal(dirty.isinf(), exact.isinf()) and not dirty[0, 1, 1].isfinite().all()
     dirty[0, 1, 1] = clean[0, 1, 1]
@@ -68,7 +68,8 @@ def test_non_finite_stays_in_its_group(value, place, simd):  # law 9
 def test_silu_of_anything(value, simd):  # laws 9 and 10
     x = torch.full((1, 1, 1, 1, 19), value)
     ones = torch.ones(1, 19)
-    torch.testing.assert_close(ops.group_norm_silu(x, ones, 0 * ones, pad=False), F.silu(x.double()).float(), equal_nan=True, atol=1e-36, rtol=1e-6)
+    out = ops.group_norm_silu(x, ones, 0 * ones, pad=False)
+    torch.testing.assert_close(out, F.silu(x.double()).float(), equal_nan=True, atol=1e-36, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -128,7 +129,8 @@ def test_attention_merges_ranges_of_keys():
     inputs = made(frames(2, 3, 7, 16, first_frame=2))
     query, key, value = (inputs[name] for name in ("query", "key", "value"))
     whole, whole_lse = ops.frame_causal_attention(query, key, value, first_frame=2, return_lse=True)
-    early = ops.frame_causal_attention(query.flatten(1, 2)[:, None], *(x[:, :2].flatten(1, 2)[:, None] for x in (key, value)), return_lse=True)
+    long_frames = (x.flatten(1, 2)[:, None] for x in (query, key[:, :2], value[:, :2]))  # [B, 1, T P, D]
+    early = ops.frame_causal_attention(*long_frames, return_lse=True)
     early = early[0].view(query.shape), early[1].view(query.shape[:3])
     late = ops.frame_causal_attention(query, key[:, 2:], value[:, 2:], return_lse=True)
     lse = torch.logaddexp(early[1], late[1])
@@ -172,6 +174,13 @@ def test_convolution_in_pieces(stride, limit, monkeypatch):  # law 13
                    for d in (torch.float64, torch.float32))
     assert_faithful(out, exact, peer)
     assert (calls == [9]) == (limit == 2**31 - 1) and (limit > 1 or set(calls) == {3})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_convolution_of_narrow_numbers_is_rounded_once(dtype):
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((1, 4, 6, 5, 8), (4, 8, 3, 3, 3), (4,)))
+    exact = ops.causal_conv3d(x.double(), weight.double(), bias.double())
+    assert_faithful(ops.causal_conv3d(x, weight, bias), exact, exact.to(dtype))
 
 
 X, V, Q = torch.zeros(2, 3, 4, 5, 8), torch.zeros(2, 8), torch.zeros(1, 2, 3, 8)

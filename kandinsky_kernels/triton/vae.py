@@ -112,7 +112,7 @@ def group_norm_silu(p_x, p_front, p_scale, p_shift, p_out, T, Y, X, C, x_batch, 
 def frame_causal_attention(p_query, p_key, p_value, p_out, p_lse, T, P, keys, first_frame, D, q_batch, q_frame, q_token,
                            k_batch, k_token, v_batch, v_token, scale_log2, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
                            ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
-    """softmax(scale query key^T) value over a prefix of the keys, `keys` tokens per frame, online and in base 2; out and natural log-sum-exp.
+    """softmax(scale query key^T) value over a prefix of the keys, `keys` tokens a frame, online and in base 2; out, natural log-sum-exp.
 
     Grid (blocks of ROWS queries, T, B), latest frames first because they are the longest. BLOCK >= D, a power of two; WHOLE: they are
     equal. Products over D go DEPTH at a time, so that the keys need few registers beside the sums of a head as wide as the channels.
