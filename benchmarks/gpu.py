@@ -175,7 +175,7 @@ def launches(clock: Clock, size: Size, roof: dict) -> list[dict]:
         with mock.patch.object(tuning, "attention", lambda *_, launch=launch: launch):
             times = clock.measure({"ours": lambda: ops.block_sparse_attention(q, k, v, chosen, offsets, logit_bound=bound),
                                    "ours, running maximum": lambda: ops.block_sparse_attention(q, k, v, chosen, offsets)})
-        usual_one = clock.device.type == "cuda" and launch == usual(size.D, q.dtype, torch.cuda.get_device_capability())
+        usual_one = clock.device.type == "cuda" and launch == usual(size.D, q.dtype, torch.cuda.get_device_capability(), True)
         rows.append({"op": "block_sparse_attention", "size": size.name, "warps": warps, "stages": stages, "descriptors": descriptors,
                      "usual": usual_one, "ms": times})
         show(rows[-1])

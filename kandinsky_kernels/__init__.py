@@ -5,11 +5,13 @@ from ._library import kernels, load_extension
 from .nabla import block_sparse_attention, select_blocks, selection_density
 from .norm import Rotary, gated_add_norm, modulated_norm, norm_rope, norm_rope_means
 from .reference import block_means, pack_selection, unpack_selection
+from .vae import causal_conv3d, frame_causal_attention, group_affine, group_moments, group_norm_silu
 
 load_extension()
 
 __version__ = "0.1.0"
 __all__ = [
-    "Rotary", "block_means", "block_sparse_attention", "gated_add_norm", "kernels", "modulated_norm", "norm_rope",
-    "norm_rope_means", "pack_selection", "select_blocks", "selection_density", "unpack_selection",
+    "Rotary", "block_means", "block_sparse_attention", "causal_conv3d", "frame_causal_attention", "gated_add_norm", "group_affine",
+    "group_moments", "group_norm_silu", "kernels", "modulated_norm", "norm_rope", "norm_rope_means", "pack_selection", "select_blocks",
+    "selection_density", "unpack_selection",
 ]

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROUNDINGS = {torch.float32: 64, torch.float16: 4, torch.bfloat16: 4}  # steps of the largest value that an agreeing kernel may be off
+# Steps of the largest value that an agreeing kernel may be off. What is kept in fp64 was computed in fp32, with 2^29 times the step.
+ROUNDINGS = {torch.float64: 64 << 29, torch.float32: 64, torch.float16: 4, torch.bfloat16: 4}
 
 _log = logging.getLogger(__name__)
 _verdicts: dict[tuple, str | None] = {}  # None: agrees

@@ -208,7 +208,6 @@ def _launch_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tens
 
     B, S, H, D = query.shape
     N, block = selection.shape[2], tuning.padded(D, 16)
-    launch = tuning.attention(block, query.dtype, torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0))
     group = min(B * H, max(1, tuning.LIST_BYTES // (2 * N * N)))
     rows, block_offsets = selection.contiguous().view(B * H * N, -1), block_offsets.contiguous()
     lists = torch.empty(group * N, N, dtype=torch.int16, device=query.device)
@@ -216,7 +215,9 @@ def _launch_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tens
     out, lse = query.new_empty(B, S, H, D), query.new_empty((B, H, S), dtype=torch.float32)
     strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
     full, bounded = _attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
-    tiles = [_describe(x, block) for x in (key, value)] if launch.descriptors and full else [None]
+    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
+    launch = tuning.attention(block, query.dtype, capability, full)
+    tiles = [_describe(x, block) for x in (key, value)] if launch.descriptors else [None]
     descriptors = None not in tiles
     with on(query):
         for first in range(0, B * H, group):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 MASS_BITS = 32  # block masses are integers in units of 2**-32 of the row's largest: their sums are exact in any order
 _CHUNK_ELEMENTS = 1 << 22  # rows of the block map handled at once, so that it is never whole in memory
+_QUERIES, _LOGITS = 512, 1 << 25  # of frame_causal_attention at once; with fewer rows a product of matrices reads more than it computes
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -148,3 +149,45 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tenso
     weights = logits.softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.0)  # rows that keep nothing give zeros
     out = weights @ wide[2]
     return out.transpose(1, 2).to(query.dtype).contiguous(), logits.logsumexp(-1)
+
+
+def group_moments(x: Tensor, groups: int) -> Tensor:
+    """Mean and biased variance of every group of channels in every frame. x [B, T, Y, X, C] -> fp64 [B, T, groups, 2]."""
+    moments = x.new_empty((*x.shape[:2], groups, 2), dtype=torch.float64)
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):  # one at a time: the others cannot change a frame's result
+            wide = x[b, t].double().unflatten(-1, (groups, -1))  # [Y, X, G, C/G]
+            mean = wide.mean((0, 1, 3))
+            moments[b, t] = torch.stack((mean, (wide - mean[:, None]).square().mean((0, 1, 3))), -1)
+    return moments
+
+
+def group_norm_silu(x: Tensor, scale: Tensor, shift: Tensor, front: Tensor | None, pad: bool, silu: bool) -> Tensor:
+    """silu(x * scale + shift), with pad inside a border of repeated pixels and behind two frames. x [B, T, Y, X, C]; vectors [B, C]."""
+    y = _wide(x) * _wide(scale)[:, None, None, None] + _wide(shift)[:, None, None, None]
+    y = (F.silu(y) if silu else y).to(x.dtype).contiguous()
+    if not pad:
+        return y
+    Y, X = ((torch.arange(-1, size + 1, device=x.device)).clamp(0, size - 1) for size in x.shape[2:4])
+    y = y[:, :, Y][:, :, :, X]  # [B, T, Y + 2, X + 2, C]
+    front = y[:, :1].expand(-1, 2, -1, -1, -1) if front is None else front
+    return torch.cat((front, y), 1).contiguous()
+
+
+def frame_causal_attention(query: Tensor, key: Tensor, value: Tensor, first_frame: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Frame by frame softmax attention over the keys of frames up to its own: out [B, T, P, D], natural log-sum-exp [B, T, P]."""
+    B, T, P, _ = query.shape
+    out, lse = torch.empty_like(query, memory_format=torch.contiguous_format), _wide(query[..., 0]).new_empty(B, T, P)
+    for b in range(B):
+        keys, values = _wide(key[b]), _wide(value[b])  # [T', P', D]
+        for t in range(T):
+            k, v = keys[:first_frame + t + 1].flatten(0, 1), values[:first_frame + t + 1].flatten(0, 1)  # [prefix, D]
+            rows = max(1, min(_QUERIES, _LOGITS // max(1, k.shape[0])))
+            for start in range(0, P, rows):
+                logits = _wide(query[b, t, start:start + rows]) * scale @ k.T  # [rows, prefix]
+                top = logits.amax(-1, keepdim=True)
+                share = (logits - top).exp_()
+                total = share.sum(-1, keepdim=True)
+                out[b, t, start:start + rows] = (share @ v / total).to(query.dtype)
+                lse[b, t, start:start + rows] = (top + total.log())[:, 0]
+    return out, lse

@@ -32,13 +32,16 @@ def padded(width: int, least: int = 2) -> int:
     return max(least, 1 << (width - 1).bit_length())
 
 
-def attention(block: int, dtype: torch.dtype, capability: tuple[int, int]) -> Launch:
+def attention(block: int, dtype: torch.dtype, capability: tuple[int, int], full: bool) -> Launch:
     """Four warps are one Hopper warpgroup for 64 rows. A stage holds K and V: 2 * 64 * block elements, 16 KiB for D = 64 in bf16.
 
     Three stages cover the dependent load of the block's number and of its keys. Where an SM has 227 KiB (sm_90, sm_100) or 163 KiB
     (sm_80) they always fit; sm_86, 89 and 120 have 99 KiB, enough for three stages of 16 KiB with two programs resident, or two of 32.
-    Descriptors (TMA) from sm_90 on: one instruction per tile in place of addresses, 15 registers fewer for D = 64.
+    Descriptors (TMA) from sm_90 on: one instruction per tile in place of addresses, 15 registers fewer for D = 64. Ragged blocks need
+    addresses and masks: two stages, and eight warps at D = 128 where a warpgroup's matrix unit does not hold the tile, or they spill.
     """
+    if not full:
+        return Launch(8 if block > 64 and capability[0] not in (9, 10) else 4, 2 if dtype.itemsize == 2 else 1)
     roomy = capability[0] in (9, 10) or capability == (8, 0)
     stage = 2 * TOKENS * block * dtype.itemsize
     stages = 3 if stage <= 16 << 10 or (roomy and stage <= 32 << 10) else 2 if stage <= 32 << 10 else 1
@@ -61,8 +64,8 @@ def rope_heads(heads: int) -> int:
 
 
 def rope(block: int) -> Launch:
-    """About 32 elements of a tile of 64 tokens per thread."""
-    return Launch(max(1, min(8, block // 16)), 1)
+    """16 elements of a tile of 64 tokens per thread; with 32, and positions and angles beside them, some architectures spill."""
+    return Launch(max(1, min(16, block // 8)), 1)
 
 
 def row(block: int) -> Launch:
@@ -71,3 +74,36 @@ def row(block: int) -> Launch:
 
 
 LIST = Launch(4, 1)
+
+# ---- video VAE
+
+SLAB_ELEMENTS = 1 << 16  # of one program's statistics: 8 terms per fp32 sum, 48 programs for one latent frame of 64 x 96 x 512
+SLAB_TILE = 1 << 13  # two fp32 sums of 32 elements per thread
+SLABS = Launch(8, 1)
+JOINED = 32  # slabs at a time
+NORM_TILE = 1 << 12  # elements: 32 per thread, and a pixel's channels are read whole
+NORMED = Launch(4, 1)
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Rows of queries, keys at a time and depth of a product of `frame_causal_attention`, and its launch."""
+
+    rows: int
+    keys: int
+    depth: int
+    launch: Launch
+
+
+def frame_attention(block: int, capability: tuple[int, int]) -> AttentionTile:
+    """The sums of 64 rows of 512 take 128 registers of each of 256 threads; what is beside them must fit into the other 127.
+
+    Compiled sizes for 512: queries stay in shared memory with two stages of keys and values, 136 KiB (sm_80, sm_90), or sums stay in
+    tensor memory and 64 KiB suffice (sm_100). With 99 KiB (sm_86, 89, 120) half the rows fit, at 98 KiB.
+    """
+    depth = min(64, block)
+    if capability[0] == 10:
+        return AttentionTile(64, 64, depth, Launch(8, 1))
+    if capability[0] == 9 or capability == (8, 0):
+        return AttentionTile(64, 32, depth, Launch(8, 2))
+    return AttentionTile(32, 32, min(128, block), Launch(8, 2))

@@ -145,6 +145,37 @@ def select_blocks_peer(query_means, key_means, keep_mass, tiles, window, ties):
     return ops.pack_selection(kept | local_window(tiles, window) if tiles else kept)
 
 
+def group_moments_peer(x, groups):
+    variance, mean = torch.var_mean(x.float().unflatten(-1, (groups, -1)), (2, 3, 5), correction=0)
+    return torch.stack((mean, variance), -1).double()
+
+
+def group_norm_silu_peer(x, scale, shift, front=None, pad=True, silu=True):
+    y = torch.addcmul(shift[:, None, None, None], x.float(), scale[:, None, None, None])
+    y = (F.silu(y) if silu else y).to(x.dtype)
+    if not pad:
+        return y
+    y = F.pad(y.permute(0, 4, 1, 2, 3), (1, 1, 1, 1, 2, 0), mode="replicate").permute(0, 2, 3, 4, 1).contiguous()
+    return y if front is None else torch.cat((front, y[:, 2:]), 1)
+
+
+def frame_mask(inputs: dict) -> Tensor:
+    """bool [T P, T' P']: query frame t sees key frames up to first_frame + t."""
+    (T, P), (frames, keys) = (inputs[name].shape[1:3] for name in ("query", "key"))
+    sees = torch.arange(frames) <= inputs.get("first_frame", 0) + torch.arange(T)[:, None]
+    return sees.repeat_interleave(P, 0).repeat_interleave(keys, 1)
+
+
+def frame_causal_attention_peer(query, key, value, first_frame=0, return_lse=False):
+    mask = frame_mask({"query": query, "key": key, "first_frame": first_frame})
+    q, k, v = (x.flatten(1, 2)[:, None] for x in (query, key, value))  # [B, 1, T P, D]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, 0].unflatten(1, query.shape[1:3]).contiguous()
+    if not return_lse:
+        return out
+    logits = (q.float() @ k.float().mT / math.sqrt(query.shape[-1])).masked_fill(~mask, -math.inf)
+    return out, logits.logsumexp(-1)[:, 0].unflatten(1, query.shape[1:3])
+
+
 def head_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.transpose(1, 2).contiguous() for x in tensors)
 
@@ -177,6 +208,10 @@ def attention_flops(inputs: dict) -> int:
     return int(4 * inputs["query"].shape[-1] * (keep * lengths[:, None] * lengths).sum())
 
 
+def frame_attention_flops(inputs: dict) -> int:
+    return 4 * inputs["query"].shape[0] * inputs["query"].shape[-1] * int(frame_mask(inputs).sum())
+
+
 def map_flops(inputs: dict) -> int:
     B, H, N, D = inputs["query_means"].shape
     return 2 * B * H * N * N * D
@@ -190,6 +225,10 @@ OPERATORS = {
     "select_blocks": Operator(ops.select_blocks, select_blocks_peer, (), same_blocks, map_flops),
     "block_sparse_attention": Operator(ops.block_sparse_attention, block_sparse_attention_peer, ("query", "key", "value"),
                                        flops=attention_flops, dense=dense_attention),
+    "group_moments": Operator(ops.group_moments, group_moments_peer, ("x",)),
+    "group_norm_silu": Operator(ops.group_norm_silu, group_norm_silu_peer, ("x", "front")),
+    "frame_causal_attention": Operator(ops.frame_causal_attention, frame_causal_attention_peer, ("query", "key", "value"),
+                                       flops=frame_attention_flops),
 }
 
 
@@ -239,11 +278,34 @@ def attention(B: int, H: int, grid: Grid, D: int, density: float, lse: bool = Fa
     return make
 
 
+def video(B: int, T: int, Y: int, X: int, C: int, groups: int) -> Callable:
+    return lambda g: {"x": 2 * torch.randn(B, T, Y, X, C, generator=g) + 3 * torch.randn(C, generator=g), "groups": groups}
+
+
+def normed(B: int, T: int, Y: int, X: int, C: int, front: bool = False, **options) -> Callable:
+    def make(g: Generator) -> dict:
+        inputs = {"x": 2 * torch.randn(B, T, Y, X, C, generator=g) + 0.5}
+        inputs |= {"scale": torch.randn(B, C, generator=g), "shift": torch.randn(B, C, generator=g)}
+        return inputs | ({"front": torch.randn(B, 2, Y + 2, X + 2, C, generator=g)} if front else {}) | options
+    return make
+
+
+def frames(B: int, T: int, P: int, D: int, first_frame: int = 0, keys: int = 0, lse: bool = False) -> Callable:
+    """One more key frame than the queries see, each of `keys` tokens or of P."""
+    def make(g: Generator) -> dict:
+        inputs = {"query": torch.randn(B, T, P, D, generator=g)}
+        inputs |= {name: torch.randn(B, first_frame + T + bool(first_frame), keys or P, D, generator=g) for name in ("key", "value")}
+        return inputs | ({"first_frame": first_frame} if first_frame else {}) | ({"return_lse": True} if lse else {})
+    return make
+
+
 LITE, PRO = (LITE_DIT.model_dim, LITE_DIT.num_heads), (PRO_DIT.model_dim, PRO_DIT.num_heads)
 WIDTHS = {"one": (1, 1, 2), "odd": (2, 3, 63), "edge": (3, 7, 64), "past": (1, 63, 65), "prime": (2, 61, 509),
           "lite": (1, 32, LITE[0]), "pro": (1, 16, PRO[0])}
 HEADS = {"one": (1, 1, 1, 2), "six": (1, 63, 1, 6), "odd": (2, 65, 3, 64), "prime": (1, 127, 5, 22), "lite": (1, 64, LITE[1], 64),
          "pro": (1, 16, PRO[1], 128)}
+VIDEOS = {"one": (1, 1, 1, 1, 2, 1), "odd": (2, 3, 5, 7, 32, 8), "column": (1, 2, 9, 1, 24, 4), "row": (1, 2, 1, 17, 32, 16),
+          "prime": (1, 2, 5, 3, 21, 7), "slabs": (1, 2, 70, 40, 64, 32)}
 
 _TABLE = [
     *(("modulated_norm", size, rows(*shape)) for size, shape in WIDTHS.items()),
@@ -259,6 +321,14 @@ _TABLE = [
     ("block_sparse_attention", "wide", attention(1, 2, Grid(2, 12, 15), 128, 0.5)),
     ("block_sparse_attention", "narrow", attention(1, 2, Grid(3, 7, 5), 22, 0.6, lse=True)),
     ("block_sparse_attention", "all", attention(1, 2, Grid(1, 24, 16), 64, 1.0)),
+    *(("group_moments", size, video(*shape)) for size, shape in VIDEOS.items()),
+    *(("group_norm_silu", size, normed(*shape[:-1])) for size, shape in VIDEOS.items()),
+    ("group_norm_silu", "front", normed(2, 2, 4, 3, 32, front=True)),
+    ("group_norm_silu", "norm_alone", normed(1, 3, 4, 5, 40, pad=False, silu=False)),
+    ("frame_causal_attention", "one", frames(1, 1, 1, 16, lse=True)),
+    ("frame_causal_attention", "odd", frames(2, 3, 13, 24, first_frame=1, keys=11, lse=True)),
+    ("frame_causal_attention", "edge", frames(1, 2, 65, 64, lse=True)),
+    ("frame_causal_attention", "wide", frames(1, 3, 24, 512)),
 ]
 _SELECTIONS = [
     ("one", means(1, 1, (1, 1, 1), 64, 0.5)),
@@ -277,6 +347,10 @@ _BENCHES = [  # norms: 28 MiB in fp32, more than a cache and less than the alloc
     ("norm_rope_means", "lite", heads(1, 4096, LITE[1], 64, block=64), BF16),
     *(("block_sparse_attention", f"{percent}_percent", attention(1, 4, SPARSE_GRID, 64, percent / 100), FP32) for percent in (10, 20, 100)),
     ("select_blocks", "128_blocks", means(1, 4, SPARSE_GRID.tiles, 64, 0.9, (11, 3, 3), sharp=4.0), FP32),
+    ("group_moments", "video", video(1, 5, 128, 128, 128, 32), FP32),
+    ("group_norm_silu", "video", normed(1, 5, 128, 128, 128), FP32),
+    ("group_norm_silu", "video", normed(1, 5, 128, 128, 128), BF16),
+    ("frame_causal_attention", "latent", frames(1, 5, 1024, 512), FP32),
     ("select_blocks", "1464_blocks", means(1, 4, (61, 4, 6), 64, 0.9, (11, 3, 3), sharp=4.0), FP32),
 ]
 

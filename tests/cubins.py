@@ -17,11 +17,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kandinsky_kernels import tuning
-from kandinsky_kernels.triton import nabla, norm
+from kandinsky_kernels.triton import nabla, norm, vae
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 POINTERS = {"p_cos": "fp32", "p_sin": "fp32", "p_means": "fp32", "p_lse": "fp32", "p_scale": "fp32", "p_shift": "fp32", "p_gate": "fp32",
-            "p_offsets": "i32", "p_positions": "i32", "p_count": "i32", "p_selection": "i32", "p_list": "i16", "p_logit": "fp32"}
+            "p_offsets": "i32", "p_positions": "i32", "p_count": "i32", "p_selection": "i32", "p_list": "i16", "p_logit": "fp32",
+            "p_mean": "fp64", "p_spread": "fp64", "p_moments": "fp64"}
 UNITS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma", "tma": "cp.async.bulk.tensor"}
 FLOATS = ("eps", "scale_log2", "bound_log2", "root", "drop_high", "drop_middle", "drop_low")
 
@@ -38,12 +39,26 @@ def kernels(capability):
         yield f"gated_add_norm-{C}", norm.gated_add_norm, {"NORM": True, **rows}, tuning.norm(block)
         rope = {"AXES": 3, "MEANS": True, "HEADS": tuning.rope_heads(28 if D == 64 else 32), "TOKENS": tuning.TOKENS, "BLOCK": D}
         yield f"norm_rope-{D}", norm.norm_rope, rope, tuning.rope(D)
-        launch = tuning.attention(D, torch.bfloat16, capability)
         for full, bounded in itertools.product((True, False), (True, False)):
-            constants = {"FULL": full, "BOUNDED": bounded, "TMA": full and launch.descriptors, "PRECISION": "ieee", "BLOCK": D,
+            launch = tuning.attention(D, torch.bfloat16, capability, full)
+            constants = {"FULL": full, "BOUNDED": bounded, "TMA": launch.descriptors, "PRECISION": "ieee", "BLOCK": D,
                          "TOKENS": tuning.TOKENS}
             name = f"block_sparse_attention-{D}{'' if full else '-ragged'}{'-bounded' if bounded else ''}"
             yield name, nabla.block_sparse_attention, constants, launch
+
+
+def vae_kernels(capability):
+    """The same for the video VAE, whose levels have 128, 256 and 512 channels and whose attention is 512 wide."""
+    for C in (128, 256, 512):
+        slabs = {"SLAB": tuning.SLAB_ELEMENTS // C, "GROUPS": 32}
+        yield f"slab_moments-{C}", vae.slab_moments, {**slabs, "ROWS": tuning.SLAB_TILE // C, "BLOCK": C}, tuning.SLABS
+        normed = {"PAD": 1, "SILU": True, "ROWS": tuning.NORM_TILE // C, "BLOCK": C}
+        for front in (False, True):
+            yield f"group_norm_silu-{C}{'-front' if front else ''}", vae.group_norm_silu, {**normed, "FRONT": front}, tuning.NORMED
+    yield "join_moments", vae.join_moments, {**slabs, "MANY": tuning.JOINED}, tuning.LIST
+    tile = tuning.frame_attention(512, capability)
+    constants = {"PRECISION": "ieee", "WHOLE": True, "ROWS": tile.rows, "KEYS": tile.keys, "DEPTH": tile.depth, "BLOCK": 512}
+    yield "frame_causal_attention-512", vae.frame_causal_attention, constants, tile.launch
 
 
 def compiled(kernel, constants, launch, architecture):
@@ -58,7 +73,8 @@ def compiled(kernel, constants, launch, architecture):
             signature[name] = "*" + POINTERS.get(name, "bf16")
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        if signature[name][0] == "*" or re.search("_(batch|row|token|head)$", name) or name in ("D", "C"):
+        multiple = re.search("_(batch|row|token|head|pixel)$|(x|q|front)_frame$", name) or name in ("D", "C")
+        if signature[name] != "constexpr" and (signature[name][0] == "*" or multiple):
             hints[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, hints)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32),
@@ -66,18 +82,20 @@ def compiled(kernel, constants, launch, architecture):
 
 
 def resources(cubin):
-    """Registers per thread and bytes of local memory (spills live there), read off the binary."""
+    """Registers per thread and bytes of local memory, read off the binary: what does not fit into registers is on the stack."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"LOCAL:(\d+)", text)[1])
+    registers, stack, local = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
 
 
 def main():
     for architecture in [int(sm) for sm in sys.argv[1:]] or ARCHITECTURES:
-        for name, kernel, constants, launch in kernels(divmod(architecture, 10)):
+        capability = divmod(architecture, 10)
+        for name, kernel, constants, launch in (*kernels(capability), *vae_kernels(capability)):
             result = compiled(kernel, constants, launch, architecture)
             registers, local = resources(result.asm["cubin"])
             print(json.dumps({"kernel": name, "sm": architecture, "registers": registers, "local": local, "shared": result.metadata.shared,

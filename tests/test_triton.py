@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import kandinsky_kernels as ops
-from kandinsky_kernels import _guard, _library, kernels, nabla, norm, tuning
+from kandinsky_kernels import _guard, _library, kernels, nabla, norm, tuning, vae
 from kandinsky_model.geometry import Grid
 
-from .cases import CASES, Case, attention, heads, means
+from .cases import CASES, Case, attention, frames, heads, means, normed, video
 from .compare import assert_faithful
 
 triton = pytest.importorskip("triton", reason="needs Triton")
@@ -25,12 +25,15 @@ LAUNCHERS = {
     "modulated_norm": (norm, norm._launch_modulated_norm), "gated_add_norm": (norm, norm._launch_gated_add_norm),
     "norm_rope": (norm, norm._launch_norm_rope), "norm_rope_means": (norm, norm._launch_norm_rope),
     "select_blocks": (nabla, nabla._launch_selection), "block_sparse_attention": (nabla, nabla._launch_attention),
+    "group_moments": (vae, vae._launch_moments), "group_norm_silu": (vae, vae._launch_normed),
+    "frame_causal_attention": (vae, vae._launch_attention),
 }
 # The interpreter multiplies the bit patterns of bf16 numbers, adds up a mean of 64 tokens one after the other, and takes seconds for a
-# hundred rows of the block map.
+# hundred rows of the block map. Refused are channels that are no power of two.
 SLOW_OR_UNLIKE = ("norm_rope_means-lite-float32", "select_blocks-peaked-float32", "select_blocks-flat-float32",
                   "select_blocks-everything-float32", "select_blocks-stable-float32")
-SKIPPED = {case.id for case in CASES if DEVICE == "cpu" and (case.dtype == torch.bfloat16 or case.id in SLOW_OR_UNLIKE)}
+REFUSED = {case.id for case in CASES if case.op == "group_moments" and vae._refuse_moments(**case.inputs())}
+SKIPPED = REFUSED | {case.id for case in CASES if DEVICE == "cpu" and (case.dtype == torch.bfloat16 or case.id in SLOW_OR_UNLIKE)}
 TRITON_CASES = [case for case in CASES if case.op in LAUNCHERS and case.id not in SKIPPED]
 
 
@@ -58,7 +61,8 @@ def test_every_case(case, monkeypatch):  # law 1
 def test_attention_of_every_head_size_in_groups_of_heads(D, grid, monkeypatch):
     """A small scratch for lists cuts the heads into launches of one; by pointers where blocks are ragged, by descriptors where full."""
     monkeypatch.setattr(tuning, "LIST_BYTES", 1)
-    launch = dataclasses.replace(tuning.attention(D, torch.float32, (9, 0)), descriptors=DEVICE == "cpu" or D <= 64)
+    full = grid.tokens == tuning.TOKENS * grid.blocks
+    launch = dataclasses.replace(tuning.attention(D, torch.float32, (9, 0), full), descriptors=full and (DEVICE == "cpu" or D <= 64))
     monkeypatch.setattr(tuning, "attention", lambda *_: launch)
     inputs = attention(2, 2, grid, D, 0.5)(torch.Generator().manual_seed(1))
     args = [inputs[name].to(DEVICE) for name in ("query", "key", "value", "selection", "block_offsets")]
@@ -147,6 +151,38 @@ def test_rows_beyond_one_program(monkeypatch):
     case.check(launched(case, inputs, monkeypatch), inputs)
 
 
+@pytest.mark.parametrize("elements", [64, 1 << 16])
+def test_moments_far_from_zero_in_slabs(elements, monkeypatch):
+    """Slabs of two tiles each and one slab for all; frames are bitwise what they are alone."""
+    monkeypatch.setattr(tuning, "SLAB_ELEMENTS", elements)
+    monkeypatch.setattr(tuning, "SLAB_TILE", elements // 2)
+    monkeypatch.setattr(tuning, "JOINED", 4)
+    x = video(1, 3, 9, 7, 8, 4)(torch.Generator())["x"].to(DEVICE) + 1000
+    x[0, 0, 0, 0] = 1e4  # an outlier where the pivot is taken
+    moments = vae._launch_moments(x, 4)
+    torch.testing.assert_close(moments, vae.reference.group_moments(x.double(), 4), rtol=2e-5 if elements > 64 else 2e-6, atol=0)
+    assert torch.equal(moments[:, 1:2], vae._launch_moments(x[:, 1:2], 4))
+    x[0, 1, 3, 3, 5] = torch.nan
+    spoilt = vae._launch_moments(x, 4)
+    assert spoilt[0, 1, 2].isnan().all() and torch.equal(spoilt[0, 1, [0, 1, 3]], moments[0, 1, [0, 1, 3]])
+
+
+@pytest.mark.parametrize("D", [512, 96])
+def test_frame_attention_of_every_tile(D, monkeypatch):
+    """The tiles of every card; strided inputs, as one projection gives them; rows and keys that fill no tile."""
+    packed = torch.randn(1, 2, 70, 3, D, device=DEVICE)
+    query, key, value = packed.unbind(3)
+    exact = vae.reference.frame_causal_attention(query.double(), key.double(), value.double(), 0, 0.05)
+    peer = vae.reference.frame_causal_attention(query, key, value, 0, 0.05)
+    for capability in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0)):
+        tile = tuning.frame_attention(tuning.padded(D), capability)
+        monkeypatch.setattr(tuning, "frame_attention", lambda *_, tile=tile: tile)
+        outputs = vae._launch_attention(query, key, value, 0, 0.05)
+        monkeypatch.undo()
+        for triple in zip(outputs, exact, peer, strict=True):
+            assert_faithful(*triple)
+
+
 # ---- binaries
 
 
@@ -159,23 +195,24 @@ def cubins():
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+# Bytes of local memory per thread, for want of a few registers.
 def test_no_kernel_spills_and_every_architecture_is_built(cubins):
     assert {row["sm"] for row in cubins} == {80, 86, 89, 90, 100, 120}
     assert [row for row in cubins if row["local"]] == []
 
 
 def test_attention_uses_the_matrix_units_of_its_architecture(cubins):
-    rows = [row for row in cubins if row["kernel"].startswith("block_sparse_attention")]
+    rows = [row for row in cubins if "attention" in row["kernel"]]
     wanted = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
     for row in rows:
         assert [unit for unit in ("wgmma", "mma", "tcgen05") if row[unit]] == [wanted[row["sm"]]], row
-        assert row["tma"] == (row["sm"] >= 90 and "ragged" not in row["kernel"]), row
+        assert row["tma"] == (row["sm"] >= 90 and "block_sparse" in row["kernel"] and "ragged" not in row["kernel"]), row
 
 
 def test_shared_memory_leaves_room_for_a_second_program(cubins):
     per_sm = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB, CUDA programming guide, table of technical specifications
     for row in cubins:
-        residents = 1 if row["kernel"].startswith("block_sparse_attention-128") else 2
+        residents = 1 if row["kernel"].startswith(("block_sparse_attention-128", "frame_causal_attention-512")) else 2
         assert residents * (row["shared"] + 1024) <= per_sm[row["sm"]] << 10, row
 
 
@@ -237,9 +274,14 @@ def test_trials_agree(op, guard, monkeypatch):
         "select_blocks": [(torch.randn(1, 1, 5, 64), None, 0.5, [], [], ties) for ties in ("all", "stable")],
         "block_sparse_attention": [tuple(attention(1, 1, grid, 64, 1.0)(torch.Generator()).values()) + (0.1, bound)
                                    for grid in (Grid(1, 8, 8), Grid(1, 9, 7)) for bound in (20.0, math.inf)],
+        "group_moments": [tuple(video(1, 1, 2, 3, C, 8)(torch.Generator()).values()) for C in (32, 512)],
+        "group_norm_silu": [(*list(normed(1, 1, 2, 3, 24)(torch.Generator()).values()), front, pad, silu)
+                            for front, pad, silu in ((None, True, True), (torch.empty(0), True, True), (None, False, False))],
+        "frame_causal_attention": [(*frames(1, 1, 2, D)(torch.Generator()).values(), 0, 0.1) for D in (40, 128)],
     }
     trials = {"norm_rope": norm._trial_norm_rope, "select_blocks": nabla._trial_selection,
-              "block_sparse_attention": nabla._trial_attention}
+              "block_sparse_attention": nabla._trial_attention, "group_moments": vae._trial_moments,
+              "group_norm_silu": vae._trial_normed, "frame_causal_attention": vae._trial_attention}
     monkeypatch.setattr(nabla, "_attention_kind", lambda *args: (args[0].shape[1] == 64, args[-1] < math.inf))
     for args in kinds[op]:
         args = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args]
@@ -256,6 +298,13 @@ def test_refusals_say_why():
     assert "nothing" in nabla._refuse_attention(q[:, :0], q, q, selection) and "nothing" in norm._refuse_norm(q[:0])
     assert "float64" in nabla._refuse_attention(q[..., :64].double(), q, q, selection)
     assert nabla._refuse_attention(q[..., :64], q, q, selection) is None
+    assert "got float32" in vae._refuse_attention(q) and "nothing" in vae._refuse_attention(q[:0])
+    assert "up to 512, got 640" in vae._refuse_attention(torch.empty(1, 1, 1, 640).half()) and vae._refuse_attention(q.half()) is None
+    assert "powers of two, got 160 and 5" in vae._refuse_moments(q, 5) and "nothing" in vae._refuse_moments(q[:0], 5)
+    assert "up to 8192 channels, got 16384" in vae._refuse_moments(torch.empty(1, 16384), 32)
+    assert vae._refuse_moments(q[..., :128], 4) is None
+    assert "up to 4096 channels, got 5000" in vae._refuse_normed(torch.empty(1, 5000)) and "nothing" in vae._refuse_normed(q[:0])
+    assert vae._refuse_normed(q) is None
 
 
 def test_kernels_tell_what_is_not_verified(monkeypatch):
