@@ -178,19 +178,21 @@ __device__ inline uint32_t mass_of(float logit, float top, float factor) {
 template <int SLOTS>
 __device__ inline bool weigh(const SelectBlocks& p, const float* logits, Row<SLOTS>& row) {
   const int lane = threadIdx.x % 32;
-  float logit[SLOTS], top = -INFINITY, bottom = INFINITY;
+  const float first = logits[lane];  // repeated where there are no blocks
+  float top = first, bottom = first;
 #pragma unroll
   for (int i = 0; i < SLOTS; ++i) {
-    logit[i] = logits[min(32 * i + lane, p.N - 1)];
-    top = max_or_nan(top, logit[i]);
-    bottom = fminf(bottom, logit[i]);
+    const float logit = 32 * i < p.N ? logits[32 * i + lane] : first;
+    top = max_or_nan(top, logit);
+    bottom = fminf(bottom, logit);
+    row.mass[i] = __float_as_uint(logit);  // for now
   }
   top = over_warp(top, max_or_nan);
   bottom = over_warp(bottom, [](float a, float b) { return fminf(a, b); });
   uint64_t sum = 0;
 #pragma unroll
   for (int i = 0; i < SLOTS; ++i) {
-    row.mass[i] = 32 * i + lane < p.N ? mass_of(logit[i], top, p.factor) : 0;
+    row.mass[i] = 32 * i + lane < p.N ? mass_of(__uint_as_float(row.mass[i]), top, p.factor) : 0;
     sum += row.mass[i];
     sum += row.mass[i] == kHeaviest;
   }
@@ -208,6 +210,7 @@ __device__ inline uint32_t lightest(const Row<SLOTS>& row, uint32_t low, uint32_
   for (int i = 0; i < SLOTS; ++i) {
     const bool inside = row.mass[i] - low <= high - low;
     const uint32_t mask = __ballot_sync(~0u, inside);
+    if (!mask) continue;  // in most slots
     if (inside) memory[count + __popc(mask & ((1u << lane) - 1))] = row.mass[i];
     count += __popc(mask);
   }
