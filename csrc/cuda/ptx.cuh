@@ -3,6 +3,8 @@
 #pragma once
 #ifndef KANDINSKY_PTX
 
+#include <cstdint>
+
 namespace kandinsky {
 
 // The block's dynamic shared memory.
@@ -23,6 +25,11 @@ __device__ inline float exp2_approximate(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
+}
+
+// sum += a b in one instruction, where the compiler makes two of it.
+__device__ inline void multiply_add(uint64_t& sum, uint32_t a, uint32_t b) {
+  asm("mad.wide.u32 %0, %1, %2, %0;" : "+l"(sum) : "r"(a), "r"(b));
 }
 
 // sum += a b for a 16 x 8 row by row, b 8 x 8 column by column, both in tf32: their low 13 bits must be zero. With g = lane / 4 and

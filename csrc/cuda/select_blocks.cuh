@@ -165,7 +165,7 @@ struct Row {
   __device__ uint64_t up_to(uint32_t limit, uint32_t one) const {
     uint64_t sum = 0;
 #pragma unroll
-    for (int i = 0; i < SLOTS; ++i) sum += uint64_t(mass[i]) * (mass[i] <= limit ? one : 0);
+    for (int i = 0; i < SLOTS; ++i) multiply_add(sum, mass[i], mass[i] <= limit ? one : 0);
     return sum_over_warp(sum);
   }
 };
@@ -189,14 +189,18 @@ __device__ inline bool weigh(const SelectBlocks& p, const float* logits, Row<SLO
   }
   top = over_warp(top, max_or_nan);
   bottom = over_warp(bottom, [](float a, float b) { return fminf(a, b); });
+  const float factor = p.factor;
+  const int left = p.N - lane;
+  uint32_t heaviest = 0;
   uint64_t sum = 0;
 #pragma unroll
   for (int i = 0; i < SLOTS; ++i) {
-    row.mass[i] = 32 * i + lane < p.N ? mass_of(__uint_as_float(row.mass[i]), top, p.factor) : 0;
-    sum += row.mass[i];
-    sum += row.mass[i] == kHeaviest;
+    const uint32_t mass = mass_of(__uint_as_float(row.mass[i]), top, factor);
+    row.mass[i] = 32 * i < left ? mass : 0;
+    heaviest += row.mass[i] == kHeaviest;
+    multiply_add(sum, row.mass[i], p.one);
   }
-  row.total = sum_over_warp(sum);
+  row.total = sum_over_warp(sum + heaviest);
   row.least = mass_of(bottom, top, p.factor);
   return fabsf(top) < INFINITY;
 }
@@ -245,27 +249,33 @@ __device__ inline uint32_t threshold(const SelectBlocks& p, const Row<SLOTS>& ro
   return lightest(row, __float2uint_ru(__uint_as_float(low)), heavy, below, target, memory);
 }
 
-// Writes the row's words, bits beyond N included: masses above `least`, and those equal to it but for the first `skip`.
-template <int SLOTS>
-__device__ inline void pack(const Row<SLOTS>& row, uint32_t least, uint32_t skip, int words, uint32_t* packed) {
+// The row's bits, of all its slots: keep(i) for block 32 i + lane.
+template <int SLOTS, class Keep>
+__device__ inline void pack(int words, uint32_t* packed, Keep keep) {
   const int lane = threadIdx.x % 32;
-  uint32_t seen = 0, word[(SLOTS + 31) / 32] = {};
+  uint32_t word[(SLOTS + 31) / 32] = {};
 #pragma unroll
   for (int i = 0; i < SLOTS; ++i) {
-    bool keep = row.mass[i] >= least;
-    if (skip) {
-      const bool equal = row.mass[i] == least;
-      const uint32_t mask = __ballot_sync(~0u, equal);
-      keep = keep && !(equal && seen + __popc(mask & ((1u << lane) - 1)) < skip);
-      seen += __popc(mask);
-    }
-    const uint32_t bits = __ballot_sync(~0u, keep);
-    if (lane == i % 32) word[i / 32] = bits;
+    const uint32_t bits = __ballot_sync(~0u, keep(i));
+    word[i / 32] = lane == i % 32 ? bits : word[i / 32];
   }
 #pragma unroll
   for (int i = 0; i < (SLOTS + 31) / 32; ++i)
     if (32 * i + lane < words) packed[32 * i + lane] = word[i];
   __syncwarp();
+}
+
+// Writes the row's words, bits beyond N included: masses above `least`, and those equal to it but for the first `skip`.
+template <int SLOTS>
+__device__ inline void pack(const Row<SLOTS>& row, uint32_t least, uint32_t skip, int words, uint32_t* packed) {
+  if (!skip) return pack<SLOTS>(words, packed, [&](int i) { return row.mass[i] >= least; });
+  const uint32_t lower = (1u << threadIdx.x % 32) - 1;
+  uint32_t seen = 0;
+  pack<SLOTS>(words, packed, [&](int i) {
+    const uint32_t equal = __ballot_sync(~0u, row.mass[i] == least), before = seen + __popc(equal & lower);
+    seen += __popc(equal);
+    return row.mass[i] > least || (row.mass[i] == least && before >= skip);
+  });
 }
 
 // Adds the blocks around block `at` of the grid: a lane per line of blocks, whose bits are neighbours.
@@ -312,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, SLOTS <= 64 ? 2 : 1) select_blocks(S
   __syncthreads();
   score<TILES>(p, query, key, first, fragments, logits);
   __syncthreads();
-  for (int i = threadIdx.x / 32; i < min(p.rows, p.N - first); i += kWarps)
+  for (int i = __shfl_sync(~0u, threadIdx.x / 32, 0); i < min(p.rows, p.N - first); i += kWarps)  // the same in the whole warp
     choose<SLOTS>(p, first + i, logits + i * p.stride(), p.selection + (int64_t(head) * p.N + first + i) * p.words());
 }
 

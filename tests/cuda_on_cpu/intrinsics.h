@@ -67,6 +67,8 @@ inline float4* dynamic_shared() { return reinterpret_cast<float4*>(emulator::sha
 inline float max_or_nan(float a, float b) { return a != a || b != b ? NAN : max(a, b); }
 inline float exp2_approximate(float x) { return std::exp2(x); }
 
+inline void multiply_add(uint64_t& sum, uint32_t a, uint32_t b) { sum += uint64_t(a) * b; }
+
 // As the hardware does it: sums of exact products are cut off, not rounded.
 inline void mma_tf32(float (&sum)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
   struct Fragments {
