@@ -49,7 +49,7 @@ def _judge(name: str, launch: Callable, reference: Callable, case: tuple) -> str
     if verdict is None:
         _remember([*known, entry])
         return None
-    verdict = f"its Triton kernel does not agree with the reference on {_card(x.device)} ({verdict})"
+    verdict = f"its GPU kernel does not agree with the reference on {_card(x.device)} ({verdict})"
     _log.warning("%s runs its reference, because %s; please report this", name, verdict)
     return verdict
 

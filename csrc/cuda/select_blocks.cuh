@@ -195,8 +195,7 @@ __device__ inline bool weigh(const SelectBlocks& p, const float* logits, Row<SLO
   uint64_t sum = 0;
 #pragma unroll
   for (int i = 0; i < SLOTS; ++i) {
-    const uint32_t mass = mass_of(__uint_as_float(row.mass[i]), top, factor);
-    row.mass[i] = 32 * i < left ? mass : 0;
+    row.mass[i] = 32 * i < left ? mass_of(__uint_as_float(row.mass[i]), top, factor) : 0;
     heaviest += row.mass[i] == kHeaviest;
     multiply_add(sum, row.mass[i], p.one);
   }
