@@ -84,11 +84,11 @@ def _card(device: torch.device) -> str:
 
 @cache
 def _version() -> str:
-    """What could change a kernel's result: its source, torch, Triton and the driver's CUDA."""
+    """What could change a kernel's result: its source, the compiled extension, torch, Triton and the driver's CUDA."""
     import triton
 
     here = Path(__file__).parent
-    sources = sorted([*here.glob("triton/*.py"), *here.glob("*.py")])
+    sources = sorted([*here.glob("triton/*.py"), *here.glob("*.py"), *here.glob("_C.*")])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     return f"{digest} torch {torch.__version__} triton {triton.__version__} cuda {torch.version.cuda}"
 
