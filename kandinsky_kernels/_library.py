@@ -3,7 +3,8 @@
 
 An operator is declared once, with its reference as ``CompositeExplicitAutograd``: that makes the reference the
 fallback on every device and the fake kernel of ``torch.compile`` at once. Kernels register themselves under ``CPU``
-(the compiled ``_C`` module) or ``CUDA`` (Triton launchers, by `attach`, which also know the CUDA C++ kernels) and PyTorch's dispatcher does the choosing.
+(the compiled ``_C`` module) or ``CUDA`` (Triton launchers, by `attach`, which also knows the CUDA C++ kernels) and PyTorch's
+dispatcher does the choosing.
 """
 
 import contextlib

@@ -33,7 +33,8 @@ def emulated(tmp_path_factory):
     assert built.returncode == 0, built.stderr
     function = ctypes.CDLL(str(library)).select_blocks
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    function.argtypes = [pointer] * 3 + [number] * 3 + [ctypes.c_double, pointer, pointer, ctypes.c_bool, ctypes.c_int64, number, ctypes.c_bool]
+    function.argtypes = [pointer] * 3 + [number] * 3 + [ctypes.c_double, pointer, pointer, ctypes.c_bool, ctypes.c_int64, number,
+                                                        ctypes.c_bool]
 
     def select(query, key, keep_mass, tiles=None, window=None, ties="all", shared_kib=227, blocks=1 << 30, backwards=False):
         H, N, D = query.shape[1:]
@@ -76,8 +77,9 @@ def test_the_order_of_threads_and_the_rows_of_a_block_change_nothing(emulated):
         assert rows == fewer and torch.equal(chosen, again)
 
 
-@pytest.mark.parametrize(("tiles", "D", "shared_kib", "rows"), [((61, 4, 6), 64, 227, 16), ((61, 4, 6), 64, 99, 8), ((31, 6, 10), 64, 99, 8),
-                                                               ((61, 6, 10), 128, 227, 8), ((61, 8, 8), 128, 99, 4)], ids=str)
+@pytest.mark.parametrize(("tiles", "D", "shared_kib", "rows"), [
+    ((61, 4, 6), 64, 227, 16), ((61, 4, 6), 64, 99, 8), ((31, 6, 10), 64, 99, 8), ((61, 6, 10), 128, 227, 8), ((61, 8, 8), 128, 99, 4),
+], ids=str)
 def test_real_sizes(tiles, D, shared_kib, rows, emulated):
     """Lite and Pro 10 s, HD 5 and 10 s and the longest row: a few thread blocks of each configuration."""
     query, key = means(math.prod(tiles), D, 1)
@@ -153,6 +155,18 @@ def test_no_configuration_spills(binary):
         assert " 0 bytes spill stores, 0 bytes spill loads" in report, report
         assert int(re.search(r"Used (\d+) registers", report)[1]) <= (128 if slots <= 64 else 255), report  # two blocks of 256, or one
     assert "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32" in ptx
+
+
+def test_launcher_compiles_against_the_stable_headers(tmp_path):
+    """Whatever torch is installed; the binary is left to the build."""
+    if not shutil.which("nvcc"):
+        pytest.skip("nvcc is not installed")
+    from torch.utils.cpp_extension import include_paths
+
+    run = subprocess.run(["nvcc", "-std=c++20", "-arch=compute_90", "-code=compute_90", "-DUSE_CUDA",
+                          "-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-I{path}" for path in (*include_paths(), ROOT / "csrc")), "-c", "-o", str(tmp_path / "launcher.o"),
+                          str(ROOT / "csrc/cuda/select_blocks.cu")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 # ---- the choice between kernels

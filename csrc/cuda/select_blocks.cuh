@@ -3,10 +3,11 @@
 // rows by matrix instructions into shared memory, then each warp takes one row into registers, turns it into integer masses, finds the
 // lightest one worth keeping and writes the row's packed bits. Nothing of PyTorch is in here: the tests run this source on a CPU.
 //
-// Cost, from the SASS for sm_90 at N = 1464, in warp instructions per row: products 28 D / 8 (a quarter of them matrix instructions, the
-// rest splits keys, which every block of 16 rows does again), masses 600, search 180 a pass and 8 passes, 500 for the last candidates, 200
-// for the bits. At half the issue rate of 132 multiprocessors the 41 k rows of Lite 10 s take 0.24 ms, the 47 k of Pro 0.3 ms; reading
-// the keys once per 16 rows, 0.97 and 2.2 GB out of the L2 cache, takes 0.2 and 0.4 ms beside it.
+// Cost, counted in the SASS for sm_90 at N = 1464, in warp instructions per row: products 26 D (a sixth of them matrix instructions, half
+// of them splits keys and moves fragments, which every block of 16 rows does again), masses 900, search 207 a pass and some 8 passes, 500
+// for the last candidates, 250 for the bits. The 41 k rows of Lite 10 s are 0.22 ms at the full issue rate of 132 multiprocessors at
+// 1.75 GHz and 0.37 ms at 60 % of it; the 47 k of Pro 0.34 and 0.57 ms. Beside it run the keys, read once per 16 rows out of the L2
+// cache: 0.97 and 2.2 GB, 0.2 and 0.4 ms at 5 TB/s. Predictions: no GPU has run this.
 #pragma once
 #include <cmath>
 #include <cstdint>
