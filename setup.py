@@ -82,11 +82,12 @@ def extension_arguments() -> dict:
     if not no_cuda:
         set_architectures()
     files = sources("*.cpp") + sources("cpu/*.cpp") + ([] if no_cuda else sources("cuda/*.cu"))
+    # nvcc gets USE_CUDA because the stable headers then know streams
     defines = [("TORCH_TARGET_VERSION", STABLE_ABI), ("KANDINSKY_WITH_CUDA", "0" if no_cuda else "1")]
     return {"cmdclass": {"build_ext": BuildExtension}, "ext_modules": [(CppExtension if no_cuda else CUDAExtension)(
         "kandinsky_kernels._C", files, include_dirs=[str(ROOT / "csrc")], define_macros=defines, depends=sources("**/*.h") + sources("**/*.cuh"),
         extra_compile_args={"cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", *WARNINGS],
-                            "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA"]})]}  # USE_CUDA: the stable headers then name the current stream
+                            "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA"]})]}  # USE_CUDA: the headers then have streams
 
 
 setup(**extension_arguments())

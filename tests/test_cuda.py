@@ -164,7 +164,8 @@ def test_launcher_compiles_against_the_stable_headers(tmp_path):
     from torch.utils.cpp_extension import include_paths
 
     run = subprocess.run(["nvcc", "-std=c++20", "-arch=compute_90", "-code=compute_90", "-DUSE_CUDA",
-                          "-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-I{path}" for path in (*include_paths(), ROOT / "csrc")), "-c", "-o", str(tmp_path / "launcher.o"),
+                          "-DTORCH_TARGET_VERSION=0x020b000000000000",
+                          *(f"-I{path}" for path in (*include_paths(), ROOT / "csrc")), "-c", "-o", str(tmp_path / "launcher.o"),
                           str(ROOT / "csrc/cuda/select_blocks.cu")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
