@@ -85,7 +85,8 @@ def extension_arguments() -> dict:
     # nvcc gets USE_CUDA because the stable headers then know streams
     defines = [("TORCH_TARGET_VERSION", STABLE_ABI), ("KANDINSKY_WITH_CUDA", "0" if no_cuda else "1")]
     return {"cmdclass": {"build_ext": BuildExtension}, "ext_modules": [(CppExtension if no_cuda else CUDAExtension)(
-        "kandinsky_kernels._C", files, include_dirs=[str(ROOT / "csrc")], define_macros=defines, depends=sources("**/*.h") + sources("**/*.cuh"),
+        "kandinsky_kernels._C", files, include_dirs=[str(ROOT / "csrc")], define_macros=defines,
+        depends=sources("**/*.h") + sources("**/*.cuh"),
         extra_compile_args={"cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", *WARNINGS],
                             "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA"]})]}  # USE_CUDA: the headers then have streams
 
