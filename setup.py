@@ -6,7 +6,9 @@ allow it; ``cpu`` or ``cuda``, failing when impossible; ``none`` a pure Python p
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 MODE = os.environ.get("KANDINSKY_KERNELS_BUILD", "auto")
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 STABLE_ABI = "0x020b000000000000"  # the oldest torch the binary runs on: 2.11
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
 
@@ -45,7 +48,25 @@ def why_no_cuda() -> str | None:
         return "this version has no CUDA sources"
     if not torch.version.cuda:
         return f"torch {torch.__version__} is built without CUDA"
-    return None if CUDA_HOME else "nvcc is not found; set CUDA_HOME"
+    if not CUDA_HOME:
+        return "nvcc is not found; set CUDA_HOME"
+    told = subprocess.run([str(Path(CUDA_HOME, "bin", "nvcc")), "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.", told)
+    if not found or found[1] != torch.version.cuda.partition(".")[0]:  # torch refuses to build with another major version
+        return f"nvcc is {f'of CUDA {found[1]}' if found else 'not usable'}, torch of CUDA {torch.version.cuda}; set CUDA_HOME to that version"
+    return None
+
+
+def set_architectures() -> None:
+    """Without a choice of the user's: the visible card's architecture, or all that the kernels are for and this nvcc knows."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if "TORCH_CUDA_ARCH_LIST" in os.environ or torch.cuda.is_available():
+        return  # torch compiles for the visible cards
+    known = subprocess.run([str(Path(CUDA_HOME, "bin", "nvcc")), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    wanted = [arch for arch in ARCHITECTURES if f"compute_{arch.replace('.', '')}" in known]
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(wanted[:-1] + [f"{arch}+PTX" for arch in wanted[-1:]])
 
 
 def extension_arguments() -> dict:
@@ -65,11 +86,15 @@ def extension_arguments() -> dict:
         sys.exit(f"KANDINSKY_KERNELS_BUILD=cuda cannot be satisfied: {no_cuda}.")
     print(f"kandinsky_kernels: building CPU kernels{f', no CUDA kernels: {no_cuda}' if no_cuda else ' and CUDA kernels'}",
           file=sys.stderr)
+    if not no_cuda:
+        set_architectures()
     files = sources("*.cpp") + sources("cpu/*.cpp") + ([] if no_cuda else sources("cuda/*.cu"))
     defines = [("TORCH_TARGET_VERSION", STABLE_ABI), ("KANDINSKY_WITH_CUDA", "0" if no_cuda else "1")]
     return {"cmdclass": {"build_ext": BuildExtension}, "ext_modules": [(CppExtension if no_cuda else CUDAExtension)(
-        "kandinsky_kernels._C", files, include_dirs=[str(ROOT / "csrc")], define_macros=defines, depends=sources("**/*.h"),
-        extra_compile_args={"cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", *WARNINGS], "nvcc": ["-O3", "-std=c++20"]})]}
+        "kandinsky_kernels._C", files, include_dirs=[str(ROOT / "csrc")], define_macros=defines,
+        depends=sources("**/*.h") + sources("**/*.cuh") + sources("**/*.cu"),  # a source distribution takes these along too
+        extra_compile_args={"cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", *WARNINGS],
+                            "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA"]})]}  # USE_CUDA: the headers then have streams
 
 
 setup(**extension_arguments())

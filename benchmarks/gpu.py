@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kandinsky_kernels as ops
-from kandinsky_kernels import tuning
+from kandinsky_kernels import _library, tuning
 from kandinsky_model.config import LITE_DIT, PRO_DIT, NablaConfig
 from kandinsky_model.geometry import block_offsets, local_window
 from kandinsky_model.plan import make_plan
@@ -77,7 +77,10 @@ def selection(clock: Clock, size: Size, _: dict) -> list[dict]:
     call = lambda: ops.select_blocks(*means, 0.9, size.grid.tiles, WINDOW)  # noqa: E731
     chosen, peak = peak_memory(call, clock.device)
     narrow = [x.bfloat16() for x in means]
-    times = clock.measure({"ours": call, "published": lambda: published_selection(*narrow, 0.9, near)})
+    calls = {"ours": call, "published": lambda: published_selection(*narrow, 0.9, near)}
+    if compiled := _library.compiled("select_blocks"):  # whether or not `ours` is it already
+        calls["cuda c++"] = lambda: compiled(*means, 0.9, list(size.grid.tiles), list(WINDOW), "all")
+    times = clock.measure(calls)
     rows.append({"op": "select_blocks", "size": size.name, "ms": times, "density": ops.selection_density(chosen, N), "peak_mib": peak,
                  **ratios(times)})
     show(rows[-1])

@@ -50,7 +50,7 @@ def _judge(name: str, launch: Callable, reference: Callable, case: tuple, kind: 
     if verdict is None:
         _remember([*known, entry])
         return None
-    verdict = f"its Triton kernel does not agree with the reference on {_card(x.device)} ({verdict})"
+    verdict = f"its GPU kernel does not agree with the reference on {_card(x.device)} ({verdict})"
     _log.warning("%s runs its reference, because %s; please report this", name, verdict)
     return verdict
 
@@ -85,11 +85,11 @@ def _card(device: torch.device) -> str:
 
 @cache
 def _version() -> str:
-    """What could change a kernel's result: its source, torch, Triton and the driver's CUDA."""
+    """What could change a kernel's result: its source, the compiled extension, torch, Triton and the driver's CUDA."""
     import triton
 
     here = Path(__file__).parent
-    sources = sorted([*here.glob("triton/*.py"), *here.glob("*.py")])
+    sources = sorted([*here.glob("triton/*.py"), *here.glob("*.py"), *here.glob("_C.*")])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     return f"{digest} torch {torch.__version__} triton {triton.__version__} cuda {torch.version.cuda}"
 

@@ -3,7 +3,8 @@
 
 An operator is declared once, with its reference as ``CompositeExplicitAutograd``: that makes the reference the
 fallback on every device and the fake kernel of ``torch.compile`` at once. Kernels register themselves under ``CPU``
-(the compiled ``_C`` module) or ``CUDA`` (Triton launchers, by `attach`) and PyTorch's dispatcher does the choosing.
+(the compiled ``_C`` module) or ``CUDA`` (Triton launchers, by `attach`, which also knows the CUDA C++ kernels) and PyTorch's
+dispatcher does the choosing.
 """
 
 import contextlib
@@ -48,17 +49,27 @@ def triton_absence() -> str | None:
     return None if importlib.util.find_spec("triton") else "Triton is not installed; install it with: pip install triton"
 
 
+def compiled(name: str) -> Callable | None:
+    """The CUDA C++ kernel of op ``name``, which the extension registers as an operator of its own, or None where it was not built."""
+    operator = getattr(getattr(torch.ops, NAMESPACE), f"{name}_cuda", None) if extension else None
+    return operator and operator.default
+
+
 def attach(name: str, launch: Callable, refuse: Callable[..., str | None], trial: Callable[..., tuple],
-           kind: Callable[..., tuple] = lambda *_: ()) -> None:
+           kind: Callable[..., tuple] = lambda *_: (), refuse_compiled: Callable[..., str | None] | None = None) -> None:
     """Register a Triton launcher of the declared op ``name`` for CUDA, under guard.
 
     refuse(*args) says why the kernel cannot take these arguments, or None; trial(*args) makes a small case of their kind, on which the
     launcher must agree with the reference before it is first used. Otherwise the reference runs. kind(*args) tells apart the kernels
-    that one launcher chooses between: each has its own trial.
+    that one launcher chooses between: each has its own trial. refuse_compiled is `refuse` for the CUDA C++ kernel, which is asked
+    first once `tuning.CUDA_CPP` names the op.
     """
     reference = _references[name]
 
     def run(*args):
+        kernel = compiled(name) if refuse_compiled and name in tuning.CUDA_CPP else None
+        if kernel and refuse_compiled(*args) is None and _guard.trusted(f"{name}_cuda", kernel, reference, trial, args):
+            return kernel(*args)
         if refuse(*args) is None and _guard.trusted(name, launch, reference, trial, args, kind(*args)):
             return launch(*args)
         return reference(*args)
@@ -101,7 +112,7 @@ def kernels() -> dict[str, dict[str, str]]:
         row = {}
         for device in ("CPU", "CUDA"):
             if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device):
-                row[device.lower()] = f"cpp ({extension.simd()})" if device == "CPU" else _triton_state(name)
+                row[device.lower()] = f"cpp ({extension.simd()})" if device == "CPU" else _gpu_state(name)
             elif device == "CPU":
                 row["cpu"] = f"reference: {extension_absence or 'the compiled extension has no kernel for this operator'}"
             else:
@@ -110,7 +121,9 @@ def kernels() -> dict[str, dict[str, str]]:
     return table
 
 
-def _triton_state(name: str) -> str:
+def _gpu_state(name: str) -> str:
+    if name in tuning.CUDA_CPP and compiled(name) and not _guard.failure(f"{name}_cuda"):
+        return "cuda c++"
     failed = _guard.failure(name)
     if failed:
         return f"reference: {failed}"

@@ -129,6 +129,16 @@ def _refuse_selection(query_means: Tensor, *_) -> str | None:
     return None if N <= tuning.LONGEST_ROW else f"it holds rows of up to {tuning.LONGEST_ROW} blocks, got {N}"
 
 
+def _refuse_compiled_selection(query_means: Tensor, *_) -> str | None:
+    """Why the CUDA C++ kernel (csrc/cuda/select_blocks.cu) cannot take this call, or None."""
+    N, D = query_means.shape[2:]
+    if not query_means.numel():
+        return "there is nothing to compute"
+    if D % 8 or D > 128:
+        return f"it takes head dims that are multiples of 8 up to 128, got {D}"
+    return None if N <= tuning.LONGEST_COMPILED_ROW else f"it holds rows of up to {tuning.LONGEST_COMPILED_ROW} blocks, got {N}"
+
+
 def _thirds(x: float) -> list[float]:
     """Three fp32 numbers whose sum is x exactly: each has 24 of its 53 bits."""
     parts = []
@@ -246,5 +256,5 @@ def _trial_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tenso
     return query, key, value, keep, offsets, scale, logit_bound
 
 
-attach("select_blocks", _launch_selection, _refuse_selection, _trial_selection)
+attach("select_blocks", _launch_selection, _refuse_selection, _trial_selection, refuse_compiled=_refuse_compiled_selection)
 attach("block_sparse_attention", _launch_attention, _refuse_attention, _trial_attention, _attention_kind)

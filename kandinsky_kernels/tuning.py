@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 
 VERIFIED: frozenset[str] = frozenset()  # operators with a GPU result in benchmarks/results
+CUDA_CPP: frozenset[str] = frozenset()  # operators whose CUDA C++ kernel a GPU has found right and faster than Triton's: they run it
 TOKENS = 64  # per block of NABLA, and per tile of everything that works on tokens
 LIST_BYTES = 64 << 20  # scratch for block lists per launch of attention; longer ones are cut by heads
 LIST_CHUNK = 1024
 MAP_BYTES = 64 << 20  # scratch for the block map: seven heads of Lite 10 s, one of Pro 10 s HD
 BOUND_LOG2 = 56.0  # of logits in base 2 that need no maximum: shares from 2^-112 on stay normal numbers of fp32 and bf16, times values too
 LONGEST_ROW = 16384  # blocks; a row of the map stays in registers
+LONGEST_COMPILED_ROW = 3904  # blocks; a lane of the CUDA C++ kernel holds 122 masses, more than 10 s of HD need
 FEW_ROWS = 4096  # below this many rows a norm takes one row per program, so that small inputs still reach every multiprocessor
 
 
