@@ -53,7 +53,8 @@ def why_no_cuda() -> str | None:
     told = subprocess.run([str(Path(CUDA_HOME, "bin", "nvcc")), "--version"], capture_output=True, text=True).stdout
     found = re.search(r"release (\d+)\.", told)
     if not found or found[1] != torch.version.cuda.partition(".")[0]:  # torch refuses to build with another major version
-        return f"nvcc is {f'of CUDA {found[1]}' if found else 'not usable'}, torch of CUDA {torch.version.cuda}; set CUDA_HOME to that version"
+        ours = f"of CUDA {found[1]}" if found else "not usable"
+        return f"nvcc is {ours}, torch of CUDA {torch.version.cuda}; set CUDA_HOME to that version"
     return None
 
 
