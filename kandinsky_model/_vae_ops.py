@@ -65,4 +65,10 @@ def frame_causal_attention(query: Tensor, key: Tensor, value: Tensor, first_fram
 
 def causal_conv3d(padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Convolution of the padded [B, T + 2, Y + 2, X + 2, C] without further padding: [B, T, Y, X, C']."""
-    return F.conv3d(padded.permute(0, 4, 1, 2, 3), weight, bias).permute(0, 2, 3, 4, 1).contiguous()
+    x = padded.permute(0, 4, 1, 2, 3)
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        # conv3d itself turns to a loop over matrix products, up to seven times slower, where B * C * T * Y is small
+        out = torch.mkldnn_convolution(x, weight, bias, [0, 0, 0], [1, 1, 1], [1, 1, 1], 1)
+    else:
+        out = F.conv3d(x, weight, bias)
+    return out.permute(0, 2, 3, 4, 1).contiguous()

@@ -51,6 +51,10 @@ class TilePlan:
         # 40: a frame below the overlap is one tile as well
         return cls(*(max(40, 8 * math.ceil((size + 32 * (n - 1)) / n / 8)) for size, n in zip((height, width), counts, strict=True)))
 
+    def largest(self, latents: Tensor) -> Tensor:
+        """The first tile of `latents` [B, C, T, Y, X]; none is larger."""
+        return latents[:, :, : (self.frames - 1) // 4 + 1, : self.height // 8, : self.width // 8]
+
 
 def starts(size: int, tile: int, stride: int) -> range:
     """Where the tiles of one axis nominally begin: every `stride`, as many as it takes to reach `size`."""
@@ -70,9 +74,8 @@ def join(tiles: list[Tensor], overlap: int, dim: int) -> Tensor:
     return torch.cat([tile.narrow(dim, 0, tile.shape[dim] - overlap) for tile in tiles[:-1]] + tiles[-1:], dim)
 
 
-def tiled(latents: Tensor, plan: TilePlan | None, decode: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+def tiled(latents: Tensor, plan: TilePlan, decode: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """Pieces [B, 3, f, 8Y, 8X] of the video of `latents` [B, C, T, Y, X], each tile by `decode`; in order, as soon as they are final."""
-    plan = plan or TilePlan.for_frame(8 * latents.shape[3], 8 * latents.shape[4])
     length, faded, before = (plan.frames - 1) // 4, plan.frames - 1 - plan.frame_stride, None
     for start in starts(latents.shape[2] - 1, length, plan.frame_stride // 4):
         tile = _tiled_in_space(latents[:, :, start : start + length + 1], plan, decode)  # [B, 3, <= frames, 8Y, 8X]

@@ -6,8 +6,6 @@ whoever holds sampler latents divides them by `VAEConfig.scaling_factor` before 
 T latent frames stand for 4 (T - 1) + 1 video frames: the first one is alone, each later one holds four.
 """
 
-import functools
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 
@@ -22,6 +20,8 @@ from .tiles import TilePlan, tiled
 from .vae_stream import stages_of
 
 POLICIES = ("global", "official", "preview")
+_EPS = 1e-6
+_log = logging.getLogger(__name__)
 _EPS = 1e-6
 _log = logging.getLogger(__name__)
 # Which of a window's three taps meet the same input, for each phase of an axis that is enlarged by this factor.
@@ -133,13 +133,11 @@ class Upsample(nn.Module):
 
     def folded(self) -> dict[tuple[int, int, int], Tensor]:
         """The convolution's weights for every phase of the output, summed in fp32 or better and rounded once."""
-        weight, result = self.conv.conv.weight, {}
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        for phase in itertools.product(*map(range, self.factors)):
-            taps = [wide.new_tensor(_TAPS[factor][i]) for factor, i in zip(self.factors, phase, strict=True)]
-            folded = torch.einsum("oitjk,at,bj,ck->oiabc", wide, *taps).to(weight.dtype)
-            result[phase] = folded.contiguous(memory_format=torch.channels_last_3d)
-        return result
+        weight = self.conv.conv.weight
+        result = {(): weight.to(torch.promote_types(weight.dtype, torch.float32))}
+        for dim, factor in enumerate(self.factors, start=2):
+            result = {(*phase, i): part for phase, wide in result.items() for i, part in enumerate(_fold(wide, dim, factor))}
+        return {phase: wide.to(weight.dtype).contiguous(memory_format=torch.channels_last_3d) for phase, wide in result.items()}
 
     def forward(self, x: Tensor) -> Tensor:
         (time, up, across), (frames, height, width) = self.factors, x.shape[2:]
@@ -150,6 +148,14 @@ class Upsample(nn.Module):
                 window = padded[:, :, t:, y : y + height + 3 - up, z : z + width + 3 - across]
                 out[:, :, t::time, y::up, z::across] = F.conv3d(window, weight, self.conv.conv.bias)
         return out  # [B, C, f (T - 1) + 1, 2Y, 2X]
+
+
+def _fold(weight: Tensor, dim: int, factor: int) -> list[Tensor]:
+    """The taps along `dim` for each phase of an axis enlarged by `factor`: those that meet the same input, added."""
+    if factor == 1:
+        return [weight]
+    w0, w1, w2 = weight.split(1, dim)
+    return [torch.cat((w0, w1 + w2), dim), torch.cat((w0 + w1, w2), dim)]
 
 
 class Level(nn.Module):
@@ -288,23 +294,28 @@ class HunyuanVideoVAE(nn.Module):
             raise ValueError("latents must be finite, got NaN or infinity: sample them again")
         if policy == "preview":
             return iter([self.preview(latents)])
-        decode = functools.partial(self._decode, memory_budget=memory_budget, notify=notify or _log.info)
-        return decode(latents) if policy == "global" else tiled(latents, tiles, lambda tile: torch.cat(list(decode(tile)), dim=2))
+        decode = self._decoding(memory_budget, notify or _log.info, latents.requires_grad)
+        if policy == "global":
+            return decode(latents)
+        tiles = tiles or TilePlan.for_frame(8 * latents.shape[3], 8 * latents.shape[4])
+        decode(tiles.largest(latents))  # begins nothing, but refuses a budget that is too small
+        return tiled(latents, tiles, lambda tile: torch.cat(list(decode(tile)), dim=2))
 
-    def _decode(self, latents: Tensor, memory_budget: int | None, notify: Callable[[str], None]) -> Iterator[Tensor]:
-        if torch.is_grad_enabled() and (latents.requires_grad or any(p.requires_grad for p in self.decoder.parameters())):
-            return iter([self.decoder(self.post_quant_conv(latents))])
-        stages = stages_of(self.decoder, self.post_quant_conv)
-        return decode_within(stages, latents, plans(stages, latents, memory_budget), notify)
+    def _decoding(self, memory_budget: int | None, notify: Callable[[str], None], grad: bool) -> Callable[[Tensor], Iterator[Tensor]]:
+        """What decodes latents, or a tile of them, in one go."""
+        if torch.is_grad_enabled() and (grad or any(p.requires_grad for p in self.decoder.parameters())):
+            return lambda latents: iter([self.decoder(self.post_quant_conv(latents))])
+        stages = stages_of(self.decoder, self.post_quant_conv)  # once, as they hold folded weights
+        return lambda latents: decode_within(stages, latents, plans(stages, latents, memory_budget), notify)
 
     @torch.no_grad()
     def preview(self, latents: Tensor) -> Tensor:
         """A cheap picture of `latents`: each position's colour by a linear map, repeated over the pixels and frames it stands for.
 
-        The map is the least-squares fit of what this decoder makes of smooth random latents (a fixed seed) on their first frame; it is
-        found when first needed, and again when the weights have changed.
+        The map is the least-squares fit of what this decoder makes of patches of random latents (a fixed seed) on their first frame;
+        it is found when first needed, and again when the weights have changed.
         """
-        version = (self.post_quant_conv.weight.data_ptr(), self.post_quant_conv.weight._version)
+        version = [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()]
         if self._colours is None or self._colours[0] != version:
             self._colours = version, self._fit_colours()
         weight, bias = self._colours[1].to(latents).split((self.config.latent_channels, 1))  # [C, 3], [1, 3]
@@ -315,7 +326,7 @@ class HunyuanVideoVAE(nn.Module):
     def _fit_colours(self) -> Tensor:
         channels, weight = self.config.latent_channels, self.post_quant_conv.weight
         noise = torch.randn(4, channels, 8, 8, generator=torch.Generator().manual_seed(0)) / self.config.scaling_factor
-        latents = F.interpolate(noise, scale_factor=2, mode="bilinear").unsqueeze(2)  # [4, C, 1, 16, 16]
+        latents = F.interpolate(noise, scale_factor=2).unsqueeze(2)  # [4, C, 1, 16, 16]
         video = torch.cat([self.decode(one.to(weight)) for one in latents.split(1)])  # one by one, as statistics are
         colours = F.avg_pool2d(video[:, :, 0].double().cpu(), 8)  # [4, 3, 16, 16]
         known = latents[:, :, 0].double().movedim(1, -1).flatten(0, 2)  # [1024, C]

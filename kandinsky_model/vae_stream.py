@@ -162,7 +162,7 @@ class Attend(Stage):
         scale, shift = (v[:, None, None] for v in affine)  # [B, 1, 1, C]
         for chunk in stream:
             x = chunk.take()
-            (batch, count, *_, channels), last = x.shape, first + x.shape[1]
+            batch, channels, last = x.shape[0], x.shape[-1], first + x.shape[1]
             tokens = torch.addcmul(shift, x.flatten(2, 3), scale).to(x.dtype)  # [B, f, P, C]
             if keys is None:
                 keys, values = (tokens.new_empty(batch, frames, tokens.shape[2], channels) for _ in range(2))
