@@ -101,14 +101,14 @@ def markdown(result: dict) -> str:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times the VAE's decoder against diffusers' and writes benchmarks/results/vae-<machine>.json.")
+    parser = argparse.ArgumentParser(description="Times the VAE's decoder and writes benchmarks/results/vae-<machine>.json.")
     parser.add_argument("--only", default="", help="run the cases whose name contains this, and write nothing")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds for each provider of a case (default: 20)")
     options = parser.parse_args()
     keep_memory()
     result = {"machine": machine(), "roofs": roofs()}
-    result["decodes"] = [decode_row(name, *case, options.budget) for name, case in DECODES.items() if options.only in name]
-    result["upsamplings"] = [upsampling_row(name, *case, options.budget / 4) for name, case in UPSAMPLINGS.items() if options.only in name]
+    for what, row, cases in (("decodes", decode_row, DECODES), ("upsamplings", upsampling_row, UPSAMPLINGS)):
+        result[what] = [row(name, *case, options.budget) for name, case in cases.items() if options.only in name]
     if not options.only:
         path = results_file(result["machine"])
         path = path.with_name(f"vae-{path.name}")

@@ -178,7 +178,7 @@ def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
 
     def fail(*args):
         state["calls"] += 1
-        due = {"at once": 1, "in the first pass": 7, "after some frames": 2 if state["frames"] >= 5 else 10**9}[when]
+        due = {"at once": 1, "in the first pass": 7, "after some frames": 1 if state["frames"] >= 5 else 10**9}[when]
         if state["failures"] < 2 and state["calls"] >= due:
             state.update(calls=0, failures=state["failures"] + 1)
             raise torch.OutOfMemoryError("injected")
