@@ -91,7 +91,8 @@ def upsampling_row(name: str, channels: int, factors: tuple[int, int, int], size
 
 
 def markdown(result: dict) -> str:
-    lines = ["| case | ours, ms | theirs, ms | times faster | wanted | our peak, MB | their peak, MB |", "|---|---:|---:|---:|---:|---:|---:|"]
+    lines = ["| case | ours, ms | theirs, ms | times faster | wanted | our peak, MB | their peak, MB |",
+             "|---|---:|---:|---:|---:|---:|---:|"]
     for row in (*result["decodes"], *result["upsamplings"]):
         ours, theirs = (timing["median_ms"] for timing in row["timings"].values())
         peaks = " | ".join(f"{peak / 1e6:.0f}" for peak in row["peak_bytes"].values()) if "peak_bytes" in row else "- | -"

@@ -185,10 +185,10 @@ class Kandinsky5:
                  callback: Callback | None = None, memory_budget: int | None = None, **settings) -> Video | list[Video]:
         """Sample a video from a prompt, or a list of videos, in one batch, from a list of prompts.
 
-        settings: num_frames (4k + 1), height, width (multiples of 16), num_inference_steps, guidance_scale (1: none),
-        scheduler_scale, attention ("nabla" | "dense"), precision ("fp32" | "reference"), vae_policy ("global" | "official" | "preview");
-        each defaults to what the model was released with. negative_prompt: None takes the model's own. seed: None draws one; the i-th prompt
-        uses seed + i, and a single prompt with that seed gives the same video. callback(stage, step, steps, latents) is called when the
+        settings: num_frames (4k + 1), height, width (multiples of 16), num_inference_steps, guidance_scale (1: none), scheduler_scale,
+        attention ("nabla" | "dense"), precision ("fp32" | "reference"), vae_policy ("global" | "official" | "preview"); each defaults to
+        what the model was released with. negative_prompt: None takes the model's own. seed: None draws one; the i-th prompt uses
+        seed + i, and a single prompt with that seed gives the same video. callback(stage, step, steps, latents) is called when the
         stages "text" and "sampling" begin and after each step; an exception raised in it stops the run. memory_budget: bytes that
         decoding may use; less takes longer and gives the same frames.
         Raises ValueError and TypeError before any work when something does not fit, RuntimeError when latents stop being finite.
