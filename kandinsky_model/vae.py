@@ -338,7 +338,7 @@ def decode_plan(config: VAEConfig, latent_shape: tuple[int, ...], dtype: torch.d
                 memory_budget: int | None = None) -> DecodePlan:
     """How latents [B, C, T, Y, X] of this shape would be decoded within `memory_budget` bytes; ValueError where they cannot be."""
     with torch.device("meta"):
-        stages = stages_of(Decoder(config), nn.Conv3d(config.latent_channels, config.latent_channels, 1))
+        stages = stages_of(Decoder(config).to(dtype), nn.Conv3d(config.latent_channels, config.latent_channels, 1))
     return choose(ladder(Accounting.of(stages, latent_shape, dtype)), memory_budget)[0]
 
 

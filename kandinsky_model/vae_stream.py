@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _vae_ops as ops
+from . import vae_pairs
 
 # A chunk has as many frames as it takes to reach this many positions: below it convolutions repack their weights for too little work.
 POSITIONS = 4096
@@ -116,17 +117,21 @@ class Convolve(Stage):
                  shortcut: nn.Module | None = None, detour: str = ""):
         self.conv, self.norm, self.before, self.detour = conv.conv, norm, before, detour
         self.shortcut = None if shortcut is None else shortcut.conv
+        self.pairs = vae_pairs.suits(self.conv)
 
     def flow(self, stream: Iterable[Chunk], affine: tuple[Tensor, Tensor] | None, frames: int) -> Iterator[Chunk]:
-        front = None
+        front, taps = None, vae_pairs.taps_of(self.conv.weight) if self.pairs else None
         for chunk in stream:
             x = chunk.take() if self.before is None else _pointwise(chunk.take(), self.before)
             padded = ops.group_norm_silu(x, *affine, front) if affine else pad(x, front, 2)
             if self.detour == "opens":
                 chunk.skip = x if self.shortcut is None else _pointwise(x, self.shortcut)
             del x
-            front = _keep(front, padded, 2)
-            chunk.x = ops.causal_conv3d(padded, self.conv.weight, self.conv.bias)  # [B, f, Y, X, C']
+            first, front = front is None, _keep(front, padded, 2)
+            if taps is None:
+                chunk.x = ops.causal_conv3d(padded, self.conv.weight, self.conv.bias)  # [B, f, Y, X, C']
+            else:
+                chunk.x = vae_pairs.convolve(padded, taps, self.conv, first)
             del padded
             if self.detour == "closes":
                 chunk.x.add_(chunk.skip)
@@ -137,14 +142,15 @@ class Convolve(Stage):
         return replace(place, channels=self.conv.out_channels, skip=self.conv.out_channels if self.detour == "opens" else 0)
 
     def cache(self, place: Place) -> int:
-        return place.padded(2)
+        return place.padded(2) + (vae_pairs.kernel_elements(self.conv) if self.pairs else 0)
 
     def work(self, place: Place) -> int:
         # while it normalises (and crosses the shortcut), or while it convolves
         padded, out = place.padded(place.chunk + 2), place.chunk * place.area * self.conv.out_channels
         crossing = out if self.shortcut is not None else 0
         skip = out if self.detour == "opens" else place.chunk * place.area * place.skip
-        return padded + max(place.chunk_size + crossing, out + skip)
+        extra = vae_pairs.work_elements(place.padded(1), place.area, self.conv) if self.pairs else 0
+        return padded + max(place.chunk_size + crossing, out + skip + extra)
 
     def flops(self, place: Place) -> int:
         taps = [(self.conv.in_channels, 27), *((conv.in_channels, 1) for conv in (self.shortcut, self.before) if conv is not None)]

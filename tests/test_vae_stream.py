@@ -7,7 +7,7 @@ import torch
 from live_memory import LiveMemory
 from test_vae import SMALL, rel_l2, small_vae
 
-from kandinsky_model import memory, vae_stream
+from kandinsky_model import memory, vae_pairs, vae_stream
 from kandinsky_model.config import VAEConfig
 from kandinsky_model.memory import Accounting, choose, ladder, parse_bytes
 from kandinsky_model.tiles import TilePlan
@@ -73,6 +73,7 @@ def test_the_budget_changes_no_bit(monkeypatch, dtype, policy, tiles):
 
 def test_frames_leave_in_order_while_the_last_pass_runs(monkeypatch):
     vae, latents = small_vae().requires_grad_(False), torch.randn(2, 4, 5, 40, 40)
+    monkeypatch.setattr(vae_pairs, "suits", lambda _: False)
     convolve, calls = vae_stream.ops.causal_conv3d, []
     monkeypatch.setattr(vae_stream.ops, "causal_conv3d", lambda *args: calls.append(1) or convolve(*args))
     seen, pieces = [], []
@@ -95,11 +96,35 @@ def test_upsampling_weights_are_folded_once(monkeypatch):
     assert len(count) == 2 * len(set(count)) == 6
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=str)
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("first", [True, False])
+def test_convolution_in_pairs_is_convolution(dtype, limit, frames, first):
+    conv, padded = torch.nn.Conv3d(8, 12, 3).to(dtype).requires_grad_(False), torch.randn(2, frames + 2, 6, 7, 8, dtype=dtype)
+    if first:
+        padded[:, :2] = padded[:, 2:3]
+    direct = vae_stream.ops.causal_conv3d(padded, conv.weight, conv.bias)
+    in_pairs = vae_pairs.convolve(padded, vae_pairs.taps_of(conv.weight), conv, first)
+    assert in_pairs.shape == direct.shape and rel_l2(in_pairs, direct) <= limit
+
+
+def test_pairs_are_for_fp32_on_a_cpu_and_as_exact(monkeypatch):
+    for dtype, wanted in ((torch.float32, True), (torch.float64, False), (torch.bfloat16, False)):
+        assert vae_pairs.suits(torch.nn.Conv3d(4, 4, 3).to(dtype)) == wanted
+    vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 5, 3, 4)
+    in_pairs, exact = vae.decode(latents), small_vae(dtype=torch.float64).requires_grad_(False).decode(latents.double())
+    monkeypatch.setattr(vae_pairs, "suits", lambda _: False)
+    direct = vae.decode(latents)
+    assert not torch.equal(in_pairs, direct) and rel_l2(in_pairs, exact) <= 5e-6 and rel_l2(direct, exact) <= 5e-6
+
+
 # Memory
 
 
+@pytest.mark.parametrize("pairs", [False, True], ids=["direct", "in pairs"])
 @pytest.mark.parametrize("scheme", ["KKKK", "KKKR", "RRRR", "KKKS", "KKSS", "KSSS"])
-def test_predicted_peak_is_the_measured_one(scheme):
+def test_predicted_peak_is_the_measured_one(monkeypatch, scheme, pairs):
+    monkeypatch.setattr(vae_pairs, "suits", lambda _: pairs)
     config = VAEConfig(latent_channels=4, block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4)
     vae, latents = small_vae(config).requires_grad_(False), torch.randn(1, 4, 9, 12, 16)
     stages, accounting = chain(vae, latents)
@@ -173,6 +198,7 @@ def test_what_is_no_size_is_refused(text):
 @pytest.mark.parametrize("when", ["at once", "in the first pass", "after some frames"])
 def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
     monkeypatch.setattr(vae_stream, "POSITIONS", 64)
+    monkeypatch.setattr(vae_pairs, "suits", lambda _: False)
     vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 12, 8, 9)
     wanted, convolve, state = vae.decode(latents), vae_stream.ops.causal_conv3d, {"calls": 0, "failures": 0, "frames": 0}
 
@@ -197,6 +223,7 @@ def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
 
 
 def test_out_of_memory_in_the_smallest_scheme_is_an_error(monkeypatch):
+    monkeypatch.setattr(vae_pairs, "suits", lambda _: False)
     vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 2, 3, 3)
 
     def fail(*_):
