@@ -44,6 +44,11 @@ class Progress:
         elif stage == "sampling":
             self.bar.update()
 
+    def tell(self, line: str) -> None:
+        """A line that stays above the bar, on a terminal only."""
+        if not self.bar.disable:
+            self.bar.write(line, file=sys.stderr)
+
     def __enter__(self):
         return self
 
@@ -73,7 +78,7 @@ def generate(args) -> None:
     if args.offload:
         model.enable_model_cpu_offload()
     with Progress() as progress:
-        result = model.generate(args.prompt, callback=progress, **settings)
+        result = model.generate(args.prompt, callback=progress, memory_budget=args.memory_budget, **settings)
         latents = result.save_latents(pipeline.latents_path(output))  # first: from here on nothing that fails can cost the sampling
         written = _finish(result, output, progress)
         if strip:
@@ -88,16 +93,14 @@ def decode(args) -> None:
     output = video.check_output(args.output or re.sub(r"(\.latents)?\.safetensors$", ".mp4", args.latents))
     model = pipeline.load(args.model or settings.model, device=args.device, parts=("vae",))
     with Progress() as progress:
-        result = model.open(args.latents, **({"vae_policy": args.vae_policy} if args.vae_policy else {}))
+        result = model.open(args.latents, args.memory_budget, **({"vae_policy": args.vae_policy} if args.vae_policy else {}))
         written = _finish(result, output, progress)
     _tell(written, result.settings, args.latents)
 
 
 def _finish(result, output: Path, progress: Progress) -> list[Path]:
     progress("decoding")
-    _ = result.frames
-    progress("saving")
-    return result.save(output, latents=False)
+    return result.save(output, latents=False, notify=progress.tell)
 
 
 def _tell(written, settings, latents) -> None:
@@ -174,6 +177,15 @@ def _lora(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+def _bytes(text: str) -> int:
+    from .memory import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompt")
     command.add_argument("-o", "--output", default="out.mp4", help=".mp4, .gif or .png; several frames as png: <name>_000.png, ...")
@@ -206,8 +218,11 @@ def _decode_arguments(command: argparse.ArgumentParser) -> None:
 
 def _decoding_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
-    command.add_argument("--vae-policy", choices=("global", "official"),
-                         help="decode in one piece, or in the published pipeline's tiles (default: one piece while the clip is small)")
+    command.add_argument("--vae-policy", choices=("global", "official", "preview"),
+                         help="decode in one piece, in the published pipeline's tiles, or to colours only (default: one piece while the "
+                              "clip is small)")
+    command.add_argument("--memory-budget", type=_bytes, metavar="SIZE",
+                         help="what decoding may use, such as 10GB; less takes longer and gives the same frames (default: what is free)")
 
 
 def _download_arguments(command: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +27,8 @@ from .locate import PARTS, Sources, locate, text_to_video
 from .lora import Adapters
 from .plan import make_plan
 from .sampler import PRECISIONS, Conditioning, Sampling, noise, sample
-from .vae import POLICIES
+from .tiles import TilePlan
+from .vae import POLICIES, decode_plan
 from .weights import load_dit, load_vae, read_headers
 
 ATTENTIONS = ("nabla", "dense")
@@ -41,6 +42,7 @@ WIDEST_CHANNELS, GLOBAL_DECODE_LIMIT = 256, 2**31
 
 _log = logging.getLogger(__name__)
 Callback = Callable[[str, int, int, Tensor | None], None]
+Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -92,17 +94,33 @@ class Video:
     `latents`: fp32 [1, T, H/8, W/8, 16], scaled as the transformer sees them. `seed` alone, given back to `generate`, repeats it.
     """
 
-    def __init__(self, latents: Tensor, settings: Settings, decode: Callable[[Tensor, Settings], Tensor]):
-        self.latents, self.settings, self._decode = latents, settings, decode
+    def __init__(self, latents: Tensor, settings: Settings, decode: Callable[..., Iterator[Tensor]]):
+        self.latents, self.settings, self._decode, self._frames = latents, settings, decode, None
 
     @property
     def seed(self) -> int:
         return self.settings.seed
 
-    @cached_property
+    @property
     def frames(self) -> Tensor:
         """uint8 [F, H, W, 3] on the CPU."""
-        return self._decode(self.latents, self.settings)
+        for _ in self.decode() if self._frames is None else ():
+            pass
+        return self._frames
+
+    def decode(self, notify: Notify | None = None) -> Iterator[Tensor]:
+        """The frames in pieces, uint8 [f, H, W, 3] on the CPU, each as soon as it is decoded; once complete, they stay in `frames`.
+
+        notify is told, in one line each, how decoding goes about it.
+        """
+        if self._frames is not None:
+            yield self._frames
+            return
+        pieces = []
+        for piece in self._decode(self.latents, self.settings, notify=notify):
+            pieces.append(piece)
+            yield piece
+        self._frames = torch.cat(pieces)
 
     def save_latents(self, path: str | Path) -> Path:
         """Write latents and settings as safetensors; `kandinsky decode` and `Kandinsky5.open` read them."""
@@ -111,15 +129,15 @@ class Video:
             save_file({"latents": self.latents.cpu().contiguous()}, target, {"format": "pt", METADATA_KEY: self.settings.to_json()})
         return path
 
-    def save(self, path: str | Path, latents: bool = True) -> list[Path]:
-        """Write the frames as mp4, gif or png by extension, and return the files written.
+    def save(self, path: str | Path, latents: bool = True, notify: Notify | None = None) -> list[Path]:
+        """Write the frames as mp4, gif or png by extension, and return the files written; an mp4 grows while frames are decoded.
 
         The latents go first, to `<stem>.latents.safetensors` beside it, so that no failure in decoding or encoding can lose them.
         """
         path = files.check_output(path)
         if latents:
             self.save_latents(latents_path(path))
-        return files.save(self.frames, path, self.settings.fps, self.settings.to_json())
+        return files.save(self.decode(notify), path, self.settings.fps, self.settings.to_json())
 
 
 class Kandinsky5:
@@ -168,18 +186,19 @@ class Kandinsky5:
                 part.to("cpu")
 
     def generate(self, prompt: str | list[str], negative_prompt: str | None = None, seed: int | None = None,
-                 callback: Callback | None = None, **settings) -> Video | list[Video]:
+                 callback: Callback | None = None, memory_budget: int | None = None, **settings) -> Video | list[Video]:
         """Sample a video from a prompt, or a list of videos, in one batch, from a list of prompts.
 
-        settings: num_frames (4k + 1), height, width (multiples of 16), num_inference_steps, guidance_scale (1: none),
-        scheduler_scale, attention ("nabla" | "dense"), precision ("fp32" | "reference"), cache ("none" | "mag" | "first-block"),
-        vae_policy ("global" | "official"); each defaults to what the model was released with. negative_prompt: None takes the model's
-        own. seed: None draws one; the i-th prompt uses seed + i, and a single prompt with that seed gives the same video.
-        callback(stage, step, steps, latents) is called when the stages "text" and "sampling" begin and after each step; an exception
-        raised in it stops the run.
+        settings: num_frames (4k + 1), height, width (multiples of 16), num_inference_steps, guidance_scale (1: none), scheduler_scale,
+        attention ("nabla" | "dense"), precision ("fp32" | "reference"), cache ("none" | "mag" | "first-block"), vae_policy ("global" |
+        "official" | "preview"); each defaults to what the model was released with. negative_prompt: None takes the model's own. seed:
+        None draws one; the i-th prompt uses seed + i, and a single prompt with that seed gives the same video. callback(stage, step,
+        steps, latents) is called when the stages "text" and "sampling" begin and after each step; an exception raised in it stops the
+        run. memory_budget: bytes that decoding may use; less takes longer and gives the same frames.
         Raises ValueError and TypeError before any work when something does not fit, RuntimeError when latents stop being finite.
         """
         plans = self._settings(prompt, negative_prompt, seed, settings)
+        self._check_budget(plans[0], memory_budget)
         first, tell = plans[0], callback or (lambda *_: None)
         tell("text", 0, 1, None)
         cond, uncond = self._encode(plans)
@@ -187,29 +206,46 @@ class Kandinsky5:
         for step, latents in self._sample(plans, cond, uncond):
             tell("sampling", step + 1, first.num_inference_steps, latents)
         latents = latents.float()
-        videos = [Video(latents[i : i + 1], plan, self.decode) for i, plan in enumerate(plans)]
+        decode = partial(self.decode, memory_budget=memory_budget)
+        videos = [Video(latents[i : i + 1], plan, decode) for i, plan in enumerate(plans)]
         return videos if isinstance(prompt, (list, tuple)) else videos[0]
 
-    def open(self, path: str | Path, **changes) -> Video:
+    def open(self, path: str | Path, memory_budget: int | None = None, **changes) -> Video:
         """The video whose latents `save_latents` wrote, decoded by this model; `changes`: settings to replace, such as vae_policy."""
         latents, settings = load_latents(path)
-        return Video(latents, replace(settings, **changes), self.decode)
+        return Video(latents, replace(settings, **changes), partial(self.decode, memory_budget=memory_budget))
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor, settings: Settings) -> Tensor:
-        """uint8 [F, H, W, 3] on the CPU from scaled latents [1, T, H/8, W/8, 16].
+    def decode(self, latents: Tensor, settings: Settings, memory_budget: int | None = None,
+               notify: Notify | None = None) -> Iterator[Tensor]:
+        """Consecutive pieces of the video, uint8 [f, H, W, 3] on the CPU, from scaled latents [1, T, H/8, W/8, 16].
 
-        Values are rounded to 8 bits; precision "reference" cuts them off instead, as the official code does.
+        Values are rounded to 8 bits; precision "reference" cuts them off instead, as the official code does. memory_budget, notify: as
+        in `HunyuanVideoVAE.decode_frames`; the frames depend on neither.
         """
         if not torch.isfinite(latents).all():
             raise RuntimeError("decoding requires finite latents, got NaN or infinity; sample them again")
+        return self._decode(latents, settings, memory_budget, notify)
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor, settings: Settings, memory_budget: int | None, notify: Notify | None) -> Iterator[Tensor]:
         with self._placed("vae") as vae:
             weight = vae.post_quant_conv.weight
             scaled = (latents.to(self.device, torch.float32) / vae.config.scaling_factor).to(weight.dtype)
-            pixels = vae.decode(scaled.permute(0, 4, 1, 2, 3), settings.vae_policy)  # [1, 3, F, H, W]
-            levels = (pixels[0].float().clamp(-1, 1) + 1) * 127.5
-            levels = levels if settings.precision == "reference" else levels.round()
-            return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()  # [F, H, W, 3]
+            pieces = vae.decode_frames(scaled.permute(0, 4, 1, 2, 3), settings.vae_policy, None, memory_budget, notify)
+            for pixels in pieces:  # [1, 3, f, H, W]
+                levels = (pixels[0].float().clamp(-1, 1) + 1) * 127.5
+                levels = levels if settings.precision == "reference" else levels.round()
+                yield levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()  # [f, H, W, 3]
+
+    def _check_budget(self, settings: Settings, memory_budget: int | None) -> None:
+        """ValueError or TypeError where decoding cannot fit `memory_budget`: better known before sampling than after."""
+        if memory_budget is None or self.vae is None or settings.vae_policy == "preview":
+            return
+        grid, size = settings.grid, (settings.height, settings.width)
+        latents = torch.empty(1, self.vae.config.latent_channels, grid.T, 2 * grid.Y, 2 * grid.X, device="meta")
+        if settings.vae_policy == "official":
+            latents = TilePlan.for_frame(*size).largest(latents)
+        decode_plan(self.vae.config, latents.shape, self.vae.post_quant_conv.weight.dtype, memory_budget)
 
     def _settings(self, prompt, negative_prompt, seed, given: dict) -> list[Settings]:
         """One checked Settings for each prompt."""

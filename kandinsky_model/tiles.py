@@ -2,6 +2,7 @@
 """How the `official` decoding policy cuts a video into overlapping tiles and fades them into each other."""
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,10 @@ class TilePlan:
         # 40: a frame below the overlap is one tile as well
         return cls(*(max(40, 8 * math.ceil((size + 32 * (n - 1)) / n / 8)) for size, n in zip((height, width), counts, strict=True)))
 
+    def largest(self, latents: Tensor) -> Tensor:
+        """The first tile of `latents` [B, C, T, Y, X]; none is larger."""
+        return latents[:, :, : (self.frames - 1) // 4 + 1, : self.height // 8, : self.width // 8]
+
 
 def starts(size: int, tile: int, stride: int) -> range:
     """Where the tiles of one axis nominally begin: every `stride`, as many as it takes to reach `size`."""
@@ -67,3 +72,33 @@ def fade(before: Tensor, tile: Tensor, extent: int, dim: int) -> Tensor:
 def join(tiles: list[Tensor], overlap: int, dim: int) -> Tensor:
     """Each tile up to where the next one fades in, end to end."""
     return torch.cat([tile.narrow(dim, 0, tile.shape[dim] - overlap) for tile in tiles[:-1]] + tiles[-1:], dim)
+
+
+def tiled(latents: Tensor, plan: TilePlan, decode: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """Pieces [B, 3, f, 8Y, 8X] of the video of `latents` [B, C, T, Y, X], each tile by `decode`; in order, as soon as they are final."""
+    length, faded, before = (plan.frames - 1) // 4, plan.frames - 1 - plan.frame_stride, None
+    for start in starts(latents.shape[2] - 1, length, plan.frame_stride // 4):
+        tile = _tiled_in_space(latents[:, :, start : start + length + 1], plan, decode)  # [B, 3, <= frames, 8Y, 8X]
+        if before is not None:
+            yield before[:, :, : before.shape[2] - faded]
+            tile = fade(before, tile[:, :, 1:], faded, dim=2)
+        before = tile
+    yield before
+
+
+def _tiled_in_space(latents: Tensor, plan: TilePlan, decode: Callable[[Tensor], Tensor]) -> Tensor:
+    height, width = latents.shape[3:]
+    tile_height, tile_width, overlap = plan.height // 8, plan.width // 8, plan.overlap
+    above, strips = [], []
+    for y in starts(height, tile_height, tile_height - overlap // 8):
+        row: list[Tensor] = []
+        top = max(min(y, height - tile_height), 0)
+        for x in starts(width, tile_width, tile_width - overlap // 8):
+            left = max(min(x, width - tile_width), 0)
+            tile = decode(latents[..., top : top + tile_height, left : left + tile_width])
+            tile = tile[..., 8 * (y - top) :, 8 * (x - left) :]  # a tile moved inwards counts from its nominal start
+            tile = fade(above[len(row)], tile, overlap, dim=3) if above else tile
+            row.append(fade(row[-1], tile, overlap, dim=4) if row else tile)
+        strips.append(join(row, overlap, dim=4))  # [B, 3, F, <= height, 8X]
+        above = row
+    return join(strips, overlap, dim=3)  # [B, 3, F, 8Y, 8X]

@@ -6,48 +6,32 @@ whoever holds sampler latents divides them by `VAEConfig.scaling_factor` before 
 T latent frames stand for 4 (T - 1) + 1 video frames: the first one is alone, each later one holds four.
 """
 
-import itertools
+import logging
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import VAEConfig
-from .tiles import TilePlan, fade, join, starts
+import kandinsky_kernels as ops
 
-POLICIES = ("global", "official")
+from .config import VAEConfig
+from .memory import Accounting, DecodePlan, choose, decode_within, ladder, plans
+from .tiles import TilePlan, tiled
+from .vae_stream import stages_of
+
+POLICIES = ("global", "official", "preview")
 _EPS = 1e-6
+_log = logging.getLogger(__name__)
 # Which of a window's three taps meet the same input, for each phase of an axis that is enlarged by this factor.
 _TAPS = {1: [[[1, 0, 0], [0, 1, 0], [0, 0, 1]]], 2: [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]}
-
-
-def _group_affine(norm: nn.GroupNorm, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift [B, 1, 1, C] with norm(x) = x * scale + shift, for rows [B, T, Y, X, C].
-
-    Sums are taken around each group's mean in the first frame, over Y in fp32 and from there in fp64: PyTorch's channels-last
-    GroupNorm adds a million squares in one fp32 number and is 3e-4 off at 17 x 256 x 256.
-    """
-    (batch, frames, height, width, channels), groups = rows.shape, norm.num_groups
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    pivot = rows[:, 0].to(dtype).unflatten(-1, (groups, -1)).mean((1, 2, 4))  # [B, G]
-    offset = pivot.repeat_interleave(channels // groups, 1).view(batch, 1, 1, channels)
-    sums = rows.new_zeros(2, batch, width, channels, dtype=torch.float64)
-    for t in range(frames):  # one frame at a time stays in the cache
-        frame = rows[:, t] - offset
-        sums[0] += frame.sum(1)
-        sums[1] += frame.square_().sum(1)
-    count = frames * height * width * channels // groups
-    first, second = sums.sum(2).unflatten(-1, (groups, -1)).sum(-1, keepdim=True) / count  # 2 x [B, G, 1]
-    scale = norm.weight.double().view(groups, -1) / (second - first.square() + norm.eps).sqrt()  # [B, G, C/G]
-    shift = norm.bias.double().view(groups, -1) - (pivot.double().unsqueeze(-1) + first) * scale
-    return tuple(v.to(rows.dtype).view(batch, 1, 1, channels) for v in (scale, shift))
 
 
 class CausalConv3d(nn.Module):
     """3-D convolution of [B, C, T, Y, X]: borders repeat, and output frame t sees input frames <= t (times the stride) only.
 
-    `forward(x, norm)` convolves silu(norm(x)). Without autograd on a CPU that is written straight into the padded,
-    channels-last input of the convolution: the layout oneDNN is fastest in, and one new buffer instead of three.
+    `forward(x, norm)` convolves silu(norm(x)); without autograd that is written straight into the padded, channels-last input of the
+    convolution: one new buffer instead of three.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)):
@@ -56,38 +40,16 @@ class CausalConv3d(nn.Module):
         self.padding = (kernel // 2,) * 4 + (kernel - 1, 0)
 
     def forward(self, x: Tensor, norm: nn.GroupNorm | None = None) -> Tensor:
-        if norm is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
-            return self.conv(self._norm_silu_pad(x, norm))  # [B, C', T', Y', X']
+        if norm is not None and not torch.is_grad_enabled():
+            rows = x.permute(0, 2, 3, 4, 1).contiguous()  # [B, T, Y, X, C]
+            affine = ops.group_affine(ops.group_moments(rows, norm.num_groups), norm.weight, norm.bias, norm.eps)
+            out = ops.causal_conv3d(ops.group_norm_silu(rows, *affine), self.conv.weight, self.conv.bias)
+            return out.permute(0, 4, 1, 2, 3)  # [B, C', T', Y', X']
         if norm is not None:
             x = F.silu(norm(x))
         if any(self.padding):
             x = F.pad(x, self.padding, mode="replicate")  # [B, C, T + 2, Y + 2, X + 2]
         return self.conv(x)  # [B, C', T', Y', X']
-
-    def _norm_silu_pad(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
-        rows = x.permute(0, 2, 3, 4, 1).contiguous()  # [B, T, Y, X, C]
-        scale, shift = _group_affine(norm, rows)
-        batch, frames, height, width, channels = rows.shape
-        padded = rows.new_empty(batch, frames + 2, height + 2, width + 2, channels)
-        for t in range(frames):
-            frame = padded[:, t + 2]
-            inner = frame[:, 1:-1, 1:-1]
-            F.silu(torch.addcmul(shift, rows[:, t], scale, out=inner), inplace=True)
-            frame[:, 0, 1:-1], frame[:, -1, 1:-1] = inner[:, 0], inner[:, -1]
-            frame[:, :, 0], frame[:, :, -1] = frame[:, :, 1], frame[:, :, -2]
-        padded[:, :2] = padded[:, 2:3]
-        return padded.permute(0, 4, 1, 2, 3)  # [B, C, T + 2, Y + 2, X + 2]
-
-
-def _pad_replicate(x: Tensor, front: int) -> Tensor:
-    """[B, C, front + T, Y + 2, X + 2] with repeated borders; without autograd on a CPU channels-last, gathered by rows of channels."""
-    if torch.is_grad_enabled() or x.device.type != "cpu":
-        return F.pad(x, (1, 1, 1, 1, front, 0), mode="replicate")
-    rows = x.permute(0, 2, 3, 4, 1).contiguous()  # [B, T, Y, X, C]
-    frames, height, width = rows.shape[1:4]
-    t, y, z = ((torch.arange(-low, n + high).clamp(0, n - 1)) for n, low, high in ((frames, front, 0), (height, 1, 1), (width, 1, 1)))
-    index = (t[:, None, None] * height + y[:, None]) * width + z  # [T', Y', X']
-    return rows.flatten(1, 3).index_select(1, index.flatten()).unflatten(1, index.shape).permute(0, 4, 1, 2, 3)
 
 
 class ResnetBlock(nn.Module):
@@ -168,19 +130,31 @@ class Upsample(nn.Module):
         self.factors = factors
         self.conv = CausalConv3d(channels, channels)
 
+    def folded(self) -> dict[tuple[int, int, int], Tensor]:
+        """The convolution's weights for every phase of the output, summed in fp32 or better and rounded once."""
+        weight = self.conv.conv.weight
+        result = {(): weight.to(torch.promote_types(weight.dtype, torch.float32))}
+        for dim, factor in enumerate(self.factors, start=2):
+            result = {(*phase, i): part for phase, wide in result.items() for i, part in enumerate(_fold(wide, dim, factor))}
+        return {phase: wide.to(weight.dtype).contiguous(memory_format=torch.channels_last_3d) for phase, wide in result.items()}
+
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias, (time, up, across) = self.conv.conv.weight, self.conv.conv.bias, self.factors
-        (frames, height, width), padded = x.shape[2:], _pad_replicate(x, 3 - time)  # [B, C, T + 3 - f, Y + 2, X + 2]
+        (time, up, across), (frames, height, width) = self.factors, x.shape[2:]
+        padded = F.pad(x, (1, 1, 1, 1, 3 - time, 0), mode="replicate")  # [B, C, T + 3 - f, Y + 2, X + 2]
         out = x.new_empty(*x.shape[:2], time * (frames - 1) + 1, up * height, across * width).to(memory_format=torch.channels_last_3d)
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        for t, y, z in itertools.product(*map(range, self.factors)):
-            if frames <= t:  # a single frame has no doubled one
-                continue
-            taps = [wide.new_tensor(_TAPS[factor][phase]) for factor, phase in zip(self.factors, (t, y, z), strict=True)]
-            folded = torch.einsum("oitjk,at,bj,ck->oiabc", wide, *taps).to(weight.dtype)
-            window = padded[:, :, t:, y : y + height + 3 - up, z : z + width + 3 - across]
-            out[:, :, t::time, y::up, z::across] = F.conv3d(window, folded, bias)
+        for (t, y, z), weight in self.folded().items():
+            if frames > t:  # a single frame has no doubled one
+                window = padded[:, :, t:, y : y + height + 3 - up, z : z + width + 3 - across]
+                out[:, :, t::time, y::up, z::across] = F.conv3d(window, weight, self.conv.conv.bias)
         return out  # [B, C, f (T - 1) + 1, 2Y, 2X]
+
+
+def _fold(weight: Tensor, dim: int, factor: int) -> list[Tensor]:
+    """The taps along `dim` for each phase of an axis enlarged by `factor`: those that meet the same input, added."""
+    if factor == 1:
+        return [weight]
+    w0, w1, w2 = weight.split(1, dim)
+    return [torch.cat((w0, w1 + w2), dim), torch.cat((w0 + w1, w2), dim)]
 
 
 class Level(nn.Module):
@@ -273,6 +247,7 @@ class HunyuanVideoVAE(nn.Module):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
+        self._colours: tuple | None = None
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latents of `video` [B, 3, F, H, W]; both [B, latent_channels, T, H/8, W/8].
@@ -289,47 +264,81 @@ class HunyuanVideoVAE(nn.Module):
         mean, logvar = self.quant_conv(self.encoder(video)).chunk(2, dim=1)  # [B, C, T, H/8, W/8]
         return mean.contiguous(), logvar.contiguous()
 
-    def decode(self, latents: Tensor, policy: str = "global", tiles: TilePlan | None = None) -> Tensor:
+    def decode(self, latents: Tensor, policy: str = "global", tiles: TilePlan | None = None, memory_budget: int | None = None) -> Tensor:
         """Video [B, 3, 4 (T - 1) + 1, 8Y, 8X] of unscaled `latents` [B, latent_channels, T, Y, X]; about -1..1, not clamped.
 
-        "global": the decoder once, over the whole latent. "official": the published pipeline's overlapping tiles, each with its
-        own statistics, under `tiles` or, without, `TilePlan.for_frame` of the frame; the whole frame always comes out.
-        The two are different functions. ValueError for a wrong shape or policy, or for tiles given to "global".
+        `decode_frames` says what the arguments mean; it gives the same frames piece by piece.
+        """
+        return torch.cat(list(self.decode_frames(latents, policy, tiles, memory_budget)), dim=2).contiguous()
+
+    def decode_frames(self, latents: Tensor, policy: str = "global", tiles: TilePlan | None = None, memory_budget: int | None = None,
+                      notify: Callable[[str], None] | None = None) -> Iterator[Tensor]:
+        """Consecutive pieces [B, 3, f, 8Y, 8X] of the video, each as soon as it is final.
+
+        "global": the decoder once, over the whole latent, streamed. "official": the published pipeline's overlapping tiles, each with
+        its own statistics, under `tiles` or, without, `TilePlan.for_frame` of the frame; the whole frame always comes out.
+        "preview": colours only, see `preview`. The three are different functions; none depends on the budget.
+        memory_budget: bytes that decoding (of one tile) may use, counted as `DecodePlan` does; None: a GPU's free memory, on the CPU no
+        limit. Out of memory nevertheless, it goes on in the next smaller scheme. notify: is told the scheme and such events.
+        Where gradients are recorded, the whole decoder runs at once instead.
+        ValueError for a wrong shape, policy or budget, for latents that are not finite, or for tiles given to another policy.
         """
         _check(latents, "latents", f"{self.config.latent_channels}, T, Y, X")
-        if policy not in POLICIES or (policy == "global" and tiles is not None):
+        if policy not in POLICIES or (policy != "official" and tiles is not None):
             raise ValueError(
                 f"policy must be one of {', '.join(POLICIES)}, and tiles only come with official, got {policy!r} and tiles {tiles}: "
                 "change one of them"
             )
+        if not latents.isfinite().all():
+            raise ValueError("latents must be finite, got NaN or infinity: sample them again")
+        if policy == "preview":
+            return iter([self.preview(latents)])
+        decode = self._decoding(memory_budget, notify or _log.info, latents.requires_grad)
         if policy == "global":
-            return self._decode(latents).contiguous()
-        plan = tiles or TilePlan.for_frame(8 * latents.shape[3], 8 * latents.shape[4])
-        length, faded, row = (plan.frames - 1) // 4, plan.frames - 1 - plan.frame_stride, []
-        for start in starts(latents.shape[2] - 1, length, plan.frame_stride // 4):
-            tile = self._decode_frame_tiles(latents[:, :, start : start + length + 1], plan)  # [B, 3, <= frames, 8Y, 8X]
-            row.append(fade(row[-1], tile[:, :, 1:], faded, dim=2) if row else tile)
-        return join(row, faded, dim=2).contiguous()  # [B, 3, 4 (T - 1) + 1, 8Y, 8X]
+            return decode(latents)
+        tiles = tiles or TilePlan.for_frame(8 * latents.shape[3], 8 * latents.shape[4])
+        decode(tiles.largest(latents))  # begins nothing, but refuses a budget that is too small
+        return tiled(latents, tiles, lambda tile: torch.cat(list(decode(tile)), dim=2))
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(latents))  # [B, 3, 4 (T - 1) + 1, 8Y, 8X]
+    def _decoding(self, memory_budget: int | None, notify: Callable[[str], None], grad: bool) -> Callable[[Tensor], Iterator[Tensor]]:
+        """What decodes latents, or a tile of them, in one go."""
+        if torch.is_grad_enabled() and (grad or any(p.requires_grad for p in self.decoder.parameters())):
+            return lambda latents: iter([self.decoder(self.post_quant_conv(latents))])
+        stages = stages_of(self.decoder, self.post_quant_conv)  # once, as they hold folded weights
+        return lambda latents: decode_within(stages, latents, plans(stages, latents, memory_budget), notify)
 
-    def _decode_frame_tiles(self, latents: Tensor, plan: TilePlan) -> Tensor:
-        height, width = latents.shape[3:]
-        tile_height, tile_width, overlap = plan.height // 8, plan.width // 8, plan.overlap
-        above, strips = [], []
-        for y in starts(height, tile_height, tile_height - overlap // 8):
-            row: list[Tensor] = []
-            top = max(min(y, height - tile_height), 0)
-            for x in starts(width, tile_width, tile_width - overlap // 8):
-                left = max(min(x, width - tile_width), 0)
-                tile = self._decode(latents[..., top : top + tile_height, left : left + tile_width])
-                tile = tile[..., 8 * (y - top) :, 8 * (x - left) :]  # a tile moved inwards counts from its nominal start
-                tile = fade(above[len(row)], tile, overlap, dim=3) if above else tile
-                row.append(fade(row[-1], tile, overlap, dim=4) if row else tile)
-            strips.append(join(row, overlap, dim=4))  # [B, 3, F, <= height, 8X]
-            above = row
-        return join(strips, overlap, dim=3)  # [B, 3, F, 8Y, 8X]
+    @torch.no_grad()
+    def preview(self, latents: Tensor) -> Tensor:
+        """A cheap picture of `latents`: each position's colour by a linear map, repeated over the pixels and frames it stands for.
+
+        The map is the least-squares fit of what this decoder makes of patches of random latents (a fixed seed) on their first frame;
+        it is found when first needed, and again when the weights have changed.
+        """
+        version = [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()]
+        if self._colours is None or self._colours[0] != version:
+            self._colours = version, self._fit_colours()
+        weight, bias = self._colours[1].to(latents).split((self.config.latent_channels, 1))  # [C, 3], [1, 3]
+        colours = (latents.movedim(1, -1) @ weight + bias).movedim(-1, 1)  # [B, 3, T, Y, X]
+        wide = colours.repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)
+        return wide.repeat_interleave(4, dim=2)[:, :, 3:]  # [B, 3, 4 (T - 1) + 1, 8Y, 8X]
+
+    def _fit_colours(self) -> Tensor:
+        channels, weight = self.config.latent_channels, self.post_quant_conv.weight
+        noise = torch.randn(4, channels, 8, 8, generator=torch.Generator().manual_seed(0)) / self.config.scaling_factor
+        latents = F.interpolate(noise, scale_factor=2).unsqueeze(2)  # [4, C, 1, 16, 16]
+        video = torch.cat([self.decode(one.to(weight)) for one in latents.split(1)])  # one by one, as statistics are
+        colours = F.avg_pool2d(video[:, :, 0].double().cpu(), 8)  # [4, 3, 16, 16]
+        known = latents[:, :, 0].double().movedim(1, -1).flatten(0, 2)  # [1024, C]
+        known = torch.cat((known, torch.ones_like(known[:, :1])), dim=1)
+        return torch.linalg.lstsq(known, colours.movedim(1, -1).flatten(0, 2)).solution  # [C + 1, 3]
+
+
+def decode_plan(config: VAEConfig, latent_shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16,
+                memory_budget: int | None = None) -> DecodePlan:
+    """How latents [B, C, T, Y, X] of this shape would be decoded within `memory_budget` bytes; ValueError where they cannot be."""
+    with torch.device("meta"):
+        stages = stages_of(Decoder(config).to(dtype), nn.Conv3d(config.latent_channels, config.latent_channels, 1))
+    return choose(ladder(Accounting.of(stages, latent_shape, dtype)), memory_budget)[0]
 
 
 def _check(x: Tensor, name: str, shape: str) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
@@ -60,25 +60,39 @@ def h264_encoder() -> str:
     raise RuntimeError("mp4 output requires an H.264 encoder, but this build of PyAV has none; pip install av from PyPI, or write a .gif")
 
 
-def save(frames: Tensor, path: str | os.PathLike, fps: int = 24, comment: str = "") -> list[Path]:
+def save(frames: Tensor | Iterable[Tensor], path: str | os.PathLike, fps: int = 24, comment: str = "") -> list[Path]:
     """Write uint8 [F, H, W, 3] to `path` in the format of its extension and return the files written.
 
+    frames: all of them, or consecutive pieces of them, which an mp4 takes up as they come.
     mp4: H.264, yuv420p, BT.709, index in front; needs even sides. gif: loops. png: one frame gives exactly `path`, several give
     `<stem>_000.png`, `<stem>_001.png`, ... `comment` goes into the file's comment tag.
     Raises ValueError or TypeError for other frames, and what `check_output` raises.
     """
-    if frames.dtype != torch.uint8:
-        raise TypeError(f"frames must be uint8, got {frames.dtype}; scale them to 0..255 and convert")
-    if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(f"frames must be [F, H, W, 3] with at least one frame, got {list(frames.shape)}; permute them to that")
     path = check_output(path)
-    frames = frames.cpu()
+    pieces = _checked([frames] if isinstance(frames, Tensor) else frames)
     suffix = path.suffix.lower()
     if suffix == ".png":
-        return _save_png(frames, path, comment)
+        return _save_png(torch.cat(list(pieces)), path, comment)
     with replacing(path) as target:
-        (_write_mp4 if suffix == ".mp4" else _write_gif)(frames, target, fps, comment)
+        if suffix == ".mp4":
+            _write_mp4(pieces, target, fps, comment)
+        else:
+            _write_gif(torch.cat(list(pieces)), target, fps, comment)
     return [path]
+
+
+def _checked(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The pieces on the CPU, one at least; ValueError or TypeError for what is no frames."""
+    empty = True
+    for frames in pieces:
+        if frames.dtype != torch.uint8:
+            raise TypeError(f"frames must be uint8, got {frames.dtype}; scale them to 0..255 and convert")
+        if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+            raise ValueError(f"frames must be [F, H, W, 3] with at least one frame, got {list(frames.shape)}; permute them to that")
+        empty = False
+        yield frames.cpu()
+    if empty:
+        raise ValueError("frames must be [F, H, W, 3] with at least one frame, got no piece; decode a video first")
 
 
 def strip(frames: Tensor, count: int = 6, height: int = 160) -> Tensor:
@@ -127,18 +141,20 @@ def _write_gif(frames: Tensor, path: Path, fps: int, comment: str) -> None:
     images[0].save(path, save_all=True, append_images=images[1:], duration=lengths_ms, loop=0, comment=comment.encode())
 
 
-def _write_mp4(frames: Tensor, path: Path, fps: int, comment: str) -> None:
+def _write_mp4(pieces: Iterator[Tensor], path: Path, fps: int, comment: str) -> None:
     import av
 
-    if frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise ValueError(f"mp4 requires even sides, got {frames.shape[1]}x{frames.shape[2]} (height x width); crop a row or column")
+    first = next(pieces)
+    height, width = first.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"mp4 requires even sides, got {height}x{width} (height x width); crop a row or column")
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata["comment"] = comment
         stream = container.add_stream(h264_encoder(), rate=fps, options={"crf": str(CRF), "preset": "fast"})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         codec = stream.codec_context
         codec.color_primaries = codec.color_trc = codec.colorspace = codec.color_range = BT709
-        for frame in frames:
+        for frame in (frame for frames in chain([first], pieces) for frame in frames):
             image = av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")
             container.mux(stream.encode(image.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=BT709)))
         container.mux(stream.encode())

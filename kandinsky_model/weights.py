@@ -68,7 +68,8 @@ def load_vae(path: str | Path, config: VAEConfig | None = None, dtype: torch.dty
     entries = read_headers(files)
     if config is None:
         config = read_vae_config(folder)
-    return _load(lambda: HunyuanVideoVAE(config), entries, dtype, device)
+    # convolutions of channels-last activations would bring other weights into this order on every call
+    return _load(lambda: HunyuanVideoVAE(config), entries, dtype, device).to(memory_format=torch.channels_last_3d)
 
 
 def save_dit(dit: DiffusionTransformer3D, folder: str | Path, nabla: NablaConfig | None = None) -> None:

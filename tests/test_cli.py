@@ -74,6 +74,19 @@ def test_decode_repeats_the_file_bit_for_bit(run, tmp_path):
     assert run("decode", "a.latents.safetensors", "-o", "c.gif", "--vae-policy", "official")[1].count("official decoding") == 1
 
 
+def test_a_memory_budget_repeats_the_file_and_preview_is_another(run, tmp_path):
+    assert run("generate", PROMPT, "-o", "a.mp4", "--memory-budget", "1.5 GiB")[0] == 0
+    least = re.search(r"at least (\d+)", run("decode", "a.latents.safetensors", "-o", "b.mp4", "--memory-budget", "2mb")[2])[1]
+    status, _, err = run("decode", "a.latents.safetensors", "-o", "b.mp4", "--memory-budget", least)
+    assert (status, err) == (0, "") and (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    status, out, _ = run("decode", "a.latents.safetensors", "-o", "c.mp4", "--vae-policy", "preview")
+    assert status == 0 and "preview decoding" in out
+    frames, comment = frames_of(tmp_path / "c.mp4")
+    assert frames.shape == (5, 64, 80, 3) and json.loads(comment)["vae_policy"] == "preview"
+    status, _, err = run("decode", "a.latents.safetensors", "-o", "d.mp4", "--memory-budget", "1kb")
+    assert status == 2 and "requires a memory budget of at least" in err and err.count("\n") == 1 and not (tmp_path / "d.mp4").exists()
+
+
 def test_without_a_seed_one_is_printed_that_repeats_the_file(run, tmp_path):
     out = run("generate", PROMPT, "-o", "a.gif")[1]
     seed = out.split("seed ")[1].split(",")[0]
@@ -114,6 +127,9 @@ def test_bundled_model_is_the_default(run, tmp_path):
     (["generate", "x", "--guidance", "nan"], "finite"),
     (["generate", "x", "--seed", "-3"], "the seed must lie in"),
     (["generate", "x", "--attention", "flash"], "invalid choice"),
+    (["generate", "x", "--vae-policy", "fast"], "invalid choice"),
+    (["generate", "x", "--memory-budget", "lots"], "write for example 10GB"),
+    (["generate", "x", "--memory-budget", "1kb"], "a memory budget of at least"),
     (["generate", "x", "--model", "t2v-lite-sft-6s"], "did you mean t2v-lite-sft-5s"),
     (["generate", "x", "--model", "i2v-lite-5s"], "use a t2v preset"),
     (["generate", "x", "-o", "a.webm"], "must end in .mp4 or .gif or .png"),
@@ -201,7 +217,7 @@ def test_progress_names_stages_and_speed_on_a_terminal_only(run, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     assert run("generate", PROMPT)[0] == 0
     shown = terminal.getvalue()
-    positions = [shown.find(stage) for stage in ("text", "sampling", "decoding", "saving")]
+    positions = [shown.find(stage) for stage in ("text", "sampling", "decoding", "decoding in scheme KKKK")]
     assert -1 not in positions and positions == sorted(positions)
     assert "2/2" in shown and "s/step" in shown and "left" in shown
 

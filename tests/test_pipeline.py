@@ -167,9 +167,10 @@ def test_a_failing_decode_loses_nothing(model, tmp_path, monkeypatch):
     video = model.generate(PROMPT, seed=5, **SMALL)
 
     def fail(*_):
+        assert (tmp_path / "a.latents.safetensors").exists(), "the latents go first"
         raise MemoryError
 
-    monkeypatch.setattr(model.vae, "decode", fail)
+    monkeypatch.setattr(model.vae, "decode_frames", fail)
     with pytest.raises(MemoryError):
         video.save(tmp_path / "a.mp4")
     latents, settings = pipeline.load_latents(tmp_path / "a.latents.safetensors")

@@ -36,6 +36,18 @@ def test_mp4_says_what_it_is_and_holds_the_frames(tmp_path):
     assert 0 < data.find(b"moov") < data.find(b"mdat"), "the index must come first, so that a browser can start at once"
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.png"])
+def test_frames_may_come_in_pieces(tmp_path, name):
+    frames = clip()
+    (tmp_path / "b").mkdir()
+    written = video.save(frames, tmp_path / name)
+    in_pieces = video.save(iter(frames.split([1, 2, 2, 4])), tmp_path / "b" / name)
+    assert [path.read_bytes() for path in written] == [path.read_bytes() for path in in_pieces]
+    with pytest.raises(ValueError, match="no piece"):
+        video.save(iter([]), tmp_path / name)
+    assert written[0].read_bytes() == in_pieces[0].read_bytes()
+
+
 def test_mp4_colours_are_bt709(tmp_path):
     import av
 

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The VAE's decoder against diffusers' on the CPU: time and live memory, in turns, on the same weights and latents.
+
+``python -m benchmarks.vae`` checks that both give the same video, times them and writes benchmarks/results/vae-<machine>.json.
+"""
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kandinsky_model.config import PRESETS, VAEConfig
+from kandinsky_model.vae import HunyuanVideoVAE, Upsample
+from tests.live_memory import LiveMemory
+
+from .clock import keep_memory, machine, measure, roofs
+from .ops import results_file
+
+# name, configuration, latent T, Y, X; the wanted ratio of diffusers' time to ours
+DECODES = {"tiny preset, 17 frames of 160x160": (PRESETS["tiny"].vae, (5, 20, 20)),
+           "full size, latent 2x16x16": (VAEConfig(), (2, 16, 16))}
+# channels, factors, and the latent-level frames and sides in front of the upsampling
+UPSAMPLINGS = {"512 channels, 3x32x32": (512, (1, 2, 2), (3, 32, 32)), "512 channels, 3x32x32, time too": (512, (2, 2, 2), (3, 32, 32)),
+               "256 channels, 3x64x64, time too": (256, (2, 2, 2), (3, 64, 64))}
+WANTED_DECODE, WANTED_UPSAMPLING, TOLERANCE = 1.5, 2.5, 1e-4
+
+
+def diffusers_peer(vae: HunyuanVideoVAE) -> nn.Module:
+    """diffusers' class with the same weights, decoding the whole latent at once as we do."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    config = vae.config
+    peer = AutoencoderKLHunyuanVideo(
+        latent_channels=config.latent_channels, block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
+        norm_num_groups=config.norm_num_groups, down_block_types=("HunyuanVideoDownBlock3D",) * len(config.block_out_channels),
+        up_block_types=("HunyuanVideoUpBlock3D",) * len(config.block_out_channels))
+    peer.use_framewise_decoding = False
+    peer.load_state_dict(vae.state_dict(), strict=True)
+    return peer.eval()
+
+
+def peak_bytes(call: Callable) -> int:
+    with LiveMemory() as memory:
+        call()
+    return memory.peak
+
+
+def agree(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    error = ((ours - theirs).norm() / theirs.norm()).item()
+    if not error <= TOLERANCE:
+        raise RuntimeError(f"both must give the same result, but they differ by {error:.2g} of its norm; nothing was timed")
+    return error
+
+
+def decode_row(name: str, config: VAEConfig, size: tuple[int, int, int], budget_s: float) -> dict:
+    torch.manual_seed(0)
+    vae = HunyuanVideoVAE(config).eval().requires_grad_(False).to(memory_format=torch.channels_last_3d)  # as `load_vae` gives it
+    peer, latents = diffusers_peer(vae), torch.randn(1, config.latent_channels, *size)
+    calls = {"ours": lambda: vae.decode(latents), "diffusers": lambda: peer.decode(latents).sample}
+    error = agree(calls["ours"](), calls["diffusers"]())
+    row = {"case": name, "error": error, "peak_bytes": {who: peak_bytes(call) for who, call in calls.items()}}
+    timings = measure(calls, budget_s)
+    return row | {"times_faster": round(timings["diffusers"].median_ms / timings["ours"].median_ms, 3), "wanted": WANTED_DECODE,
+                  "timings": {who: timing.record() for who, timing in timings.items()}}
+
+
+def upsampling_row(name: str, channels: int, factors: tuple[int, int, int], size: tuple[int, int, int], budget_s: float) -> dict:
+    """Folded against upsample, pad, convolve; the weights are folded beforehand, as a decode does it once."""
+    from kandinsky_model.vae_stream import Chunk, Enlarge
+
+    torch.manual_seed(0)
+    upsample = Upsample(channels, factors).requires_grad_(False)
+    stage, x = Enlarge(upsample), torch.randn(1, channels, *size)
+    rows = x.permute(0, 2, 3, 4, 1).contiguous()
+
+    def ours():
+        return torch.cat([chunk.x for chunk in stage.flow(iter([Chunk(rows)]), None, size[0])], 1).permute(0, 4, 1, 2, 3)
+
+    def plain():
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        first = F.interpolate(first, scale_factor=(1, *factors[1:]), mode="nearest")
+        return upsample.conv(torch.cat((first, F.interpolate(rest, scale_factor=factors, mode="nearest")), 2))
+
+    error = agree(ours(), plain())
+    timings = measure({"ours": ours, "plain": plain}, budget_s)
+    return {"case": name, "error": error, "times_faster": round(timings["plain"].median_ms / timings["ours"].median_ms, 3),
+            "wanted": WANTED_UPSAMPLING, "timings": {who: timing.record() for who, timing in timings.items()}}
+
+
+def markdown(result: dict) -> str:
+    lines = ["| case | ours, ms | theirs, ms | times faster | wanted | our peak, MB | their peak, MB |",
+             "|---|---:|---:|---:|---:|---:|---:|"]
+    for row in (*result["decodes"], *result["upsamplings"]):
+        ours, theirs = (timing["median_ms"] for timing in row["timings"].values())
+        peaks = " | ".join(f"{peak / 1e6:.0f}" for peak in row["peak_bytes"].values()) if "peak_bytes" in row else "- | -"
+        lines.append(f"| {row['case']} | {ours:.0f} | {theirs:.0f} | {row['times_faster']:.2f} | {row['wanted']} | {peaks} |")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times the VAE's decoder and writes benchmarks/results/vae-<machine>.json.")
+    parser.add_argument("--only", default="", help="run the cases whose name contains this, and write nothing")
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds for each provider of a case (default: 20)")
+    options = parser.parse_args()
+    keep_memory()
+    result = {"machine": machine(), "roofs": roofs()}
+    for what, row, cases in (("decodes", decode_row, DECODES), ("upsamplings", upsampling_row, UPSAMPLINGS)):
+        result[what] = [row(name, *case, options.budget) for name, case in cases.items() if options.only in name]
+    if not options.only:
+        path = results_file(result["machine"])
+        path = path.with_name(f"vae-{path.name}")
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {Path(path).name}")
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streamed decoding: equal to the plain decoder, the same bits in any memory, within the bytes that the plan predicts."""
+import random
+
+import pytest
+import torch
+from live_memory import LiveMemory
+from test_vae import SMALL, rel_l2, small_vae
+
+from kandinsky_model import memory, vae_pairs, vae_stream
+from kandinsky_model.config import VAEConfig
+from kandinsky_model.memory import Accounting, choose, ladder, parse_bytes
+from kandinsky_model.tiles import TilePlan
+from kandinsky_model.vae import decode_plan
+from kandinsky_model.vae_stream import stages_of, stream
+
+SIZES = [(1, 3, 4), (2, 5, 2), (5, 3, 3), (6, 2, 5)]  # latent T, Y, X
+DEEP = VAEConfig(latent_channels=4, block_out_channels=(8, 8, 16, 16, 16), layers_per_block=1, norm_num_groups=4)
+FLAT = VAEConfig(latent_channels=4, block_out_channels=(8, 8, 16), layers_per_block=2, norm_num_groups=4)
+SECONDS = {"5 s SD": (1, 16, 31, 64, 96), "10 s SD": (1, 16, 61, 64, 96), "5 s HD": (1, 16, 31, 96, 160), "10 s HD": (1, 16, 61, 96, 160)}
+
+
+def chain(vae, latents):
+    stages = stages_of(vae.decoder, vae.post_quant_conv)
+    return stages, Accounting.of(stages, latents.shape, latents.dtype)
+
+
+def decoded(vae, latents, scheme):
+    stages, accounting = chain(vae, latents)
+    return torch.cat(list(stream(stages, latents, accounting.kept(scheme), {})), dim=2)
+
+
+def budgets(vae, latents):
+    """One that each scheme of the ladder just fits."""
+    return [plan.predicted_peak_bytes for plan in ladder(chain(vae, latents)[1])]
+
+
+@pytest.mark.parametrize("positions", [1, 20, 4096])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_scheme_is_the_plain_decoder(monkeypatch, size, positions):
+    monkeypatch.setattr(vae_stream, "POSITIONS", positions)  # chunks of one frame, ragged ones, and all in one
+    vae, latents = small_vae(dtype=torch.float64), torch.randn(2, 4, *size).double()
+    plain = vae.decoder(vae.post_quant_conv(latents)).detach()
+    schemes = chain(vae, latents)[1].schemes()
+    assert len(schemes) == 30
+    results = [decoded(vae, latents, scheme) for scheme in schemes[:: 1 if size == (5, 3, 3) and positions == 20 else 6]]
+    assert rel_l2(results[0], plain) <= 1e-12
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("config", [DEEP, FLAT], ids=["five levels", "three levels"])
+def test_schemes_of_other_depths(config):
+    vae, latents = small_vae(config, torch.float64), torch.randn(1, 4, 4, 3, 2).double()
+    plain = vae.decoder(vae.post_quant_conv(latents)).detach()
+    for scheme in chain(vae, latents)[1].schemes()[::5]:
+        assert rel_l2(decoded(vae, latents, scheme), plain) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("policy", "tiles"), [("global", None), ("official", TilePlan(48, 56, frames=9, frame_stride=4))], ids=str)
+def test_the_budget_changes_no_bit(monkeypatch, dtype, policy, tiles):
+    monkeypatch.setattr(vae_stream, "POSITIONS", 30)
+    vae, latents = small_vae(dtype=dtype).requires_grad_(False), torch.randn(1, 4, 9, 8, 9).to(dtype)
+    told, results = [], []
+    for budget in (None, 10**12, *budgets(vae, latents)):
+        frames = list(vae.decode_frames(latents, policy, tiles, budget, told.append))
+        results.append(torch.cat(frames, dim=2))
+    assert len(results) >= 6 and all(torch.equal(result, results[0]) for result in results)
+    if policy == "global":
+        schemes = [line.split()[3].rstrip(",") for line in told]
+        assert schemes[:3] == ["KKKK"] * 3 and len(set(schemes)) == len(schemes) - 2
+
+
+def test_frames_leave_in_order_while_the_last_pass_runs(monkeypatch):
+    vae, latents = small_vae().requires_grad_(False), torch.randn(2, 4, 5, 40, 40)
+    monkeypatch.setattr(vae_pairs, "suits", lambda _: False)
+    convolve, calls = vae_stream.ops.causal_conv3d, []
+    monkeypatch.setattr(vae_stream.ops, "causal_conv3d", lambda *args: calls.append(1) or convolve(*args))
+    seen, pieces = [], []
+    for piece in vae.decode_frames(latents):
+        pieces.append(piece)
+        seen.append(len(calls))
+    assert [piece.shape[2] for piece in pieces] == [1] + [2] * 8 and pieces[0].shape == (2, 3, 1, 320, 320)
+    assert all(earlier < later for earlier, later in zip(seen, seen[1:], strict=False))  # work is left when the first ones leave
+    assert torch.equal(torch.cat(pieces, 2), vae.decode(latents))
+
+
+def test_upsampling_weights_are_folded_once(monkeypatch):
+    from kandinsky_model.vae import Upsample
+
+    folded, count = Upsample.folded, []
+    monkeypatch.setattr(Upsample, "folded", lambda self: count.append(self) or folded(self))
+    vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 6, 8, 8)
+    vae.decode(latents, memory_budget=budgets(vae, latents)[-1])  # many passes over many chunks
+    vae.decode(latents, "official", TilePlan(48, 48, frames=9, frame_stride=4))  # many tiles
+    assert len(count) == 2 * len(set(count)) == 6
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=str)
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("first", [True, False])
+def test_convolution_in_pairs_is_convolution(dtype, limit, frames, first):
+    conv, padded = torch.nn.Conv3d(8, 12, 3).to(dtype).requires_grad_(False), torch.randn(2, frames + 2, 6, 7, 8, dtype=dtype)
+    if first:
+        padded[:, :2] = padded[:, 2:3]
+    direct = vae_stream.ops.causal_conv3d(padded, conv.weight, conv.bias)
+    in_pairs = vae_pairs.convolve(padded, vae_pairs.taps_of(conv.weight), conv, first)
+    assert in_pairs.shape == direct.shape and rel_l2(in_pairs, direct) <= limit
+
+
+def test_pairs_are_for_fp32_on_a_cpu_and_as_exact(monkeypatch):
+    for dtype, wanted in ((torch.float32, True), (torch.float64, False), (torch.bfloat16, False)):
+        assert vae_pairs.suits(torch.nn.Conv3d(4, 4, 3).to(dtype)) == wanted
+    vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 5, 3, 4)
+    in_pairs, exact = vae.decode(latents), small_vae(dtype=torch.float64).requires_grad_(False).decode(latents.double())
+    monkeypatch.setattr(vae_pairs, "suits", lambda _: False)
+    direct = vae.decode(latents)
+    assert not torch.equal(in_pairs, direct) and rel_l2(in_pairs, exact) <= 5e-6 and rel_l2(direct, exact) <= 5e-6
+
+
+# Memory
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["direct", "in pairs"])
+@pytest.mark.parametrize("scheme", ["KKKK", "KKKR", "RRRR", "KKKS", "KKSS", "KSSS"])
+def test_predicted_peak_is_the_measured_one(monkeypatch, scheme, pairs):
+    monkeypatch.setattr(vae_pairs, "suits", lambda _: pairs)
+    config = VAEConfig(latent_channels=4, block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4)
+    vae, latents = small_vae(config).requires_grad_(False), torch.randn(1, 4, 9, 12, 16)
+    stages, accounting = chain(vae, latents)
+    plan = accounting.plan(scheme)
+    with LiveMemory() as memory:
+        for _ in stream(stages, latents, plan.kept, {}):
+            pass
+    assert 0.9 <= plan.predicted_peak_bytes / memory.peak <= 1.1
+
+
+@pytest.mark.parametrize(("clip", "scheme", "peak_gb", "flops"), [
+    ("5 s SD", "KKKK", 26, 1.0), ("10 s SD", "KKKK", 51, 1.0), ("10 s SD", "KKKR", 27, 1.4), ("10 s SD", "KKRS", 9.5, 3.4),
+    ("5 s SD", "KKKS", 7.1, 3.3), ("5 s HD", "KKRS", 16, 3.3), ("10 s HD", "KKRS", 24, 3.1)], ids=str)
+def test_the_ladder_of_the_released_vae(clip, scheme, peak_gb, flops):
+    plan = decode_plan(VAEConfig(), SECONDS[clip], torch.bfloat16, int(peak_gb * 1e9))
+    assert plan.scheme == scheme and plan.predicted_peak_bytes <= peak_gb * 1e9 and plan.relative_flops <= flops
+
+
+def test_ten_seconds_fit_twelve_gigabytes():
+    plan = decode_plan(VAEConfig(), SECONDS["10 s SD"], torch.bfloat16, int(10.5e9))
+    assert plan.predicted_peak_bytes <= 10.5e9 and plan.relative_flops <= 3.4
+    assert "GB predicted" in str(plan) and plan.scheme in str(plan)
+
+
+def test_flops_are_those_of_the_folded_network():
+    with torch.device("meta"):
+        vae = small_vae(VAEConfig())
+    latents = torch.empty(SECONDS["10 s SD"], device="meta", dtype=torch.bfloat16)
+    assert sum(chain(vae, latents)[1].flops) == pytest.approx(1379e12, rel=1e-3)
+
+
+def test_a_ladder_falls_in_bytes_and_rises_in_flops():
+    for shape in SECONDS.values():
+        with torch.device("meta"):
+            accounting = chain(small_vae(VAEConfig()), torch.empty(shape, dtype=torch.bfloat16))[1]
+        plans = ladder(accounting)
+        peaks, flops = [plan.predicted_peak_bytes for plan in plans], [plan.relative_flops for plan in plans]
+        assert peaks == sorted(peaks, reverse=True) and flops == sorted(flops) and flops[0] == 1.0 and len(plans) >= 5
+
+
+@pytest.mark.parametrize(("budget", "kind", "words"), [
+    (1000, ValueError, r"at least \d+ bytes .* got 1000: raise it"), (0, ValueError, "got 0"), (-5, ValueError, "got -5"),
+    ("10GB", TypeError, "an int, of bytes, got '10GB'"), (1e9, TypeError, "got 1000000000.0"), (True, TypeError, "got True")])
+def test_impossible_budgets_are_refused(budget, kind, words):
+    vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 3, 4, 4)
+    for policy in ("global", "official"):
+        with pytest.raises(kind, match=words) as caught:
+            vae.decode_frames(latents, policy, memory_budget=budget)
+        assert "\n" not in str(caught.value)
+    least = budgets(vae, latents)[-1]
+    with pytest.raises(ValueError, match=f"at least {least} bytes"):
+        vae.decode(latents, memory_budget=least - 1)
+    assert vae.decode(latents, memory_budget=least).isfinite().all()
+
+
+@pytest.mark.parametrize(("text", "size"), [
+    ("10GB", 10**10), ("9.5 GiB", int(9.5 * 2**30)), ("800mb", 8 * 10**8), ("123", 123), (" 5 kib ", 5120), ("7B", 7)])
+def test_bytes_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "10 parsecs", "1e9", "nan"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="write for example 10GB"):
+        parse_bytes(text)
+
+
+# Running out of memory
+
+
+@pytest.mark.parametrize("when", ["at once", "in the first pass", "after some frames"])
+def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
+    monkeypatch.setattr(vae_stream, "POSITIONS", 64)
+    monkeypatch.setattr(vae_pairs, "suits", lambda _: False)
+    vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 12, 8, 9)
+    wanted, convolve, state = vae.decode(latents), vae_stream.ops.causal_conv3d, {"calls": 0, "failures": 0, "frames": 0}
+
+    def fail(*args):
+        state["calls"] += 1
+        due = {"at once": 1, "in the first pass": 7, "after some frames": 1 if state["frames"] >= 5 else 10**9}[when]
+        if state["failures"] < 2 and state["calls"] >= due:
+            state.update(calls=0, failures=state["failures"] + 1)
+            raise torch.OutOfMemoryError("injected")
+        return convolve(*args)
+
+    monkeypatch.setattr(vae_stream.ops, "causal_conv3d", fail)
+    pieces, told = [], []
+    for piece in vae.decode_frames(latents, notify=told.append):
+        pieces.append(piece)
+        state.update(calls=0, frames=state["frames"] + piece.shape[2])
+    assert torch.equal(torch.cat(pieces, 2), wanted)  # nothing twice, nothing missing
+    names = [plan.scheme for plan in ladder(chain(vae, latents)[1])]
+    assert [line.split()[3].rstrip(",") for line in told] == names[:3]
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == 2 and all("memory ran out" in line and "\n" not in line for line in lines)
+
+
+def test_out_of_memory_in_the_smallest_scheme_is_an_error(monkeypatch):
+    monkeypatch.setattr(vae_pairs, "suits", lambda _: False)
+    vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 2, 3, 3)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(vae_stream.ops, "causal_conv3d", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="injected"):
+        vae.decode(latents)
+
+
+def test_known_statistics_are_not_measured_again(monkeypatch):
+    vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 2, 3, 3)
+    stages, accounting = chain(vae, latents)
+    affines, kept = {}, accounting.kept("KSSS")
+    first = torch.cat(list(stream(stages, latents, kept, affines)), 2)
+    monkeypatch.setattr(vae_stream.ops, "group_moments", lambda *_: pytest.fail("measured again"))
+    assert torch.equal(torch.cat(list(stream(stages, latents, kept, affines)), 2), first)
+
+
+def test_without_a_budget_a_gpu_is_asked(monkeypatch):
+    class OnCard:
+        shape, dtype, is_cuda, device = torch.Size(SECONDS["10 s SD"]), torch.bfloat16, True, "cuda:0"
+
+    with torch.device("meta"):
+        stages = stages_of(small_vae(VAEConfig()).decoder)
+    for free_gb, scheme in ((140, "KKKK"), (40, "KKKR"), (12, "KKRS"), (1, "KSSS")):  # too little for any: the smallest is tried
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free_gb: (free * 10**9 - 10**9, 0))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2 * 10**9)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 10**9)
+        assert memory.plans(stages, OnCard(), None)[0].scheme == scheme
+    with pytest.raises(ValueError, match="at least"):
+        choose(memory.plans(stages, OnCard(), None), 10**9)
+
+
+# Preview
+
+
+def test_preview_is_deterministic_and_of_the_right_colours():
+    from kandinsky_model.locate import TINY
+    from kandinsky_model.train_tiny import crop_batch
+    from kandinsky_model.weights import load_vae
+
+    if not TINY.is_dir():
+        pytest.skip("the bundled model is not in this checkout")
+    vae = load_vae(TINY / "vae", dtype=torch.float32)
+    with torch.no_grad():
+        latents = vae.encode(crop_batch(1, 9, 96, random.Random(3)).float())[0]
+        preview, video = vae.decode(latents, "preview"), vae.decode(latents)
+        assert torch.equal(preview, load_vae(TINY / "vae", dtype=torch.float32).decode(latents, "preview"))
+    assert preview.shape == video.shape and preview.dtype == video.dtype
+    assert torch.corrcoef(torch.stack([preview.flatten(), video.flatten()]))[0, 1] >= 0.8
+    assert all(torch.equal(preview[:, :, 1], preview[:, :, t]) for t in (2, 3, 4))
+
+
+def test_preview_follows_the_weights():
+    vae, latents = small_vae(SMALL).requires_grad_(False), torch.randn(2, 4, 2, 3, 3)
+    before = vae.preview(latents)
+    assert torch.equal(before, vae.preview(latents)) and before.shape == (2, 3, 5, 24, 24)
+    with torch.no_grad():
+        vae.decoder.conv_out.conv.bias.add_(1.0)
+    torch.testing.assert_close(vae.preview(latents), before + 1, rtol=0, atol=1e-4)
