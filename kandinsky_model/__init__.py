@@ -6,7 +6,7 @@
     video.save("out.mp4")
 """
 
-_HOMES = {"Kandinsky5": "pipeline", "Kandinsky5VideoLite": "pipeline", "Kandinsky5VideoPro": "pipeline", "Video": "pipeline",
+_HOMES = {"Kandinsky5": "pipeline", "Kandinsky5VideoLite": "pipeline", "Kandinsky5VideoPro": "pipeline", "Video": "clip",
           "load": "pipeline", "PRESETS": "config", "get_preset": "config"}
 __all__ = sorted(_HOMES)
 

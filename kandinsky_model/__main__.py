@@ -57,7 +57,7 @@ class Progress:
 
 
 def generate(args) -> None:
-    from . import pipeline, video
+    from . import clip, pipeline, video
 
     width, height = args.size or (None, None)
     # 24 frames per second, four to a latent frame.
@@ -66,11 +66,11 @@ def generate(args) -> None:
         negative_prompt=args.negative, seed=args.seed, num_frames=frames, height=height, width=width, num_inference_steps=args.steps,
         guidance_scale=args.guidance, scheduler_scale=args.scheduler_scale, attention=args.attention, precision=args.precision,
         cache=args.cache, vae_policy=args.vae_policy)
-    pipeline.check_settings(args.prompt, **settings)
+    clip.check_settings(args.prompt, **settings)
     if args.cache not in (None, "none"):  # how many passes it saved is worth a line
         logging.getLogger(f"{__package__}.sampler").setLevel(logging.INFO)
     output = video.check_output(args.output)
-    video.check_output(pipeline.latents_path(output), (".safetensors",))
+    video.check_output(clip.latents_path(output), (".safetensors",))
     strip = video.check_output(args.strip, (".png",)) if args.strip else None
     model = pipeline.load(args.model, device=args.device, revision=args.revision)
     for path, scale in args.lora:
@@ -79,7 +79,7 @@ def generate(args) -> None:
         model.enable_model_cpu_offload()
     with Progress() as progress:
         result = model.generate(args.prompt, callback=progress, memory_budget=args.memory_budget, **settings)
-        latents = result.save_latents(pipeline.latents_path(output))  # first: from here on nothing that fails can cost the sampling
+        latents = result.save_latents(clip.latents_path(output))  # first: from here on nothing that fails can cost the sampling
         written = _finish(result, output, progress)
         if strip:
             written += video.save(video.strip(result.frames), strip, comment=result.settings.to_json())
@@ -87,9 +87,9 @@ def generate(args) -> None:
 
 
 def decode(args) -> None:
-    from . import pipeline, video
+    from . import clip, pipeline, video
 
-    _, settings = pipeline.load_latents(args.latents)
+    _, settings = clip.load_latents(args.latents)
     output = video.check_output(args.output or re.sub(r"(\.latents)?\.safetensors$", ".mp4", args.latents))
     model = pipeline.load(args.model or settings.model, device=args.device, parts=("vae",))
     with Progress() as progress:

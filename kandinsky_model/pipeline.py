@@ -4,140 +4,32 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
-import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import video as files
 from .caching import make_cache
-from .config import CACHES, NablaConfig, Preset
-from .geometry import Grid
+from .clip import Notify, Settings, Video, check_prompt, check_size, default_policy, load_latents
+from .config import NablaConfig, Preset
 from .locate import PARTS, Sources, locate, text_to_video
 from .lora import Adapters
 from .plan import make_plan
-from .sampler import PRECISIONS, Conditioning, Sampling, noise, sample
+from .sampler import Conditioning, Sampling, noise, sample
 from .tiles import TilePlan
-from .vae import POLICIES, decode_plan
-from .weights import load_dit, load_vae, read_headers
+from .vae import decode_plan
+from .weights import load_dit, load_vae
 
-ATTENTIONS = ("nabla", "dense")
 NABLA_FOR_DENSE = NablaConfig(0.9)  # what --attention nabla means for a checkpoint released with dense attention
-PIXELS_PER_TOKEN = 16
 SEEDS = 2**31
-METADATA_KEY = "kandinsky"
-# Above this many elements of the widest activation (256 channels at full size), clips are decoded in the official tiles. A function of
-# the clip's size alone, never of free memory, so that a seed means the same pixels on every machine.
-WIDEST_CHANNELS, GLOBAL_DECODE_LIMIT = 256, 2**31
-
 _log = logging.getLogger(__name__)
 Callback = Callable[[str, int, int, Tensor | None], None]
-Notify = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that one video is made from, besides the weights. Stored with its latents and in the finished file."""
-
-    prompt: str
-    negative_prompt: str
-    seed: int
-    height: int
-    width: int
-    num_frames: int
-    num_inference_steps: int
-    guidance_scale: float
-    scheduler_scale: float
-    attention: str
-    precision: str = "fp32"
-    vae_policy: str = "global"
-    cache: str = "none"
-    fps: int = 24
-    model: str = ""
-
-    def __post_init__(self):
-        _check_prompt(self.prompt)
-        _check_size(self.height, self.width)
-        _check_frames(self.num_frames)
-        for name, allowed in (("attention", ATTENTIONS), ("precision", tuple(PRECISIONS)), ("cache", CACHES), ("vae_policy", POLICIES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}; choose one of them")
-        if self.num_inference_steps < 1:
-            raise ValueError(f"the number of steps must be at least 1, got {self.num_inference_steps}; 50 is usual")
-        if not (math.isfinite(self.guidance_scale) and 0 < self.scheduler_scale < math.inf):
-            raise ValueError(f"guidance must be finite and the scheduler scale positive, got {self.guidance_scale} and "
-                             f"{self.scheduler_scale}; 5 is usual for both")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"the seed must lie in 0 .. 2^63 - 1, got {self.seed}; choose another")
-
-    @property
-    def grid(self) -> Grid:
-        return Grid((self.num_frames - 1) // 4 + 1, self.height // PIXELS_PER_TOKEN, self.width // PIXELS_PER_TOKEN)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False)
-
-
-class Video:
-    """One finished sample. Its latents exist at once; its frames are decoded when first asked for.
-
-    `latents`: fp32 [1, T, H/8, W/8, 16], scaled as the transformer sees them. `seed` alone, given back to `generate`, repeats it.
-    """
-
-    def __init__(self, latents: Tensor, settings: Settings, decode: Callable[..., Iterator[Tensor]]):
-        self.latents, self.settings, self._decode, self._frames = latents, settings, decode, None
-
-    @property
-    def seed(self) -> int:
-        return self.settings.seed
-
-    @property
-    def frames(self) -> Tensor:
-        """uint8 [F, H, W, 3] on the CPU."""
-        for _ in self.decode() if self._frames is None else ():
-            pass
-        return self._frames
-
-    def decode(self, notify: Notify | None = None) -> Iterator[Tensor]:
-        """The frames in pieces, uint8 [f, H, W, 3] on the CPU, each as soon as it is decoded; once complete, they stay in `frames`.
-
-        notify is told, in one line each, how decoding goes about it.
-        """
-        if self._frames is not None:
-            yield self._frames
-            return
-        pieces = []
-        for piece in self._decode(self.latents, self.settings, notify=notify):
-            pieces.append(piece)
-            yield piece
-        self._frames = torch.cat(pieces)
-
-    def save_latents(self, path: str | Path) -> Path:
-        """Write latents and settings as safetensors; `kandinsky decode` and `Kandinsky5.open` read them."""
-        path = files.check_output(path, (".safetensors",))
-        with files.replacing(path) as target:
-            save_file({"latents": self.latents.cpu().contiguous()}, target, {"format": "pt", METADATA_KEY: self.settings.to_json()})
-        return path
-
-    def save(self, path: str | Path, latents: bool = True, notify: Notify | None = None) -> list[Path]:
-        """Write the frames as mp4, gif or png by extension, and return the files written; an mp4 grows while frames are decoded.
-
-        The latents go first, to `<stem>.latents.safetensors` beside it, so that no failure in decoding or encoding can lose them.
-        """
-        path = files.check_output(path)
-        if latents:
-            self.save_latents(latents_path(path))
-        return files.save(self.decode(notify), path, self.settings.fps, self.settings.to_json())
 
 
 class Kandinsky5:
@@ -256,13 +148,13 @@ class Kandinsky5:
                 raise TypeError(f"settings must be among {', '.join(known)}, got {name!r}; did you mean {near[0]!r}?")
         prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
         for text in prompts or [""]:
-            _check_prompt(text)
+            check_prompt(text)
         preset, given = self.preset, {name: value for name, value in given.items() if value is not None}
         values = dict(
             height=preset.sizes[0][0], width=preset.sizes[0][1], num_frames=preset.frames, num_inference_steps=preset.steps,
             guidance_scale=preset.guidance, scheduler_scale=preset.scheduler_scale, attention="nabla" if preset.nabla else "dense",
             fps=preset.fps, model=self.name) | given
-        _check_size(values["height"], values["width"])
+        check_size(values["height"], values["width"])
         values.setdefault("vae_policy", default_policy(values["num_frames"], values["height"], values["width"]))
         if (values["height"], values["width"]) not in preset.sizes:
             _log.warning("%s was trained for %s (width x height); %dx%d may look worse", preset.name,
@@ -325,34 +217,6 @@ class Kandinsky5VideoPro(Kandinsky5):
 load = Kandinsky5.from_pretrained
 
 
-def check_settings(prompt: str, **given) -> None:
-    """Raise what `generate` would for these settings (None: not given), without a model and so before one is loaded."""
-    valid = dict(negative_prompt="", seed=0, height=16, width=16, num_frames=1, num_inference_steps=1, guidance_scale=1.0,
-                 scheduler_scale=1.0, attention="dense")
-    Settings(prompt, **(valid | {name: value for name, value in given.items() if value is not None}))
-
-
-def default_policy(num_frames: int, height: int, width: int) -> str:
-    """How a clip is decoded unless told otherwise: "global" while that fits in ordinary memory, else "official"."""
-    return "global" if WIDEST_CHANNELS * num_frames * height * width < GLOBAL_DECODE_LIMIT else "official"
-
-
-def latents_path(output: str | Path) -> Path:
-    """Where the latents of `output` are kept: out.mp4 -> out.latents.safetensors."""
-    output = Path(output)
-    return output.with_name(f"{output.stem}.latents.safetensors")
-
-
-def load_latents(path: str | Path) -> tuple[Tensor, Settings]:
-    """Latents fp32 [1, T, h, w, C] and settings from a file of `Video.save_latents`; ValueError or OSError for any other file."""
-    read_headers([Path(path)])
-    with safe_open(path, framework="pt") as file:
-        stored = (file.metadata() or {}).get(METADATA_KEY)
-        if stored is None or "latents" not in file.keys():  # noqa: SIM118 - not a mapping
-            raise ValueError(f"{path} must hold latents saved by kandinsky, but it has no such tensor or settings; choose another file")
-        return file.get_tensor("latents"), Settings(**json.loads(stored))
-
-
 def choose_device(name: str | None) -> torch.device:
     """The device called `name`, or for None the first CUDA device, or the CPU; RuntimeError when torch cannot use it here."""
     if name is None:
@@ -379,25 +243,3 @@ def _load_text(sources: Sources, dtype: torch.dtype) -> nn.Module:
 def _sampling(settings: Settings, preset: str) -> Sampling:
     return Sampling(settings.num_inference_steps, settings.scheduler_scale, settings.guidance_scale, settings.precision,
                     make_cache(settings.cache, preset))
-
-
-def _check_prompt(prompt: str) -> None:
-    if not isinstance(prompt, str):
-        raise TypeError(f"a prompt must be a str, got {type(prompt).__name__}; pass a str or a list of them")
-    if not prompt.strip():
-        raise ValueError("the prompt must say something, got an empty one; describe the video")
-
-
-def _check_size(height: int, width: int) -> None:
-    step = PIXELS_PER_TOKEN
-    if min(height, width) < step or height % step or width % step:
-        near = [max(step, round(side / step) * step) for side in (width, height)]
-        raise ValueError(f"width and height must be positive multiples of {step}, got {width}x{height}; "
-                         f"the nearest is {near[0]}x{near[1]}")
-
-
-def _check_frames(count: int) -> None:
-    if count < 1 or count % 4 != 1:
-        below = max(1, (count - 1) // 4 * 4 + 1)
-        near = "1" if count < 1 else f"{below} or {below + 4}"
-        raise ValueError(f"the number of frames must be 4k + 1, because a latent frame holds four, got {count}; the nearest is {near}")

@@ -13,7 +13,7 @@ import torch
 from tiny_models import SMALL_ARGS
 
 import kandinsky_kernels
-from kandinsky_model import pipeline, video
+from kandinsky_model import clip, pipeline, video
 from kandinsky_model.__main__ import main, parser
 from kandinsky_model.locate import TINY
 
@@ -199,7 +199,7 @@ def test_foreign_errors_are_one_sentence_and_debug_shows_them(run, monkeypatch):
     def break_down(*_):
         raise KeyError("first line\nsecond line")
 
-    monkeypatch.setattr(pipeline, "check_settings", lambda *_, **__: break_down())
+    monkeypatch.setattr(clip, "check_settings", lambda *_, **__: break_down())
     status, _, err = run("generate", "x")
     assert status == 2 and err.count("\n") == 1 and err.startswith("kandinsky: KeyError")
     with pytest.raises(KeyError):
@@ -244,7 +244,7 @@ def test_commands_of_the_readme_exist():
     commands = re.findall(r"^(kandinsky .*)$|`(kandinsky [^`]+)`", readme, re.MULTILINE)
     assert len(commands) > 5
     for line, inline in commands:
-        assert parser().parse_args(shlex.split(line or inline)[1:]).run
+        assert parser().parse_args(shlex.split(line or inline, comments=True)[1:]).run
 
 
 def test_train_and_check_hand_their_arguments_on(run, monkeypatch, tmp_path):

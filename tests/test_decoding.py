@@ -19,7 +19,7 @@ def model(tmp_path_factory):
 def test_frames_go_to_the_file_while_decoding_goes_on(model, tmp_path, monkeypatch):
     settings = dict(height=160, width=160, num_frames=9, num_inference_steps=1, guidance_scale=1.0)
     video, events = model.generate(PROMPT, seed=5, **settings), []
-    decode, reformat = model.vae.decode_frames, pipeline.files._checked
+    decode, reformat = model.vae.decode_frames, files._checked
 
     def watched(*args):
         for piece in decode(*args):
