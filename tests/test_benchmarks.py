@@ -4,8 +4,10 @@ import json
 import time
 
 import pytest
+import torch
 
-from benchmarks import clock, ops, report
+from benchmarks import clock, ops, report, vae
+from kandinsky_model.config import VAEConfig
 
 from .cases import BENCHES, CASES
 
@@ -65,3 +67,16 @@ def test_markdown_goes_between_the_markers():
     assert "| norm | 2 | - | 1 (noisy) | - | - | 12.5 GB/s | 50% |" in text
     with pytest.raises(ValueError, match="markers"):
         report.insert("no place", "figures")
+
+
+def test_decoders_are_compared_on_equal_results(monkeypatch):
+    monkeypatch.setattr(clock, "WARM_UP_S", 0.0)
+    config = VAEConfig(latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
+    with torch.no_grad():
+        decodes = [vae.decode_row("a decode", config, (2, 3, 3), budget_s=0.0)]
+        upsamplings = [vae.upsampling_row("a level", 8, factors, (3, 4, 4), budget_s=0.0) for factors in ((1, 2, 2), (2, 2, 2))]
+    assert min(decodes[0]["peak_bytes"].values()) > 0 and decodes[0]["error"] < 1e-5
+    table = vae.markdown({"decodes": decodes, "upsamplings": upsamplings})
+    assert table.count("| a level |") == 2 and json.loads(json.dumps(decodes)) == decodes
+    with pytest.raises(RuntimeError, match="nothing was timed"):
+        vae.agree(torch.zeros(3), torch.ones(3))
