@@ -27,9 +27,9 @@ def taps_of(weight: Tensor) -> list[Tensor]:
     return [tap.contiguous(memory_format=torch.channels_last) for tap in taps]
 
 
-def convolve(padded: Tensor, taps: list[Tensor], weight: Tensor, bias: Tensor, first: bool) -> Tensor:
+def convolve(padded: Tensor, taps: list[Tensor], bias: Tensor, first: bool) -> Tensor:
     """What `causal_conv3d` gives for `padded` [B, f + 2, Y + kY - 1, X + kX - 1, C]; first: its first three frames are the same one."""
-    (batch, frames, height, width, _), (channels, _, _, rows, columns) = padded.shape, weight.shape
+    (batch, frames, height, width, _), (channels, _, rows, columns) = padded.shape, taps[0].shape
     out = padded.new_empty(batch, frames - 2, height - rows + 1, width - columns + 1, channels)
     alone = int(first)
     if first:
@@ -46,7 +46,7 @@ def convolve(padded: Tensor, taps: list[Tensor], weight: Tensor, bias: Tensor, f
         one.add_(_plane(d0 - d2, taps[0]))
         other.sub_(_plane(d1 - d3, taps[3]))
     if (frames - 2 - alone) % 2:  # the last frame has no partner
-        last = sum(_plane(padded[:, frames - 3 + i], weight[:, :, i]) for i in range(3))
+        last = sum(_plane(frame, tap) for frame, tap in zip(padded[:, -3:].unbind(1), (taps[0], taps[1] - taps[2], taps[3]), strict=True))
         torch.add(bias, last, out=out[:, -1])
     return out
 

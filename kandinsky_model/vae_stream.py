@@ -131,7 +131,7 @@ class Convolve(Stage):
             if taps is None:
                 chunk.x = ops.causal_conv3d(padded, self.conv.weight, self.conv.bias)  # [B, f, Y, X, C']
             else:
-                chunk.x = vae_pairs.convolve(padded, taps, self.conv.weight, self.conv.bias, first)
+                chunk.x = vae_pairs.convolve(padded, taps, self.conv.bias, first)
             del padded
             if self.detour == "closes":
                 chunk.x.add_(chunk.skip)
@@ -200,7 +200,8 @@ class Enlarge(Stage):
     def flow(self, stream: Iterable[Chunk], affine: tuple[Tensor, Tensor] | None, frames: int) -> Iterator[Chunk]:
         if self._folded is None:
             self._folded = self.upsample.folded()
-            self._pair_taps = {phase: vae_pairs.taps_of(weight) for phase, weight in self._folded.items() if self.pairs}
+            if self.pairs:
+                self._folded = {phase: vae_pairs.taps_of(weight) for phase, weight in self._folded.items()}
         front = None
         for chunk in stream:
             for x in chunk.x.split(_frames_of_chunk(*chunk.x.shape[2:4]), dim=1):
@@ -224,7 +225,7 @@ class Enlarge(Stage):
             place = t if single else time - 1 - t
             bias, target = self.upsample.conv.conv.bias, out[:, place::time, y::up, z::across]
             if self.pairs:
-                target.copy_(vae_pairs.convolve(window, self._pair_taps[t, y, z], weight, bias, first))
+                target.copy_(vae_pairs.convolve(window, weight, bias, first))
             else:
                 target.copy_(ops.causal_conv3d(window, weight, bias))
         return out
@@ -248,7 +249,7 @@ class Enlarge(Stage):
 
     def weights(self) -> int:
         channels = self.upsample.conv.conv.in_channels
-        return channels**2 * _taps(self.upsample.factors) * (7 if self.pairs else 3) // 3
+        return channels**2 * _taps(self.upsample.factors) * (4 if self.pairs else 3) // 3
 
     def flops(self, place: Place) -> int:
         after = self.after(place)
