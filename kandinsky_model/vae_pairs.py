@@ -20,24 +20,24 @@ def suits(conv: nn.Conv3d) -> bool:
 
 
 def taps_of(weight: Tensor) -> list[Tensor]:
-    """The four 2-D kernels [C', C, 3, 3] of a weight [C', C, 3, 3, 3]."""
+    """The four 2-D kernels [C', C, kY, kX] of a weight [C', C, 3, kY, kX]."""
     w0, w1, w2 = weight.unbind(2)
     ends, middle = (w0 + w2).mul_(0.5), w1 * 0.5
     taps = [w0, ends + middle, ends.sub_(middle), w2]
     return [tap.contiguous(memory_format=torch.channels_last) for tap in taps]
 
 
-def convolve(padded: Tensor, taps: list[Tensor], conv: nn.Conv3d, first: bool) -> Tensor:
-    """What `causal_conv3d` gives for `padded` [B, f + 2, Y + 2, X + 2, C]; first: its first three frames are the same one."""
-    batch, frames, height, width, _ = padded.shape
-    out = padded.new_empty(batch, frames - 2, height - 2, width - 2, conv.out_channels)
+def convolve(padded: Tensor, taps: list[Tensor], bias: Tensor, first: bool) -> Tensor:
+    """What `causal_conv3d` gives for `padded` [B, f + 2, Y + kY - 1, X + kX - 1, C]; first: its first three frames are the same one."""
+    (batch, frames, height, width, _), (channels, _, rows, columns) = padded.shape, taps[0].shape
+    out = padded.new_empty(batch, frames - 2, height - rows + 1, width - columns + 1, channels)
     alone = int(first)
     if first:
-        torch.add(conv.bias, _plane(padded[:, 2], taps[1]), alpha=2, out=out[:, 0])
+        torch.add(bias, _plane(padded[:, 2], taps[1]), alpha=2, out=out[:, 0])
     for t in range(alone, frames - 3, 2):
-        d0, d1, d2, d3 = padded[:, t : t + 4].unbind(1)  # [B, Y + 2, X + 2, C]
+        d0, d1, d2, d3 = padded[:, t : t + 4].unbind(1)  # [B, Y + kY - 1, X + kX - 1, C]
         one, other = out[:, t], out[:, t + 1]
-        torch.add(conv.bias, _plane(d1 + d2, taps[1]), out=one)
+        torch.add(bias, _plane(d1 + d2, taps[1]), out=one)
         other.copy_(one)
         part = _plane(d2 - d1, taps[2])
         one.add_(part)
@@ -46,13 +46,13 @@ def convolve(padded: Tensor, taps: list[Tensor], conv: nn.Conv3d, first: bool) -
         one.add_(_plane(d0 - d2, taps[0]))
         other.sub_(_plane(d1 - d3, taps[3]))
     if (frames - 2 - alone) % 2:  # the last frame has no partner
-        last = sum(_plane(padded[:, frames - 3 + i], conv.weight[:, :, i]) for i in range(3))
-        torch.add(conv.bias, last, out=out[:, -1])
+        last = sum(_plane(frame, tap) for frame, tap in zip(padded[:, -3:].unbind(1), (taps[0], taps[1] - taps[2], taps[3]), strict=True))
+        torch.add(bias, last, out=out[:, -1])
     return out
 
 
 def _plane(frame: Tensor, tap: Tensor) -> Tensor:
-    """2-D convolution of [B, Y + 2, X + 2, C]: [B, Y, X, C']."""
+    """2-D convolution of [B, Y + kY - 1, X + kX - 1, C]: [B, Y, X, C']."""
     x = frame.permute(0, 3, 1, 2)
     if x.dtype == torch.float32:  # asked directly, because conv2d would not always
         return torch.mkldnn_convolution(x, tap, None, [0, 0], [1, 1], [1, 1], 1).permute(0, 2, 3, 1)

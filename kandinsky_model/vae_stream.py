@@ -132,7 +132,7 @@ class Convolve(Stage):
             if taps is None:
                 chunk.x = ops.causal_conv3d(padded, self.conv.weight, self.conv.bias)  # [B, f, Y, X, C']
             else:
-                chunk.x = vae_pairs.convolve(padded, taps, self.conv, first)
+                chunk.x = vae_pairs.convolve(padded, taps, self.conv.bias, first)
             del padded
             if self.detour == "closes":
                 chunk.x.add_(chunk.skip)
@@ -196,10 +196,13 @@ class Enlarge(Stage):
 
     def __init__(self, upsample: nn.Module):
         self.upsample, self.front, self._folded = upsample, 3 - upsample.factors[0], None
+        self.pairs = self.front == 2 and vae_pairs.suits(upsample.conv.conv)  # three taps in time
 
     def flow(self, stream: Iterable[Chunk], affine: tuple[Tensor, Tensor] | None, frames: int) -> Iterator[Chunk]:
         if self._folded is None:
             self._folded = self.upsample.folded()
+            if self.pairs:
+                self._folded = {phase: vae_pairs.taps_of(weight) for phase, weight in self._folded.items()}
         front = None
         for chunk in stream:
             for x in chunk.x.split(_frames_of_chunk(*chunk.x.shape[2:4]), dim=1):
@@ -221,7 +224,11 @@ class Enlarge(Stage):
                 continue
             window = padded[:, t if single else 0 :, y : y + height + 3 - up, z : z + width + 3 - across]
             place = t if single else time - 1 - t
-            out[:, place::time, y::up, z::across] = ops.causal_conv3d(window, weight, self.upsample.conv.conv.bias)
+            bias, target = self.upsample.conv.conv.bias, out[:, place::time, y::up, z::across]
+            if self.pairs:
+                target.copy_(vae_pairs.convolve(window, weight, bias, first))
+            else:
+                target.copy_(ops.causal_conv3d(window, weight, bias))
         return out
 
     def after(self, place: Place) -> Place:
@@ -243,7 +250,7 @@ class Enlarge(Stage):
 
     def weights(self) -> int:
         channels = self.upsample.conv.conv.in_channels
-        return channels**2 * _taps(self.upsample.factors)
+        return channels**2 * _taps(self.upsample.factors) * (4 if self.pairs else 3) // 3
 
     def flops(self, place: Place) -> int:
         after = self.after(place)

@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import clock, gpu, ops, report
+from benchmarks import clock, gpu, ops, report, vae
+from kandinsky_model.config import VAEConfig
 
 from .cases import BENCHES, CASES
 
@@ -97,3 +99,16 @@ def test_gpu_bars_are_judged_by_the_worst_row():
         ("select_blocks, times faster than the published recipe", 20.0, False),
         ("block_sparse_attention, lite 10 s, useful TFLOP/s", 299.0, False),
     ]
+
+
+def test_decoders_are_compared_on_equal_results(monkeypatch):
+    monkeypatch.setattr(clock, "WARM_UP_S", 0.0)
+    config = VAEConfig(latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
+    with torch.no_grad():
+        decodes = [vae.decode_row("a decode", config, (2, 3, 3), budget_s=0.0)]
+        upsamplings = [vae.upsampling_row("a level", 8, factors, (3, 4, 4), budget_s=0.0) for factors in ((1, 2, 2), (2, 2, 2))]
+    assert min(decodes[0]["peak_bytes"].values()) > 0 and decodes[0]["error"] < 1e-5
+    table = vae.markdown({"decodes": decodes, "upsamplings": upsamplings})
+    assert table.count("| a level |") == 2 and json.loads(json.dumps(decodes)) == decodes
+    with pytest.raises(RuntimeError, match="nothing was timed"):
+        vae.agree(torch.zeros(3), torch.ones(3))

@@ -7,6 +7,7 @@ import tiny_models
 import torch
 
 from kandinsky_model import pipeline
+from kandinsky_model import video as files
 
 PROMPT = "a red circle moving right"
 
