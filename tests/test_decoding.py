@@ -33,7 +33,7 @@ def test_frames_go_to_the_file_while_decoding_goes_on(model, tmp_path, monkeypat
             yield piece
 
     monkeypatch.setattr(model.vae, "decode_frames", watched)
-    monkeypatch.setattr(pipeline.files, "_checked", written)
+    monkeypatch.setattr(files, "_checked", written)
     video.save(tmp_path / "a.mp4")
     assert events == ["decoded", "written"] * 5
     assert video.frames.shape == (9, 160, 160, 3) and len(events) == 10, "what was decoded once is not decoded again"
