@@ -118,12 +118,13 @@ class Convolve(Stage):
                  shortcut: nn.Module | None = None, detour: str = ""):
         self.conv, self.norm, self.before, self.detour = conv.conv, norm, before, detour
         self.shortcut = None if shortcut is None else shortcut.conv
-        self.pairs = vae_pairs.suits(self.conv)
 
     def flow(self, stream: Iterable[Chunk], affine: tuple[Tensor, Tensor] | None, frames: int) -> Iterator[Chunk]:
-        front, taps = None, vae_pairs.taps_of(self.conv.weight) if self.pairs else None
+        front, taps = None, None
         for chunk in stream:
             x = chunk.take() if self.before is None else _pointwise(chunk.take(), self.before)
+            if front is None and vae_pairs.suits(self.conv, x.shape[2] * x.shape[3]):
+                taps = vae_pairs.taps_of(self.conv.weight)
             padded = ops.group_norm_silu(x, *affine, front) if affine else pad(x, front, 2)
             if self.detour == "opens":
                 chunk.skip = x if self.shortcut is None else _pointwise(x, self.shortcut)
@@ -143,14 +144,15 @@ class Convolve(Stage):
         return replace(place, channels=self.conv.out_channels, skip=self.conv.out_channels if self.detour == "opens" else 0)
 
     def cache(self, place: Place) -> int:
-        return place.padded(2) + (vae_pairs.kernel_elements(self.conv) if self.pairs else 0)
+        return place.padded(2) + (vae_pairs.kernel_elements(self.conv) if vae_pairs.suits(self.conv, place.area) else 0)
 
     def work(self, place: Place) -> int:
         # while it normalises (and crosses the shortcut), or while it convolves
         padded, out = place.padded(place.chunk + 2), place.chunk * place.area * self.conv.out_channels
         crossing = out if self.shortcut is not None else 0
         skip = out if self.detour == "opens" else place.chunk * place.area * place.skip
-        extra = vae_pairs.work_elements(place.padded(1), place.area, self.conv) if self.pairs else 0
+        pairs = vae_pairs.suits(self.conv, place.area)
+        extra = vae_pairs.work_elements(place.padded(1), place.area, self.conv) if pairs else 0
         return padded + max(place.chunk_size + crossing, out + skip + extra)
 
     def flops(self, place: Place) -> int:

@@ -73,7 +73,7 @@ def test_the_budget_changes_no_bit(monkeypatch, dtype, policy, tiles):
 
 def test_frames_leave_in_order_while_the_last_pass_runs(monkeypatch):
     vae, latents = small_vae().requires_grad_(False), torch.randn(2, 4, 5, 40, 40)
-    monkeypatch.setattr(vae_pairs, "suits", lambda _: False)
+    monkeypatch.setattr(vae_pairs, "suits", lambda *_: False)
     convolve, calls = vae_stream.ops.causal_conv3d, []
     monkeypatch.setattr(vae_stream.ops, "causal_conv3d", lambda *args: calls.append(1) or convolve(*args))
     seen, pieces = [], []
@@ -112,9 +112,11 @@ def test_convolution_in_pairs_is_convolution(dtype, limit, frames, first, kernel
 def test_pairs_are_for_fp32_on_a_cpu_and_as_exact(monkeypatch):
     for dtype, wanted in ((torch.float32, True), (torch.float64, False), (torch.bfloat16, False)):
         assert vae_pairs.suits(torch.nn.Conv3d(4, 4, 3).to(dtype)) == wanted
+    little, much = (vae_pairs.suits(torch.nn.Conv3d(48, 48, 3), side * side) for side in (20, 80))
+    assert much and not little
     vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 5, 3, 4)
     in_pairs, exact = vae.decode(latents), small_vae(dtype=torch.float64).requires_grad_(False).decode(latents.double())
-    monkeypatch.setattr(vae_pairs, "suits", lambda _: False)
+    monkeypatch.setattr(vae_pairs, "suits", lambda *_: False)
     direct = vae.decode(latents)
     assert not torch.equal(in_pairs, direct) and rel_l2(in_pairs, exact) <= 5e-6 and rel_l2(direct, exact) <= 5e-6
 
@@ -125,7 +127,7 @@ def test_pairs_are_for_fp32_on_a_cpu_and_as_exact(monkeypatch):
 @pytest.mark.parametrize("pairs", [False, True], ids=["direct", "in pairs"])
 @pytest.mark.parametrize("scheme", ["KKKK", "KKKR", "RRRR", "KKKS", "KKSS", "KSSS"])
 def test_predicted_peak_is_the_measured_one(monkeypatch, scheme, pairs):
-    monkeypatch.setattr(vae_pairs, "suits", lambda _: pairs)
+    monkeypatch.setattr(vae_pairs, "suits", lambda *_: pairs)
     config = VAEConfig(latent_channels=4, block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4)
     vae, latents = small_vae(config).requires_grad_(False), torch.randn(1, 4, 9, 12, 16)
     stages, accounting = chain(vae, latents)
@@ -199,7 +201,7 @@ def test_what_is_no_size_is_refused(text):
 @pytest.mark.parametrize("when", ["at once", "in the first pass", "after some frames"])
 def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
     monkeypatch.setattr(vae_stream, "POSITIONS", 64)
-    monkeypatch.setattr(vae_pairs, "suits", lambda _: False)
+    monkeypatch.setattr(vae_pairs, "suits", lambda *_: False)
     vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 12, 8, 9)
     wanted, convolve, state = vae.decode(latents), vae_stream.ops.causal_conv3d, {"calls": 0, "failures": 0, "frames": 0}
 
@@ -224,7 +226,7 @@ def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
 
 
 def test_out_of_memory_in_the_smallest_scheme_is_an_error(monkeypatch):
-    monkeypatch.setattr(vae_pairs, "suits", lambda _: False)
+    monkeypatch.setattr(vae_pairs, "suits", lambda *_: False)
     vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 2, 3, 3)
 
     def fail(*_):
