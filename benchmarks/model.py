@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass of the whole transformer at full size, ours and diffusers', both over the same blocks."""
+"""Whole networks at full size on a GPU: a pass of the transformer, and the decoding of a clip; ours and diffusers' in one run."""
 from collections.abc import Callable
 from unittest import mock
 
@@ -8,9 +8,11 @@ from torch import Tensor
 
 import kandinsky_kernels as ops
 from kandinsky_model import attention as attention_module
-from kandinsky_model.config import LITE_DIT, DiTConfig, NablaConfig
+from kandinsky_model.config import HUNYUAN_VAE, LITE_DIT, DiTConfig, NablaConfig, VAEConfig
 from kandinsky_model.dit import DiffusionTransformer3D
 from kandinsky_model.plan import make_plan
+from kandinsky_model.tiles import TilePlan
+from kandinsky_model.vae import HunyuanVideoVAE
 
 from .device import FULL, Clock, Size, block_mask, masks, peak_memory, ratios, show
 
@@ -75,3 +77,51 @@ def diffusers_transformer(dit: DiffusionTransformer3D, inputs: tuple[Tensor, ...
     sparse = {"sta_mask": None, "P": 0.9, "to_fractal": True}
     return lambda: model(x.to(dit.dtype), text.to(dit.dtype), time, pooled.to(dit.dtype), positions,
                          torch.arange(text.shape[1], device=x.device), SCALE, sparse, return_dict=False)
+
+
+@torch.no_grad()
+def vae(clock: Clock, size: Size, _: dict) -> list[dict]:
+    """Decoding 5 s and 10 s of 512 x 768 (random weights, bf16): `global`, and `official` against diffusers' tiles of the same plan."""
+    if size is FULL[1]:
+        return []
+    toy, rows = size is not FULL[0], []
+    config = VAEConfig(block_out_channels=(16, 32, 32, 32), layers_per_block=1) if toy else HUNYUAN_VAE
+    with torch.device(clock.device):
+        ours = HunyuanVideoVAE(config).eval().requires_grad_(False)
+    ours = ours.to(torch.float32 if toy else torch.bfloat16, memory_format=torch.channels_last_3d)
+    theirs = diffusers_decoder(ours)
+    for name, frames in {"toy": 5}.items() if toy else {"5 s": 31, "10 s": 61}.items():
+        latents = torch.randn(1, 16, frames, *((6, 8) if toy else (64, 96)), device=clock.device, dtype=ours.post_quant_conv.weight.dtype)
+        plan = TilePlan.for_frame(8 * latents.shape[3], 8 * latents.shape[4])
+        _, peak = peak_memory(lambda latents=latents: drain(ours.decode_frames(latents)), clock.device)
+        calls = {"ours": lambda latents=latents: drain(ours.decode_frames(latents))}
+        rows.append({"op": "VAE decode", "size": name, "policy": "global", "ms": clock.measure(calls), "peak_mib": peak})
+        calls = {"ours": lambda latents=latents, plan=plan: drain(ours.decode_frames(latents, "official", plan))}
+        if theirs is not None:
+            calls["diffusers"] = lambda latents=latents: theirs.decode(latents).sample
+        times = clock.measure(calls)
+        rows.append({"op": "VAE decode", "size": name, "policy": "official", "ms": times, **ratios(times)})
+        for row in rows[-2:]:
+            show(row)
+    return rows
+
+
+def drain(pieces) -> None:
+    for _ in pieces:
+        pass
+
+
+def diffusers_decoder(ours: HunyuanVideoVAE):
+    """diffusers' decoder on the same weights, in the official temporal tiles of 17 frames every 8; None where it is not installed."""
+    try:
+        from diffusers import AutoencoderKLHunyuanVideo
+    except ImportError:
+        return None
+    config, weight = ours.config, ours.post_quant_conv.weight
+    with torch.device(weight.device):
+        peer = AutoencoderKLHunyuanVideo(
+            latent_channels=config.latent_channels, block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
+            norm_num_groups=config.norm_num_groups).eval().requires_grad_(False).to(weight.dtype)
+    peer.load_state_dict(ours.state_dict())
+    peer.tile_sample_min_num_frames, peer.tile_sample_stride_num_frames = 16, 8
+    return peer
