@@ -97,7 +97,20 @@ def gpu_line(result: dict) -> str:
             f"copy {roofs['copy_gb_s']:.0f} GB/s, bf16 matrix product {roofs['matmul_tflop_s']:.0f} TFLOP/s.")
 
 
+def vae_table(result: dict) -> str:
+    """Decodes beside diffusers', upsampling layers beside upsample, pad and convolve."""
+    lines = ["| case | ours, ms | theirs, ms | times faster | wanted | our peak, MB | their peak, MB |",
+             "|---|---:|---:|---:|---:|---:|---:|"]
+    for row in (*result["decodes"], *result["upsamplings"]):
+        ours, theirs = (timing["median_ms"] for timing in row["timings"].values())
+        peaks = " | ".join(f"{peak / 1e6:.0f}" for peak in row["peak_bytes"].values()) if "peak_bytes" in row else "- | -"
+        lines.append(f"| {row['case']} | {ours:.0f} | {theirs:.0f} | {row['times_faster']:.2f} | {row['wanted']} | {peaks} |")
+    return "\n".join(lines)
+
+
 def markdown(result: dict) -> str:
+    if "decodes" in result:  # of benchmarks.vae
+        return "\n\n".join((machine_line(result), vae_table(result)))
     if "ceilings" in result:  # of benchmarks.gpu
         return "\n\n".join((gpu_line(result), gpu_table(result), bars_table({"bars": gpu_bars(result)})))
     return "\n\n".join((machine_line(result), operators_table(result), bars_table(result)))

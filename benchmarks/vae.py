@@ -18,6 +18,7 @@ from tests.live_memory import LiveMemory
 
 from .clock import keep_memory, machine, measure, roofs
 from .ops import results_file
+from .report import vae_table
 
 # name, configuration, latent T, Y, X; the wanted ratio of diffusers' time to ours
 DECODES = {"tiny preset, 17 frames of 160x160": (PRESETS["tiny"].vae, (5, 20, 20)),
@@ -90,16 +91,6 @@ def upsampling_row(name: str, channels: int, factors: tuple[int, int, int], size
             "wanted": WANTED_UPSAMPLING, "timings": {who: timing.record() for who, timing in timings.items()}}
 
 
-def markdown(result: dict) -> str:
-    lines = ["| case | ours, ms | theirs, ms | times faster | wanted | our peak, MB | their peak, MB |",
-             "|---|---:|---:|---:|---:|---:|---:|"]
-    for row in (*result["decodes"], *result["upsamplings"]):
-        ours, theirs = (timing["median_ms"] for timing in row["timings"].values())
-        peaks = " | ".join(f"{peak / 1e6:.0f}" for peak in row["peak_bytes"].values()) if "peak_bytes" in row else "- | -"
-        lines.append(f"| {row['case']} | {ours:.0f} | {theirs:.0f} | {row['times_faster']:.2f} | {row['wanted']} | {peaks} |")
-    return "\n".join(lines)
-
-
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times the VAE's decoder and writes benchmarks/results/vae-<machine>.json.")
@@ -115,7 +106,7 @@ def main() -> None:
         path = path.with_name(f"vae-{path.name}")
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {Path(path).name}")
-    print(markdown(result))
+    print(vae_table(result))
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_decoders_are_compared_on_equal_results(monkeypatch):
         decodes = [vae.decode_row("a decode", config, (2, 3, 3), budget_s=0.0)]
         upsamplings = [vae.upsampling_row("a level", 8, factors, (3, 4, 4), budget_s=0.0) for factors in ((1, 2, 2), (2, 2, 2))]
     assert min(decodes[0]["peak_bytes"].values()) > 0 and decodes[0]["error"] < 1e-5
-    table = vae.markdown({"decodes": decodes, "upsamplings": upsamplings})
+    table = report.vae_table({"decodes": decodes, "upsamplings": upsamplings})
     assert table.count("| a level |") == 2 and json.loads(json.dumps(decodes)) == decodes
     with pytest.raises(RuntimeError, match="nothing was timed"):
         vae.agree(torch.zeros(3), torch.ones(3))
