@@ -78,7 +78,7 @@ def generate(args) -> None:
     if args.offload:
         model.enable_model_cpu_offload()
     with Progress() as progress:
-        result = model.generate(args.prompt, callback=progress, memory_budget=args.memory_budget, **settings)
+        result = model.generate(args.prompt, callback=progress, memory_budget=args.memory_budget, image=args.image, **settings)
         latents = result.save_latents(clip.latents_path(output))  # first: from here on nothing that fails can cost the sampling
         written = _finish(result, output, progress)
         if strip:
@@ -203,6 +203,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--attention", choices=("nabla", "dense"), help="default: what the model was trained with")
     command.add_argument("--precision", choices=("fp32", "reference"), help="of the latents; reference rounds as the official code does")
     command.add_argument("--cache", choices=CACHES, help="reuse what the blocks did at earlier steps (default: none)")
+    command.add_argument("--image", metavar="FILE", help="the first frame, for image-to-video checkpoints")
     command.add_argument("--lora", type=_lora, action="append", default=[], metavar="PATH[:SCALE]", help="a LoRA; may be repeated")
     command.add_argument("--offload", action="store_true", help="keep on the GPU only the part that is working")
     command.add_argument("--strip", metavar="FILE.png", help="also write some frames side by side")

@@ -8,6 +8,7 @@ have memories of their own: a `Branch` is one of them for one run, so nothing ou
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from .dit import DiffusionTransformer3D, Modulations
 from .plan import Plan
 
 
-class Branch:
+class Branch(ABC):
     """Takes the transformer's place in one run; a subclass decides when the blocks run."""
 
     def __init__(self, dit: DiffusionTransformer3D):
@@ -35,9 +36,9 @@ class Branch:
         self.skipped += self.computed == before
         return self.dit.finish(normed, plan)
 
+    @abstractmethod
     def run(self, x: Tensor, context: tuple) -> Tensor:
         """The out layer's norm of x after the blocks or what stands in for them. context: text, modulations, key mask, plan."""
-        raise RuntimeError("a branch must say when its blocks run; use MagBranch or FirstBlockBranch")
 
     def compute(self, x: Tensor, normed: Tensor | None, context: tuple, first: int) -> Tensor:
         """Run the blocks from `first` on and remember what they added."""

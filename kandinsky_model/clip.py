@@ -48,6 +48,7 @@ class Settings:
     precision: str = "fp32"
     vae_policy: str = "global"
     cache: str = "none"
+    image: str = ""  # where the first frame came from
     fps: int = 24
     model: str = ""
 

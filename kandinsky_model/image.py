@@ -81,6 +81,14 @@ def fitting_size(height: int, width: int, preset: Preset) -> tuple[int, int]:
     return max(1, round(height * factor)) * step, max(1, round(width * factor)) * step
 
 
+def crop(image: Tensor, height: int, width: int) -> Tensor:
+    """The largest middle part of uint8 [3, H, W] that has the shape of height x width."""
+    full_height, full_width = image.shape[1:]
+    kept_height, kept_width = min(full_height, round(full_width * height / width)), min(full_width, round(full_height * width / height))
+    top, left = (full_height - kept_height) // 2, (full_width - kept_width) // 2
+    return image[:, top : top + kept_height, left : left + kept_width]
+
+
 def first_frame(image: Tensor, vae: HunyuanVideoVAE, height: int, width: int, seed: int) -> Tensor:
     """The scaled latent [1, 1, H/8, W/8, C] of uint8 [3, h, w], resized to height x width and sampled from its posterior by `seed`."""
     weight = vae.quant_conv.weight

@@ -77,14 +77,14 @@ def locate(model: str | Path, revision: str | None = None, fallback: str = "t2v-
     if name == "tiny":
         return _in_folder(TINY, _Request(name, get_preset("tiny"), places, parts))
     if name in PRESETS:
-        request = _Request(name, text_to_video(PRESETS[name]), places, parts, shared=True)
+        request = _Request(name, for_video(PRESETS[name]), places, parts, shared=True)
         file = f"model/{request.preset.filename}"
         return _official(download(request.preset.repo, (file, "*.json"), revision) / file if "dit" in parts else path, request)
     if path.exists():
-        request = _Request(name, text_to_video(recognise(path) or get_preset(fallback)), places, parts)
+        request = _Request(name, for_video(recognise(path) or get_preset(fallback)), places, parts)
         return (_in_folder if path.is_dir() else _official)(path, request)
     if _REPO.fullmatch(name) and path.suffix != ".safetensors":
-        request = _Request(name, text_to_video(recognise(path) or get_preset(fallback)), places, parts, shared=True)
+        request = _Request(name, for_video(recognise(path) or get_preset(fallback)), places, parts, shared=True)
         weights = [f"{folder}/*.safetensors" for folder in request.folders]
         weights += ["transformer/*.safetensors", "model/*.safetensors"] if "dit" in parts else []
         return _in_folder(download(name, (*weights, "*.json", "*.txt"), revision), request)
@@ -95,10 +95,10 @@ def locate(model: str | Path, revision: str | None = None, fallback: str = "t2v-
     raise AssertionError("presets were handled above")
 
 
-def text_to_video(preset: Preset) -> Preset:
-    """`preset` itself; ValueError if it makes anything but video from text."""
-    if preset.task != "t2v":
-        raise ValueError(f"generation is from text to video so far, but {preset.name} is a {preset.task} checkpoint; use a t2v preset")
+def for_video(preset: Preset) -> Preset:
+    """`preset` itself; ValueError if it makes anything but videos."""
+    if preset.task not in ("t2v", "i2v"):
+        raise ValueError(f"generation is of videos so far, but {preset.name} is a {preset.task} checkpoint; use a t2v or i2v preset")
     return preset
 
 

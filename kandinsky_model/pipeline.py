@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .caching import make_cache
 from .clip import Notify, Settings, Video, check_prompt, check_size, default_policy, load_latents
 from .config import NablaConfig, Preset
-from .locate import PARTS, Sources, locate, text_to_video
+from .image import crop, first_frame, fitting_size, read_image
+from .locate import PARTS, Sources, for_video, locate
 from .lora import Adapters
 from .plan import make_plan
 from .sampler import Conditioning, Sampling, noise, sample
@@ -43,7 +44,7 @@ class Kandinsky5:
 
     def __init__(self, text: nn.Module | None, dit: nn.Module | None, vae: nn.Module | None, preset: Preset, name: str = "",
                  device: torch.device | str = "cpu"):
-        self.text, self.dit, self.vae, self.preset, self.name = text, dit, vae, text_to_video(preset), name
+        self.text, self.dit, self.vae, self.preset, self.name = text, dit, vae, for_video(preset), name
         self.device, self._offload = torch.device(device), False
         self.lora = Adapters(dit)
 
@@ -78,8 +79,11 @@ class Kandinsky5:
                 part.to("cpu")
 
     def generate(self, prompt: str | list[str], negative_prompt: str | None = None, seed: int | None = None,
-                 callback: Callback | None = None, memory_budget: int | None = None, **settings) -> Video | list[Video]:
+                 callback: Callback | None = None, memory_budget: int | None = None, image=None, **settings) -> Video | list[Video]:
         """Sample a video from a prompt, or a list of videos, in one batch, from a list of prompts.
+
+        image: what image-to-video checkpoints begin with: a path, a PIL image or uint8 [H, W, 3]. Without height and width the video has
+        its shape and the area the checkpoint was trained for; with them, its middle of their shape is taken.
 
         settings: num_frames (4k + 1), height, width (multiples of 16), num_inference_steps, guidance_scale (1: none), scheduler_scale,
         attention ("nabla" | "dense"), precision ("fp32" | "reference"), cache ("none" | "mag" | "first-block"), vae_policy ("global" |
@@ -89,13 +93,14 @@ class Kandinsky5:
         run. memory_budget: bytes that decoding may use; less takes longer and gives the same frames.
         Raises ValueError and TypeError before any work when something does not fit, RuntimeError when latents stop being finite.
         """
+        image = self._image(image, settings)
         plans = self._settings(prompt, negative_prompt, seed, settings)
         self._check_budget(plans[0], memory_budget)
         first, tell = plans[0], callback or (lambda *_: None)
         tell("text", 0, 1, None)
         cond, uncond = self._encode(plans)
         tell("sampling", 0, first.num_inference_steps, None)
-        for step, latents in self._sample(plans, cond, uncond):
+        for step, latents in self._sample(plans, cond, uncond, self._first_frames(image, plans)):
             tell("sampling", step + 1, first.num_inference_steps, latents)
         latents = latents.float()
         decode = partial(self.decode, memory_budget=memory_budget)
@@ -156,7 +161,7 @@ class Kandinsky5:
             fps=preset.fps, model=self.name) | given
         check_size(values["height"], values["width"])
         values.setdefault("vae_policy", default_policy(values["num_frames"], values["height"], values["width"]))
-        if (values["height"], values["width"]) not in preset.sizes:
+        if preset.task == "t2v" and (values["height"], values["width"]) not in preset.sizes:
             _log.warning("%s was trained for %s (width x height); %dx%d may look worse", preset.name,
                          ", ".join(f"{w}x{h}" for h, w in preset.sizes), values["width"], values["height"])
         make_cache(values.get("cache", "none"), preset.name)  # says now what it would say after the text
@@ -167,6 +172,28 @@ class Kandinsky5:
             negative_prompt = getattr(self.text, "default_negative", "")
         seed = random.randrange(SEEDS) if seed is None else seed
         return [Settings(text, negative_prompt, seed + i, **values) for i, text in enumerate(prompts)]
+
+    def _image(self, source, settings: dict) -> Tensor | None:
+        """The picture as uint8 [3, H, W], cut to the shape that was asked for, or with that of the video put into `settings`."""
+        if (source is not None) != (self.preset.task == "i2v"):
+            wanted = "begins with an image, got none; pass image" if source is None else "takes no image, got one; use an i2v preset"
+            raise ValueError(f"{self.preset.name} {wanted}")
+        if source is None:
+            return None
+        image = read_image(source)
+        settings["image"] = str(source) if isinstance(source, (str, Path)) else "given"
+        if settings.get("height") and settings.get("width"):
+            return crop(image, settings["height"], settings["width"])
+        settings["height"], settings["width"] = fitting_size(*image.shape[1:], self.preset)
+        return image
+
+    @torch.no_grad()
+    def _first_frames(self, image: Tensor | None, plans: list[Settings]) -> Tensor | None:
+        """The clean latents [B, 1, h, w, C] that the videos begin with."""
+        if image is None:
+            return None
+        with self._placed("vae") as vae:
+            return torch.cat([first_frame(image, vae, plan.height, plan.width, plan.seed) for plan in plans]).to(self.device)
 
     @torch.no_grad()
     def _encode(self, plans: list[Settings]) -> tuple[Conditioning, Conditioning | None]:
@@ -180,7 +207,8 @@ class Kandinsky5:
             uncond = Conditioning(uncond.embeds.expand(B, -1, -1), uncond.lengths.expand(B), uncond.pooled.expand(B, -1))
         return Conditioning(cond.embeds, cond.lengths, cond.pooled), uncond
 
-    def _sample(self, plans: list[Settings], cond: Conditioning, uncond: Conditioning | None) -> Iterator[tuple[int, Tensor]]:
+    def _sample(self, plans: list[Settings], cond: Conditioning, uncond: Conditioning | None,
+                given: Tensor | None) -> Iterator[tuple[int, Tensor]]:
         first, preset = plans[0], self.preset
         grid = first.grid
         nabla = (preset.nabla or NABLA_FOR_DENSE) if first.attention == "nabla" else None
@@ -188,7 +216,7 @@ class Kandinsky5:
         initial = torch.cat([noise(plan.seed, shape, self.device) for plan in plans])  # [B, T, 2Y, 2X, 16]
         plan = make_plan(preset.dit, grid, preset.scale_factor, nabla, self.device)
         with self._placed("dit") as dit:
-            yield from sample(dit, initial, cond, plan, _sampling(first, preset.name), uncond)
+            yield from sample(dit, initial, cond, plan, _sampling(first, preset.name), uncond, given)
 
     @contextmanager
     def _placed(self, name: str) -> Iterator[nn.Module]:

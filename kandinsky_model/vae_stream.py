@@ -10,6 +10,7 @@ shapes, and statistics are per frame and combined in order.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -75,7 +76,7 @@ class Place:
         return frames * (self.height + 2) * (self.width + 2) * self.channels
 
 
-class Stage:
+class Stage(ABC):
     """One step of the chain. `flow` transforms a stream of chunks; the rest is its arithmetic, in elements per sample and FLOPs.
 
     norm: the GroupNorm whose statistics over all frames `flow` needs, as `affine`.
@@ -83,21 +84,21 @@ class Stage:
 
     norm: nn.GroupNorm | None = None
 
+    @abstractmethod
     def flow(self, stream: Iterable[Chunk], affine: tuple[Tensor, Tensor] | None, frames: int) -> Iterator[Chunk]:
         """The stream behind this stage, whose input has `frames` frames in all."""
-        raise NotImplementedError
 
     def after(self, place: Place) -> Place:
         """What lies behind this stage when `place` lies in front of it."""
         return place
 
+    @abstractmethod
     def cache(self, place: Place) -> int:
         """What it keeps from chunk to chunk."""
-        raise NotImplementedError
 
+    @abstractmethod
     def work(self, place: Place) -> int:
         """The most it holds of one chunk beside its cache, input and output included."""
-        raise NotImplementedError
 
     def held(self, place: Place) -> int:
         """What it holds of a chunk while later stages work."""
@@ -107,8 +108,9 @@ class Stage:
         """What it adds to the model's own weights."""
         return 0
 
+    @abstractmethod
     def flops(self, place: Place) -> int:
-        raise NotImplementedError
+        """Its arithmetic on the whole video."""
 
 
 class Convolve(Stage):

@@ -258,8 +258,8 @@ def test_a_folders_own_configuration_wins(diffusers_folder):
 
 
 @pytest.mark.parametrize(("name", "kind", "words"), [
-    ("t2v-lite-sft-5", ValueError, "did you mean t2v-lite-sft-5s"), ("i2v-lite-5s", ValueError, "use a t2v preset"),
-    ("t2i-lite-sft", ValueError, "use a t2v preset"), ("no/such/path", ValueError, "existing path"),
+    ("t2v-lite-sft-5", ValueError, "did you mean t2v-lite-sft-5s"), ("i2i-lite-sft", ValueError, "use a t2v or i2v preset"),
+    ("t2i-lite-sft", ValueError, "use a t2v or i2v preset"), ("no/such/path", ValueError, "existing path"),
     ("weights/x.safetensors", ValueError, "existing path")])
 def test_unknown_models_are_refused(name, kind, words):
     with pytest.raises(kind, match=words) as caught:
