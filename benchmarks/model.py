@@ -85,7 +85,7 @@ def vae(clock: Clock, size: Size, _: dict) -> list[dict]:
     if size is FULL[1]:
         return []
     toy, rows = size is not FULL[0], []
-    config = VAEConfig(block_out_channels=(16, 32, 32, 32), layers_per_block=1) if toy else HUNYUAN_VAE
+    config = VAEConfig(block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8) if toy else HUNYUAN_VAE
     with torch.device(clock.device):
         ours = HunyuanVideoVAE(config).eval().requires_grad_(False)
     ours = ours.to(torch.float32 if toy else torch.bfloat16, memory_format=torch.channels_last_3d)

@@ -293,7 +293,7 @@ class HunyuanVideoVAE(nn.Module):
             raise ValueError("latents must be finite, got NaN or infinity: sample them again")
         if policy == "preview":
             return iter([self.preview(latents)])
-        decode = self._decoding(memory_budget, notify or _log.info, latents.requires_grad)
+        decode = self._decoding(memory_budget, notify or _log.debug, latents.requires_grad)
         if policy == "global":
             return decode(latents)
         tiles = tiles or TilePlan.for_frame(8 * latents.shape[3], 8 * latents.shape[4])

@@ -131,7 +131,7 @@ def test_bundled_model_is_the_default(run, tmp_path):
     (["generate", "x", "--memory-budget", "lots"], "write for example 10GB"),
     (["generate", "x", "--memory-budget", "1kb"], "a memory budget of at least"),
     (["generate", "x", "--model", "t2v-lite-sft-6s"], "did you mean t2v-lite-sft-5s"),
-    (["generate", "x", "--model", "i2v-lite-5s"], "use a t2v preset"),
+    (["generate", "x", "--model", "t2i-lite-sft"], "use a t2v or i2v preset"),
     (["generate", "x", "-o", "a.webm"], "must end in .mp4 or .gif or .png"),
     (["generate", "x", "-o", "absent/a.mp4"], "existing directory"),
     (["generate", "x", "-o", "."], "must end in"),
