@@ -2,7 +2,7 @@
 """Operators of the Kandinsky 5.0 family, each with one meaning (`reference`) and at most one kernel per device."""
 
 from ._library import kernels, load_extension
-from .nabla import block_sparse_attention, select_blocks, selection_density
+from .nabla import block_sparse_attention, select_blocks, selection_density, transpose_selection
 from .norm import Rotary, gated_add_norm, modulated_norm, norm_rope, norm_rope_means
 from .reference import block_means, pack_selection, unpack_selection
 from .vae import causal_conv3d, frame_causal_attention, group_affine, group_moments, group_norm_silu
@@ -13,5 +13,5 @@ __version__ = "0.1.0"
 __all__ = [
     "Rotary", "block_means", "block_sparse_attention", "causal_conv3d", "frame_causal_attention", "gated_add_norm", "group_affine",
     "group_moments", "group_norm_silu", "kernels", "modulated_norm", "norm_rope", "norm_rope_means", "pack_selection", "select_blocks",
-    "selection_density", "unpack_selection",
+    "selection_density", "transpose_selection", "unpack_selection",
 ]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, tuning
@@ -116,6 +117,25 @@ def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, selection:
 def selection_density(selection: Tensor, blocks: int) -> float:
     """Kept blocks over all blocks of a packed selection for ``blocks`` = N blocks: a number in 0..1."""
     return reference.unpack_selection(selection, blocks).double().mean().item()
+
+
+def transpose_selection(selection: Tensor) -> Tensor:
+    """Which blocks of queries keep a block of keys: bit i of row j of the result is bit j of row i of ``selection``.
+
+    selection: packed int32 [..., N, W], on any device. Returns the same shape. Tiles of 32 x 32 bits are transposed in five rounds of
+    swaps (Warren, Hacker's Delight, 7-3), so that the map of N x N never exists. Raises ValueError on other shapes and dtypes.
+    """
+    N = selection.shape[-2] if selection.dim() > 1 else 0
+    if selection.dtype != torch.int32 or selection.dim() < 2 or selection.shape[-1] != -(-N // 32):
+        raise ValueError(f"selection must be int32 [..., N, ceil(N / 32)], got {selection.dtype} {list(selection.shape)}; "
+                         "make it with select_blocks or pack_selection.")
+    W = selection.shape[-1]
+    bits = F.pad(selection, (0, 0, 0, 32 * W - N)).unflatten(-2, (W, 32))  # [..., tile of rows, 32, word]
+    for width, mask in ((16, 0x0000FFFF), (8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
+        low, high = bits.unflatten(-2, (-1, 2, width)).unbind(-3)  # rows that lie `width` apart
+        swapped = ((low >> width) ^ high) & mask
+        bits = torch.stack((low ^ (swapped << width), high ^ swapped), -3).flatten(-4, -2)
+    return bits.transpose(-3, -1).flatten(-3, -2)[..., :N, :].contiguous()
 
 
 # ---- on GPUs

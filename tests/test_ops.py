@@ -290,3 +290,18 @@ def test_every_operator_has_cases():
     assert {case.op.removesuffix("_means") for case in CASES} == declared
     assert all(callable(getattr(ops, name)) for name in OPERATORS)
     assert {module.name for module in pkgutil.iter_modules(ops.__path__)} >= {"norm", "nabla", "vae", "reference"}
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3, 31), (1, 2, 32), (2, 33), (1, 100), (1, 1, 257)])
+def test_transposed_selections(shape):
+    *outer, N = shape
+    keep = torch.rand(*outer, N, N, generator=torch.Generator().manual_seed(N)) < 0.4
+    transposed = ops.transpose_selection(ops.pack_selection(keep))
+    assert torch.equal(transposed, ops.pack_selection(keep.mT)) and transposed.is_contiguous()
+    assert torch.equal(ops.transpose_selection(transposed), ops.pack_selection(keep))
+
+
+@pytest.mark.parametrize("selection", [torch.zeros(5, 2, dtype=torch.int32), torch.zeros(5, 1), torch.zeros(1, dtype=torch.int32)])
+def test_transposing_refuses_what_is_no_selection(selection):
+    with pytest.raises(ValueError, match=r"int32 \[..., N, ceil\(N / 32\)\]"):
+        ops.transpose_selection(selection)
