@@ -21,8 +21,9 @@ if [ "${1:-}" = "--only" ]; then
     "$PYTHON" -m benchmarks.gpu --out "$OUT/gate.json" --only "$2"
     exit $?
 fi
+parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 8")  # most of the tests' time is compilation
 step build 150 "$PYTHON" setup.py -q build_ext --inplace
-step tests 150 "$PYTHON" -m pytest -q tests/test_triton.py tests/test_gpu.py tests/test_cuda.py -k "not cubins and not spills and not matrix_units and not shared_memory"
+step tests 150 "$PYTHON" -m pytest -q $parallel tests/test_triton.py tests/test_gpu.py tests/test_cuda.py -k "not cubins and not spills and not matrix_units and not shared_memory"
 if command -v compute-sanitizer >/dev/null; then
     step memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m pytest -q -x tests/test_triton.py \
         -k "test_every_case and (odd or ragged-bfloat16 or select_blocks-one)"
