@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from kandinsky_model.config import PRESETS, VAEConfig
+from kandinsky_model.memory import Accounting
 from kandinsky_model.vae import HunyuanVideoVAE, Upsample
+from kandinsky_model.vae_stream import Chunk, Enlarge, stages_of
 from tests.live_memory import LiveMemory
 
 from .clock import keep_memory, machine, measure, roofs
@@ -26,6 +28,7 @@ DECODES = {"tiny preset, 17 frames of 160x160": (PRESETS["tiny"].vae, (5, 20, 20
 # channels, factors, and the latent-level frames and sides in front of the upsampling
 UPSAMPLINGS = {"512 channels, 3x32x32": (512, (1, 2, 2), (3, 32, 32)), "512 channels, 3x32x32, time too": (512, (2, 2, 2), (3, 32, 32)),
                "256 channels, 3x64x64, time too": (256, (2, 2, 2), (3, 64, 64))}
+SCHEMES = ("KKKK", "KKKR", "KKKS", "KKRS", "KKSS", "KSSS")
 WANTED_DECODE, WANTED_UPSAMPLING, TOLERANCE = 1.5, 2.5, 1e-4
 
 
@@ -70,8 +73,6 @@ def decode_row(name: str, config: VAEConfig, size: tuple[int, int, int], budget_
 
 def upsampling_row(name: str, channels: int, factors: tuple[int, int, int], size: tuple[int, int, int], budget_s: float) -> dict:
     """Folded against upsample, pad, convolve; the weights are folded beforehand, as a decode does it once."""
-    from kandinsky_model.vae_stream import Chunk, Enlarge
-
     torch.manual_seed(0)
     upsample = Upsample(channels, factors).requires_grad_(False)
     stage, x = Enlarge(upsample), torch.randn(1, channels, *size)
@@ -91,12 +92,32 @@ def upsampling_row(name: str, channels: int, factors: tuple[int, int, int], size
             "wanted": WANTED_UPSAMPLING, "timings": {who: timing.record() for who, timing in timings.items()}}
 
 
+def schemes_table() -> str:
+    """What the released VAE needs in bf16 under the schemes worth naming, from the decoder's own accounting: predicted, not measured."""
+    sizes = {"5 s 512x768": (31, 64, 96), "10 s 512x768": (61, 64, 96), "5 s 768x1280": (31, 96, 160), "10 s 768x1280": (61, 96, 160)}
+    with torch.device("meta"):
+        vae = HunyuanVideoVAE(VAEConfig())
+    stages = stages_of(vae.decoder.bfloat16(), vae.post_quant_conv)
+    books = [Accounting.of(stages, (1, 16, *size), torch.bfloat16) for size in sizes.values()]
+    lines = [f"| scheme (a letter per level: keep, recompute, stream) | {' | '.join(sizes)} | FLOPs, 10 s 512x768 |", "|---|" + "---:|" * 5]
+    for scheme in SCHEMES:
+        plans = [book.plan(scheme) for book in books]
+        peaks = [plan.predicted_peak_bytes / 1e9 for plan in plans]
+        cells = [f"{peak:.0f} GB" if peak >= 100 else f"{peak:.1f} GB" for peak in peaks]
+        lines.append(f"| {scheme} | {' | '.join(cells)} | {plans[1].relative_flops:.2f}x |")
+    return "\n".join(lines)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times the VAE's decoder and writes benchmarks/results/vae-<machine>.json.")
     parser.add_argument("--only", default="", help="run the cases whose name contains this, and write nothing")
+    parser.add_argument("--schemes", action="store_true", help="only print what each decoding scheme is predicted to need")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds for each provider of a case (default: 20)")
     options = parser.parse_args()
+    if options.schemes:
+        print(schemes_table())
+        return
     keep_memory()
     result = {"machine": machine(), "roofs": roofs()}
     for what, row, cases in (("decodes", decode_row, DECODES), ("upsamplings", upsampling_row, UPSAMPLINGS)):

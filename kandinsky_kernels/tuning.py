@@ -39,7 +39,7 @@ def attention(block: int, dtype: torch.dtype, capability: tuple[int, int], full:
 
     Three stages cover the dependent load of the block's number and of its keys. Where an SM has 227 KiB (sm_90, sm_100) or 163 KiB
     (sm_80) they always fit; sm_86, 89 and 120 have 99 KiB, enough for three stages of 16 KiB with two programs resident, or two of 32.
-    Descriptors (TMA) from sm_90 on: one instruction per tile in place of addresses, 15 registers fewer for D = 64. Ragged blocks need
+    Descriptors (TMA) from sm_90 on: one instruction per tile in place of addresses, and fewer registers. Ragged blocks need
     addresses and masks: two stages, and eight warps at D = 128 where a warpgroup's matrix unit does not hold the tile, or they spill.
     """
     if not full:

@@ -76,7 +76,7 @@ class FirstBlockBranch(Branch):
         after, normed = self.dit.blocks(x, None, text, modulations, key_mask, plan, range(1))
         added = after - x
         if self.first is not None and self.in_a_row < self.most_skipped:
-            moved = (added - self.first).abs().mean(dtype=added.dtype) / self.first.abs().mean()
+            moved = (added - self.first).abs().mean() / self.first.abs().mean()
             if moved.item() < self.threshold:
                 self.in_a_row += 1
                 return self.reuse(after, context)

@@ -23,8 +23,6 @@ from .vae_stream import stages_of
 POLICIES = ("global", "official", "preview")
 _EPS = 1e-6
 _log = logging.getLogger(__name__)
-# Which of a window's three taps meet the same input, for each phase of an axis that is enlarged by this factor.
-_TAPS = {1: [[[1, 0, 0], [0, 1, 0], [0, 0, 1]]], 2: [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]}
 
 
 class CausalConv3d(nn.Module):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-LEAST_FLOPS = 2**28  # of a frame: with less, four calls cost more than a third of the products (48 channels: 1.3 against 2.3 ms at 20 x 20)
+LEAST_FLOPS = 2**28  # of a frame: below it, more calls cost more than a third of the products (benchmarks/NOTES.md)
 
 
 def suits(conv: nn.Conv3d, area: int = LEAST_FLOPS) -> bool:

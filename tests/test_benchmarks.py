@@ -112,3 +112,7 @@ def test_decoders_are_compared_on_equal_results(monkeypatch):
     assert table.count("| a level |") == 2 and json.loads(json.dumps(decodes)) == decodes
     with pytest.raises(RuntimeError, match="nothing was timed"):
         vae.agree(torch.zeros(3), torch.ones(3))
+
+
+def test_the_readme_shows_the_schemes_as_they_are_accounted():
+    assert vae.schemes_table() in (ROOT / "README.md").read_text(encoding="utf-8")
