@@ -90,6 +90,7 @@ def test_gpu_benchmark_runs_at_toy_size(tmp_path):
 
 def test_gpu_bars_are_judged_by_the_worst_row():
     rows = {"selection": [{"op": "select_blocks", "size": "lite 10 s", "ms": {"ours": 0.4, "published": 8.0}, "over_published": 20.0},
+                          {"op": "select_blocks", "size": "lite 10 s", "ms": {"ours": 0.3}},
                           {"op": "select_blocks", "size": "pro 10 s", "ms": {"ours": 0.9, "published": 90.0}, "over_published": 100.0}],
             "attention": [{"op": "block_sparse_attention", "size": "lite 10 s", "ms": {"ours": 1.0}, "useful_tflop_s": 400.0},
                           {"op": "block_sparse_attention", "size": "lite 10 s", "ms": {"ours": 1.0}, "useful_tflop_s": 299.0}]}
