@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Linear
+from .attention import ALL, Linear
 from .weights import Entry, read_headers
 
 CONFIG_NAMES = ("config_lora.json", "adapter_config.json")
@@ -39,11 +39,11 @@ class AdaptedLinear(Linear):
         self.scales: dict[str, float] = {}
         self.train(base.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+    def forward(self, x: Tensor, rows: slice = ALL) -> Tensor:
+        y = super().forward(x, rows)
         for name, scale in self.scales.items():
             down, up = self.additions[name]
-            y = y + scale * F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+            y = y + scale * F.linear(F.linear(x, down.to(x)), up[rows].to(x))
         return y
 
     def _apply(self, fn, recurse: bool = True) -> AdaptedLinear:
