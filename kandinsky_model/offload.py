@@ -28,12 +28,21 @@ _log = logging.getLogger(__name__)
 def tensors_of(modules: Iterable[nn.Module], without: Iterable[nn.Module] = ()) -> list[Tensor]:
     """What modules and those inside them hold, each once: parameters, buffers, joint weights, the matrices of adapters.
 
-    without: modules whose tensors are left out.
+    without: modules that are left out.
     """
-    left = {id(inner) for module in without for inner in module.modules()}
-    inside = {id(inner): inner for module in modules for inner in module.modules() if id(inner) not in left}
-    leaves = [leaf for module in inside.values() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
-    return list({id(leaf): leaf for leaf in leaves}.values())
+    seen = {id(inner) for module in without for inner in module.modules()}
+    found, waiting = {}, list(modules)
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for leaf in tree_leaves(vars(module)):  # its children are among them
+            if isinstance(leaf, Tensor):
+                found[id(leaf)] = leaf
+            elif isinstance(leaf, nn.Module):
+                waiting.append(leaf)
+    return list(found.values())
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from tiny_models import SMALL_ARGS
 
 import kandinsky_kernels
-from kandinsky_model import clip, pipeline, video
+from kandinsky_model import clip, commands, pipeline, video
 from kandinsky_model.__main__ import main, parser
 from kandinsky_model.locate import TINY
 
@@ -131,7 +131,6 @@ def test_bundled_model_is_the_default(run, tmp_path):
     (["generate", "x", "--memory-budget", "lots"], "write for example 10GB"),
     (["generate", "x", "--memory-budget", "1kb"], "a memory budget of at least"),
     (["generate", "x", "--model", "t2v-lite-sft-6s"], "did you mean t2v-lite-sft-5s"),
-    (["generate", "x", "--model", "t2i-lite-sft"], "use a t2v or i2v preset"),
     (["generate", "x", "-o", "a.webm"], "must end in .mp4 or .gif or .png"),
     (["generate", "x", "-o", "absent/a.mp4"], "existing directory"),
     (["generate", "x", "-o", "."], "must end in"),
@@ -170,7 +169,7 @@ def test_missing_codec_is_known_before_the_model_is_loaded(run, monkeypatch):
         raise ValueError(name)
 
     monkeypatch.setattr(av.codec, "Codec", absent)
-    monkeypatch.setattr(pipeline, "load", lambda *_, **__: pytest.fail("loaded before the check"))
+    monkeypatch.setattr(pipeline.Kandinsky5, "from_sources", lambda *_, **__: pytest.fail("loaded before the check"))
     status, _, err = run("generate", "x", "-o", "a.mp4")
     assert status == 2 and "H.264 encoder" in err and err.count("\n") == 1
 
@@ -236,7 +235,15 @@ def test_presets_lists_every_one(run):
     from kandinsky_model.config import PRESETS
 
     status, out, _ = run("presets")
-    assert status == 0 and [line.split()[0] for line in out.splitlines()[1:]] == list(PRESETS)
+    *rows, sd, hd = out.splitlines()[1:]
+    assert status == 0 and [line.split()[0] for line in rows] == list(PRESETS)
+    assert sd.startswith("SD: 768x512, ") and hd.startswith("HD: 1280x768, ") and "1408x640" in hd
+
+
+def test_the_readme_has_the_table_of_presets():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for row in commands.preset_rows():
+        assert "| " + " | ".join(row.values()) + " |" in readme.replace("`", ""), row["preset"]
 
 
 def test_commands_of_the_readme_exist():
