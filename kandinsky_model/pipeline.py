@@ -21,6 +21,7 @@ from .image import crop, fitting_size, latent_of, read_image, resize
 from .image_vae import is_image_vae, load_image_vae
 from .locate import PARTS, Sources, locate
 from .lora import Adapters
+from .parallel import Ranks, from_first, share
 from .plan import make_plan
 from .run import Interrupted, Run
 from .sampler import Conditioning, Given, Sampling, noise, sample
@@ -49,6 +50,7 @@ class Kandinsky5:
         self.text, self.dit, self.vae, self.preset, self.name = text, dit, vae, preset, name
         self.device, self._offload = torch.device(device), False
         self.lora = Adapters(dit)
+        self.together = False  # whether all processes of torch.distributed's default group share every run
 
     @classmethod
     def from_pretrained(cls, model: str | Path = "tiny", device: str | None = None, dtype: torch.dtype | None = None,
@@ -101,15 +103,21 @@ class Kandinsky5:
         run. memory_budget: bytes that decoding may use; less takes longer and gives the same frames.
         Raises ValueError and TypeError before any work when something does not fit, RuntimeError when latents stop being finite,
         Interrupted (a KeyboardInterrupt) with what `resume` needs when sampling is stopped by the keyboard.
+
+        With `together` every process calls this alike: the first one alone reads prompts and pictures, all of them sample and return.
         """
-        pictures = self._pictures(image, last_image, settings)
-        plans = self._settings(prompt, negative_prompt, seed, settings)
-        self._check_budget(plans[0], memory_budget)
-        tell = callback or (lambda *_: None)
-        tell("text", 0, 1, None)
-        pictures = [None if one is None else resize(one, plans[0].height, plans[0].width) for one in pictures]
-        cond, uncond = self._encode(plans, pictures[0])
-        videos = self.resume(Run(plans, self._noise(plans), cond, uncond, self._given(pictures, plans)), callback, memory_budget)
+        def prepare() -> Run:
+            pictures = self._pictures(image, last_image, settings)
+            plans = self._settings(prompt, negative_prompt, seed, settings)
+            self._check_budget(plans[0], memory_budget)
+            if callback:
+                callback("text", 0, 1, None)
+            pictures = [None if one is None else resize(one, plans[0].height, plans[0].width) for one in pictures]
+            cond, uncond = self._encode(plans, pictures[0])
+            return Run(plans, self._noise(plans), cond, uncond, self._given(pictures, plans))
+
+        run = Run.from_bytes(from_first(lambda: prepare().to_bytes())) if self.together else prepare()
+        videos = self.resume(run, callback, memory_budget)
         return videos if isinstance(prompt, (list, tuple)) else videos[0]
 
     def resume(self, run: Run, callback: Callback | None = None, memory_budget: int | None = None) -> list[Video]:
@@ -179,6 +187,8 @@ class Kandinsky5:
         if strangers:
             _log.warning("%s does not know %s; its words are %s", self.preset.name, ", ".join(strangers),
                          ", ".join(self.text.config["words"]))
+        if self.together:  # says now who cannot share a run
+            share(torch.distributed.get_world_size(), self.preset.dit.num_heads, _sampling(plans[0], self.preset.name).guided)
         return [replace(plan, lora=self.lora.active()) for plan in plans]
 
     def _pictures(self, image, last_image, settings: dict) -> list[Tensor | None]:
@@ -237,7 +247,8 @@ class Kandinsky5:
     def _sample(self, run: Run) -> Iterator[tuple[int, Tensor]]:
         first, preset = run.settings[0], self.preset
         nabla = (preset.nabla or NABLA_FOR_DENSE) if first.attention == "nabla" else None
-        plan = make_plan(preset.dit, first.grid, preset.scale_factor, nabla, self.device)
+        ranks = Ranks.of(preset.dit.num_heads, _sampling(first, preset.name).guided) if self.together else None
+        plan = make_plan(preset.dit, first.grid, preset.scale_factor, nabla, self.device, ranks=ranks)
         with self._placed("dit") as dit:
             yield from sample(dit, run.latents, run.cond, plan, _sampling(first, preset.name, run.step), run.uncond, run.given)
 
