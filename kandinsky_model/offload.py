@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -89,10 +89,8 @@ def pin(memory: Tensor) -> bool:
         return True
     _log.warning("%.3g GB of pinned host memory cannot be had (CUDA error %d), so copies of weights hold up the computation; "
                  "close other programs, or raise the limit of locked memory (ulimit -l)", memory.numel() * memory.itemsize / 1e9, code)
-    try:
+    with suppress(RuntimeError):
         torch.zeros(1, device="cuda")  # CUDA reports an error once more, to whatever is launched next
-    except RuntimeError:
-        pass
     return False
 
 
@@ -177,7 +175,7 @@ class LayerStream:
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, len(stores)))]
         self.holds: list[int | None] = [None] * len(self.buffers)
         self.slot, self.active = len(self.buffers) - 1, None  # the buffer used last, and the layer that computes
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copies = _copy_stream(device)
         self.filled, self.free = ([self._event() for _ in self.buffers] for _ in range(2))
         for event in self.free:  # of what the allocator gave us, and whoever had it before
             self._record(event)
@@ -231,6 +229,10 @@ class LayerStream:
             event.record(torch.cuda.current_stream(self.device))
 
 
+def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
 class Offload:
     """A network whose weights live in host memory, and on the device only inside `on_device`.
 
@@ -240,15 +242,17 @@ class Offload:
 
     def __init__(self, network: nn.Module, device: torch.device):
         self.network, self.device = network, device
-        self.layers, pinned = list(getattr(network, "layers", ())), device.type == "cuda"
-        once = list(getattr(network, "once", ()))
-        self.stores = [Store([layer], once, pinned) for layer in self.layers]
-        self.rest = Store([network], [*self.layers, *once], pinned)
+        self.layers, self.once = (list(getattr(network, name, ())) for name in ("layers", "once"))
+        pinned = device.type == "cuda"
+        self.stores = [Store([layer], self.once, pinned) for layer in self.layers]
+        self.rest = Store([network], [*self.layers, *self.once], pinned)
 
     @contextmanager
     def on_device(self, resident: int) -> Iterator[nn.Module]:
         """The network, ready to run: all on the device but its layers, of which as many as `resident` stay and the others are streamed."""
         stores = [self.rest, *self.stores]
+        for module in self.once:
+            module.to("cpu")
         for store in stores:
             store.refresh()
         streamed = streamed_layers(len(self.layers), resident)

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from .config import DiTConfig
+from .config import DiTConfig, VAEConfig
 from .geometry import Grid
-from .memory import FREE_SHARE, DecodePlan
+from .memory import FREE_SHARE
 from .offload import layout, streamed_layers, tensors_of
 from .plan import Chunks
+from .tiles import TilePlan
+from .vae import decode_plans
+from .vae_stream import POSITIONS
 
 # On a GPU, beside the tensors of a block: lists or maps of a kernel of ours (64 MiB, or those of one head where that is more),
 # workspaces of cuBLAS, and what the allocator rounds up.
 SCRATCH_BYTES, LIST_BYTES = 256 << 20, 2
 FREE_CHUNKS, SMALLEST_CHUNKS = ((1, 16384), (2, 8192), (4, 4096)), ((8, 2048), (math.inf, 1024))  # groups of heads, tokens
+PIECE_PIXELS = 8 * POSITIONS  # of the two last frames of a chunk, or of more where frames are small
+# Tensors of this many channels at full size that encoding and decoding a picture as a whole holds at once.
+PICTURE_CHANNELS, PICTURE_TENSORS = 128, (5, 6)
 WIDE = 4  # bytes of latents, velocities, modulations, means and log-sum-exps: fp32 whatever the weights are
 
 
@@ -56,7 +62,8 @@ class Weights:
 class Stage:
     """A way to work: the bytes of weights on the device and of all else at the worst moment.
 
-    resident: how many layers of the network stay on the device, the others being streamed. chunks: for the transformer.
+    resident: how many layers of the network stay on the device, the others being streamed. chunks: for the transformer. scheme_bytes: for
+    the VAE, what its scheme may use.
     """
 
     weights: int
@@ -64,6 +71,7 @@ class Stage:
     how: str = ""
     resident: int = 0
     chunks: Chunks = Chunks()
+    scheme_bytes: int | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -90,25 +98,29 @@ class RunPlan:
 def plan_run(ways: Mapping[str, Iterable[Stage]], everything: int, budget: int) -> RunPlan:
     """The first way of each stage that fits into `budget` bytes.
 
-    ways: by the name of the stage, fastest first and thriftiest last. everything: bytes of all networks together; where they fit with
-    the fastest way of every stage, nothing need ever move. ValueError where a stage cannot fit, naming the least budget.
+    ways: by the name of the stage, fastest first. everything: bytes of all networks together; where they fit with the fastest way of
+    every stage, nothing need ever move. TypeError unless the budget is an int; ValueError where a stage cannot fit, naming the least.
     """
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise TypeError(f"a memory budget must be an int, of bytes, got {budget!r}: convert it")
     ways = {name: list(stages) for name, stages in ways.items()}
-    most = everything + max(stages[0].working for stages in ways.values())
-    if most <= budget:
-        stages = {name: Stage(everything, stages[0].working, "all weights stay on the device", stages[0].resident, stages[0].chunks)
-                  for name, stages in ways.items()}
-        return RunPlan(budget, stages, True)
+    if everything + max(stages[0].working for stages in ways.values()) <= budget:
+        return RunPlan(budget, {name: replace(stages[0], weights=everything, how="all weights stay on the device")
+                                for name, stages in ways.items()}, True)
     least = {name: min(stage.peak_bytes for stage in stages) for name, stages in ways.items()}
     worst = max(least, key=least.get)
     if least[worst] > budget:
-        raise ValueError(f"this run requires a memory budget of at least {least[worst] / 1e9:.3g} GB ({least[worst]} bytes), for {worst}, "
-                         f"got {budget / 1e9:.3g} GB; raise it, or ask for fewer frames or pixels")
+        raise ValueError(f"{worst} requires a memory budget of at least {least[worst]} bytes ({least[worst] / 1e9:.3g} GB), got {budget}: "
+                         "raise it, or ask for fewer frames or pixels")
     return RunPlan(budget, {name: next(stage for stage in stages if stage.peak_bytes <= budget) for name, stages in ways.items()}, False)
 
 
-def layered(weights: Weights, working: int) -> Iterator[Stage]:
-    """Ways to run a network: all its layers resident, or as many as there is room for."""
+def text_ways(weights: Weights) -> Iterator[Stage]:
+    """Ways to run a text encoder: all its layers resident, or as many as there is room for.
+
+    Its tensors are taken to need as much as its largest layer: those of a prompt's 400 tokens are an eighth of one of Qwen2.5-VL-7B.
+    """
+    working = max(weights.layers, default=weights.rest)
     for resident in range(len(weights.layers), -1, -1):
         yield Stage(weights.on_device(resident), working, _layers(weights, resident), resident)
 
@@ -213,10 +225,51 @@ def _table_bytes(job: Job, making: bool = False) -> int:
     return (1 + job.guided + making) * job.steps * _vectors_bytes(job) if job.on_cpu else 0
 
 
-def decoding_ways(weights: Weights, schemes: Iterable[DecodePlan], beside: int) -> Iterator[Stage]:
-    """Ways to decode, with room for the workspaces of convolutions. beside: bytes of latents and of the frames given out."""
-    for scheme in schemes:
-        yield Stage(weights.total, math.ceil(scheme.predicted_peak_bytes / FREE_SHARE) + beside, f"scheme {scheme.scheme}")
+def decoding_ways(weights: Weights, config: VAEConfig | None, job: Job, policy: str) -> Iterator[Stage]:
+    """Ways to decode one video, with room for the workspaces of convolutions, the latents and the frames given out; None: a picture.
+
+    Frames are counted as pixels of three channels. A piece of them is there twice, and 2.5 times in fp32 on its way to 8 bits; under
+    "official" a tile, of full size, is there five times while its pieces are joined, faded and kept for the next. A "preview" is four
+    videos in fp32, and what its map is fitted on.
+    """
+    grid, size, area = job.grid, job.dtype.itemsize, 256 * job.grid.Y * job.grid.X
+    if config is None:
+        yield Stage(weights.total, math.ceil(PICTURE_TENSORS[1] * PICTURE_CHANNELS * area * size / FREE_SHARE), "as a whole")
+        return
+    if policy == "preview":
+        fit = decode_plans(config, (1, config.latent_channels, 1, 16, 16), job.dtype)[0].predicted_peak_bytes
+        yield Stage(weights.total, fit + 4 * (4 * grid.T - 3) * 3 * area * WIDE, "preview")
+        return
+    latents, tiles = (1, config.latent_channels, grid.T, 2 * grid.Y, 2 * grid.X), TilePlan.for_frame(16 * grid.Y, 16 * grid.X)
+    beside, shape = 3 * max(2 * area, PIECE_PIXELS) * (2 * size + 10), latents
+    if policy == "official":
+        beside = 3 * min(tiles.frames, 4 * grid.T - 3) * area * 5 * size
+        shape = tiles.largest(torch.empty(latents, device="meta")).shape
+    for plan in decode_plans(config, shape, job.dtype):
+        working = math.ceil(plan.predicted_peak_bytes / FREE_SHARE) + beside + 3 * WIDE * math.prod(latents)
+        yield Stage(weights.total, working, f"scheme {plan.scheme}" + (" for each tile" if policy == "official" else ""),
+                    scheme_bytes=plan.predicted_peak_bytes)
+
+
+def picture_ways(weights: Weights, job: Job) -> Iterator[Stage]:
+    """The way to encode one picture."""
+    area = 256 * job.grid.Y * job.grid.X
+    yield Stage(weights.total, math.ceil(PICTURE_TENSORS[0] * PICTURE_CHANNELS * area * job.dtype.itemsize / FREE_SHARE))
+
+
+def ways_to_run(weights: Mapping[str, Weights], job: Job, vae: VAEConfig | None, policy: str,
+                pictures: bool = False) -> dict[str, list[Stage]]:
+    """Ways for every stage, in order, of which the networks are there. weights: of text, dit and vae. vae: None for that of pictures."""
+    ways = {}
+    if "text" in weights:
+        ways["text"] = text_ways(weights["text"])
+    if "vae" in weights and pictures:
+        ways["pictures"] = picture_ways(weights["vae"], job)
+    if "dit" in weights:
+        ways["sampling"] = sampling_ways(job, weights["dit"])
+    if "vae" in weights:
+        ways["decoding"] = decoding_ways(weights["vae"], vae, job, policy)
+    return {name: list(stages) for name, stages in ways.items()}
 
 
 def free_bytes(device: torch.device, own: int = 0) -> int | None:

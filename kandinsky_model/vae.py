@@ -342,9 +342,14 @@ class HunyuanVideoVAE(nn.Module):
 def decode_plan(config: VAEConfig, latent_shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16,
                 memory_budget: int | None = None) -> DecodePlan:
     """How latents [B, C, T, Y, X] of this shape would be decoded within `memory_budget` bytes; ValueError where they cannot be."""
+    return choose(decode_plans(config, latent_shape, dtype), memory_budget)[0]
+
+
+def decode_plans(config: VAEConfig, latent_shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[DecodePlan]:
+    """The ways to decode latents of this shape, fastest first, each needing less memory than all before it."""
     with torch.device("meta"):
         stages = stages_of(Decoder(config).to(dtype), nn.Conv3d(config.latent_channels, config.latent_channels, 1))
-    return choose(ladder(Accounting.of(stages, latent_shape, dtype)), memory_budget)[0]
+    return ladder(Accounting.of(stages, latent_shape, dtype))
 
 
 def _check(x: Tensor, name: str, shape: str) -> None:
