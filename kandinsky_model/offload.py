@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -87,11 +87,16 @@ def pin(memory: Tensor) -> bool:
     if code == 0:
         weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
         return True
-    _log.warning("%.3g GB of pinned host memory cannot be had (CUDA error %d), so copies of weights hold up the computation; "
-                 "close other programs, or raise the limit of locked memory (ulimit -l)", memory.numel() * memory.itemsize / 1e9, code)
+    _warn(code)
     with suppress(RuntimeError):
         torch.zeros(1, device="cuda")  # CUDA reports an error once more, to whatever is launched next
     return False
+
+
+@cache
+def _warn(code: int) -> None:
+    _log.warning("pinned host memory cannot be had (CUDA error %d), so copies of weights hold up the computation; close other programs, or "
+                 "raise the limit of locked memory (ulimit -l)", code)
 
 
 class Piece:
