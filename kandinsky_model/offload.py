@@ -187,7 +187,7 @@ class LayerStream:
         self.handles = []
         for i, layer in enumerate(layers):
             self.handles.append(layer.register_forward_pre_hook(partial(self._enter, i)))
-            self.handles.append(layer.register_forward_hook(self._leave, always_call=True))
+            self.handles.append(layer.register_forward_hook(self._leave))
 
     def close(self) -> None:
         """Leave the layers in host memory, as they were, and give the buffers back."""
@@ -199,7 +199,7 @@ class LayerStream:
         self.buffers.clear()
 
     def _enter(self, i: int, *_) -> None:
-        self._leave()  # whoever was interrupted
+        self._leave()  # whichever layer was interrupted
         self._fetch(i)
         self.slot, self.active = self.holds.index(i), i
         if self.copies:

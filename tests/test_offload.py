@@ -282,7 +282,7 @@ class Event:
 
     def record(self, stream):
         self.due = list(stream.tasks)
-        stream.log.append(("record", self))
+        stream.log.append(("record", stream, self))
 
 
 class Stream:
@@ -292,7 +292,7 @@ class Stream:
         self.tasks, self.log = [], log
 
     def wait_event(self, event):
-        self.log.append(("wait", event))
+        self.log.append(("wait", self, event))
         for task in event.due:
             task()
         event.due = []
@@ -314,7 +314,11 @@ def acted(monkeypatch):
         yield
         current.pop()
 
-    copy_to = Store.copy_to
+    copy_to, enter = Store.copy_to, Store.enter
+
+    def used(store, buffer):
+        log.append(("use", computing, buffer.data_ptr()))
+        enter(store, buffer)
 
     def later(store, buffer):
         if not current:
@@ -326,7 +330,7 @@ def acted(monkeypatch):
                 pending.clear()
                 copy_to(store, buffer)
 
-        log.append(("copy", buffer.data_ptr()))
+        log.append(("copy", copies, buffer.data_ptr()))
         return copies.tasks.append(task)
 
     monkeypatch.setattr(offload, "_copy_stream", lambda device: copies)
@@ -334,6 +338,7 @@ def acted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", switch)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(Store, "copy_to", later)
+    monkeypatch.setattr(Store, "enter", used)
     return log
 
 
@@ -343,13 +348,14 @@ def test_layers_wait_for_their_copies_and_copies_for_their_layers(acted):
     with Offload(dit, CPU).on_device(1) as placed:
         for _ in range(3):
             assert torch.equal(out(placed), wanted), "a layer computed before its weights had come"
-        freed = {}
-        for i, (what, subject) in enumerate(acted):
-            if what == "copy":
-                before, event = acted[i - 1]
-                assert before == "wait" and event in freed.values() or i < 4, "a buffer was overwritten while a layer used it"
-            freed |= {subject: subject} if what == "record" else {}
-    assert sum(what == "copy" for what, _ in acted) == 3 * (LAYERS - 1) + 1
+    copies = [i for i, (what, *_) in enumerate(acted) if what == "copy"]
+    for i in copies:
+        _, stream, buffer = acted[i]
+        used = max((j for j in range(i) if acted[j][0] == "use" and acted[j][2] == buffer), default=-1)
+        done = [j for j in range(used + 1, i) if acted[j][0] == "record" and acted[j][1] is not stream]
+        waited = [acted[j][2] for j in range(i) if acted[j][:2] == ("wait", stream) and done and j > done[0]]
+        assert any(acted[j][2] in waited for j in done), "a buffer was overwritten while a layer used it"
+    assert len(copies) == 3 * (LAYERS - 1) + 1
 
 
 # Pinned memory
