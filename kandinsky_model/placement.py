@@ -157,7 +157,8 @@ def sampling_ways(job: Job, weights: Weights) -> Iterator[Stage]:
     last, count = len(FREE_CHUNKS) - 1, len(weights.layers)
     ways = [(count, one) for one in chunks[:last]] + [(resident, chunks[last]) for resident in range(count, -1, -1)]
     for resident, one in ways + [(0, one) for one in chunks[last + 1 :]]:
-        how = _layers(weights, resident) + (f", {one.heads} heads and {one.tokens} tokens at a time" if one.heads else "")
+        groups = 1 if one.heads is None else math.ceil(job.config.num_heads / one.heads)
+        how = _layers(weights, resident) + (f", heads in {groups} groups, {one.tokens} tokens at a time" if groups > 1 else "")
         yield Stage(weights.on_device(resident), sampling_bytes(job, one), how, resident, one)
 
 
@@ -171,8 +172,8 @@ def sampling_bytes(job: Job, chunks: Chunks) -> int:
     That moment lies in a visual block. With t for one tensor of the residual stream's size there are, all through the pass,
 
     - latents: the noise, the current ones, the model's input, and per branch the velocity of this step or the last;
-    - the plan's positions and orders, the prompts, the text in the pass and its keys and values, and the modulations of the pass (on a
-      CPU those of all passes, and while they are made once more those of one prompt);
+    - the plan's positions, orders and angles, the prompts, the text in the pass and its keys and values, and the modulations of the
+      pass (on a CPU those of all passes, and while they are made once more those of one prompt);
     - what a cache keeps: per branch t (mag) or 2 t (first-block, and t once more while the first block runs);
     - the residual stream and its norm, 2 t, and where the blocks take all tokens at once its beginning, which the caller holds, t;
 
@@ -211,8 +212,10 @@ def _pass_bytes(job: Job) -> int:
     latents = math.prod(config.patch_size) * (config.in_visual_dim * (3 + job.guided) + config.in_channels) * WIDE
     plan = 4 * 3 + (2 * 8 if job.nabla else 0)
     texts = ((1 + job.guided) * config.in_text_dim + 4 * config.model_dim) * size
+    rotary = WIDE * config.head_dim * (max(job.grid.T, job.grid.Y, job.grid.X) + (1 + job.guided) * job.text_tokens)
+    prompts = (1 + job.guided) * (config.in_text_dim2 * size + WIDE * job.steps)
     table = _table_bytes(job) if job.on_cpu else _vectors_bytes(job)
-    return job.grid.tokens * (job.batch * latents + plan) + job.batch * job.text_tokens * texts + table
+    return job.grid.tokens * (job.batch * latents + plan) + job.batch * (job.text_tokens * texts + prompts) + rotary + table
 
 
 def _vectors_bytes(job: Job) -> int:

@@ -20,7 +20,7 @@ from kandinsky_model.sampler import Conditioning, Sampling, noise, sample
 from .test_dit import CONFIG, MODES, SCALE, build, inputs
 from .test_lora import matrices, write
 
-GRID, CPU = Grid(2, 8, 9), torch.device("cpu")
+GRID, CPU, WHOLE = Grid(2, 8, 9), torch.device("cpu"), Chunks()
 LAYERS = CONFIG.num_text_blocks + CONFIG.num_visual_blocks
 
 
@@ -28,7 +28,7 @@ def network(config=CONFIG):
     return build(config).prepare()
 
 
-def out(dit, mode="dense", chunks=Chunks()):
+def out(dit, mode="dense", chunks=WHOLE):
     with torch.no_grad():
         return dit(*inputs(CONFIG, GRID, 2), make_plan(CONFIG, GRID, SCALE, MODES[mode], chunks=chunks))
 
@@ -147,8 +147,8 @@ def test_layers_of_any_kind():
         def forward(self, x):
             return x @ (self.values * self.scale).T
 
-    layers = nn.ModuleList([Quantised(0), nn.Linear(16, 16), nn.Identity(), nn.Sequential(nn.Linear(16, 512), nn.GELU(), nn.Linear(512, 16)),
-                            Quantised(1)]).requires_grad_(False)
+    wide = nn.Sequential(nn.Linear(16, 512), nn.GELU(), nn.Linear(512, 16))
+    layers = nn.ModuleList([Quantised(0), nn.Linear(16, 16), nn.Identity(), wide, Quantised(1)]).requires_grad_(False)
     x, orders = torch.randn(3, 16), [(0, 1, 2, 3, 4), (0, 0, 3, 1, 4, 4, 2), (4, 3, 2, 1, 0)]
 
     def through(order):
@@ -169,7 +169,7 @@ def test_layers_of_any_kind():
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
 
-@pytest.mark.parametrize("cache", [None, MagCache(((1.0,) * 4,) * 2, retention=0.0), FirstBlockCache(threshold=1e9, most_skipped=1)], ids=str)
+@pytest.mark.parametrize("cache", [None, MagCache(((1.0,) * 4,) * 2, retention=0.0), FirstBlockCache(1e9, most_skipped=1)])
 def test_whole_runs_with_and_without_caches(cache):
     dit = network()
     wanted = run(dit, cache)
