@@ -65,7 +65,7 @@ class TinyTextEncoder(nn.Module):
     def encode(self, prompts: list[str], kind: str = "video", images: list[Tensor] | None = None) -> TextEmbeddings:
         """Embed prompts together; a prompt's rows do not depend on its neighbours. Raises TypeError, or ValueError for an empty list.
 
-        kind and images, by which other encoders tell videos from images and edits, change nothing.
+        kind and images, which other encoders read, change nothing.
         """
         if isinstance(prompts, str):
             raise TypeError("encode needs a list of prompts, got one str; put it into a list")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from inspect import signature
 
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 from .text_vision import PICTURE, look_up
 
 MOST_TOKENS = 256
-EDIT_SHRINK = 4  # a picture to edit is shown with a quarter of its sides, as in the official code
-SHOWN_PIXELS = 2**20  # of a first frame, which the official code shows whole: its details do not say what moves
+EDIT_SHRINK = 4  # a picture to edit is shown with a quarter of its sides and a first frame whole, as in the official code
 CHAT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 STOPS = ("<|im_end|>", "<|endoftext|>")
 
@@ -105,9 +103,7 @@ def request(prompt: str, kind: str, image: Tensor | None) -> tuple[str, int]:
         raise ValueError(f"a prompt is expanded for a video, for a video or an image_edit with an image, or for an image without one, got "
                          f"{kind!r} {'without' if image is None else 'with'} an image; change one of the two")
     text = CHAT.replace("{}", ("" if image is None else PICTURE) + instruction).replace("{}", prompt)
-    if image is None or kind == "image_edit":
-        return text, EDIT_SHRINK
-    return text, math.ceil(math.sqrt(image.shape[1] * image.shape[2] / SHOWN_PIXELS))
+    return text, EDIT_SHRINK if kind == "image_edit" else 1
 
 
 def continue_greedily(language: nn.Module, head: nn.Module, embeds: Tensor, places: Tensor, stops: Collection[int]) -> list[int]:

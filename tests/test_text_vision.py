@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Qwen2.5-VL is shown of a picture: patches against transformers' own processor and one by one, settings, positions."""
+from types import SimpleNamespace
+
 import numpy
 import pytest
 import torch
 
-from kandinsky_model.text_vision import Preprocessor, positions
+from kandinsky_model.text_vision import Preprocessor, look_up, positions
 
 from .text_peers import image_processor, picture, pil
 
@@ -61,3 +63,10 @@ def test_positions():
     assert positions(3).tolist() == [[[0, 1, 2]]] * 4
     assert positions(2, 2, 3, 2)[:, 0].tolist() == [
         [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 2, 2, 2, 2, 2, 5, 6], [0, 1, 2, 2, 2, 3, 3, 3, 5, 6], [0, 1, 2, 3, 4, 2, 3, 4, 5, 6]]
+
+
+def test_the_table_of_tokens_may_stay_on_the_cpu():
+    """"meta" stands for the accelerator that the rest of the model is on."""
+    table = torch.nn.Embedding(5, 3)
+    assert torch.equal(look_up(SimpleNamespace(embed_tokens=table, norm=torch.nn.LayerNorm(3)), [4, 0]), table.weight[None, [4, 0]])
+    assert look_up(SimpleNamespace(embed_tokens=table, norm=torch.nn.LayerNorm(3, device="meta")), [4, 0]).is_meta
