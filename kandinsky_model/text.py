@@ -73,6 +73,10 @@ class TinyTextEncoder(nn.Module):
             raise ValueError("encode needs at least one prompt, got an empty list; the empty prompt is ['']")
         return self([self.tokens(prompt) for prompt in prompts])
 
+    def expand(self, *_) -> str:
+        """There is no language model to write with: raises ValueError."""
+        raise ValueError("a prompt is expanded by the language model of a released checkpoint, which tiny lacks; leave expand_prompt out")
+
     def forward(self, sequences: list[list[int]]) -> TextEmbeddings:
         """Token indices, one non-empty list per prompt -> TextEmbeddings."""
         lengths = torch.tensor([len(sequence) for sequence in sequences])

@@ -5,6 +5,9 @@ import logging
 import pytest
 import torch
 
+from kandinsky_model import pipeline
+from kandinsky_model.__main__ import main
+from kandinsky_model.clip import load_latents
 from kandinsky_model.text_expand import INSTRUCTIONS, continue_greedily, request
 from kandinsky_model.text_qwen import END, OFFICIAL_EDIT_CROP, QwenClipEncoder, official_negative, official_template
 from kandinsky_model.text_vision import PICTURE, positions
@@ -205,3 +208,27 @@ def test_instructions_ask_for_what_was_published():
     for kind, image in (("sound", None), ("image_edit", None), ("image", picture())):
         with pytest.raises(ValueError, match="a prompt is expanded for"):
             request("a", kind, image)
+
+
+def test_a_video_is_made_from_the_expanded_prompt(diffusers_folder, few_tokens, monkeypatch):
+    """Settings keep both prompts; the triggers of adapters come before what the language model wrote."""
+    model = pipeline.load(diffusers_folder, device="cpu")
+    written = model.text.expand("a cat")
+    video = model.generate("a cat", seed=1, expand_prompt=True, **tiny_models.SMALL)
+    assert (video.settings.prompt, video.settings.expanded_prompt) == ("a cat", written) and written != "a cat"
+    plain = model.generate(written, seed=1, **tiny_models.SMALL)
+    assert torch.equal(video.latents, plain.latents) and plain.settings.expanded_prompt == ""
+    read, encode = [], model.text.encode
+    monkeypatch.setattr(model.text, "encode", lambda prompts, kind: read.append(prompts) or encode(prompts, kind))
+    monkeypatch.setattr(model.lora, "prompt", lambda prompt: f"trigger {prompt}")
+    model.generate(["a cat", "b"], "", seed=1, expand_prompt=True, **tiny_models.SMALL)
+    assert read == [[f"trigger {written}", f"trigger {model.text.expand('b')}"], [""]]
+
+
+def test_the_command_line_expands_and_says_how(diffusers_folder, few_tokens, tmp_path, capsys, caplog):
+    arguments = ["generate", "a cat", *tiny_models.SMALL_ARGS, "--device", "cpu", "--seed", "1", "-o", str(tmp_path / "a.gif"), "--expand"]
+    assert main([*arguments, "--model", str(diffusers_folder), "--no-text-cache"]) == 0
+    settings = load_latents(tmp_path / "a.latents.safetensors")[1]
+    assert settings.prompt == "a cat" and f"expanded prompt: {settings.expanded_prompt}" in caplog.text
+    assert main([*arguments, "--model", "tiny"]) == 2
+    assert "tiny lacks; leave expand_prompt out" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from kandinsky_model import pipeline, text_cache
+from kandinsky_model.__main__ import main
 from kandinsky_model.text_cache import TensorCache, checksum, default_folder, identity
 from kandinsky_model.text_qwen import QwenClipEncoder
 
@@ -164,3 +165,15 @@ def test_the_same_video_whether_its_prompt_was_known_or_not(diffusers_folder):
     fresh, known = (model.generate("кот", seed=2, **tiny_models.SMALL) for _ in range(2))
     assert torch.equal(fresh.latents, known.latents)
     assert len(entries(model.text.cache)) == 2, "prompt and negative prompt"
+
+
+def test_the_cache_can_be_left_alone(diffusers_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_cache, "default_folder", lambda: tmp_path / "cache")
+    kept, left = (pipeline.load(diffusers_folder, device="cpu", parts=("text",), text_cache=use).text for use in (True, False))
+    assert left.cache is None
+    assert torch.equal(left.encode(["a"]).embeds, left.encode(["a"]).embeds) and not (tmp_path / "cache").exists()
+    assert torch.equal(kept.encode(["a"]).embeds, left.encode(["a"]).embeds) and len(entries(kept.cache)) == 1
+    for use in (["--no-text-cache"], []):
+        assert main(["generate", "a cat", "--model", str(diffusers_folder), *tiny_models.SMALL_ARGS, "--guidance", "1", *use,
+                     "-o", str(tmp_path / "a.gif"), "--device", "cpu"]) == 0
+        assert len(entries(kept.cache)) == (1 if use else 2)
