@@ -115,9 +115,9 @@ def continue_greedily(language: nn.Module, head: nn.Module, embeds: Tensor, plac
 
     # transformers 5.24 has renamed the argument
     name = "cache" if "cache" in signature(language.forward).parameters else "past_key_values"
-    options, tokens = {name: DynamicCache(), "use_cache": True}, []
+    past, tokens = {name: DynamicCache()}, []
     while len(tokens) < MOST_TOKENS:
-        hidden = language(inputs_embeds=embeds, position_ids=places, **options).last_hidden_state[:, -1]
+        hidden = language(inputs_embeds=embeds, position_ids=places, **past).last_hidden_state[:, -1]
         token = int(head(hidden.to(head.weight.device)).argmax())
         if token in stops:
             break

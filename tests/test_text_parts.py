@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The released checkpoints' text encoders on disk: every layout they are published in, read when needed and no sooner, strictly."""
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -60,9 +61,10 @@ def test_what_is_read_is_what_was_saved(diffusers_folder, text_parts):
 def test_networks_move_when_they_are_needed(diffusers_folder):
     """The layers can be had before that, for someone who streams them. "meta" stands for an accelerator."""
     text = loaded(diffusers_folder)
-    assert text.to("meta") is text and text.device.type == "meta"
     assert len(text.layers) == 2 and networks(text) == {"language"}
-    assert not any(parameter.is_meta for parameter in text.parts.language.parameters())
+    text.encode(["b"])
+    assert text.to("meta") is text and text.device.type == "meta" and len(text.layers) == 2
+    assert not any(parameter.is_meta for parameter in text.parameters())
     with pytest.raises(RuntimeError):  # of several kinds: there is no data
         text.encode(["a"])
     assert all(parameter.is_meta for parameter in text.parts.language.parameters())
@@ -108,6 +110,17 @@ def test_encoders_in_several_files_load(diffusers_folder, text_parts, tmp_path):
     shards[0].unlink()
     with pytest.raises(FileNotFoundError, match=f"index lists {shards[0].name}"):
         loaded(tmp_path / "model")
+
+
+def test_a_flat_configuration_is_read(diffusers_folder, tmp_path):
+    """As Qwen2.5-VL-7B is published: the language model's values are not in a part of their own, and its rotation has an old name."""
+    edit = (["a"], "image_edit", [picture()])
+    wanted = loaded(diffusers_folder).encode(*edit).embeds
+    path = copy_of(diffusers_folder, tmp_path / "model").with_name("config.json")
+    config = json.loads(path.read_text())
+    text = {key: value for key, value in config.pop("text_config").items() if not key.startswith("rope") and key != "model_type"}
+    path.write_text(json.dumps({**text, **config, "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 4]}}))
+    assert torch.equal(loaded(tmp_path / "model").encode(*edit).embeds, wanted)
 
 
 def test_clip_is_read_from_the_whole_model_too(diffusers_folder, text_parts, tmp_path):
