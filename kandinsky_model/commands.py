@@ -7,10 +7,11 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .config import PRESETS
+from .config import PRESETS, SIZES_HD, SIZES_SD
 
 NOT_A_TERMINAL_IS_QUIET = None  # tqdm's word for it
 
@@ -173,12 +174,24 @@ def download(args) -> None:
 
 
 def presets(args) -> None:
-    print(f"{'preset':30} {'task':4} {'steps':>5} {'guidance':>8} {'attention':10} {'frames':>6} {'size':9} published in")
+    rows = [list(next(preset_rows())), *(list(row.values()) for row in preset_rows())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    for name, sizes in (("SD", SIZES_SD), ("HD", SIZES_HD)):
+        print(f"{name}: {', '.join(f'{width}x{height}' for height, width in sizes)}")
+
+
+def preset_rows() -> Iterator[dict[str, str]]:
+    """What `kandinsky presets` and the README say of every checkpoint, by column."""
     for preset in PRESETS.values():
-        attention = f"nabla {preset.nabla.keep_mass}" if preset.nabla else "dense"
         height, width = preset.sizes[0]
-        print(f"{preset.name:30} {preset.task:4} {preset.steps:5} {preset.guidance:8} {attention:10} {preset.frames:6} "
-              f"{f'{width}x{height}':9} {preset.repo or 'this package'}")
+        kind = {frozenset(SIZES_SD): " SD", frozenset(SIZES_HD): " HD"}.get(frozenset(preset.sizes), "")
+        yield {
+            "preset": preset.name, "mode": preset.task, "steps": str(preset.steps), "guidance": f"{preset.guidance:g}",
+            "scale": f"{preset.scheduler_scale:g}", "attention": f"nabla {preset.nabla.keep_mass}" if preset.nabla else "dense",
+            "frames": str(preset.frames), "size": f"the image's{kind}" if preset.task == "i2v" else f"{width}x{height}{kind}",
+            "weights file": preset.filename or "bundled", "repository": preset.repo or "this package"}
 
 
 def train_tiny(args) -> None:

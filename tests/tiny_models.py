@@ -36,6 +36,20 @@ def random_vae() -> HunyuanVideoVAE:
     return HunyuanVideoVAE(VAEConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4))
 
 
+def diffusers_video_vae(vae: HunyuanVideoVAE):
+    """diffusers' class with the weights of ours, whole videos at a time."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    config = vae.config
+    with torch.device("meta"):  # no time is spent on weights that are about to be replaced
+        other = AutoencoderKLHunyuanVideo(
+            latent_channels=config.latent_channels, block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
+            norm_num_groups=config.norm_num_groups, scaling_factor=config.scaling_factor)
+    other.use_framewise_encoding = other.use_framewise_decoding = False
+    other.load_state_dict({name: tensor.contiguous() for name, tensor in vae.state_dict().items()}, assign=True)
+    return other.eval().requires_grad_(False)
+
+
 def random_image_vae():
     """diffusers' class with FLUX.1's settings, its shift of latents included."""
     from diffusers import AutoencoderKL
