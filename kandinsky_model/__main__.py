@@ -62,6 +62,8 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--last-image", metavar="FILE", help="the last frame, for image-to-video checkpoints (untrained)")
     command.add_argument("--lora", type=commands.scaled_path, action="append", default=[], metavar="PATH[:SCALE]",
                          help="a LoRA; may be repeated")
+    command.add_argument("--expand", action="store_true", help="let the text encoder's language model rewrite the prompt in detail first")
+    command.add_argument("--no-text-cache", dest="text_cache", action="store_false", help="neither use nor keep embedded prompts on disk")
     command.add_argument("--offload", action="store_true", help="keep on the GPU only the part that is working")
     command.add_argument("--strip", metavar="FILE.png", help="also write some frames side by side")
     _decoding_arguments(command)

@@ -60,19 +60,21 @@ def generate(args) -> None:
     clip.check_settings(args.prompt, **settings)
     if args.cache not in (None, "none"):  # how many passes it saved is worth a line
         logging.getLogger(f"{__package__}.sampler").setLevel(logging.INFO)
+    if args.expand:  # so is what was really asked for
+        logging.getLogger(f"{__package__}.text_qwen").setLevel(logging.INFO)
     output, strip = _outputs(args) if args.output else (None, None)
     device, sources = pipeline.choose_device(args.device), locate(args.model, args.revision)
     if output is None:
         args.output = "out.png" if sources.preset.vae is None else "out.mp4"
         output, strip = _outputs(args)
-    model = pipeline.Kandinsky5.from_sources(sources, device)
+    model = pipeline.Kandinsky5.from_sources(sources, device, text_cache=args.text_cache)
     for path, scale in args.lora:
         model.lora.load(path, scale=scale)
     if args.offload:
         model.enable_model_cpu_offload()
     with Progress() as progress, _kept(output):
         result = model.generate(args.prompt, callback=progress, memory_budget=args.memory_budget, image=args.image,
-                                last_image=args.last_image, **settings)
+                                last_image=args.last_image, expand_prompt=args.expand, **settings)
         _keep(result, output, strip, progress)
 
 
