@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -275,6 +275,29 @@ class Offload:
                 stream.close()
             for store in stores:
                 store.leave()
+
+
+class LateOffload:
+    """`Offload` for an encoder that reads its networks when they are first needed, and is told by `placing` where to bring them."""
+
+    def __init__(self, encoder: nn.Module, device: torch.device):
+        self.encoder, self.device, self.hosted = encoder, device, {}
+
+    @contextmanager
+    def on_device(self, resident: int) -> Iterator[nn.Module]:
+        """The encoder, ready to run; each network is on the device from when it is needed to the end, as in `Offload.on_device`."""
+        there = set()
+        with ExitStack() as stack:
+            def place(network: nn.Module) -> nn.Module:
+                if id(network) not in self.hosted:
+                    self.hosted[id(network)] = Offload(network, self.device)
+                if id(network) not in there:
+                    stack.enter_context(self.hosted[id(network)].on_device(resident))
+                    there.add(id(network))
+                return network
+
+            with self.encoder.placing(self.device, place):
+                yield self.encoder
 
 
 def streamed_layers(count: int, resident: int) -> list[int]:

@@ -21,7 +21,7 @@ from .image import crop, fitting_size, latent_of, read_image, resize
 from .image_vae import is_image_vae, load_image_vae
 from .locate import PARTS, Sources, locate
 from .lora import Adapters
-from .offload import Offload, tensors_of
+from .offload import LateOffload, Offload, tensors_of
 from .placement import Job, RunPlan, Weights, free_bytes, plan_run, ways_to_run
 from .plan import Chunks, make_plan
 from .run import Interrupted, Run
@@ -49,7 +49,7 @@ class Kandinsky5:
                  device: torch.device | str = "cpu"):
         self.text, self.dit, self.vae, self.preset, self.name = text, dit, vae, preset, name
         self.device, self._offload = torch.device(device), False
-        self._hosted: dict[str, Offload] = {}  # parts whose weights live in host memory
+        self._hosted: dict[str, Offload | LateOffload] = {}  # parts whose weights live in host memory
         self.lora = Adapters(dit)
 
     @classmethod
@@ -112,7 +112,7 @@ class Kandinsky5:
         expand = settings.pop("expand_prompt", False)
         pictures = self._pictures(image, last_image, settings)
         plans = self._settings(prompt, negative_prompt, seed, settings)
-        plan = self._plan(plans, memory_budget, pictures=pictures != [None, None])
+        plan = self._plan(plans, memory_budget, pictures=pictures != [None, None], expand=expand)
         tell = callback or (lambda *_: None)
         tell("text", 0, 1, None)
         pictures = [None if one is None else resize(one, plans[0].height, plans[0].width) for one in pictures]
@@ -153,7 +153,7 @@ class Kandinsky5:
         """
         if not torch.isfinite(latents).all():
             raise RuntimeError("decoding requires finite latents, got NaN or infinity; sample them again")
-        plan = None if memory_budget is None else self._plan([settings], memory_budget, ("decoding",), quiet=True)
+        plan = None if memory_budget is None else self._plan([settings], memory_budget, ("decoding",))
         return self._decode(latents, settings, plan, notify)
 
     @torch.no_grad()
@@ -168,7 +168,7 @@ class Kandinsky5:
                 yield levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()  # [f, H, W, 3]
 
     def _plan(self, settings: list[Settings], budget: int | None, stages: Sequence[str] = STAGES, pictures: bool = False,
-              quiet: bool = False) -> RunPlan | None:
+              expand: bool = False) -> RunPlan | None:
         """How to keep within a budget, for those of the stages that there are; None where there is none to keep within.
 
         Raises ValueError or TypeError where it cannot be done: better known before the first stage than in the last.
@@ -180,13 +180,14 @@ class Kandinsky5:
         if budget is None:
             return None
         first, vae = settings[0], self.preset.vae and self.vae and self.vae.config
-        job = Job(self.preset.dit, first.grid, (self.dit or self.vae).dtype, len(settings), first.num_inference_steps,
-                  _sampling(first, self.preset.name).guided, first.attention == "nabla", first.cache, self.preset.text_max_length,
-                  self.device.type == "cpu")
-        weights = {name: Weights.of(part) for name, part in networks.items()}
+        job = Job(self.preset.dit, first.grid, getattr(self.dit or self.vae, "dtype", torch.float32), len(settings),
+                  first.num_inference_steps, _sampling(first, self.preset.name).guided, first.attention == "nabla", first.cache,
+                  self.preset.text_max_length, self.device.type == "cpu")
+        seen = dict(vision=pictures and (expand or self.preset.task == "i2i"), head=expand)
+        weights = {name: part.weigh(**seen) if hasattr(part, "weigh") else Weights.of(part) for name, part in networks.items()}
         ways = ways_to_run(weights, job, vae, first.vae_policy, pictures)
         plan = plan_run({name: ways[name] for name in ways if name in stages}, sum(one.total for one in weights.values()), budget)
-        for line in () if quiet else str(plan).splitlines():
+        for line in str(plan).splitlines() if len(stages) > 1 else ():
             _log.info("%s", line)
         return plan
 
@@ -296,7 +297,7 @@ class Kandinsky5:
             if self.device.type != "cpu" and getattr(self, other) is not None:
                 getattr(self, other).to("cpu")
         if name not in self._hosted:
-            self._hosted[name] = Offload(part, self.device)
+            self._hosted[name] = (LateOffload if hasattr(part, "placing") else Offload)(part, self.device)
         with self._hosted[name].on_device(plan.stages[stage].resident if stage else 0):
             yield part
 

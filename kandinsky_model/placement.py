@@ -41,9 +41,7 @@ class Weights:
     rest: int = 0
 
     @classmethod
-    def of(cls, network: nn.Module | None) -> Weights:
-        if network is None:
-            return cls()
+    def of(cls, network: nn.Module) -> Weights:
         layers, once = (list(getattr(network, name, ())) for name in ("layers", "once"))
         size = lambda modules, without=(): layout(tensors_of(modules, without))[1]  # noqa: E731
         return cls(tuple(size([layer], once) for layer in layers), size(once), size([network], [*layers, *once]))
@@ -91,7 +89,7 @@ class RunPlan:
         return max(stage.peak_bytes for stage in self.stages.values())
 
     def __str__(self) -> str:
-        return "\n".join(f"{name}: {stage.peak_bytes / 1e9:.2f} of {self.budget / 1e9:.2f} GB{stage.how and ': '}{stage.how}"
+        return "\n".join(f"{name}: {stage.peak_bytes / 1e9:.3g} of {self.budget / 1e9:.3g} GB{stage.how and ': '}{stage.how}"
                          for name, stage in self.stages.items())
 
 

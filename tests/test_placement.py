@@ -83,7 +83,7 @@ def test_the_first_way_that_fits_is_taken_and_all_together_where_there_is_room()
     ways = {"text": [Stage(50, 5, "resident", 3), Stage(10, 5, "streamed")], "sampling": [Stage(40, 20, "resident", 2), Stage(30, 2)]}
     plan = plan_run(ways, 100, 56)
     assert (plan.together, plan.stages["text"].resident, plan.stages["sampling"].peak_bytes, plan.peak_bytes) == (False, 3, 32, 55)
-    assert str(plan).splitlines() == ["text: 0.00 of 0.00 GB: resident", "sampling: 0.00 of 0.00 GB"]
+    assert str(plan).splitlines() == ["text: 5.5e-08 of 5.6e-08 GB: resident", "sampling: 3.2e-08 of 5.6e-08 GB"]
     plan = plan_run(ways, 100, 120)
     assert plan.together and [stage.peak_bytes for stage in plan.stages.values()] == [105, 120]
     assert not plan_run(ways, 100, 119).together
@@ -105,7 +105,6 @@ def test_weights_are_those_of_the_network():
     assert weights.once > 3 * one
     assert weights.on_device(4) == weights.rest + sum(weights.layers)
     assert weights.on_device(2) == weights.rest + weights.layers[1] + weights.layers[3] + 2 * max(weights.layers[0], weights.layers[2])
-    assert Weights.of(None).total == 0
 
 
 # The released checkpoints, on paper
@@ -149,5 +148,5 @@ def test_the_table_prints(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["memory", "--budget", "12GB", "t2v-pro-sft-5s"])
     paper.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and all("of 12.00 GB" in line for line in lines) and "streamed" in lines[1]
+    assert len(lines) == 3 and all("of 12 GB" in line for line in lines) and "streamed" in lines[1]
     assert paper.table().count("\n") == 1 + len(paper.ROWS)
