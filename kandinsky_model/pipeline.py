@@ -50,6 +50,7 @@ class Kandinsky5:
         self.text, self.dit, self.vae, self.preset, self.name = text, dit, vae, preset, name
         self.device, self._offload = torch.device(device), False
         self._hosted: dict[str, Offload | LateOffload] = {}  # parts whose weights live in host memory
+        self.plan: RunPlan | None = None
         self.lora = Adapters(dit)
 
     @classmethod
@@ -127,7 +128,7 @@ class Kandinsky5:
         return self._run(run, self._plan(run.settings, memory_budget, ("sampling", "decoding")), callback, memory_budget)
 
     def _run(self, run: Run, plan: RunPlan | None, callback: Callback | None, memory_budget: int | None) -> list[Video]:
-        first, tell, run = run.settings[0], callback or (lambda *_: None), run.to(self.device)
+        first, tell, run, self.plan = run.settings[0], callback or (lambda *_: None), run.to(self.device), plan
         latents, step = run.latents, run.step
         try:
             tell("sampling", step, first.num_inference_steps, None)
