@@ -182,6 +182,8 @@ def sampling_bytes(job: Job, chunks: Chunks) -> int:
       selection, and always a log-sum-exp per token, each for the heads at once;
     - the rest: what self-attention gave, t, and for each token of a part its stream and norm and either the wide activation before and
       after GELU, or a branch and the next stream and norm.
+
+    Only where the video is smaller than its text does the moment lie in a text block, which is computed at once.
     """
     config, size, batch = job.config, job.dtype.itemsize, job.batch
     tokens, t = batch * job.grid.tokens, job.stream
@@ -194,9 +196,10 @@ def sampling_bytes(job: Job, chunks: Chunks) -> int:
         bits = blocks * heads * WIDE * math.ceil(job.grid.blocks / 32)
         attention += 2 * WIDE * blocks * config.model_dim * share + bits
     rest = t + min(part, tokens) * max(5 * channel, 2 * channel + 2 * config.ff_dim * size)
+    text = batch * job.text_tokens * (8 * channel + 2 * config.ff_dim * size)
     held = (2 + (whole and (2 if job.cache == "first-block" else 1))) * t + _cache_bytes(job) + _pass_bytes(job)
     scratch = 0 if job.on_cpu else max(SCRATCH_BYTES, LIST_BYTES * job.grid.blocks**2)
-    return math.ceil(max(held + max(attention, rest) + scratch, _table_bytes(job, making=True)))
+    return math.ceil(max(held + max(attention, rest, text) + scratch, _table_bytes(job, making=True)))
 
 
 def _cache_bytes(job: Job) -> int:

@@ -12,6 +12,7 @@ from kandinsky_model import pipeline
 from kandinsky_model import video as files
 from kandinsky_model.run import Interrupted, Run
 
+from .live_memory import LiveMemory
 from .test_lora import write
 
 PROMPT = "a red circle moving right"
@@ -125,3 +126,18 @@ def test_adapters_within_a_budget(model, tmp_path):
     finally:
         model.lora.remove()
     assert torch.equal(model.generate(PROMPT, memory_budget=least, **settings).latents, free.latents)
+
+
+@pytest.mark.parametrize("policy", ["global", "official"])
+def test_the_whole_run_keeps_within_the_least_budget(model, policy):
+    settings = dict(seed=5, vae_policy=policy, **SMALL | {"num_frames": 33, "height": 128})
+    least = least_budget(model, settings)
+    model.generate(PROMPT, memory_budget=least, **settings).frames.sum()  # brings the weights to where they stay
+    with LiveMemory() as memory:
+        video = model.generate(PROMPT, memory_budget=least, **settings)
+    stages = model.plan.stages
+    assert 0.5 * stages["sampling"].peak_bytes <= memory.peak <= max(stages["text"].peak_bytes, stages["sampling"].peak_bytes)
+    with LiveMemory() as memory:
+        for _ in video.decode():
+            pass
+    assert 0.5 * stages["decoding"].peak_bytes <= memory.peak + 4 * video.latents.numel() <= stages["decoding"].peak_bytes == least
