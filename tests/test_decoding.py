@@ -71,7 +71,7 @@ def test_a_memory_budget_changes_nothing_and_is_checked_before_the_work(model, t
     free, told, plans = model.generate(PROMPT, **settings), [], []
     least = least_budget(model, settings)
     for budget in (least, 10**9, least):
-        with caplog.at_level(logging.INFO):
+        with caplog.at_level(logging.INFO, "kandinsky_model.pipeline"):
             video = model.generate(PROMPT, memory_budget=budget, **settings)
         plans.append([line for line in caplog.messages if " GB" in line])
         caplog.clear()
