@@ -28,7 +28,7 @@ SCRATCH_BYTES, LIST_BYTES = 256 << 20, 2
 FREE_CHUNKS, SMALLEST_CHUNKS = ((1, 16384), (2, 8192), (4, 4096)), ((8, 2048), (math.inf, 1024))  # groups of heads, tokens
 PIECE_PIXELS = 8 * POSITIONS  # of the two last frames of a chunk, or of more where frames are small
 # Tensors of this many channels at full size that encoding and decoding a picture as a whole holds at once.
-PICTURE_CHANNELS, PICTURE_TENSORS = 128, (5, 6)
+PICTURE_CHANNELS, PICTURE_TENSORS = 128, (7.5, 6)
 WIDE = 4  # bytes of latents, velocities, modulations, means and log-sum-exps: fp32 whatever the weights are
 
 

@@ -8,13 +8,24 @@ import torch
 
 from benchmarks import memory as paper
 from kandinsky_model.caching import FirstBlockCache, MagCache
-from kandinsky_model.config import PRESETS, DiTConfig, NablaConfig
+from kandinsky_model.config import PRESETS, DiTConfig, NablaConfig, VAEConfig
 from kandinsky_model.dit import DiffusionTransformer3D
 from kandinsky_model.geometry import Grid
 from kandinsky_model.offload import Offload
-from kandinsky_model.placement import Job, Stage, Weights, decoding_ways, free_bytes, plan_run, sampling_bytes, sampling_ways
+from kandinsky_model.placement import (
+    Job,
+    Stage,
+    Weights,
+    decoding_ways,
+    free_bytes,
+    picture_ways,
+    plan_run,
+    sampling_bytes,
+    sampling_ways,
+)
 from kandinsky_model.plan import Chunks, make_plan
 from kandinsky_model.sampler import Conditioning, Sampling, noise, sample
+from kandinsky_model.vae import HunyuanVideoVAE
 
 from .live_memory import LiveMemory
 
@@ -134,6 +145,14 @@ def test_decoding_leaves_room_and_names_its_scheme():
         assert len(ways) >= more and [way.peak_bytes for way in ways] == sorted((way.peak_bytes for way in ways), reverse=True)
         for way in ways:
             assert policy == "preview" or way.scheme_bytes / 0.9 + 500_000_000 < way.peak_bytes and way.how.startswith("scheme K")
+
+
+def test_encoding_a_picture_needs_what_was_predicted():
+    vae = HunyuanVideoVAE(VAEConfig()).requires_grad_(False).to(memory_format=torch.channels_last_3d)
+    (stage,) = picture_ways(Weights(), Job(PRESETS["i2v-lite-5s"].dit, Grid(31, 4, 4), torch.float32))
+    with torch.no_grad(), LiveMemory() as memory:
+        vae.encode(torch.randn(1, 3, 1, 64, 64))
+    assert 0.8 * stage.working <= memory.peak <= 0.9 * stage.working
 
 
 def test_what_is_free_on_a_gpu(monkeypatch):
