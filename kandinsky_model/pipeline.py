@@ -183,7 +183,8 @@ class Kandinsky5:
         first, vae = settings[0], self.preset.vae and self.vae and self.vae.config
         job = Job(self.preset.dit, first.grid, getattr(self.dit or self.vae, "dtype", torch.float32), len(settings),
                   first.num_inference_steps, _sampling(first, self.preset.name).guided, first.attention == "nabla", first.cache,
-                  self.preset.text_max_length * (2 if self.preset.task == "i2i" else 1), self.device.type == "cpu")
+                  self.preset.text_max_length * (2 if self.preset.task == "i2i" else 1), bool(self.lora.scales),
+                  self.device.type == "cpu")
         seen = dict(vision=pictures and (expand or self.preset.task == "i2i"), head=expand)
         weights = {name: part.weigh(**seen) if hasattr(part, "weigh") else Weights.of(part) for name, part in networks.items()}
         ways = ways_to_run(weights, job, vae, first.vae_policy, pictures)

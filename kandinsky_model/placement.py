@@ -130,7 +130,8 @@ def _layers(weights: Weights, resident: int) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be sampled, in one batch. dtype: of activations. text_tokens: of the longest prompt."""
+    """What is to be sampled, in one batch. dtype: of activations. text_tokens: of the longest prompt. adapted: by a LoRA. on_cpu: where the
+    table of modulations is on the device, and kernels' scratch memory is nobody's business."""
 
     config: DiTConfig
     grid: Grid
@@ -141,7 +142,8 @@ class Job:
     nabla: bool = False
     cache: str = "none"
     text_tokens: int = 256
-    on_cpu: bool = False  # where the table of modulations is on the device, and kernels' scratch memory is nobody's business
+    adapted: bool = False
+    on_cpu: bool = False
 
     @property
     def stream(self) -> int:
@@ -183,6 +185,7 @@ def sampling_bytes(job: Job, chunks: Chunks) -> int:
     - the rest: what self-attention gave, t, and for each token of a part its stream and norm and either the wide activation before and
       after GELU, or a branch and the next stream and norm.
 
+    Where adapters add to it, a linear layer's output is there three times: one tensor of a group and one wide activation more.
     Only where the video is smaller than its text does the moment lie in a text block, which is computed at once.
     """
     config, size, batch = job.config, job.dtype.itemsize, job.batch
@@ -191,12 +194,12 @@ def sampling_bytes(job: Job, chunks: Chunks) -> int:
     part = max(1, chunks.tokens // batch) * batch
     whole = part >= tokens
     share, blocks = heads / config.num_heads, batch * job.grid.blocks
-    attention = (6 if chunks.heads is None else 1 + 4 * share) * t + WIDE * tokens * heads
+    attention = (6 if chunks.heads is None else 1 + (4 + job.adapted) * share) * t + WIDE * tokens * heads
     if job.nabla:
         bits = blocks * heads * WIDE * math.ceil(job.grid.blocks / 32)
         attention += 2 * WIDE * blocks * config.model_dim * share + bits
-    rest = t + min(part, tokens) * max(5 * channel, 2 * channel + 2 * config.ff_dim * size)
-    text = batch * job.text_tokens * (8 * channel + 2 * config.ff_dim * size)
+    rest = t + min(part, tokens) * max(5 * channel, 2 * channel + (2 + job.adapted) * config.ff_dim * size)
+    text = batch * job.text_tokens * (8 * channel + (2 + job.adapted) * config.ff_dim * size)
     held = (2 + (whole and (2 if job.cache == "first-block" else 1))) * t + _cache_bytes(job) + _pass_bytes(job)
     scratch = 0 if job.on_cpu else max(SCRATCH_BYTES, LIST_BYTES * job.grid.blocks**2)
     return math.ceil(max(held + max(attention, rest, text) + scratch, _table_bytes(job, making=True)))

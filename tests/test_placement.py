@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans of runs: what they predict is what is measured, they keep within their budget, and the fastest that fits is chosen."""
 import gc
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import memory as paper
+from kandinsky_model.attention import Linear
 from kandinsky_model.caching import FirstBlockCache, MagCache
 from kandinsky_model.config import PRESETS, DiTConfig, NablaConfig, VAEConfig
 from kandinsky_model.dit import DiffusionTransformer3D
 from kandinsky_model.geometry import Grid
+from kandinsky_model.lora import Adapters
 from kandinsky_model.offload import Offload
 from kandinsky_model.placement import (
     Job,
@@ -28,6 +31,7 @@ from kandinsky_model.sampler import Conditioning, Sampling, noise, sample
 from kandinsky_model.vae import HunyuanVideoVAE
 
 from .live_memory import LiveMemory
+from .test_lora import write
 
 TINY = DiTConfig(in_text_dim=32, in_text_dim2=16, time_dim=32, model_dim=128, ff_dim=512, num_text_blocks=1, num_visual_blocks=3,
                  visual_cond=True)
@@ -74,6 +78,17 @@ def test_sampling_needs_what_was_predicted(config, grid, batch, guided, nabla, c
     job = Job(config, grid, torch.float32, batch, STEPS, guided, nabla, cache, text_tokens=9, on_cpu=True)
     stage = Stage(Weights.of(dit).on_device(resident), sampling_bytes(job, chunks), resident=resident, chunks=chunks)
     assert 0.9 * stage.peak_bytes <= measured(dit, job, stage, CACHES[cache]) <= stage.peak_bytes
+
+
+@pytest.mark.parametrize("chunks", [Chunks(), Chunks(1, 128)])
+def test_adapters_are_accounted_for(tmp_path, chunks):
+    dit = random_dit(TINY)
+    layers = {name: layer for name, layer in dit.named_modules() if isinstance(layer, Linear) and re.search("attention|feed_forward", name)}
+    made = {name: (torch.randn(4, layer.in_features), torch.randn(layer.out_features, 4)) for name, layer in layers.items()}
+    Adapters(dit).load(write(tmp_path / "a.safetensors", made))
+    job = Job(TINY, GRID, torch.float32, 1, STEPS, text_tokens=9, adapted=True, on_cpu=True)
+    stage = Stage(Weights.of(dit).on_device(2), sampling_bytes(job, chunks), resident=2, chunks=chunks)
+    assert 0.9 * stage.peak_bytes <= measured(dit, job, stage) <= stage.peak_bytes
 
 
 def test_budgets_are_kept_to():
