@@ -15,7 +15,8 @@ from torch import nn
 from kandinsky_model.config import PRESETS, VAEConfig
 from kandinsky_model.memory import Accounting
 from kandinsky_model.vae import HunyuanVideoVAE, Upsample
-from kandinsky_model.vae_stream import Chunk, Enlarge, stages_of
+from kandinsky_model.vae_stages import Chunk, Enlarge
+from kandinsky_model.vae_stream import stages_of
 from tests.live_memory import LiveMemory
 
 from .clock import keep_memory, machine, measure, roofs

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .vae_stream import Enlarge, Place, Stage, places_of, stream
+from .vae_stages import Enlarge, Place, Stage
+from .vae_stream import places_of, stream
 
 # What a level (everything between two upsamplings) keeps of the inputs of its stages: what enters it, what is inside a resnet's
 # detour, and what lies between the resnets. K keeps all. R keeps one tensor: it recomputes the detours, and what the upsampling gives,

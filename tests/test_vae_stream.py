@@ -7,7 +7,7 @@ import torch
 from live_memory import LiveMemory
 from test_vae import SMALL, rel_l2, small_vae
 
-from kandinsky_model import memory, vae_pairs, vae_stream
+from kandinsky_model import memory, vae_pairs, vae_stages
 from kandinsky_model.config import VAEConfig
 from kandinsky_model.memory import Accounting, choose, ladder, parse_bytes
 from kandinsky_model.tiles import TilePlan
@@ -38,7 +38,7 @@ def budgets(vae, latents):
 @pytest.mark.parametrize("positions", [1, 20, 4096])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_scheme_is_the_plain_decoder(monkeypatch, size, positions):
-    monkeypatch.setattr(vae_stream, "POSITIONS", positions)  # chunks of one frame, ragged ones, and all in one
+    monkeypatch.setattr(vae_stages, "POSITIONS", positions)  # chunks of one frame, ragged ones, and all in one
     vae, latents = small_vae(dtype=torch.float64), torch.randn(2, 4, *size).double()
     plain = vae.decoder(vae.post_quant_conv(latents)).detach()
     schemes = chain(vae, latents)[1].schemes()
@@ -59,7 +59,7 @@ def test_schemes_of_other_depths(config):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("policy", "tiles"), [("global", None), ("official", TilePlan(48, 56, frames=9, frame_stride=4))], ids=str)
 def test_the_budget_changes_no_bit(monkeypatch, dtype, policy, tiles):
-    monkeypatch.setattr(vae_stream, "POSITIONS", 30)
+    monkeypatch.setattr(vae_stages, "POSITIONS", 30)
     vae, latents = small_vae(dtype=dtype).requires_grad_(False), torch.randn(1, 4, 9, 8, 9).to(dtype)
     told, results = [], []
     for budget in (None, 10**12, *budgets(vae, latents)):
@@ -74,8 +74,8 @@ def test_the_budget_changes_no_bit(monkeypatch, dtype, policy, tiles):
 def test_frames_leave_in_order_while_the_last_pass_runs(monkeypatch):
     vae, latents = small_vae().requires_grad_(False), torch.randn(2, 4, 5, 40, 40)
     monkeypatch.setattr(vae_pairs, "suits", lambda *_: False)
-    convolve, calls = vae_stream.ops.causal_conv3d, []
-    monkeypatch.setattr(vae_stream.ops, "causal_conv3d", lambda *args: calls.append(1) or convolve(*args))
+    convolve, calls = vae_stages.ops.causal_conv3d, []
+    monkeypatch.setattr(vae_stages.ops, "causal_conv3d", lambda *args: calls.append(1) or convolve(*args))
     seen, pieces = [], []
     for piece in vae.decode_frames(latents):
         pieces.append(piece)
@@ -104,7 +104,7 @@ def test_convolution_in_pairs_is_convolution(dtype, limit, frames, first, kernel
     conv, padded = torch.nn.Conv3d(8, 12, kernel).to(dtype).requires_grad_(False), torch.randn(2, frames + 2, 6, 7, 8, dtype=dtype)
     if first:
         padded[:, :2] = padded[:, 2:3]
-    direct = vae_stream.ops.causal_conv3d(padded, conv.weight, conv.bias)
+    direct = vae_stages.ops.causal_conv3d(padded, conv.weight, conv.bias)
     in_pairs = vae_pairs.convolve(padded, vae_pairs.taps_of(conv.weight), conv.bias, first)
     assert in_pairs.shape == direct.shape and rel_l2(in_pairs, direct) <= limit
 
@@ -200,10 +200,10 @@ def test_what_is_no_size_is_refused(text):
 
 @pytest.mark.parametrize("when", ["at once", "in the first pass", "after some frames"])
 def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
-    monkeypatch.setattr(vae_stream, "POSITIONS", 64)
+    monkeypatch.setattr(vae_stages, "POSITIONS", 64)
     monkeypatch.setattr(vae_pairs, "suits", lambda *_: False)
     vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 12, 8, 9)
-    wanted, convolve, state = vae.decode(latents), vae_stream.ops.causal_conv3d, {"calls": 0, "failures": 0, "frames": 0}
+    wanted, convolve, state = vae.decode(latents), vae_stages.ops.causal_conv3d, {"calls": 0, "failures": 0, "frames": 0}
 
     def fail(*args):
         state["calls"] += 1
@@ -213,7 +213,7 @@ def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
             raise torch.OutOfMemoryError("injected")
         return convolve(*args)
 
-    monkeypatch.setattr(vae_stream.ops, "causal_conv3d", fail)
+    monkeypatch.setattr(vae_stages.ops, "causal_conv3d", fail)
     pieces, told = [], []
     for piece in vae.decode_frames(latents, notify=told.append):
         pieces.append(piece)
@@ -232,7 +232,7 @@ def test_out_of_memory_in_the_smallest_scheme_is_an_error(monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("injected")
 
-    monkeypatch.setattr(vae_stream.ops, "causal_conv3d", fail)
+    monkeypatch.setattr(vae_stages.ops, "causal_conv3d", fail)
     with pytest.raises(torch.OutOfMemoryError, match="injected"):
         vae.decode(latents)
 
@@ -242,7 +242,7 @@ def test_known_statistics_are_not_measured_again(monkeypatch):
     stages, accounting = chain(vae, latents)
     affines, kept = {}, accounting.kept("KSSS")
     first = torch.cat(list(stream(stages, latents, kept, affines)), 2)
-    monkeypatch.setattr(vae_stream.ops, "group_moments", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(vae_stages.ops, "group_moments", lambda *_: pytest.fail("measured again"))
     assert torch.equal(torch.cat(list(stream(stages, latents, kept, affines)), 2), first)
 
 
