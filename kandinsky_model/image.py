@@ -91,9 +91,7 @@ def crop(image: Tensor, height: int, width: int) -> Tensor:
 
 def first_frame(image: Tensor, vae: HunyuanVideoVAE, height: int, width: int, seed: int) -> Tensor:
     """The scaled latent [1, 1, H/8, W/8, C] of uint8 [3, h, w], resized to height x width and sampled from its posterior by `seed`."""
-    weight = vae.quant_conv.weight
     pixels = F.interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True).round()  # as for 8-bit pictures
-    pixels = (pixels / 127.5 - 1).to(weight.device, weight.dtype)[:, :, None]  # [1, 3, 1, H, W]
-    mean, logvar = vae.encode(pixels)
+    mean, logvar = vae.encode(pixels.to(torch.uint8)[:, :, None])  # [1, 3, 1, H, W]
     latent = sample_posterior(mean.float(), logvar.float(), torch.Generator().manual_seed(seed))
     return latent.permute(0, 2, 3, 4, 1) * vae.config.scaling_factor

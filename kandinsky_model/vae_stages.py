@@ -7,7 +7,7 @@ All tensors are channels-last, [B, frames, Y, X, C]. `vae_stream.py` joins stage
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,10 +74,11 @@ class Place:
 class Stage(ABC):
     """One step of the chain. `flow` transforms a stream of chunks; the rest is its arithmetic, in elements per sample and FLOPs.
 
-    norm: the GroupNorm whose statistics over all frames `flow` needs, as `affine`.
+    norm: the GroupNorm whose statistics over all frames `flow` needs, as `affine`. resizes: what follows is another level.
     """
 
     norm: nn.GroupNorm | None = None
+    resizes = False
 
     @abstractmethod
     def flow(self, stream: Iterable[Chunk], affine: tuple[Tensor, Tensor] | None, frames: int) -> Iterator[Chunk]:
@@ -109,9 +110,9 @@ class Stage(ABC):
 
 
 class Convolve(Stage):
-    """[1x1x1 convolution,] [norm, SiLU,] 3x3x3 convolution; `opens` or `closes` a resnet's detour."""
+    """[Whatever is to be done `before`,] [norm, SiLU,] 3x3x3 convolution; `opens` or `closes` a resnet's detour."""
 
-    def __init__(self, conv: nn.Module, norm: nn.GroupNorm | None = None, before: nn.Conv3d | None = None,
+    def __init__(self, conv: nn.Module, norm: nn.GroupNorm | None = None, before: Callable[[Tensor], Tensor] | None = None,
                  shortcut: nn.Module | None = None, detour: str = ""):
         self.conv, self.norm, self.before, self.detour = conv.conv, norm, before, detour
         self.shortcut = None if shortcut is None else shortcut.conv
@@ -119,12 +120,12 @@ class Convolve(Stage):
     def flow(self, stream: Iterable[Chunk], affine: tuple[Tensor, Tensor] | None, frames: int) -> Iterator[Chunk]:
         front, taps = None, None
         for chunk in stream:
-            x = chunk.take() if self.before is None else _pointwise(chunk.take(), self.before)
+            x = chunk.take() if self.before is None else self.before(chunk.take())
             if front is None and vae_pairs.suits(self.conv, x.shape[2] * x.shape[3]):
                 taps = vae_pairs.taps_of(self.conv.weight)
             padded = ops.group_norm_silu(x, *affine, front) if affine else pad(x, front, 2)
             if self.detour == "opens":
-                chunk.skip = x if self.shortcut is None else _pointwise(x, self.shortcut)
+                chunk.skip = x if self.shortcut is None else pointwise(x, self.shortcut)
             del x
             first, front = front is None, _keep(front, padded, 2)
             if taps is None:
@@ -153,8 +154,8 @@ class Convolve(Stage):
         return padded + max(place.chunk_size + crossing, out + skip + extra)
 
     def flops(self, place: Place) -> int:
-        taps = [(self.conv.in_channels, 27), *((conv.in_channels, 1) for conv in (self.shortcut, self.before) if conv is not None)]
-        return 2 * place.frames * place.area * self.conv.out_channels * sum(channels * count for channels, count in taps)
+        taps = 27 if self.shortcut is None else 28
+        return 2 * place.frames * place.area * self.conv.out_channels * self.conv.in_channels * taps
 
 
 class Attend(Stage):
@@ -192,6 +193,8 @@ class Attend(Stage):
 
 class Enlarge(Stage):
     """The folded upsampling convolution: phase by phase, a short run of frames at a time."""
+
+    resizes = True
 
     def __init__(self, upsample: nn.Module):
         self.upsample, self.front, self._folded = upsample, 3 - upsample.factors[0], None
@@ -265,6 +268,59 @@ def _taps(factors: tuple[int, int, int]) -> int:
     return count
 
 
+class Shrink(Stage):
+    """The strided downsampling convolution, whose frames are gathered to the longer chunks that suit smaller ones.
+
+    The chunks it is given end where its stride does, see `shrinking_lengths`.
+    """
+
+    resizes = True
+
+    def __init__(self, downsample: nn.Module):
+        self.conv = downsample.conv.conv
+        self.front = 3 - self.conv.stride[0]  # frames that the next chunk needs again
+
+    def flow(self, stream: Iterable[Chunk], affine: tuple[Tensor, Tensor] | None, frames: int) -> Iterator[Chunk]:
+        front, ready = None, []
+        for chunk in stream:
+            x = chunk.take()
+            if front is None:
+                after = self.after(Place(frames, *x.shape[2:], x.shape[1]))
+                wanted, *lengths = shrinking_lengths(after.frames, after.height, after.width)
+            padded = pad(x, front, 2 if front is None else self.front)
+            del x
+            front = _keep(front, padded, self.front)
+            ready.append(ops.causal_conv3d(padded, self.conv.weight, self.conv.bias, self.conv.stride))  # [B, f', Y', X', C]
+            del padded
+            if sum(piece.shape[1] for piece in ready) == wanted:
+                chunk.x, ready = torch.cat(ready, 1) if len(ready) > 1 else ready[0], []
+                yield chunk
+                wanted = lengths.pop(0) if lengths else 0
+
+    def after(self, place: Place) -> Place:
+        frames, height, width = ((size - 1) // step + 1 for size, step in
+                                 zip((place.frames, place.height, place.width), self.conv.stride, strict=True))
+        return Place(frames, height, width, place.channels, max(shrinking_lengths(frames, height, width)))
+
+    def cache(self, place: Place) -> int:
+        after = self.after(place)
+        return place.padded(self.front) + (after.chunk - self._piece(place)) * after.area * after.channels
+
+    def work(self, place: Place) -> int:
+        after, piece = self.after(place), self._piece(place)
+        gathering = after.chunk if piece < after.chunk else 0
+        padded, out = place.padded(place.chunk + self.front), (piece + gathering) * after.area * after.channels
+        return max(padded + max(place.chunk_size, piece * after.area * after.channels), out)
+
+    def _piece(self, place: Place) -> int:
+        """The most frames it makes of a chunk."""
+        return (place.chunk - 1) // self.conv.stride[0] + 1
+
+    def flops(self, place: Place) -> int:
+        after = self.after(place)
+        return 2 * after.frames * after.area * place.channels**2 * 27
+
+
 def pad(x: Tensor, front: Tensor | None, count: int) -> Tensor:
     """[B, count + T, Y + 2, X + 2, C]: borders repeat; in front `front`, or copies of the first frame."""
     batch, frames, height, width, channels = x.shape
@@ -282,10 +338,34 @@ def _keep(front: Tensor | None, padded: Tensor, count: int) -> Tensor:
     return last.clone() if front is None else front.copy_(last)
 
 
-def _pointwise(x: Tensor, conv: nn.Conv3d) -> Tensor:
+def pointwise(x: Tensor, conv: nn.Conv3d) -> Tensor:
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
+def pixels(video: Tensor, like: Tensor) -> Tensor:
+    """`video`, or a piece of it, on `like`'s device and in its dtype; uint8 becomes x / 127.5 - 1."""
+    if video.dtype == torch.uint8:
+        video = video.to(like.device).to(torch.promote_types(like.dtype, torch.float32)).div_(127.5).sub_(1)
+    return video.to(like)
+
+
 def frames_of_chunk(height: int, width: int) -> int:
-    """How many frames of this size go together in a decode."""
     return max(1, POSITIONS // (height * width))
+
+
+def enlarging_lengths(frames: int, height: int, width: int) -> list[int]:
+    """The chunks that frames which will be enlarged come in."""
+    count = frames_of_chunk(height, width)
+    return [min(count, frames - i) for i in range(0, frames, count)]
+
+
+def shrinking_lengths(frames: int, height: int, width: int) -> list[int]:
+    """The chunks that frames which will be made smaller come in: of powers of two, the first one of one frame more or alone.
+
+    So the boundaries of a level's chunks are boundaries in the level before, and stride 2 in time meets whole pairs, as do convolutions
+    in pairs.
+    """
+    count = frames_of_chunk(height, width)
+    later = max(2, 1 << (count.bit_length() - 1))
+    first = min(frames, 1 + later if count > 1 else 1)
+    return [first, *(min(later, frames - i) for i in range(first, frames, later))]

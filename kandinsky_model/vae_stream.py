@@ -1,69 +1,107 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder as a chain of streaming stages, so that a whole video decodes exactly in bounded memory.
+"""Encoder and decoder as chains of streaming stages, so that a whole video passes exactly in bounded memory.
 
 GroupNorm with known statistics is a scale and a shift per channel, convolutions need two earlier frames, attention the keys and values
 of earlier frames: given the statistics, chunks of frames can flow through any number of stages. The statistics of a stage's input need
 a pass of their own, from the nearest input that is kept in memory. What is kept is the caller's choice (`memory.py`) and decides bytes
-and recomputation, but not one bit of the result: chunks are cut by the latent's size alone, so every operator always sees the same
+and recomputation, but not one bit of the result: chunks are cut by the video's size alone, so every operator always sees the same
 shapes, and statistics are per frame and combined in order.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import kandinsky_kernels as ops
 
-from .vae_stages import Attend, Chunk, Convolve, Enlarge, Place, Stage, frames_of_chunk
+from .vae_stages import (
+    Attend,
+    Chunk,
+    Convolve,
+    Enlarge,
+    Place,
+    Shrink,
+    Stage,
+    enlarging_lengths,
+    pixels,
+    pointwise,
+    shrinking_lengths,
+)
 
 
-def stages_of(decoder: nn.Module, post_quant: nn.Conv3d | None = None) -> list[Stage]:
-    """The decoder's layers in the order in which frames meet them."""
-    stages: list[Stage] = [Convolve(decoder.conv_in, before=post_quant)]
+@dataclass(frozen=True)
+class Chain:
+    """A network's layers in the order in which frames meet them.
 
-    def add(resnet: nn.Module) -> None:
-        stages.append(Convolve(resnet.conv1, resnet.norm1, shortcut=resnet.conv_shortcut, detour="opens"))
-        stages.append(Convolve(resnet.conv2, resnet.norm2, detour="closes"))
+    doing: "encoding" or "decoding". lengths: of the chunks that frames (their number, height and width) are cut into at the beginning.
+    """
 
-    middle = decoder.mid_block
-    add(middle.resnets[0])
-    stages.append(Attend(middle.attentions[0]))
-    add(middle.resnets[1])
+    doing: str
+    stages: list[Stage]
+    lengths: Callable[[int, int, int], list[int]]
+
+    @property
+    def weight(self) -> Tensor:
+        """One of the weights, for their dtype and device."""
+        return self.stages[0].conv.weight
+
+    def places(self, channels: int, frames: int, height: int, width: int) -> list[Place]:
+        """What lies in front of every stage, and behind the last."""
+        places = [Place(frames, height, width, channels, max(self.lengths(frames, height, width)))]
+        for stage in self.stages:
+            places.append(stage.after(places[-1]))
+        return places
+
+
+def decoding(decoder: nn.Module, post_quant: nn.Conv3d | None = None) -> Chain:
+    """From latents to video."""
+    stages = [Convolve(decoder.conv_in, before=post_quant and partial(pointwise, conv=post_quant)), *_middle(decoder.mid_block)]
     for level in decoder.up_blocks:
-        for resnet in level.resnets:
-            add(resnet)
-        stages.extend(Enlarge(upsample) for upsample in level.upsamplers)
-    return [*stages, Convolve(decoder.conv_out, decoder.conv_norm_out)]
+        stages += [stage for resnet in level.resnets for stage in _resnet(resnet)] + [Enlarge(step) for step in level.upsamplers]
+    return Chain("decoding", [*stages, Convolve(decoder.conv_out, decoder.conv_norm_out)], enlarging_lengths)
 
 
-def places_of(stages: list[Stage], frames: int, height: int, width: int, channels: int) -> list[Place]:
-    """What lies in front of every stage, and behind the last, for latents of this size."""
-    places = [Place(frames, height, width, channels, min(frames, frames_of_chunk(height, width)))]
-    for stage in stages:
-        places.append(stage.after(places[-1]))
-    return places
+def encoding(encoder: nn.Module) -> Chain:
+    """From video, anywhere and of any dtype that `pixels` takes, to moments before quant_conv."""
+    stages: list[Stage] = [Convolve(encoder.conv_in, before=partial(pixels, like=encoder.conv_in.conv.weight))]
+    for level in encoder.down_blocks:
+        stages += [stage for resnet in level.resnets for stage in _resnet(resnet)] + [Shrink(step) for step in level.downsamplers]
+    stages += [*_middle(encoder.mid_block), Convolve(encoder.conv_out, encoder.conv_norm_out)]
+    return Chain("encoding", stages, shrinking_lengths)
+
+
+def _middle(block: nn.Module) -> list[Stage]:
+    first, last = block.resnets
+    return [*_resnet(first), Attend(block.attentions[0]), *_resnet(last)]
+
+
+def _resnet(resnet: nn.Module) -> list[Stage]:
+    return [Convolve(resnet.conv1, resnet.norm1, shortcut=resnet.conv_shortcut, detour="opens"),
+            Convolve(resnet.conv2, resnet.norm2, detour="closes")]
 
 
 @torch.no_grad()
-def stream(stages: list[Stage], latents: Tensor, kept: tuple[bool, ...], affines: dict[int, tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-    """Decode `latents` [B, C, T, Y, X], yielding [B, 3, f, 8Y, 8X] in order during the last pass.
+def stream(chain: Chain, x: Tensor, kept: tuple[bool, ...], affines: dict[int, tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """What the chain makes of `x` [B, C, T, Y, X], in consecutive pieces [B, C', f, Y', X'] as the last pass goes on.
 
     kept: for every stage, whether its input is kept in memory. affines: scale and shift of the stages whose statistics are known
     already; those found here are added, so that another attempt need not find them again.
     """
-    frames = [place.frames for place in places_of(stages, *latents.shape[2:], latents.shape[1])]
+    stages, frames = chain.stages, [place.frames for place in chain.places(*x.shape[1:])]
 
     def flow(start: int, end: int, source: Iterable[Chunk]) -> Iterator[Chunk]:
         for k in range(start, end):
             source = stages[k].flow(source, affines.get(k), frames[k])
         return source
 
-    rows = latents.permute(0, 2, 3, 4, 1)  # [B, T, Y, X, C]
-    start, source = 0, deque(Chunk(x) for x in rows.split(frames_of_chunk(*latents.shape[3:]), dim=1))
+    rows = x.permute(0, 2, 3, 4, 1)  # [B, T, Y, X, C]
+    start, source = 0, deque(Chunk(piece) for piece in rows.split(chain.lengths(*x.shape[2:]), dim=1))
     for k, stage in enumerate(stages):
         norm = stage.norm if k not in affines else None
         if kept[k]:
@@ -74,7 +112,7 @@ def stream(stages: list[Stage], latents: Tensor, kept: tuple[bool, ...], affines
         if norm is not None:
             affines[k] = ops.group_affine(torch.cat(moments, 1), norm.weight, norm.bias, norm.eps)
     for chunk in flow(start, len(stages), _drain(source)):
-        yield chunk.take().permute(0, 4, 1, 2, 3)  # [B, 3, f, 8Y, 8X]
+        yield chunk.take().permute(0, 4, 1, 2, 3)  # [B, C', f, Y', X']
 
 
 def _pass(stream: Iterable[Chunk], norm: nn.GroupNorm | None, keep: bool) -> tuple[list[Tensor], deque[Chunk]]:

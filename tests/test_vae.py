@@ -302,7 +302,7 @@ def test_posterior_is_seeded_and_clamped():
     (torch.zeros(1, 4, 5, 16, 16), ValueError, r"\[B, 3, F, H, W\], got \[1, 4, 5, 16, 16\]"),
     (torch.zeros(3, 5, 16, 16), ValueError, r"got \[3, 5, 16, 16\]: permute"),
     (torch.zeros(1, 3, 0, 16, 16), ValueError, r"non-empty"),
-    (torch.zeros(1, 3, 5, 16, 16, dtype=torch.uint8), TypeError, r"float dtype, got torch.uint8")], ids=range(6))
+    (torch.zeros(1, 3, 5, 16, 16, dtype=torch.int64), TypeError, r"float dtype or torch.uint8, got torch.int64")], ids=range(6))
 def test_encode_says_what_is_wrong(video, error, words):
     with pytest.raises(error, match=words):
         Marked(SMALL).encode(video)
