@@ -61,7 +61,8 @@ class Chain:
 
 def decoding(decoder: nn.Module, post_quant: nn.Conv3d | None = None) -> Chain:
     """From latents to video."""
-    stages = [Convolve(decoder.conv_in, before=post_quant and partial(pointwise, conv=post_quant)), *_middle(decoder.mid_block)]
+    before = None if post_quant is None else partial(pointwise, conv=post_quant)
+    stages: list[Stage] = [Convolve(decoder.conv_in, before=before), *_middle(decoder.mid_block)]
     for level in decoder.up_blocks:
         stages += [stage for resnet in level.resnets for stage in _resnet(resnet)] + [Enlarge(step) for step in level.upsamplers]
     return Chain("decoding", [*stages, Convolve(decoder.conv_out, decoder.conv_norm_out)], enlarging_lengths)
