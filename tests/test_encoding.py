@@ -108,6 +108,14 @@ def test_floats_of_any_width_are_taken_as_they_are():
     assert torch.equal(vae.encode(video)[0], vae.encode(video.float())[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_a_video_stays_where_it_lies(dtype):
+    """The meta device stands for a GPU: whatever meets tensors of both devices fails."""
+    vae, video = small_vae(dtype=torch.bfloat16).requires_grad_(False).to("meta"), torch.ones(1, 3, 9, 16, 24).to(dtype)
+    for moments in vae.encode(video):
+        assert (moments.device.type, moments.dtype, moments.shape) == ("meta", torch.bfloat16, (1, 4, 3, 2, 3))
+
+
 def test_gradients_flow_through_the_plain_encoder():
     vae, pixels = small_vae(), torch.randint(256, (1, 3, 5, 16, 24), dtype=torch.uint8)
     video = (pixels.float() / 127.5 - 1).requires_grad_()
