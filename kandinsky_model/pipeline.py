@@ -235,8 +235,9 @@ class Kandinsky5:
         """The clean latents that the videos are built around, for each of them."""
         if pictures == [None, None]:
             return Given()
+        most = plan and plan.stages["pictures"].scheme_bytes
         with self._placed("vae", plan) as vae:
-            first, last = (one if one is None else torch.cat([latent_of(one, vae, plan.seed) for plan in plans]) for one in pictures)
+            first, last = (one if one is None else torch.cat([latent_of(one, vae, each.seed, most) for each in plans]) for one in pictures)
         if self.preset.task == "i2i":
             return Given(source=first)
         frames = {0: first, plans[0].grid.T - 1: last}  # each [B, 1, h, w, C]

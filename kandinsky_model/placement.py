@@ -19,16 +19,16 @@ from .memory import FREE_SHARE
 from .offload import layout, streamed_layers, tensors_of
 from .plan import Chunks
 from .tiles import TilePlan
-from .vae import decode_plans
-from .vae_stream import POSITIONS
+from .vae import decode_plans, encode_plans
+from .vae_stages import POSITIONS
 
 # On a GPU, beside the tensors of a block: lists or maps of a kernel of ours (64 MiB, or those of one head where that is more),
 # workspaces of cuBLAS, and what the allocator rounds up.
 SCRATCH_BYTES, LIST_BYTES = 256 << 20, 2
 FREE_CHUNKS, SMALLEST_CHUNKS = ((1, 16384), (2, 8192), (4, 4096)), ((8, 2048), (math.inf, 1024))  # groups of heads, tokens
 PIECE_PIXELS = 8 * POSITIONS  # of the two last frames of a chunk, or of more where frames are small
-# Tensors of this many channels at full size that encoding and decoding a picture as a whole holds at once.
-PICTURE_CHANNELS, PICTURE_TENSORS = 128, (7.5, 6)
+# Tensors of this many channels at full size that encoding and decoding a picture as a whole holds at once, measured on diffusers' VAE.
+PICTURE_CHANNELS, PICTURE_TENSORS = 128, (5, 6)
 WIDE = 4  # bytes of latents, velocities, modulations, means and log-sum-exps: fp32 whatever the weights are
 
 
@@ -258,10 +258,15 @@ def decoding_ways(weights: Weights, config: VAEConfig | None, job: Job, policy: 
                     scheme_bytes=plan.predicted_peak_bytes)
 
 
-def picture_ways(weights: Weights, job: Job) -> Iterator[Stage]:
-    """The way to encode one picture."""
-    area = 256 * job.grid.Y * job.grid.X
-    yield Stage(weights.total, math.ceil(PICTURE_TENSORS[0] * PICTURE_CHANNELS * area * job.dtype.itemsize / FREE_SHARE))
+def picture_ways(weights: Weights, config: VAEConfig | None, job: Job) -> Iterator[Stage]:
+    """Ways to encode one picture, config as above."""
+    height, width = 16 * job.grid.Y, 16 * job.grid.X
+    if config is None:
+        yield Stage(weights.total, math.ceil(PICTURE_TENSORS[0] * PICTURE_CHANNELS * height * width * job.dtype.itemsize / FREE_SHARE))
+        return
+    for plan in encode_plans(config, (1, 3, 1, height, width), job.dtype):
+        working = math.ceil(plan.predicted_peak_bytes / FREE_SHARE) + 3 * height * width * WIDE
+        yield Stage(weights.total, working, f"scheme {plan.scheme}", scheme_bytes=plan.predicted_peak_bytes)
 
 
 def ways_to_run(weights: Mapping[str, Weights], job: Job, vae: VAEConfig | None, policy: str,
@@ -271,7 +276,7 @@ def ways_to_run(weights: Mapping[str, Weights], job: Job, vae: VAEConfig | None,
     if "text" in weights:
         ways["text"] = text_ways(weights["text"])
     if "vae" in weights and pictures:
-        ways["pictures"] = picture_ways(weights["vae"], job)
+        ways["pictures"] = picture_ways(weights["vae"], vae, job)
     if "dit" in weights:
         ways["sampling"] = sampling_ways(job, weights["dit"])
     if "vae" in weights:
