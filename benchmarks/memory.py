@@ -8,7 +8,6 @@ import argparse
 from functools import cache
 
 import torch
-from torch import nn
 
 from kandinsky_model.clip import default_policy
 from kandinsky_model.config import PRESETS, DiTConfig, Preset, VAEConfig
@@ -38,16 +37,14 @@ def dit_weights(config: DiTConfig) -> Weights:
 
 
 @cache
-def vae_weights(config: VAEConfig | None) -> Weights:
-    if config is None:
-        return Weights(rest=FLUX_VAE)
+def video_vae(config: VAEConfig) -> HunyuanVideoVAE:
     with torch.device("meta"):
-        network: nn.Module = HunyuanVideoVAE(config)
-    return Weights.of(network.bfloat16())
+        return HunyuanVideoVAE(config).bfloat16()
 
 
 def networks(preset: Preset) -> dict[str, Weights]:
-    return {"text": Weights(QWEN_LAYERS, QWEN_TABLE, CLIP), "dit": dit_weights(preset.dit), "vae": vae_weights(preset.vae)}
+    vae = Weights.of(video_vae(preset.vae)) if preset.vae else Weights(rest=FLUX_VAE)
+    return {"text": Weights(QWEN_LAYERS, QWEN_TABLE, CLIP), "dit": dit_weights(preset.dit), "vae": vae}
 
 
 def ways(preset: Preset, policy: str | None = None) -> dict[str, list[Stage]]:
@@ -57,7 +54,7 @@ def ways(preset: Preset, policy: str | None = None) -> dict[str, list[Stage]]:
     job = Job(preset.dit, grid, steps=preset.steps, guided=preset.guidance != 1, nabla=preset.nabla is not None,
               text_tokens=preset.text_max_length)
     policy = policy or default_policy(preset.frames, height, width)
-    return ways_to_run(networks(preset), job, preset.vae, policy, pictures=preset.task in ("i2v", "i2i"))
+    return ways_to_run(networks(preset), job, preset.vae and video_vae(preset.vae), policy, pictures=preset.task in ("i2v", "i2i"))
 
 
 def plan(preset: Preset, budget: int, policy: str | None = None) -> RunPlan:

@@ -68,12 +68,11 @@ def layout(tensors: Sequence[Tensor]) -> tuple[list[Spot], int]:
     spots, end, last = {}, 0, (None, 0, 0)  # the storage, and its bytes that the piece's current region begins and ends with
     for storage, offset, size, i in sorted(spans):
         if storage != last[0] or offset >= last[2]:
-            end = begin = -(-end // ALIGNMENT) * ALIGNMENT
-            last = (storage, offset, offset)
+            begin, last = end, (storage, offset, offset)
         tensor = tensors[i]
         spots[i] = Spot(begin + offset - last[1], size, tensor.dtype, tuple(tensor.shape), tensor.stride())
         last = (storage, last[1], max(last[2], offset + size))
-        end = begin + last[2] - last[1]
+        end = begin + -(-(last[2] - last[1]) // ALIGNMENT) * ALIGNMENT  # whatever follows, so that no order changes the size
     return [spots[i] for i in range(len(tensors))], end
 
 
@@ -143,13 +142,13 @@ class Store:
     @property
     def size(self) -> int:
         """Bytes of a flat copy."""
-        return sum(-(-piece.size // ALIGNMENT) * ALIGNMENT for piece in self.pieces)
+        return sum(piece.size for piece in self.pieces)
 
     def _parts(self, buffer: Tensor) -> Iterator[tuple[Piece, Tensor]]:
         start = 0
         for piece in self.pieces:
             yield piece, buffer.narrow(0, start, piece.size)
-            start += -(-piece.size // ALIGNMENT) * ALIGNMENT
+            start += piece.size
 
     def copy_to(self, buffer: Tensor) -> None:
         """Begin to fill `buffer`, uint8 on a device, in the order of the current stream."""

@@ -26,6 +26,7 @@ from .placement import Job, RunPlan, Weights, free_bytes, plan_run, ways_to_run
 from .plan import Chunks, make_plan
 from .run import Interrupted, Run
 from .sampler import Conditioning, Given, Sampling, noise, sample
+from .vae import HunyuanVideoVAE
 from .weights import load_dit, load_vae
 
 NABLA_FOR_DENSE = NablaConfig(0.9)  # what --attention nabla means for a checkpoint released with dense attention
@@ -180,7 +181,7 @@ class Kandinsky5:
             budget = free_bytes(self.device, own)
         if budget is None:
             return None
-        first, vae = settings[0], self.preset.vae and self.vae and self.vae.config
+        first, vae = settings[0], self.vae if isinstance(self.vae, HunyuanVideoVAE) else None
         job = Job(self.preset.dit, first.grid, getattr(self.dit or self.vae, "dtype", torch.float32), len(settings),
                   first.num_inference_steps, _sampling(first, self.preset.name).guided, first.attention == "nabla", first.cache,
                   self.preset.text_max_length * (2 if self.preset.task == "i2i" else 1), bool(self.lora.scales),

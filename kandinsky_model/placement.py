@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .config import DiTConfig, VAEConfig
+from .config import DiTConfig
 from .geometry import Grid
 from .memory import FREE_SHARE
 from .offload import layout, streamed_layers, tensors_of
 from .plan import Chunks
 from .tiles import TilePlan
-from .vae import decode_plans, encode_plans
+from .vae import HunyuanVideoVAE
 from .vae_stages import POSITIONS
 
 # On a GPU, beside the tensors of a block: lists or maps of a kernel of ours (64 MiB, or those of one head where that is more),
@@ -232,46 +232,47 @@ def _table_bytes(job: Job, making: bool = False) -> int:
     return (1 + job.guided + making) * job.steps * _vectors_bytes(job) if job.on_cpu else 0
 
 
-def decoding_ways(weights: Weights, config: VAEConfig | None, job: Job, policy: str) -> Iterator[Stage]:
-    """Ways to decode one video, with room for the workspaces of convolutions, the latents and the frames given out; None: a picture.
+def decoding_ways(weights: Weights, vae: HunyuanVideoVAE | None, job: Job, policy: str) -> Iterator[Stage]:
+    """Ways to decode one video, with room for the workspaces of convolutions, the latents and the frames given out. vae: None for one of
+    pictures, which works as a whole.
 
     Frames are counted as pixels of three channels. A piece of them is there twice, and 2.5 times in fp32 on its way to 8 bits; under
     "official" a tile, of full size, is there five times while its pieces are joined, faded and kept for the next. A "preview" is four
     videos in fp32, and what its map is fitted on.
     """
     grid, size, area = job.grid, job.dtype.itemsize, 256 * job.grid.Y * job.grid.X
-    if config is None:
+    if vae is None:
         yield Stage(weights.total, math.ceil(PICTURE_TENSORS[1] * PICTURE_CHANNELS * area * size / FREE_SHARE), "as a whole")
         return
     if policy == "preview":
-        fit = decode_plans(config, (1, config.latent_channels, 1, 16, 16), job.dtype)[0].predicted_peak_bytes
+        fit = vae.decode_plans((1, vae.config.latent_channels, 1, 16, 16))[0].predicted_peak_bytes
         yield Stage(weights.total, fit + 4 * (4 * grid.T - 3) * 3 * area * WIDE, "preview")
         return
-    latents, tiles = (1, config.latent_channels, grid.T, 2 * grid.Y, 2 * grid.X), TilePlan.for_frame(16 * grid.Y, 16 * grid.X)
+    latents, tiles = (1, vae.config.latent_channels, grid.T, 2 * grid.Y, 2 * grid.X), TilePlan.for_frame(16 * grid.Y, 16 * grid.X)
     beside, shape = 3 * max(2 * area, PIECE_PIXELS) * (2 * size + 10), latents
     if policy == "official":
         beside = 3 * min(tiles.frames, 4 * grid.T - 3) * area * 5 * size
         shape = tiles.largest(torch.empty(latents, device="meta")).shape
-    for plan in decode_plans(config, shape, job.dtype):
+    for plan in vae.decode_plans(shape):
         working = math.ceil(plan.predicted_peak_bytes / FREE_SHARE) + beside + 3 * WIDE * math.prod(latents)
         yield Stage(weights.total, working, f"scheme {plan.scheme}" + (" for each tile" if policy == "official" else ""),
                     scheme_bytes=plan.predicted_peak_bytes)
 
 
-def picture_ways(weights: Weights, config: VAEConfig | None, job: Job) -> Iterator[Stage]:
-    """Ways to encode one picture, config as above."""
+def picture_ways(weights: Weights, vae: HunyuanVideoVAE | None, job: Job) -> Iterator[Stage]:
+    """Ways to encode one picture; None as above."""
     height, width = 16 * job.grid.Y, 16 * job.grid.X
-    if config is None:
+    if vae is None:
         yield Stage(weights.total, math.ceil(PICTURE_TENSORS[0] * PICTURE_CHANNELS * height * width * job.dtype.itemsize / FREE_SHARE))
         return
-    for plan in encode_plans(config, (1, 3, 1, height, width), job.dtype):
+    for plan in vae.encode_plans((1, 3, 1, height, width)):
         working = math.ceil(plan.predicted_peak_bytes / FREE_SHARE) + 3 * height * width * WIDE
         yield Stage(weights.total, working, f"scheme {plan.scheme}", scheme_bytes=plan.predicted_peak_bytes)
 
 
-def ways_to_run(weights: Mapping[str, Weights], job: Job, vae: VAEConfig | None, policy: str,
+def ways_to_run(weights: Mapping[str, Weights], job: Job, vae: HunyuanVideoVAE | None, policy: str,
                 pictures: bool = False) -> dict[str, list[Stage]]:
-    """Ways for every stage, in order, of which the networks are there. weights: of text, dit and vae. vae: None for that of pictures."""
+    """Ways for every stage, in order, of which the networks are there. weights: of text, dit and vae. vae: None for one of pictures."""
     ways = {}
     if "text" in weights:
         ways["text"] = text_ways(weights["text"])

@@ -309,6 +309,14 @@ class HunyuanVideoVAE(nn.Module):
         chain = decoding(self.decoder, self.post_quant_conv)  # once, as it holds folded weights
         return lambda latents: stream_within(chain, latents, plans(chain, latents.shape, memory_budget), notify)
 
+    def decode_plans(self, latent_shape: tuple[int, ...]) -> list[StreamPlan]:
+        """The ways to decode latents of this shape, fastest first, each needing less memory than all before it."""
+        return ladder(Accounting(decoding(self.decoder, self.post_quant_conv), latent_shape))
+
+    def encode_plans(self, video_shape: tuple[int, ...]) -> list[StreamPlan]:
+        """The ways to encode a video of this shape, as above."""
+        return ladder(Accounting(encoding(self.encoder), video_shape))
+
     @torch.no_grad()
     def preview(self, latents: Tensor) -> Tensor:
         """A cheap picture of `latents`: each position's colour by a linear map, repeated over the pixels and frames it stands for.
@@ -338,29 +346,19 @@ class HunyuanVideoVAE(nn.Module):
 def decode_plan(config: VAEConfig, latent_shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16,
                 memory_budget: int | None = None) -> StreamPlan:
     """How latents [B, C, T, Y, X] of this shape would be decoded within `memory_budget` bytes; ValueError where they cannot be."""
-    return choose(decode_plans(config, latent_shape, dtype), memory_budget)[0]
-
-
-def decode_plans(config: VAEConfig, latent_shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[StreamPlan]:
-    """The ways to decode latents of this shape, fastest first, each needing less memory than all before it."""
-    return _ladder(decoding, Decoder, config, latent_shape, dtype)
+    return _plan(decoding, Decoder, config, latent_shape, dtype, memory_budget)
 
 
 def encode_plan(config: VAEConfig, video_shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16,
                 memory_budget: int | None = None) -> StreamPlan:
     """How a video [B, 3, F, H, W] of this shape would be encoded within `memory_budget` bytes; ValueError where it cannot be."""
-    return choose(encode_plans(config, video_shape, dtype), memory_budget)[0]
+    return _plan(encoding, Encoder, config, video_shape, dtype, memory_budget)
 
 
-def encode_plans(config: VAEConfig, video_shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[StreamPlan]:
-    """The ways to encode a video of this shape, as `decode_plans`."""
-    return _ladder(encoding, Encoder, config, video_shape, dtype)
-
-
-def _ladder(chain: Callable[[nn.Module], Chain], network: type, config: VAEConfig, shape: tuple[int, ...],
-            dtype: torch.dtype) -> list[StreamPlan]:
+def _plan(chain: Callable[[nn.Module], Chain], network: type, config: VAEConfig, shape: tuple[int, ...], dtype: torch.dtype,
+          memory_budget: int | None) -> StreamPlan:
     with torch.device("meta"):
-        return ladder(Accounting(chain(network(config).to(dtype)), shape))
+        return choose(ladder(Accounting(chain(network(config).to(dtype)), shape)), memory_budget)[0]
 
 
 def _recorded(x: Tensor, network: nn.Module) -> bool:

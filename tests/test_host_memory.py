@@ -19,6 +19,8 @@ def test_tensors_that_share_memory_share_it_in_a_piece():
     tensors = [joint[4:], apart, joint, joint[:4], whole[:10], whole[500:507], torch.empty(0), torch.randn(2, 3, 4, 5, 6).to(
         memory_format=torch.channels_last_3d), torch.randn(7).to(torch.float8_e4m3fn), torch.tensor(3, dtype=torch.int8)]
     spots, size = layout(tensors)
+    assert size == layout([tensor.clone(memory_format=torch.preserve_format) if i not in (0, 2, 3, 4, 5) else tensor
+                           for i, tensor in enumerate(tensors)])[1], "a question of where tensors happen to lie"
     assert size <= 4 * (24 + 15 + 10 + 7 + 720) + 8 + len(tensors) * offload.ALIGNMENT  # neither the joint twice nor all of `whole`
     flat = torch.empty(size, dtype=torch.uint8)
     for tensor, spot in zip(tensors, spots, strict=True):

@@ -153,9 +153,9 @@ def test_large_cards_keep_everything():
 
 def test_decoding_leaves_room_and_names_its_scheme():
     preset = PRESETS["t2v-lite-sft-10s"]
-    job, weights = Job(preset.dit, Grid(61, 32, 48)), Weights(rest=500_000_000)
+    job, weights, vae = Job(preset.dit, Grid(61, 32, 48)), Weights(rest=500_000_000), paper.video_vae(preset.vae)
     for policy, more in (("global", 5), ("official", 3), ("preview", 1)):
-        ways = list(decoding_ways(weights, preset.vae, job, policy))
+        ways = list(decoding_ways(weights, vae, job, policy))
         assert len(ways) >= more and [way.peak_bytes for way in ways] == sorted((way.peak_bytes for way in ways), reverse=True)
         for way in ways:
             assert policy == "preview" or way.scheme_bytes / 0.9 + 500_000_000 < way.peak_bytes and way.how.startswith("scheme K")
@@ -166,7 +166,7 @@ def test_encoding_pictures_needs_what_was_predicted():
     from diffusers import AutoencoderKL
 
     job = Job(PRESETS["i2i-lite-sft"].dit, Grid(1, 8, 8), torch.float32)
-    ways = list(picture_ways(Weights(), VAEConfig(), job))
+    ways = list(picture_ways(Weights(), paper.video_vae(VAEConfig()), job))
     assert ways and all(way.scheme_bytes / 0.9 < way.peak_bytes for way in ways)
     levels = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     vae = AutoencoderKL(down_block_types=levels[0], up_block_types=levels[1], block_out_channels=(128, 256, 512, 512), layers_per_block=2,
