@@ -21,7 +21,7 @@ class Linear(nn.Linear):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.register_module("additions", None)
+        self.additions: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x)
