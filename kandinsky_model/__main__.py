@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from .config import CACHES, PRESETS
+from .config import CACHES, PRESETS, QUANTIZATIONS
 
 NOT_A_TERMINAL_IS_QUIET = None  # tqdm's word for it
 
@@ -72,7 +72,7 @@ def generate(args) -> None:
     output = video.check_output(args.output)
     video.check_output(clip.latents_path(output), (".safetensors",))
     strip = video.check_output(args.strip, (".png",)) if args.strip else None
-    model = pipeline.load(args.model, device=args.device, revision=args.revision)
+    model = pipeline.load(args.model, device=args.device, revision=args.revision, quantize=args.quantize)
     for path, scale in args.lora:
         model.lora.load(path, scale=scale)
     if args.offload:
@@ -124,6 +124,13 @@ def verify(args) -> None:
         print(line)
 
 
+def quantize(args) -> None:
+    from .quant_file import quantize_file
+
+    for line in quantize_file(args.model, args.folder, args.mode):
+        print(line)
+
+
 def download(args) -> None:
     from .locate import locate
 
@@ -153,10 +160,14 @@ def check_tiny(args) -> None:
     from .locate import TINY
     from .shapes import held_out
 
-    result = check_tiny(args.folder or TINY, args.seed, args.steps, args.guidance, held_out()[: args.count])
+    result = check_tiny(args.folder or TINY, args.seed, args.steps, args.guidance, held_out()[: args.count], args.quantize)
     print(f"{result['prompts']} prompts of combinations that were never in training")
     for word in ("color", "background", "color_and_background", "shape", "motion", "all"):
-        print(f"{word.replace('_', ' '):21} {result[word]:6.1%}")
+        before = f", unquantised {result['unquantized'][word]:6.1%}" if args.quantize else ""
+        print(f"{word.replace('_', ' '):21} {result[word]:6.1%}{before}")
+    if args.quantize:
+        psnr = sorted(sample["psnr"] for sample in result["samples"])
+        print(f"PSNR of the frames against the unquantised: median {psnr[len(psnr) // 2]:.1f} dB, worst {psnr[0]:.1f} dB")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(args.json)
@@ -205,6 +216,8 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--cache", choices=CACHES, help="reuse what the blocks did at earlier steps (default: none)")
     command.add_argument("--image", metavar="FILE", help="the first frame, for image-to-video checkpoints")
     command.add_argument("--lora", type=_lora, action="append", default=[], metavar="PATH[:SCALE]", help="a LoRA; may be repeated")
+    command.add_argument("--quantize", choices=QUANTIZATIONS, metavar="MODE",
+                         help=f"keep the transformer's large weights in 8 bits: {', '.join(QUANTIZATIONS)} (default: as stored)")
     command.add_argument("--offload", action="store_true", help="keep on the GPU only the part that is working")
     command.add_argument("--strip", metavar="FILE.png", help="also write some frames side by side")
     _decoding_arguments(command)
@@ -226,6 +239,13 @@ def _decoding_arguments(command: argparse.ArgumentParser) -> None:
                          help="what decoding may use, such as 10GB; less takes longer and gives the same frames (default: what is free)")
 
 
+def _quantize_arguments(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(chatty=True)
+    command.add_argument("model", help="a preset, a local path or a hub repository")
+    command.add_argument("folder", help="a new or empty folder, to stand as transformer/ in a model's folder")
+    command.add_argument("--mode", choices=QUANTIZATIONS, default="int8", help="default: int8; -dynamic: multiply in 8 bits too")
+
+
 def _download_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("preset", help="a preset (kandinsky presets) or a hub repository")
     command.add_argument("--revision", help="commit, branch or tag of the hub repository")
@@ -245,6 +265,7 @@ def _check_tiny_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--steps", type=int)
     command.add_argument("--guidance", type=float)
+    command.add_argument("--quantize", choices=QUANTIZATIONS, help="also compare with the unquantised model")
     command.add_argument("--count", type=int, help="only the first of the 48 prompts")
     command.add_argument("--json", metavar="FILE", help="also write every verdict")
 
@@ -258,6 +279,7 @@ def parser() -> argparse.ArgumentParser:
         (decode, _decode_arguments, "decode saved latents again"),
         (presets, None, "list the released checkpoints"),
         (download, _download_arguments, "fetch what a preset needs into the hub library's cache; afterwards no network is needed"),
+        (quantize, _quantize_arguments, "write a transformer with its large weights in 8 bits, and say how far they are from the original"),
         (verify, lambda command: command.add_argument("path"), "say what a file or folder of weights is, and whether it is whole"),
         (doctor, None, "show what this machine offers, and what runs for each operator"),
         (train_tiny, _train_tiny_arguments, "train the bundled model from nothing"),

@@ -50,19 +50,21 @@ class Kandinsky5:
 
     @classmethod
     def from_pretrained(cls, model: str | Path = "tiny", device: str | None = None, dtype: torch.dtype | None = None,
-                        revision: str | None = None, parts: Sequence[str] = PARTS, **places: str | Path) -> Kandinsky5:
+                        revision: str | None = None, parts: Sequence[str] = PARTS, quantize: str | None = None,
+                        **places: str | Path) -> Kandinsky5:
         """Load a preset, a local path or a hub repository `owner/name`; `locate` says which layouts are understood.
 
         Parts are loaded into the CPU's memory and move to the device when first used, so that offloading can still be chosen.
         device: None takes a CUDA device where there is one. dtype: of weights and activations; None means fp32, on CUDA bf16 (latents
-        and schedule stay fp32). parts: load only these. places: `vae=`, `text_encoder=`, `text_encoder_2=` folders of an official
+        and schedule stay fp32). parts: load only these. quantize: keep the transformer's large weights in 8 bits, in one of the
+        `QUANTIZATIONS`; None means as they are stored. places: `vae=`, `text_encoder=`, `text_encoder_2=` folders of an official
         checkpoint whose parts do not lie together.
         Raises ValueError or OSError for names, files and weights that do not fit, RuntimeError for a device or package that is missing.
         """
         device = choose_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         sources = locate(model, revision, cls.fallback_preset, places, parts)
-        dit = load_dit(sources.dit, dtype=dtype).prepare() if sources.dit else None
+        dit = load_dit(sources.dit, dtype=dtype, quantize=quantize).prepare() if sources.dit else None
         vae = load_vae(sources.vae, dtype=dtype) if sources.vae else None
         text = _load_text(sources, dtype) if sources.text_encoder else None
         preset = replace(sources.preset, dit=dit.config) if dit is not None else sources.preset
