@@ -6,8 +6,8 @@
     video.save("out.mp4")
 """
 
-_HOMES = {"Kandinsky5": "pipeline", "Kandinsky5VideoLite": "pipeline", "Kandinsky5VideoPro": "pipeline", "Video": "clip",
-          "load": "pipeline", "PRESETS": "config", "get_preset": "config"}
+_HOMES = {"Kandinsky5": "pipeline", "Kandinsky5VideoLite": "pipeline", "Kandinsky5VideoPro": "pipeline",
+          "Kandinsky5ImageLite": "pipeline", "Video": "clip", "load": "pipeline", "PRESETS": "config", "get_preset": "config"}
 __all__ = sorted(_HOMES)
 
 

@@ -114,10 +114,12 @@ class MagCache:
             runs.append(not skip)
         return runs
 
-    def branches(self, dit: DiffusionTransformer3D, steps: int, count: int) -> list[Branch]:
+    def branches(self, dit: DiffusionTransformer3D, steps: int, count: int, start: int = 0) -> list[Branch]:
+        """One for each of `count` passes of a step. A run that goes on after `start` steps remembers nothing and so computes first."""
         if count > len(self.ratios):
             raise ValueError("these ratios were calibrated without guidance, but guidance was asked for; set it to 1 or cache to none")
-        return [MagBranch(dit, self.schedule(steps, branch)) for branch in range(count)]
+        runs = [self.schedule(steps, branch)[start:] for branch in range(count)]
+        return [MagBranch(dit, [True, *rest[1:]]) for rest in runs]
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class FirstBlockCache:
     threshold: float = 0.08
     most_skipped: int = 3
 
-    def branches(self, dit: DiffusionTransformer3D, steps: int, count: int) -> list[Branch]:
+    def branches(self, dit: DiffusionTransformer3D, steps: int, count: int, start: int = 0) -> list[Branch]:
         return [FirstBlockBranch(dit, self.threshold, self.most_skipped) for _ in range(count)]
 
 

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import video as files
-from .config import CACHES
+from .caching import make_cache
+from .config import CACHES, Preset
 from .geometry import Grid
 from .sampler import PRECISIONS
 from .vae import POLICIES
@@ -48,11 +50,15 @@ class Settings:
     precision: str = "fp32"
     vae_policy: str = "global"
     cache: str = "none"
-    image: str = ""  # where the first frame came from
+    image: str = ""  # where the first frame, or the picture to edit, came from
+    last_image: str = ""
+    lora: tuple[str, ...] = ()  # "path:scale" of those that were active
+    quantization: str = ""  # of the transformer
     fps: int = 24
     model: str = ""
 
     def __post_init__(self):
+        object.__setattr__(self, "lora", tuple(self.lora))  # a list where it comes from JSON
         check_prompt(self.prompt)
         check_size(self.height, self.width)
         _check_frames(self.num_frames)
@@ -73,6 +79,31 @@ class Settings:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
+
+
+def complete(preset: Preset, name: str, prompts: list[str], seed: int, given: Mapping) -> list[Settings]:
+    """One checked Settings for each prompt, the i-th with seed + i: what is given (None: not), else what the preset was released with.
+
+    Raises TypeError for names that are no settings, ValueError for values that do not fit each other or the checkpoint.
+    """
+    known = [field.name for field in fields(Settings) if field.name not in ("prompt", "seed", "fps", "model", "lora", "quantization")]
+    for word in given:
+        if word not in known:
+            near = difflib.get_close_matches(word, known, n=1) or known
+            raise TypeError(f"settings must be among {', '.join(known)}, got {word!r}; did you mean {near[0]!r}?")
+    for prompt in prompts or [""]:
+        check_prompt(prompt)
+    values = dict(
+        height=preset.sizes[0][0], width=preset.sizes[0][1], num_frames=preset.frames, num_inference_steps=preset.steps,
+        guidance_scale=preset.guidance, scheduler_scale=preset.scheduler_scale, attention="nabla" if preset.nabla else "dense",
+        fps=preset.fps, model=name) | {word: value for word, value in given.items() if value is not None}
+    check_size(values["height"], values["width"])
+    values.setdefault("vae_policy", default_policy(values["num_frames"], values["height"], values["width"]))
+    if preset.vae is None and (values["num_frames"], values["vae_policy"]) != (1, "global"):
+        raise ValueError(f"{preset.name} makes pictures, decoded whole, got {values['num_frames']} frames and {values['vae_policy']} "
+                         "decoding; leave both out, or use a video preset")
+    make_cache(values.get("cache", "none"), preset.name)  # says now what it would say after the text
+    return [Settings(prompt, seed=seed + i, **values) for i, prompt in enumerate(prompts)]
 
 
 class Video:

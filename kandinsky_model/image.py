@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A given picture: read in any mode, sized as the checkpoints were trained, and encoded to the latent of a first frame."""
+"""A given picture: read in any mode, sized as the checkpoints were trained, and encoded to the latent of a frame."""
 from __future__ import annotations
 
 import math
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .config import Preset
+from .image_vae import ImageVAE
 from .vae import HunyuanVideoVAE, sample_posterior
 
 MOST_PIXELS = 2**27  # of a file: more is a decompression bomb or a mistake
@@ -70,10 +71,13 @@ def _from_pil(image) -> Tensor:
 
 
 def fitting_size(height: int, width: int, preset: Preset) -> tuple[int, int]:
-    """The size of video (height, width) for a picture of this shape: the area the checkpoint was trained for, sides rounded.
+    """The size (height, width) of what is made from a picture of this shape.
 
-    sqrt(area / (height * width)) scales both sides; the area is 512 x 768 or, for HD, 1024 x 1024.
+    Videos have the area the checkpoint was trained for, sides rounded: sqrt(area / (height * width)) scales both; the area is 512 x 768
+    or, for HD, 1024 x 1024. Pictures have the trained size whose shape is nearest.
     """
+    if preset.task == "i2i":
+        return min(preset.sizes, key=lambda size: abs(size[0] / size[1] - height / width))
     hd = min(preset.sizes[0]) > 512
     area = 1024 * 1024 if hd else preset.sizes[0][0] * preset.sizes[0][1]
     step = STEP[hd]
@@ -89,11 +93,17 @@ def crop(image: Tensor, height: int, width: int) -> Tensor:
     return image[:, top : top + kept_height, left : left + kept_width]
 
 
-def first_frame(image: Tensor, vae: HunyuanVideoVAE, height: int, width: int, seed: int) -> Tensor:
-    """The scaled latent [1, 1, H/8, W/8, C] of uint8 [3, h, w], resized to height x width and sampled from its posterior by `seed`."""
-    weight = vae.quant_conv.weight
-    pixels = F.interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True).round()  # as for 8-bit pictures
-    pixels = (pixels / 127.5 - 1).to(weight.device, weight.dtype)[:, :, None]  # [1, 3, 1, H, W]
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """uint8 [3, height, width] of uint8 [3, h, w]: bilinear, antialiased, with the 8-bit arithmetic of picture libraries."""
+    return F.interpolate(image.cpu()[None], (height, width), mode="bilinear", antialias=True)[0]
+
+
+def latent_of(image: Tensor, vae: HunyuanVideoVAE | ImageVAE, seed: int) -> Tensor:
+    """The scaled latent [1, 1, H/8, W/8, C] of uint8 [3, H, W], sampled from its posterior by `seed`.
+
+    It serves for any frame: a later latent holds four frames, but borders in time repeat, so all latents of a still video are equal.
+    """
+    pixels = (image.float() / 127.5 - 1).to(vae.device, vae.dtype)[None, :, None]  # [1, 3, 1, H, W]
     mean, logvar = vae.encode(pixels)
     latent = sample_posterior(mean.float(), logvar.float(), torch.Generator().manual_seed(seed))
     return latent.permute(0, 2, 3, 4, 1) * vae.config.scaling_factor

@@ -5,7 +5,7 @@ A name is a preset, a path, or a hub repository `owner/name` (downloaded once in
 HF_HUB_OFFLINE are honoured). Three layouts are understood:
 
 - diffusers: `transformer/ vae/ text_encoder/ tokenizer/ text_encoder_2/ tokenizer_2/`; the bundled model has the first three;
-- official folder: `model/<one>.safetensors vae/ text_encoder/ text_encoder2/`;
+- official folder: `model/<one>.safetensors vae/ text_encoder/ text_encoder2/`, for image checkpoints with `flux/vae/`;
 - official file: a .safetensors file whose folder, or the folder above it, holds the other parts.
 """
 
@@ -17,17 +17,18 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .config import PRESETS, Preset, get_preset
-from .weights import find_weights, read_dit_config
+from .config import PRESETS, DiTConfig, Preset, get_preset
+from .weights import find_weights, infer_dit_config, read_dit_config, read_headers
 
 TINY = Path(__file__).parent / "tiny"
 PARTS = ("text", "dit", "vae")
 FOLDERS = {"vae": "vae", "text_encoder": "text", "text_encoder_2": "text"}  # diffusers' folder -> the part it belongs to
-OFFICIAL_NAMES = {"vae": "vae", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder2"}
+OFFICIAL_NAMES = {"vae": "vae", "image vae": "flux/vae", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder2"}
 PATTERNS = ("*.safetensors", "*.json", "*.txt")  # never pickles
-# What every official checkpoint shares, in the repositories that publish it.
+# What the official checkpoints share, in the repositories that publish it.
 SHARED_REPOS = {
     "vae": ("hunyuanvideo-community/HunyuanVideo", ("vae/*.safetensors", "vae/*.json")),
+    "image vae": ("black-forest-labs/FLUX.1-dev", ("vae/*.safetensors", "vae/*.json")),
     "text_encoder": ("Qwen/Qwen2.5-VL-7B-Instruct", PATTERNS),
     "text_encoder_2": ("openai/clip-vit-large-patch14", PATTERNS),
 }
@@ -65,9 +66,9 @@ def locate(model: str | Path, revision: str | None = None, fallback: str = "t2v-
            places: Mapping[str, str | Path] | None = None, parts: Collection[str] = PARTS) -> Sources:
     """Find the `parts` of `model`. `places` may give the folders "vae", "text_encoder" and "text_encoder_2" explicitly.
 
-    Settings are those of the preset whose repository or file this is, else of the preset `fallback` with what the folder's own
-    configuration files say. Raises ValueError for a name that is none of the three kinds, OSError for missing parts, RuntimeError when
-    the hub has no answer.
+    Settings are those of the preset whose repository or file this is, else of the first preset with such a network, else of the preset
+    `fallback`; and what the folder's own configuration files say. Raises ValueError for a name that is none of the three kinds, OSError
+    for missing parts, RuntimeError when the hub has no answer.
     """
     name, places = str(model), {key: Path(path).expanduser() for key, path in (places or {}).items() if path}
     path = Path(name).expanduser()
@@ -77,29 +78,22 @@ def locate(model: str | Path, revision: str | None = None, fallback: str = "t2v-
     if name == "tiny":
         return _in_folder(TINY, _Request(name, get_preset("tiny"), places, parts))
     if name in PRESETS:
-        request = _Request(name, for_video(PRESETS[name]), places, parts, shared=True)
+        request = _Request(name, PRESETS[name], places, parts, shared=True)
         file = f"model/{request.preset.filename}"
         return _official(download(request.preset.repo, (file, "*.json"), revision) / file if "dit" in parts else path, request)
     if path.exists():
-        request = _Request(name, for_video(recognise(path) or get_preset(fallback)), places, parts)
+        request = _Request(name, recognise(path) or _like(path) or get_preset(fallback), places, parts)
         return (_in_folder if path.is_dir() else _official)(path, request)
     if _REPO.fullmatch(name) and path.suffix != ".safetensors":
-        request = _Request(name, for_video(recognise(path) or get_preset(fallback)), places, parts, shared=True)
-        weights = [f"{folder}/*.safetensors" for folder in request.folders]
+        weights = [f"{folder}/*.safetensors" for folder, part in FOLDERS.items() if part in parts]
         weights += ["transformer/*.safetensors", "model/*.safetensors"] if "dit" in parts else []
-        return _in_folder(download(name, (*weights, "*.json", "*.txt"), revision), request)
+        root = download(name, (*weights, "*.json", "*.txt"), revision)
+        return _in_folder(root, _Request(name, recognise(path) or _like(root) or get_preset(fallback), places, parts, shared=True))
     try:
         get_preset(name)
     except ValueError as error:
         raise ValueError(f"a model is a preset, an existing path or a hub repository owner/name, but {error}") from None
     raise AssertionError("presets were handled above")
-
-
-def for_video(preset: Preset) -> Preset:
-    """`preset` itself; ValueError if it makes anything but videos."""
-    if preset.task not in ("t2v", "i2v"):
-        raise ValueError(f"generation is of videos so far, but {preset.name} is a {preset.task} checkpoint; use a t2v or i2v preset")
-    return preset
 
 
 def download(repo: str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
@@ -111,6 +105,9 @@ def download(repo: str, patterns: tuple[str, ...], revision: str | None = None) 
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # the library's errors have no common base, and run over many lines
+        if type(error).__name__ == "GatedRepoError":
+            raise RuntimeError(f"{repo} is given out only to those who accepted its licence; accept it on the hub's page of {repo}, log in "
+                               "with `hf auth login`, or give a local path") from error
         raise RuntimeError(f"{repo} is needed, but it is neither in the hub cache nor can it be downloaded now ({type(error).__name__}); "
                            "check its name, the network and HF_HUB_OFFLINE, or give a local path") from error
 
@@ -122,6 +119,22 @@ def recognise(path: Path) -> Preset | None:
         if repo and path.name in (preset.filename, repo, f"{repo}-Diffusers"):
             return preset
     return None
+
+
+def _like(path: Path) -> Preset | None:
+    """The first preset whose network has the sizes of what lies at `path`: a file may have any name."""
+    try:
+        files, folder = find_weights(path, "transformer")
+        config = read_dit_config(folder)[0] or infer_dit_config(read_headers(files))
+    except (OSError, ValueError):
+        return None  # whoever loads it says what is wrong
+    sizes = _sizes(config)
+    return next((preset for preset in PRESETS.values() if _sizes(preset.dit) == sizes), None)
+
+
+def _sizes(config: DiTConfig) -> DiTConfig:
+    """`config` with one name for 33 input channels, which image editing checkpoints call otherwise than video ones."""
+    return replace(config, visual_cond=config.in_channels > config.in_visual_dim, instruct_type=None)
 
 
 def _in_folder(root: Path, request: _Request) -> Sources:
@@ -144,12 +157,13 @@ def _in_folder(root: Path, request: _Request) -> Sources:
 def _official(file: Path, request: _Request) -> Sources:
     found = {}
     for folder in request.folders:
-        nearby = [root / OFFICIAL_NAMES[folder] for root in (file.parent, file.parent.parent)]
+        published = "image vae" if folder == "vae" and request.preset.vae is None else folder
+        nearby = [root / OFFICIAL_NAMES[published] for root in (file.parent, file.parent.parent)]
         there = [place for place in nearby if place.is_dir()]
         if folder in request.places or there:
             found[folder] = request.places.get(folder) or there[0]
         elif request.shared:
-            repo, patterns = SHARED_REPOS[folder]
+            repo, patterns = SHARED_REPOS[published]
             found[folder] = download(repo, patterns) / ("vae" if folder == "vae" else "")
         else:
             found[folder] = nearby[1]

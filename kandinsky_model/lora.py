@@ -57,6 +57,7 @@ class Additions(nn.Module):
 class Adapter:
     """One file: which modules it adds to, and the words that call it."""
 
+    path: str
     name: str
     modules: tuple[str, ...]
     rank: int
@@ -93,7 +94,7 @@ class Adapters:
             device = layer.weight.device
             strength = 1.0 if alpha is None else alpha / down.shape[0]
             layer.additions.matrices[name] = (down.to(device), (up.float() * strength).to(device, up.dtype))
-        self.loaded[name] = Adapter(name, tuple(tensors), max(down.shape[0] for down, _ in tensors.values()),
+        self.loaded[name] = Adapter(str(path), name, tuple(tensors), max(down.shape[0] for down, _ in tensors.values()),
                                     metadata.get("trigger", "") if trigger is None else trigger)
         self.set({**self.scales, name: scale})
         _log.info("adapter %s adds to %d modules", name, len(tensors))
@@ -130,6 +131,10 @@ class Adapters:
         """`prompt` with the triggers of the active adapters before it, where it does not contain them already."""
         missing = [self.loaded[name].trigger for name in self.scales if name in self.loaded and self.loaded[name].trigger not in prompt]
         return " ".join([*missing, prompt])
+
+    def active(self) -> tuple[str, ...]:
+        """"path:scale" of the active adapters, as the command line takes them."""
+        return tuple(f"{self.loaded[name].path}:{scale:g}" for name, scale in self.scales.items())
 
     def _layers(self) -> list[Linear]:
         modules = self.network.modules() if self.network else ()

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt in, video out: finds the parts of a model, places them, and runs text, sampling and decoding in that order."""
+"""Prompt in, video or picture out: finds the parts of a model, places them, and runs text, sampling and decoding in that order."""
 
 from __future__ import annotations
 
-import difflib
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,35 +15,39 @@ import torch
 from torch import Tensor, nn
 
 from .caching import make_cache
-from .clip import Notify, Settings, Video, check_prompt, check_size, default_policy, load_latents
+from .clip import Notify, Settings, Video, complete, load_latents
 from .config import NablaConfig, Preset
-from .image import crop, first_frame, fitting_size, read_image
-from .locate import PARTS, Sources, for_video, locate
+from .image import crop, fitting_size, latent_of, read_image, resize
+from .image_vae import is_image_vae, load_image_vae
+from .locate import PARTS, Sources, locate
 from .lora import Adapters
 from .plan import make_plan
-from .sampler import Conditioning, Sampling, noise, sample
+from .quant import mode_of
+from .run import Interrupted, Run
+from .sampler import Conditioning, Given, Sampling, noise, sample
 from .tiles import TilePlan
 from .vae import decode_plan
 from .weights import load_dit, load_vae
 
 NABLA_FOR_DENSE = NablaConfig(0.9)  # what --attention nabla means for a checkpoint released with dense attention
 SEEDS = 2**31
+KINDS = {"t2i": "image", "i2i": "image_edit"}  # task -> what the text encoder is told; videos of one frame are images as well
 _log = logging.getLogger(__name__)
 Callback = Callable[[str, int, int, Tensor | None], None]
 
 
 class Kandinsky5:
-    """A text-to-video model and what it needs around it.
+    """A model that makes videos or pictures, and what it needs around it.
 
-    text: an encoder with `encode(list of str, kind) -> TextEmbeddings`; dit: DiffusionTransformer3D; vae: HunyuanVideoVAE; a part that is
-    not needed may be None. preset: the settings that `generate` uses where it is told nothing.
+    text: an encoder with `encode(list of str, kind) -> TextEmbeddings`; dit: DiffusionTransformer3D; vae: HunyuanVideoVAE or ImageVAE; a
+    part that is not needed may be None. preset: the settings that `generate` uses where it is told nothing.
     """
 
     fallback_preset = "t2v-lite-sft-5s"
 
     def __init__(self, text: nn.Module | None, dit: nn.Module | None, vae: nn.Module | None, preset: Preset, name: str = "",
                  device: torch.device | str = "cpu"):
-        self.text, self.dit, self.vae, self.preset, self.name = text, dit, vae, for_video(preset), name
+        self.text, self.dit, self.vae, self.preset, self.name = text, dit, vae, preset, name
         self.device, self._offload = torch.device(device), False
         self.lora = Adapters(dit)
 
@@ -62,10 +65,15 @@ class Kandinsky5:
         Raises ValueError or OSError for names, files and weights that do not fit, RuntimeError for a device or package that is missing.
         """
         device = choose_device(device)
+        return cls.from_sources(locate(model, revision, cls.fallback_preset, places, parts), device, dtype, quantize)
+
+    @classmethod
+    def from_sources(cls, sources: Sources, device: torch.device, dtype: torch.dtype | None = None,
+                     quantize: str | None = None) -> Kandinsky5:
+        """`from_pretrained` once it is known where everything lies."""
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        sources = locate(model, revision, cls.fallback_preset, places, parts)
         dit = load_dit(sources.dit, dtype=dtype, quantize=quantize).prepare() if sources.dit else None
-        vae = load_vae(sources.vae, dtype=dtype) if sources.vae else None
+        vae = _load_vae(sources.vae, dtype) if sources.vae else None
         text = _load_text(sources, dtype) if sources.text_encoder else None
         preset = replace(sources.preset, dit=dit.config) if dit is not None else sources.preset
         return cls(text, dit, vae, preset, sources.name, device)
@@ -81,11 +89,13 @@ class Kandinsky5:
                 part.to("cpu")
 
     def generate(self, prompt: str | list[str], negative_prompt: str | None = None, seed: int | None = None,
-                 callback: Callback | None = None, memory_budget: int | None = None, image=None, **settings) -> Video | list[Video]:
-        """Sample a video from a prompt, or a list of videos, in one batch, from a list of prompts.
+                 callback: Callback | None = None, memory_budget: int | None = None, image=None, last_image=None,
+                 **settings) -> Video | list[Video]:
+        """Sample a video (of one frame: a picture) from a prompt, or a list of them, in one batch, from a list of prompts.
 
-        image: what image-to-video checkpoints begin with: a path, a PIL image or uint8 [H, W, 3]. Without height and width the video has
-        its shape and the area the checkpoint was trained for; with them, its middle of their shape is taken.
+        image: what image-to-video checkpoints begin with and image editing ones edit: a path, a PIL image or uint8 [H, W, 3]. Without
+        height and width the result has its shape, as near as the checkpoint was trained for; with them, its middle of their shape is
+        taken. last_image: what a video ends with, cut to the same shape; no released checkpoint was trained for that.
 
         settings: num_frames (4k + 1), height, width (multiples of 16), num_inference_steps, guidance_scale (1: none), scheduler_scale,
         attention ("nabla" | "dense"), precision ("fp32" | "reference"), cache ("none" | "mag" | "first-block"), vae_policy ("global" |
@@ -93,21 +103,32 @@ class Kandinsky5:
         None draws one; the i-th prompt uses seed + i, and a single prompt with that seed gives the same video. callback(stage, step,
         steps, latents) is called when the stages "text" and "sampling" begin and after each step; an exception raised in it stops the
         run. memory_budget: bytes that decoding may use; less takes longer and gives the same frames.
-        Raises ValueError and TypeError before any work when something does not fit, RuntimeError when latents stop being finite.
+        Raises ValueError and TypeError before any work when something does not fit, RuntimeError when latents stop being finite,
+        Interrupted (a KeyboardInterrupt) with what `resume` needs when sampling is stopped by the keyboard.
         """
-        image = self._image(image, settings)
+        pictures = self._pictures(image, last_image, settings)
         plans = self._settings(prompt, negative_prompt, seed, settings)
         self._check_budget(plans[0], memory_budget)
-        first, tell = plans[0], callback or (lambda *_: None)
+        tell = callback or (lambda *_: None)
         tell("text", 0, 1, None)
-        cond, uncond = self._encode(plans)
-        tell("sampling", 0, first.num_inference_steps, None)
-        for step, latents in self._sample(plans, cond, uncond, self._first_frames(image, plans)):
-            tell("sampling", step + 1, first.num_inference_steps, latents)
-        latents = latents.float()
-        decode = partial(self.decode, memory_budget=memory_budget)
-        videos = [Video(latents[i : i + 1], plan, decode) for i, plan in enumerate(plans)]
+        pictures = [None if one is None else resize(one, plans[0].height, plans[0].width) for one in pictures]
+        cond, uncond = self._encode(plans, pictures[0])
+        videos = self.resume(Run(plans, self._noise(plans), cond, uncond, self._given(pictures, plans)), callback, memory_budget)
         return videos if isinstance(prompt, (list, tuple)) else videos[0]
+
+    def resume(self, run: Run, callback: Callback | None = None, memory_budget: int | None = None) -> list[Video]:
+        """Do the steps that are left of a run: `Interrupted.run`, or `Run.load` of a file. Arguments and errors as in `generate`."""
+        first, tell, run = run.settings[0], callback or (lambda *_: None), run.to(self.device)
+        latents, step = run.latents, run.step
+        try:
+            tell("sampling", step, first.num_inference_steps, None)
+            for done, latents in self._sample(run):
+                step = done + 1
+                tell("sampling", step, first.num_inference_steps, latents)
+        except KeyboardInterrupt:
+            raise Interrupted(replace(run, latents=latents, step=step)) from None
+        latents, decode = latents.float(), partial(self.decode, memory_budget=memory_budget)
+        return [Video(latents[i : i + 1], settings, decode) for i, settings in enumerate(run.settings)]
 
     def open(self, path: str | Path, memory_budget: int | None = None, **changes) -> Video:
         """The video whose latents `save_latents` wrote, decoded by this model; `changes`: settings to replace, such as vae_policy."""
@@ -128,8 +149,7 @@ class Kandinsky5:
     @torch.no_grad()
     def _decode(self, latents: Tensor, settings: Settings, memory_budget: int | None, notify: Notify | None) -> Iterator[Tensor]:
         with self._placed("vae") as vae:
-            weight = vae.post_quant_conv.weight
-            scaled = (latents.to(self.device, torch.float32) / vae.config.scaling_factor).to(weight.dtype)
+            scaled = (latents.to(self.device, torch.float32) / vae.config.scaling_factor).to(vae.dtype)
             pieces = vae.decode_frames(scaled.permute(0, 4, 1, 2, 3), settings.vae_policy, None, memory_budget, notify)
             for pixels in pieces:  # [1, 3, f, H, W]
                 levels = (pixels[0].float().clamp(-1, 1) + 1) * 127.5
@@ -140,85 +160,90 @@ class Kandinsky5:
         """ValueError or TypeError where decoding cannot fit `memory_budget`: better known before sampling than after."""
         if memory_budget is None or self.vae is None or settings.vae_policy == "preview":
             return
+        if self.preset.vae is None:
+            raise ValueError(f"pictures are decoded whole, but a memory budget of {memory_budget} was given; leave it out")
         grid, size = settings.grid, (settings.height, settings.width)
         latents = torch.empty(1, self.vae.config.latent_channels, grid.T, 2 * grid.Y, 2 * grid.X, device="meta")
         if settings.vae_policy == "official":
             latents = TilePlan.for_frame(*size).largest(latents)
-        decode_plan(self.vae.config, latents.shape, self.vae.post_quant_conv.weight.dtype, memory_budget)
+        decode_plan(self.vae.config, latents.shape, self.vae.dtype, memory_budget)
 
-    def _settings(self, prompt, negative_prompt, seed, given: dict) -> list[Settings]:
-        """One checked Settings for each prompt."""
-        known = [field.name for field in fields(Settings) if field.name not in ("prompt", "negative_prompt", "seed", "fps", "model")]
-        for name in given:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1) or known
-                raise TypeError(f"settings must be among {', '.join(known)}, got {name!r}; did you mean {near[0]!r}?")
+    def _settings(self, prompt: str | list[str], negative: str | None, seed: int | None, given: dict) -> list[Settings]:
+        """One checked Settings for each prompt, with warnings about what the checkpoint was not trained for."""
         prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
-        for text in prompts or [""]:
-            check_prompt(text)
-        preset, given = self.preset, {name: value for name, value in given.items() if value is not None}
-        values = dict(
-            height=preset.sizes[0][0], width=preset.sizes[0][1], num_frames=preset.frames, num_inference_steps=preset.steps,
-            guidance_scale=preset.guidance, scheduler_scale=preset.scheduler_scale, attention="nabla" if preset.nabla else "dense",
-            fps=preset.fps, model=self.name) | given
-        check_size(values["height"], values["width"])
-        values.setdefault("vae_policy", default_policy(values["num_frames"], values["height"], values["width"]))
-        if preset.task == "t2v" and (values["height"], values["width"]) not in preset.sizes:
-            _log.warning("%s was trained for %s (width x height); %dx%d may look worse", preset.name,
-                         ", ".join(f"{w}x{h}" for h, w in preset.sizes), values["width"], values["height"])
-        make_cache(values.get("cache", "none"), preset.name)  # says now what it would say after the text
+        if negative is None:
+            negative = "" if self.preset.task in KINDS else getattr(self.text, "default_negative", "")
+        seed = random.randrange(SEEDS) if seed is None else seed
+        plans = complete(self.preset, self.name, prompts, seed, {**given, "negative_prompt": negative})
+        size, sizes = (plans[0].height, plans[0].width), self.preset.sizes
+        if self.preset.task != "i2v" and size not in sizes:
+            _log.warning("%s was trained for %s (width x height); %dx%d may look worse", self.preset.name,
+                         ", ".join(f"{w}x{h}" for h, w in sizes), size[1], size[0])
         strangers = [word for text in prompts for word in getattr(self.text, "unknown_words", lambda _: [])(text)]
         if strangers:
-            _log.warning("%s does not know %s; its words are %s", preset.name, ", ".join(strangers), ", ".join(self.text.config["words"]))
-        if negative_prompt is None:
-            negative_prompt = getattr(self.text, "default_negative", "")
-        seed = random.randrange(SEEDS) if seed is None else seed
-        return [Settings(text, negative_prompt, seed + i, **values) for i, text in enumerate(prompts)]
+            _log.warning("%s does not know %s; its words are %s", self.preset.name, ", ".join(strangers),
+                         ", ".join(self.text.config["words"]))
+        return [replace(plan, lora=self.lora.active(), quantization=mode_of(self.dit) or "") for plan in plans]
 
-    def _image(self, source, settings: dict) -> Tensor | None:
-        """The picture as uint8 [3, H, W], cut to the shape that was asked for, or with that of the video put into `settings`."""
-        if (source is not None) != (self.preset.task == "i2v"):
-            wanted = "begins with an image, got none; pass image" if source is None else "takes no image, got one; use an i2v preset"
+    def _pictures(self, image, last_image, settings: dict) -> list[Tensor | None]:
+        """First and last picture, uint8 [3, h, w], cut to the shape that was asked for, or with that of the result put into `settings`."""
+        task, sources = self.preset.task, {"image": image, "last_image": last_image}
+        given = {name: read_image(source) for name, source in sources.items() if source is not None}
+        if bool(given) != (task in ("i2v", "i2i")):
+            wanted = "takes no image, got one; use an i2v or i2i preset" if given else "begins with an image, got none; pass image"
             raise ValueError(f"{self.preset.name} {wanted}")
-        if source is None:
-            return None
-        image = read_image(source)
-        settings["image"] = str(source) if isinstance(source, (str, Path)) else "given"
+        if last_image is not None and task != "i2v":
+            raise ValueError(f"{self.preset.name} makes no videos, so it takes no last image; use an i2v preset")
+        if not given:
+            return [None, None]
+        settings.update((name, str(sources[name]) if isinstance(sources[name], (str, Path)) else "given") for name in given)
         if settings.get("height") and settings.get("width"):
-            return crop(image, settings["height"], settings["width"])
-        settings["height"], settings["width"] = fitting_size(*image.shape[1:], self.preset)
-        return image
+            shape = settings["height"], settings["width"]
+        else:
+            shape = next(iter(given.values())).shape[1:]
+            settings["height"], settings["width"] = size = fitting_size(*shape, self.preset)
+            shape = shape if task == "i2v" else size  # nothing of a first frame is cut off; rounded sides deform it a little
+        return [None if name not in given else crop(given[name], *shape) for name in sources]
 
     @torch.no_grad()
-    def _first_frames(self, image: Tensor | None, plans: list[Settings]) -> Tensor | None:
-        """The clean latents [B, 1, h, w, C] that the videos begin with."""
-        if image is None:
-            return None
+    def _given(self, pictures: list[Tensor | None], plans: list[Settings]) -> Given:
+        """The clean latents that the videos are built around, for each of them."""
+        if pictures == [None, None]:
+            return Given()
         with self._placed("vae") as vae:
-            return torch.cat([first_frame(image, vae, plan.height, plan.width, plan.seed) for plan in plans]).to(self.device)
+            first, last = (one if one is None else torch.cat([latent_of(one, vae, plan.seed) for plan in plans]) for one in pictures)
+        if self.preset.task == "i2i":
+            return Given(source=first)
+        frames = {0: first, plans[0].grid.T - 1: last}  # each [B, 1, h, w, C]
+        return Given({index: frame for index, frame in frames.items() if frame is not None})
+
+    def _noise(self, plans: list[Settings]) -> Tensor:
+        grid = plans[0].grid
+        shape = (1, grid.T, 2 * grid.Y, 2 * grid.X, self.preset.dit.in_visual_dim)
+        return torch.cat([noise(plan.seed, shape) for plan in plans])  # [B, T, 2Y, 2X, 16]
 
     @torch.no_grad()
-    def _encode(self, plans: list[Settings]) -> tuple[Conditioning, Conditioning | None]:
-        guided = _sampling(plans[0], self.preset.name).guided
+    def _encode(self, plans: list[Settings], picture: Tensor | None) -> tuple[Conditioning, Conditioning | None]:
+        """The embedded prompts, and the negative one where it is needed; an editing checkpoint's text encoder sees the picture too."""
+        kind = KINDS.get(self.preset.task) or ("video" if plans[0].num_frames > 1 else "image")
+        seen = {"images": [picture]} if kind == "image_edit" else {}
         with self._placed("text") as text:
-            kind = "video" if plans[0].num_frames > 1 else "image"
-            cond = text.encode([self.lora.prompt(plan.prompt) for plan in plans], kind)
-            uncond = text.encode([plans[0].negative_prompt], kind) if guided else None
+            def encode(prompts: list[str]):
+                return text.encode(prompts, kind, **{name: pictures * len(prompts) for name, pictures in seen.items()})
+
+            cond = encode([self.lora.prompt(plan.prompt) for plan in plans])
+            uncond = encode([plans[0].negative_prompt]) if _sampling(plans[0], self.preset.name).guided else None
         if uncond is not None:  # one negative prompt for the whole batch
             B = len(plans)
-            uncond = Conditioning(uncond.embeds.expand(B, -1, -1), uncond.lengths.expand(B), uncond.pooled.expand(B, -1))
+            uncond = Conditioning(uncond.embeds.repeat(B, 1, 1), uncond.lengths.repeat(B), uncond.pooled.repeat(B, 1))
         return Conditioning(cond.embeds, cond.lengths, cond.pooled), uncond
 
-    def _sample(self, plans: list[Settings], cond: Conditioning, uncond: Conditioning | None,
-                given: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-        first, preset = plans[0], self.preset
-        grid = first.grid
+    def _sample(self, run: Run) -> Iterator[tuple[int, Tensor]]:
+        first, preset = run.settings[0], self.preset
         nabla = (preset.nabla or NABLA_FOR_DENSE) if first.attention == "nabla" else None
-        shape = (1, grid.T, 2 * grid.Y, 2 * grid.X, preset.dit.in_visual_dim)
-        initial = torch.cat([noise(plan.seed, shape, self.device) for plan in plans])  # [B, T, 2Y, 2X, 16]
-        plan = make_plan(preset.dit, grid, preset.scale_factor, nabla, self.device)
+        plan = make_plan(preset.dit, first.grid, preset.scale_factor, nabla, self.device)
         with self._placed("dit") as dit:
-            yield from sample(dit, initial, cond, plan, _sampling(first, preset.name), uncond, given)
+            yield from sample(dit, run.latents, run.cond, plan, _sampling(first, preset.name, run.step), run.uncond, run.given)
 
     @contextmanager
     def _placed(self, name: str) -> Iterator[nn.Module]:
@@ -244,6 +269,12 @@ class Kandinsky5VideoPro(Kandinsky5):
     fallback_preset = "t2v-pro-sft-5s"
 
 
+class Kandinsky5ImageLite(Kandinsky5):
+    """`Kandinsky5` whose settings, where a checkpoint does not say, are those of the text-to-image model."""
+
+    fallback_preset = "t2i-lite-sft"
+
+
 load = Kandinsky5.from_pretrained
 
 
@@ -260,6 +291,10 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+def _load_vae(folder: Path, dtype: torch.dtype) -> nn.Module:
+    return load_image_vae(folder, dtype) if is_image_vae(folder) else load_vae(folder, dtype=dtype)
+
+
 def _load_text(sources: Sources, dtype: torch.dtype) -> nn.Module:
     if sources.text_encoder_2 is None:
         from .text import TinyTextEncoder
@@ -270,6 +305,6 @@ def _load_text(sources: Sources, dtype: torch.dtype) -> nn.Module:
     return QwenClipEncoder.load(sources, dtype)
 
 
-def _sampling(settings: Settings, preset: str) -> Sampling:
+def _sampling(settings: Settings, preset: str, start: int = 0) -> Sampling:
     return Sampling(settings.num_inference_steps, settings.scheduler_scale, settings.guidance_scale, settings.precision,
-                    make_cache(settings.cache, preset))
+                    make_cache(settings.cache, preset), start)

@@ -155,9 +155,10 @@ def _try(stored: torch.dtype, device: torch.device, dtype: torch.dtype) -> str |
     return None if error <= AGREEMENT else f"the product is wrong by {error:.1%} of its largest value"
 
 
-def mode_of(network: nn.Module) -> str | None:
-    """The mode a network was quantised in."""
-    return next((layer.mode for layer in network.modules() if isinstance(layer, QuantizedLinear)), None)
+def mode_of(network: nn.Module | None) -> str | None:
+    """The mode a network is quantised in."""
+    modules = () if network is None else network.modules()
+    return next((layer.mode for layer in modules if isinstance(layer, QuantizedLinear)), None)
 
 
 def replace_layers(dit: nn.Module, mode: str) -> None:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flow matching, sampled: noise, the time schedule, Euler steps with guidance, and conditioning on a first frame.
+"""Flow matching, sampled: noise, the time schedule, Euler steps with guidance, and conditioning on pictures.
 
 A latent at time t is (1 - t) * clean + t * noise; the network predicts the velocity noise - clean; sampling walks t from 1 to 0.
 """
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,11 +34,25 @@ class Conditioning:
     pooled: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Clean latents that are known beforehand.
+
+    frames: of single latent frames [B or 1, 1, 2Y, 2X, C] by index; 0 is what image-to-video begins with, T - 1 what it is to end with.
+    They stand in every model input, flagged by the mask channel, and in the result. source: of the picture that is edited, of the shape
+    of the latents or with batch 1; it fills the conditioning channels, with a mask of ones.
+    """
+
+    frames: Mapping[int, Tensor] = field(default_factory=dict)
+    source: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to sample. precision "fp32" keeps latents, velocity and guidance in fp32; "reference" rounds each of them to bf16.
 
     The official code does the latter, which loses early updates smaller than half a bf16 step: choose it for comparisons only.
+    start: steps that an interrupted run has done already; what it got to takes the place of the noise.
     """
 
     steps: int = 50
@@ -46,8 +60,11 @@ class Sampling:
     guidance: float = 5.0
     precision: str = "fp32"
     cache: MagCache | FirstBlockCache | None = None  # see caching.py
+    start: int = 0
 
     def __post_init__(self):
+        if not 0 <= self.start <= self.steps:
+            raise ValueError(f"a run of {self.steps} steps can go on after 0 to {self.steps} of them, got {self.start}; begin it anew")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}; fp32 is the usual choice")
 
@@ -98,35 +115,35 @@ def normalize_first_frame(latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample(dit: DiffusionTransformer3D, initial: Tensor, cond: Conditioning, plan: Plan, sampling: Sampling,
-           uncond: Conditioning | None = None, first_frame: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+           uncond: Conditioning | None = None, given: Given | None = None) -> Iterator[tuple[int, Tensor]]:
     """Walk from noise to a clean latent video, yielding (step index, latents) after each Euler step; the last are the result.
 
     initial: noise [B, T, 2Y, 2X, C] (see `noise`) on the model's device. Latents are yielded in the dtype of the precision and are
     not reused, so a caller may keep them. With guidance w other than 1 the velocity is v_u + w * (v_c - v_u), from two passes one
-    after the other, and `uncond` is required; its text may have another length than `cond`'s.
-    first_frame: clean latent [B or 1, 1, 2Y, 2X, C], for models with `visual_cond`. It stands in frame 0 of every model input, is
-    flagged by the mask channel, and is put back at the end; then `normalize_first_frame`.
+    after the other, and `uncond` is required; its text may have another length than `cond`'s. given: see `Given`; a given first frame
+    is followed by `normalize_first_frame`.
     Raises ValueError on inputs that do not fit, RuntimeError when latents stop being finite, naming the step.
     """
-    _check(dit, initial, sampling, uncond, first_frame)
+    given = given or Given()
+    _check(dit, initial, sampling, uncond, given)
     dtype = PRECISIONS[sampling.precision]
     times = schedule(sampling.steps, sampling.scheduler_scale)
     x = initial.to(dtype)
     every_time = (times[:-1] * TIME_UNIT)[:, None].expand(-1, x.shape[0]).to(x.device)  # [steps, B]
     guided = dit.modulate(every_time, cond.pooled)
     unguided = dit.modulate(every_time, uncond.pooled) if sampling.guided else None
-    branches = sampling.cache.branches(dit, sampling.steps, 1 + sampling.guided) if sampling.cache else [dit, dit]
-    for step in range(sampling.steps):
-        x = _with_first_frame(x, first_frame)
-        model_input = _model_input(dit, x, first_frame is not None)
+    branches = sampling.cache.branches(dit, sampling.steps, 1 + sampling.guided, sampling.start) if sampling.cache else [dit, dit]
+    for step in range(sampling.start, sampling.steps):
+        x = with_frames(x, given.frames)
+        model_input = _model_input(dit, x, given)
         velocity = branches[0](model_input, cond.embeds, cond.pooled, every_time[step], plan, cond.lengths, guided.step(step)).to(dtype)
         if sampling.guided:
             other = branches[1](model_input, uncond.embeds, uncond.pooled, every_time[step], plan, uncond.lengths, unguided.step(step))
             other = other.to(dtype)
             velocity = other + sampling.guidance * (velocity - other)
         x = x + (times[step + 1] - times[step]).to(x.device) * velocity
-        if step == sampling.steps - 1 and first_frame is not None:
-            x = finish_first_frame(x, first_frame)
+        if step == sampling.steps - 1:
+            x = finish(x, given.frames)
         if not torch.isfinite(x).all():
             raise RuntimeError(f"latents must stay finite, but step {step + 1} of {sampling.steps} produced NaN or Inf; "
                                "check the weights, or try another dtype")
@@ -136,30 +153,38 @@ def sample(dit: DiffusionTransformer3D, initial: Tensor, cond: Conditioning, pla
         _log.info("%d of %d passes were computed, %d reused an earlier one", computed, computed + skipped, skipped)
 
 
-def finish_first_frame(x: Tensor, first_frame: Tensor) -> Tensor:
-    """The given frame back in place of what the last Euler step made of it, then `normalize_first_frame`."""
-    return normalize_first_frame(_with_first_frame(x, first_frame))
+def finish(x: Tensor, frames: Mapping[int, Tensor]) -> Tensor:
+    """The given frames back in place of what the last Euler step made of them, then, behind a first frame, `normalize_first_frame`."""
+    x = with_frames(x, frames)
+    return normalize_first_frame(x) if 0 in frames else x
 
 
-def _with_first_frame(x: Tensor, first_frame: Tensor | None) -> Tensor:
-    if first_frame is None:
-        return x
-    return torch.cat([first_frame.to(x).expand(x.shape[0], -1, -1, -1, -1), x[:, 1:]], dim=1)
+def with_frames(x: Tensor, frames: Mapping[int, Tensor]) -> Tensor:
+    """x [B, T, 2Y, 2X, C] with latent frames replaced."""
+    if frames:
+        x = x.clone()
+        for index, frame in frames.items():
+            x[:, index] = frame[:, 0].to(x)
+    return x
 
 
-def _model_input(dit: DiffusionTransformer3D, x: Tensor, conditioned: bool) -> Tensor:
-    """[latents | zeros | mask] where the model has conditioning channels. The clean frame is in the latents; the middle stays zero."""
+def _model_input(dit: DiffusionTransformer3D, x: Tensor, given: Given) -> Tensor:
+    """[latents | condition | mask] where the model has conditioning channels.
+
+    Given frames are in the latents, where the mask is 1, and their condition stays zero; an edited picture is the condition.
+    """
     extra = dit.config.in_channels - x.shape[-1]
     if extra == 0:
         return x
     condition = x.new_zeros(*x.shape[:-1], extra)
-    if conditioned:
-        condition[:, 0, ..., -1] = 1.0
+    for index in given.frames:
+        condition[:, index, ..., -1] = 1.0
+    if given.source is not None:
+        condition[..., :-1], condition[..., -1] = given.source.to(x), 1.0
     return torch.cat([x, condition], dim=-1)  # [B, T, 2Y, 2X, in_channels]
 
 
-def _check(dit: DiffusionTransformer3D, initial: Tensor, sampling: Sampling, uncond: Conditioning | None,
-           first_frame: Tensor | None) -> None:
+def _check(dit: DiffusionTransformer3D, initial: Tensor, sampling: Sampling, uncond: Conditioning | None, given: Given) -> None:
     config = dit.config
     if initial.dim() != 5 or initial.shape[-1] != config.in_visual_dim:
         raise ValueError(f"the noise must have shape [B, T, h, w, {config.in_visual_dim}], got {list(initial.shape)}; "
@@ -167,10 +192,18 @@ def _check(dit: DiffusionTransformer3D, initial: Tensor, sampling: Sampling, unc
     if sampling.guided and uncond is None:
         raise ValueError(f"guidance {sampling.guidance} requires an unconditional (negative) prompt, got none; "
                          "pass uncond or set guidance to 1")
-    if first_frame is None:
-        return
-    if not config.visual_cond:
-        raise ValueError("a first frame requires a model with visual_cond, got one without; use an image-to-video checkpoint")
-    wanted = [initial.shape[0], 1, *initial.shape[2:]]
-    if list(first_frame.shape) not in (wanted, [1, *wanted[1:]]):
-        raise ValueError(f"first_frame must have shape {wanted} or batch 1, got {list(first_frame.shape)}; encode it at the video's size")
+    if (given.frames or given.source is not None) and config.in_channels == config.in_visual_dim:
+        raise ValueError("given frames and pictures require a model with conditioning channels, got one without; use an image-to-video or "
+                         "image editing checkpoint")
+    frames = initial.shape[1]
+    for index, frame in given.frames.items():
+        if not 0 <= index < frames:
+            raise ValueError(f"a given frame must be one of the {frames} latent frames, got number {index}; count from 0")
+        _check_given(f"given frame {index}", frame, [initial.shape[0], 1, *initial.shape[2:]])
+    if given.source is not None:
+        _check_given("the picture to edit", given.source, list(initial.shape))
+
+
+def _check_given(name: str, latent: Tensor, wanted: list[int]) -> None:
+    if list(latent.shape) not in (wanted, [1, *wanted[1:]]):
+        raise ValueError(f"{name} must have latents of shape {wanted} or batch 1, got {list(latent.shape)}; encode it at the result's size")

@@ -62,10 +62,10 @@ class TinyTextEncoder(nn.Module):
         aliases = self.config["aliases"]
         return [word for word in re.findall(r"\w+", prompt.lower()) if aliases.get(word, word) not in self._index]
 
-    def encode(self, prompts: list[str], kind: str = "video") -> TextEmbeddings:
+    def encode(self, prompts: list[str], kind: str = "video", images: list[Tensor] | None = None) -> TextEmbeddings:
         """Embed prompts together; a prompt's rows do not depend on its neighbours. Raises TypeError, or ValueError for an empty list.
 
-        kind, which other encoders tell videos from images by, changes nothing.
+        kind and images, which other encoders read, change nothing.
         """
         if isinstance(prompts, str):
             raise TypeError("encode needs a list of prompts, got one str; put it into a list")

@@ -247,6 +247,14 @@ class HunyuanVideoVAE(nn.Module):
         self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
         self._colours: tuple | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.post_quant_conv.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.post_quant_conv.weight.device
+
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latents of `video` [B, 3, F, H, W]; both [B, latent_channels, T, H/8, W/8].
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from kandinsky_model.config import get_preset
-from kandinsky_model.image import first_frame, fitting_size, read_image
+from kandinsky_model.image import fitting_size, latent_of, read_image, resize
 from kandinsky_model.vae import sample_posterior
 
 from .tiny_models import random_vae
@@ -86,18 +86,35 @@ def test_damaged_files_are_named(tmp_path):
 @pytest.mark.parametrize("size, preset, wanted", [
     ((512, 768), "i2v-lite-5s", (512, 768)), ((768, 512), "i2v-lite-5s", (768, 512)), ((1080, 1920), "i2v-lite-5s", (464, 832)),
     ((100, 100), "i2v-lite-5s", (624, 624)), ((1080, 1920), "i2v-pro-sft-5s-hd", (768, 1408)),
-    ((1000, 1000), "i2v-pro-sft-5s-hd", (1024, 1024)),
+    ((1000, 1000), "i2v-pro-sft-5s-hd", (1024, 1024)), ((600, 900), "i2i-lite-sft", (768, 1280)), ((80, 100), "i2i-lite-sft", (896, 1152)),
+    ((100, 100), "i2i-lite-sft", (1024, 1024)), ((500, 100), "i2i-lite-sft", (1408, 640)),
 ])
 def test_sizes(size, preset, wanted):
-    """Values of the published rule: k = sqrt(area / (h w)) / step, side = round(side k) step."""
+    """Values of the published rules: k = sqrt(area / (h w)) / step, side = round(side k) step; pictures take the nearest h / w."""
     assert fitting_size(*size, get_preset(preset)) == wanted
 
 
 @pytest.mark.parametrize("level, value", [(255, 1.0), (0, -1.0), (51, -0.6)])
 def test_first_frame_is_a_seeded_sample_of_the_scaled_posterior(level, value):
-    vae, image = random_vae(), torch.full((3, 40, 56), level, dtype=torch.uint8)
-    latent = first_frame(image, vae, 32, 48, seed=3)
+    vae, image = random_vae().requires_grad_(False), resize(torch.full((3, 40, 56), level, dtype=torch.uint8), 32, 48)
+    latent = latent_of(image, vae, seed=3)
     assert latent.shape == (1, 1, 4, 6, vae.config.latent_channels) and latent.dtype == torch.float32
     mean, logvar = vae.encode(torch.full((1, 3, 1, 32, 48), value))
     wanted = sample_posterior(mean, logvar, torch.Generator().manual_seed(3)).permute(0, 2, 3, 4, 1) * vae.config.scaling_factor
-    assert torch.allclose(latent, wanted, atol=1e-5) and not torch.equal(latent, first_frame(image, vae, 32, 48, seed=4))
+    assert torch.allclose(latent, wanted, atol=1e-5) and not torch.equal(latent, latent_of(image, vae, seed=4))
+
+
+def test_the_latents_of_a_still_video_are_equal():
+    """So the latent of a picture can be that of a last frame."""
+    vae = random_vae().double().requires_grad_(False)
+    frame = torch.randn(1, 3, 1, 32, 48, dtype=torch.float64)
+    for moment in vae.encode(frame.expand(-1, -1, 9, -1, -1)):
+        torch.testing.assert_close(moment, moment[:, :, :1].expand_as(moment), rtol=0, atol=1e-12)
+
+
+def test_resizing_is_that_of_picture_libraries():
+    image = torch.randint(256, (40, 56, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for size in ((32, 48), (100, 70)):
+        theirs = torch.from_numpy(numpy.array(Image.fromarray(image.numpy()).resize(size[::-1], Image.Resampling.BILINEAR)))
+        ours = resize(image.permute(2, 0, 1), *size).permute(1, 2, 0)
+        assert (ours.int() - theirs.int()).abs().max() <= 1 and (ours == theirs).float().mean() > 0.9

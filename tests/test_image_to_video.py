@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a picture to a video: it begins with the picture, at the picture's shape, the same for the same seed."""
+"""From pictures to a video: it begins or ends with them, at their shape, the same for the same seed."""
 from dataclasses import replace
 
 import pytest
@@ -9,8 +9,8 @@ from PIL import Image
 from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
 from kandinsky_model.clip import load_latents
-from kandinsky_model.image import crop, first_frame
-from kandinsky_model.sampler import finish_first_frame
+from kandinsky_model.image import crop, latent_of, resize
+from kandinsky_model.sampler import finish
 
 from . import tiny_models
 
@@ -29,11 +29,16 @@ def picture(height=60, width=100, seed=0):
     return torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
+@torch.no_grad()
+def latent(*args, **options):
+    return latent_of(*args, **options)
+
+
 def test_video_has_the_shape_and_the_first_frame_of_the_picture(model):
     video = model.generate(PROMPT, seed=4, image=picture(), **SHORT)
     assert (video.settings.height, video.settings.width, video.settings.image) == (80, 128, "given")  # area 96 x 96, sides in steps of 16
-    clean = first_frame(picture().permute(2, 0, 1), model.vae, 80, 128, seed=4)
-    wanted = finish_first_frame(torch.cat([clean, video.latents[:, 1:]], 1), clean)[:, :1]
+    clean = latent(resize(picture().permute(2, 0, 1), 80, 128), model.vae, seed=4)
+    wanted = finish(torch.cat([clean, video.latents[:, 1:]], 1), {0: clean})[:, :1]
     assert torch.allclose(video.latents[:, :1], wanted, atol=1e-5)
     assert video.frames.shape == (5, 80, 128, 3)
 
@@ -49,6 +54,24 @@ def test_seed_decides_and_batches_are_single_runs(model):
 def test_another_picture_another_video(model):
     one, other = (model.generate(PROMPT, seed=4, image=picture(seed=seed), **SHORT).latents for seed in (0, 1))
     assert not torch.allclose(one[:, 1:], other[:, 1:], atol=1e-3)
+
+
+@pytest.mark.parametrize("first", [None, picture()], ids=["last only", "both"])
+def test_video_ends_with_the_last_picture(model, first):
+    settings = dict(SHORT, num_frames=25)
+    video = model.generate(PROMPT, seed=4, image=first, last_image=picture(70, 100, seed=1), height=64, width=96, **settings)
+    assert video.settings.last_image == "given" and video.settings.image == ("" if first is None else "given")
+    last = latent(resize(crop(picture(70, 100, seed=1).permute(2, 0, 1), 64, 96), 64, 96), model.vae, seed=4)
+    assert torch.equal(video.latents[:, -1:], last)
+    free = model.generate(PROMPT, seed=4, image=picture(), height=64, width=96, **settings)
+    assert not torch.allclose(video.latents[:, 2:-1], free.latents[:, 2:-1], atol=1e-3)  # what lies between has seen it
+
+
+def test_a_last_picture_takes_the_shape_of_the_first(model):
+    video = model.generate(PROMPT, seed=4, image=picture(), last_image=picture(90, 90, seed=1), **dict(SHORT, num_frames=25))
+    assert (video.settings.height, video.settings.width) == (80, 128)
+    last = latent(resize(crop(picture(90, 90, seed=1).permute(2, 0, 1), 60, 100), 80, 128), model.vae, seed=4)
+    assert torch.equal(video.latents[:, -1:], last)
 
 
 def test_a_given_size_takes_the_middle(model):
@@ -75,12 +98,14 @@ def test_refusals(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="the image must exist"):
         model.generate(PROMPT, image=tmp_path / "none.png", **SHORT)
     plain = pipeline.load(tiny_models.tiny_folder(tmp_path), device="cpu")
-    with pytest.raises(ValueError, match="takes no image, got one; use an i2v preset"):
+    with pytest.raises(ValueError, match="takes no image, got one; use an i2v or i2i preset"):
         plain.generate(PROMPT, image=picture(), **SHORT)
+    with pytest.raises(ValueError, match="takes no image, got one"):
+        plain.generate(PROMPT, last_image=picture(), **SHORT)
 
 
 def test_command_line(model, monkeypatch, tmp_path):
-    monkeypatch.setattr(pipeline, "load", lambda *_, **__: model)
+    monkeypatch.setattr(pipeline.Kandinsky5, "from_sources", lambda *_, **__: model)
     Image.fromarray(picture().numpy()).save(tmp_path / "a.png")
     short = ["--steps", "1", "--frames", "5"]
     assert main(["generate", PROMPT, "--image", str(tmp_path / "a.png"), "-o", str(tmp_path / "a.gif"), *short]) == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kandinsky_model.__main__ import _lora
+from kandinsky_model.commands import scaled_path
 from kandinsky_model.geometry import Grid
 from kandinsky_model.lora import Adapters
 from kandinsky_model.plan import make_plan
@@ -134,4 +134,4 @@ def test_refusals(tmp_path):
 
 @pytest.mark.parametrize("text, wanted", [("a/b.st", ("a/b.st", 1.0)), ("a/b:0.5", ("a/b", 0.5)), ("c:/d", ("c:/d", 1.0))])
 def test_command_line_form(text, wanted):
-    assert _lora(text) == wanted
+    assert scaled_path(text) == wanted

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import NABLA, SMALL
 
 from kandinsky_model import pipeline
+from kandinsky_model.clip import default_policy
 from kandinsky_model.config import get_preset
 from kandinsky_model.locate import locate
 from kandinsky_model.sampler import schedule
@@ -191,7 +192,7 @@ def test_decoding_goes_through_the_named_policy_and_scale(model, tmp_path):
 
 
 def test_the_default_policy_depends_on_size_alone():
-    assert [pipeline.default_policy(*size) for size in ((17, 256, 256), (5, 512, 768), (121, 256, 256), (121, 512, 768))] == [
+    assert [default_policy(*size) for size in ((17, 256, 256), (5, 512, 768), (121, 256, 256), (121, 512, 768))] == [
         "global", "global", "global", "official"]
 
 
@@ -258,8 +259,7 @@ def test_a_folders_own_configuration_wins(diffusers_folder):
 
 
 @pytest.mark.parametrize(("name", "kind", "words"), [
-    ("t2v-lite-sft-5", ValueError, "did you mean t2v-lite-sft-5s"), ("i2i-lite-sft", ValueError, "use a t2v or i2v preset"),
-    ("t2i-lite-sft", ValueError, "use a t2v or i2v preset"), ("no/such/path", ValueError, "existing path"),
+    ("t2v-lite-sft-5", ValueError, "did you mean t2v-lite-sft-5s"), ("no/such/path", ValueError, "existing path"),
     ("weights/x.safetensors", ValueError, "existing path")])
 def test_unknown_models_are_refused(name, kind, words):
     with pytest.raises(kind, match=words) as caught:

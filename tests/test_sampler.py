@@ -11,7 +11,7 @@ from kandinsky_model.config import DiTConfig, NablaConfig
 from kandinsky_model.dit import DiffusionTransformer3D, Modulations
 from kandinsky_model.geometry import Grid
 from kandinsky_model.plan import make_plan
-from kandinsky_model.sampler import Conditioning, Sampling, noise, normalize_first_frame, sample, schedule
+from kandinsky_model.sampler import Conditioning, Given, Sampling, noise, normalize_first_frame, sample, schedule
 
 from .conftest import shared_data
 from .plain_dit import random_state
@@ -130,7 +130,7 @@ def test_noise_is_seeded_and_the_same_on_every_device():
 def test_first_frame(frames):
     shape = (2, frames, 4, 6, 16)
     given, dit = torch.randn(1, 1, *shape[2:]), Formula(lambda x, time, text: 0.5 * x)
-    out = last(sample(dit, noise(1, shape), WORDS, None, Sampling(4, 5.0, 1.0), first_frame=given))
+    out = last(sample(dit, noise(1, shape), WORDS, None, Sampling(4, 5.0, 1.0), given=Given({0: given})))
     for x, *_ in dit.calls:
         assert torch.equal(x[:, :1, ..., :16], given.expand(2, -1, -1, -1, -1))  # clean latent in the latent channels
         assert not x[..., 16:32].any()  # conditioning channels stay zero
@@ -139,6 +139,42 @@ def test_first_frame(frames):
     put_back = torch.cat([given.expand(2, -1, -1, -1, -1), free[:, 1:]], 1)
     assert torch.equal(out, normalize_first_frame(put_back))
     assert torch.equal(out, put_back) == (frames <= 4)
+
+
+def test_first_and_last_frame():
+    shape = (2, 6, 4, 6, 16)
+    first, last_one = torch.randn(1, 1, *shape[2:]), torch.randn(2, 1, *shape[2:])
+    dit = Formula(lambda x, time, text: 0.5 * x)
+    out = last(sample(dit, noise(1, shape), WORDS, None, Sampling(4, 5.0, 1.0), given=Given({0: first, 5: last_one})))
+    for x, *_ in dit.calls:
+        assert torch.equal(x[:, :1, ..., :16], first.expand(2, -1, -1, -1, -1)) and torch.equal(x[:, 5:, ..., :16], last_one)
+        assert not x[..., 16:32].any() and x[:, :, 0, 0, 32].tolist() == [[1, 0, 0, 0, 0, 1]] * 2
+    assert torch.equal(out[:, 5:], last_one) and not torch.equal(out[:, :1], first.expand(2, -1, -1, -1, -1))  # normalised
+    out = last(sample(dit, noise(1, shape), WORDS, None, Sampling(4, 5.0, 1.0), given=Given({5: last_one})))
+    free = last(sample(dit, noise(1, shape), WORDS, None, Sampling(4, 5.0, 1.0)))
+    assert torch.equal(out[:, 5:], last_one) and torch.equal(out[:, :5], free[:, :5])  # without a first frame nothing is normalised
+
+
+def test_the_picture_to_edit_is_the_condition():
+    shape = (2, 1, 4, 6, 16)
+    source, dit = torch.randn(1, *shape[1:]), Formula(lambda x, time, text: 0.5 * x)
+    start = noise(1, shape)
+    out = last(sample(dit, start, WORDS, None, Sampling(4, 3.0, 1.0), given=Given(source=source)))
+    for x, *_ in dit.calls:
+        assert torch.equal(x[..., 16:32], source.expand(shape)) and (x[..., 32] == 1).all()
+    assert torch.equal(dit.calls[0][0][..., :16], start)
+    assert torch.equal(out, last(sample(dit, start, WORDS, None, Sampling(4, 3.0, 1.0))))  # this formula does not look at it
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 3, 4])
+def test_a_run_goes_on_where_it_was_stopped(stopped):
+    rule = lambda x, time, text: 0.3 * x + time.view(-1, 1, 1, 1, 1) / 1000 + text[0, 0, 0]  # noqa: E731
+    start, given = noise(3, (2, 6, 4, 6, 16)), Given({0: torch.randn(1, 1, 4, 6, 16)})
+    steps = list(sample(Formula(rule), start, WORDS, None, Sampling(4, 5.0, 3.0), NOTHING, given))
+    reached = steps[stopped - 1][1] if stopped else start
+    rest = list(sample(Formula(rule), reached, WORDS, None, Sampling(4, 5.0, 3.0, start=stopped), NOTHING, given))
+    assert [step for step, _ in rest] == list(range(stopped, 4))
+    assert torch.equal(rest[-1][1] if rest else reached, steps[-1][1])
 
 
 def test_normalisation_by_definition():
@@ -168,8 +204,12 @@ def test_misuse():
         (lambda: Sampling(precision="fp8"), "precision must be one of fp32, reference"),
         (lambda: list(sample(dit, start[..., :3], WORDS, None, Sampling())), "noise must have shape"),
         (lambda: list(sample(dit, start, WORDS, None, Sampling())), "requires an unconditional"),
-        (lambda: list(sample(dit, start, WORDS, None, alone, first_frame=start[:, :1, :2])), "first_frame must have shape"),
-        (lambda: list(sample(text_only, start, WORDS, None, alone, first_frame=start[:, :1])), "requires a model with visual_cond"),
+        (lambda: list(sample(dit, start, WORDS, None, alone, given=Given({0: start[:, :1, :2]}))), "given frame 0 must have latents"),
+        (lambda: list(sample(dit, start, WORDS, None, alone, given=Given({3: start[:, :1]}))), "one of the 3 latent frames, got number 3"),
+        (lambda: list(sample(dit, start, WORDS, None, alone, given=Given(source=start[:, :1]))), "the picture to edit must have latents"),
+        (lambda: list(sample(text_only, start, WORDS, None, alone, given=Given({0: start[:, :1]}))), "require a model with conditioning"),
+        (lambda: list(sample(text_only, start, WORDS, None, alone, given=Given(source=start))), "require a model with conditioning"),
+        (lambda: Sampling(5, start=6), "can go on after 0 to 5 of them, got 6"),
     ):
         with pytest.raises(ValueError, match=text):
             call()
@@ -193,7 +233,7 @@ def test_a_batch_of_prompts_equals_single_runs():
 @pytest.mark.parametrize("conditioned", [False, True], ids=["text only", "first frame"])
 def test_golden_latents(conditioned, monkeypatch):
     """The stored first-frame run ends with the last Euler step: putting the frame back and normalising came later, so they wait here."""
-    monkeypatch.setattr(sampler, "finish_first_frame", lambda latents, frame: latents)
+    monkeypatch.setattr(sampler, "finish", lambda latents, frames: latents)
     folder = shared_data() / "golden"
     settings, golden = json.loads((folder / "config.json").read_text()), load_file(folder / "sampler.safetensors")
     config = DiTConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings["dit"].items()})
@@ -205,7 +245,7 @@ def test_golden_latents(conditioned, monkeypatch):
     out = last(sample(dit, golden["noise"][None], Conditioning(golden["text"], None, golden["pooled"]), plan,
                       Sampling(how["steps"], how["scheduler_scale"], how["guidance"]),
                       Conditioning(golden["neg_text"], None, golden["neg_pooled"]),
-                      golden["first_frame"][None] if conditioned else None))
+                      Given({0: golden["first_frame"][None]} if conditioned else {})))
     exact = golden["latents_first_frame" if conditioned else "latents_t2v"]
     error = ((out[0] - exact).norm() / exact.norm()).item()
     print("rel_l2", error)

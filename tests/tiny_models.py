@@ -17,11 +17,11 @@ NABLA = NablaConfig(0.6, (3, 1, 1))
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
-def random_dit(text_dim: int, pooled_dim: int) -> DiffusionTransformer3D:
+def random_dit(text_dim: int, pooled_dim: int, visual_cond: bool = True) -> DiffusionTransformer3D:
     """Modulations are not zero, so that no branch is dead."""
     dit = DiffusionTransformer3D(DiTConfig(
         in_text_dim=text_dim, in_text_dim2=pooled_dim, time_dim=32, model_dim=64, ff_dim=128, num_text_blocks=1, num_visual_blocks=2,
-        visual_cond=True))
+        visual_cond=visual_cond))
     for name, parameter in dit.named_parameters():
         if "modulation" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -30,6 +30,15 @@ def random_dit(text_dim: int, pooled_dim: int) -> DiffusionTransformer3D:
 
 def random_vae() -> HunyuanVideoVAE:
     return HunyuanVideoVAE(VAEConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4))
+
+
+def random_image_vae():
+    """diffusers' class with FLUX.1's settings, its shift of latents included."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                         block_out_channels=[8, 8, 16, 16], layers_per_block=1, latent_channels=16, norm_num_groups=4,
+                         scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def tiny_folder(root: Path) -> Path:
@@ -73,14 +82,17 @@ def text_parts():
     return qwen.eval(), tokenizer, clip.eval(), clip_tokenizer
 
 
-def diffusers_folder(root: Path, parts) -> Path:
+def diffusers_folder(root: Path, parts, task: str = "t2v") -> Path:
     """The layout of the `-Diffusers` repositories, with a schedule of its own."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     for part, folder in zip(parts, ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"), strict=True):
         part.save_pretrained(root / folder)
     torch.manual_seed(2)
-    save_dit(random_dit(64, 32), root / "transformer", NABLA)
-    save_vae(random_vae(), root / "vae")
+    save_dit(random_dit(64, 32, task != "t2i"), root / "transformer", NABLA if task == "t2v" else None)
+    if task == "t2v":
+        save_vae(random_vae(), root / "vae")
+    else:
+        random_image_vae().save_pretrained(root / "vae")
     FlowMatchEulerDiscreteScheduler(shift=7.0).save_pretrained(root / "scheduler")
     return root

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each command of the command line does with its parsed arguments; `__main__` has the grammar."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from .config import PRESETS
+
+NOT_A_TERMINAL_IS_QUIET = None  # tqdm's word for it
+
+
+class Progress:
+    """One bar for the whole run: its label is the stage, its length the sampling steps. Silent where stderr is no terminal."""
+
+    def __init__(self):
+        from tqdm import tqdm
+
+        layout = "{desc:9} {n_fmt:>3}/{total_fmt} |{bar}| {elapsed} passed, {remaining} left, {rate_inv_fmt}"
+        self.bar = tqdm(desc="text", total=1, unit="step", leave=False, file=sys.stderr, disable=NOT_A_TERMINAL_IS_QUIET,
+                        bar_format=layout, dynamic_ncols=True)
+
+    def __call__(self, stage, step=None, steps=None, latents=None):
+        begins = stage == "sampling" and step == 0
+        self.bar.set_description_str(stage, refresh=not step and not begins)
+        if begins:
+            self.bar.reset(steps)  # the clock starts here, so that seconds per step are those of steps
+        elif stage == "sampling":
+            self.bar.update()
+
+    def tell(self, line: str) -> None:
+        """A line that stays above the bar, on a terminal only."""
+        if not self.bar.disable:
+            self.bar.write(line, file=sys.stderr)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+
+def generate(args) -> None:
+    from . import clip, pipeline
+    from .locate import locate
+
+    width, height = args.size or (None, None)
+    # 24 frames per second, four to a latent frame.
+    frames = args.frames if args.seconds is None else 4 * round(6 * args.seconds) + 1
+    settings = dict(
+        negative_prompt=args.negative, seed=args.seed, num_frames=frames, height=height, width=width, num_inference_steps=args.steps,
+        guidance_scale=args.guidance, scheduler_scale=args.scheduler_scale, attention=args.attention, precision=args.precision,
+        cache=args.cache, vae_policy=args.vae_policy)
+    clip.check_settings(args.prompt, **settings)
+    if args.cache not in (None, "none"):  # how many passes it saved is worth a line
+        logging.getLogger(f"{__package__}.sampler").setLevel(logging.INFO)
+    output, strip = _outputs(args) if args.output else (None, None)
+    device, sources = pipeline.choose_device(args.device), locate(args.model, args.revision)
+    if output is None:
+        args.output = "out.png" if sources.preset.vae is None else "out.mp4"
+        output, strip = _outputs(args)
+    model = pipeline.Kandinsky5.from_sources(sources, device, quantize=args.quantize)
+    for path, scale in args.lora:
+        model.lora.load(path, scale=scale)
+    if args.offload:
+        model.enable_model_cpu_offload()
+    with Progress() as progress, _kept(output):
+        result = model.generate(args.prompt, callback=progress, memory_budget=args.memory_budget, image=args.image,
+                                last_image=args.last_image, **settings)
+        _keep(result, output, strip, progress)
+
+
+def resume(args) -> None:
+    from . import pipeline, video
+    from .run import Run
+
+    run = Run.load(args.run_file)
+    settings = run.settings[0]
+    stem = re.sub(r"(\.run)?\.safetensors$", "", args.run_file)
+    output = video.check_output(args.output or f"{stem}{'.mp4' if settings.num_frames > 1 else '.png'}")
+    model = pipeline.load(args.model or settings.model, device=args.device, parts=("dit", "vae"), quantize=settings.quantization or None)
+    for path, scale in map(scaled_path, settings.lora):
+        model.lora.load(path, scale=scale)
+    with Progress() as progress, _kept(output):
+        (result,) = model.resume(run, progress, args.memory_budget)
+        _keep(result, output, None, progress)
+
+
+def _outputs(args) -> tuple[Path, Path | None]:
+    """Where video and strip go, if they could be written now."""
+    from . import clip, video
+
+    output = video.check_output(args.output)
+    video.check_output(clip.latents_path(output), (".safetensors",))
+    return output, video.check_output(args.strip, (".png",)) if args.strip else None
+
+
+@contextmanager
+def _kept(output: Path):
+    """An interruption of what is sampled inside leaves a file, and says how to go on."""
+    from .run import Interrupted
+
+    try:
+        yield
+    except Interrupted as stop:
+        path = stop.run.save(output.with_name(f"{output.stem}.run.safetensors"))
+        raise KeyboardInterrupt(f"{stop}; go on with: kandinsky resume {path}") from None
+
+
+def _keep(result, output: Path, strip: Path | None, progress: Progress) -> None:
+    from . import clip, video
+
+    latents = result.save_latents(clip.latents_path(output))  # first: from here on nothing that fails can cost the sampling
+    written = _finish(result, output, progress)
+    if strip:
+        written += video.save(video.strip(result.frames), strip, comment=result.settings.to_json())
+    _tell(written, result.settings, latents)
+
+
+def decode(args) -> None:
+    from . import clip, pipeline, video
+
+    _, settings = clip.load_latents(args.latents)
+    output = video.check_output(args.output or re.sub(r"(\.latents)?\.safetensors$", ".mp4", args.latents))
+    model = pipeline.load(args.model or settings.model, device=args.device, parts=("vae",))
+    with Progress() as progress:
+        result = model.open(args.latents, args.memory_budget, **({"vae_policy": args.vae_policy} if args.vae_policy else {}))
+        written = _finish(result, output, progress)
+    _tell(written, result.settings, args.latents)
+
+
+def _finish(result, output: Path, progress: Progress) -> list[Path]:
+    progress("decoding")
+    return result.save(output, latents=False, notify=progress.tell)
+
+
+def _tell(written, settings, latents) -> None:
+    for path in written:
+        print(path)
+    frames = "1 frame" if settings.num_frames == 1 else f"{settings.num_frames} frames"
+    print(f"seed {settings.seed}, {frames} of {settings.width}x{settings.height}, {settings.vae_policy} decoding, "
+          f"latents in {latents}")
+
+
+def doctor(args) -> None:
+    from .doctor import report
+
+    for line in report():
+        print(line)
+
+
+def verify(args) -> None:
+    from .verify import verify as lines_about
+
+    for line in lines_about(args.path):
+        print(line)
+
+
+def quantize(args) -> None:
+    from .quant_file import quantize_file
+
+    for line in quantize_file(args.model, args.folder, args.mode):
+        print(line)
+
+
+def download(args) -> None:
+    from .locate import locate
+
+    sources = locate(args.preset, args.revision)
+    for name in ("dit", "vae", "text_encoder", "text_encoder_2"):
+        if getattr(sources, name) is not None:
+            print(f"{name.replace('_', ' '):14} {getattr(sources, name)}")
+
+
+def presets(args) -> None:
+    print(f"{'preset':30} {'task':4} {'steps':>5} {'guidance':>8} {'attention':10} {'frames':>6} {'size':9} published in")
+    for preset in PRESETS.values():
+        attention = f"nabla {preset.nabla.keep_mass}" if preset.nabla else "dense"
+        height, width = preset.sizes[0]
+        print(f"{preset.name:30} {preset.task:4} {preset.steps:5} {preset.guidance:8} {attention:10} {preset.frames:6} "
+              f"{f'{width}x{height}':9} {preset.repo or 'this package'}")
+
+
+def train_tiny(args) -> None:
+    from .train_tiny import train_tiny
+
+    print(train_tiny(args.output, seed=args.seed, resume=args.resume, device=args.device))
+
+
+def check_tiny(args) -> None:
+    from .check_tiny import check_tiny
+    from .locate import TINY
+    from .shapes import held_out
+
+    result = check_tiny(args.folder or TINY, args.seed, args.steps, args.guidance, held_out()[: args.count], args.quantize)
+    print(f"{result['prompts']} prompts of combinations that were never in training")
+    for word in ("color", "background", "color_and_background", "shape", "motion", "all"):
+        before = f", unquantised {result['unquantized'][word]:6.1%}" if args.quantize else ""
+        print(f"{word.replace('_', ' '):21} {result[word]:6.1%}{before}")
+    if args.quantize:
+        psnr = sorted(sample["psnr"] for sample in result["samples"])
+        print(f"PSNR of the frames against the unquantised: median {psnr[len(psnr) // 2]:.1f} dB, worst {psnr[0]:.1f} dB")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(args.json)
+
+
+def scaled_path(text: str) -> tuple[str, float]:
+    """A path and the scale behind its last colon, or 1."""
+    path, _, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if path else (text, 1.0)
+    except ValueError:  # a colon of the path's own
+        return text, 1.0

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One sampling run as data: all that the transformer is about to read. It can be stopped, kept in a file, and gone on with."""
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import video as files
+from .clip import Settings
+from .sampler import Conditioning, Given
+from .weights import read_headers
+
+METADATA_KEY = "kandinsky_run"
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """settings: of each video. latents: [B, T, h, w, C], noise, or what `step` steps have made of it. cond, uncond: the embedded prompts,
+    `uncond` None without guidance. given: the latents of pictures, encoded."""
+
+    settings: list[Settings]
+    latents: Tensor
+    cond: Conditioning
+    uncond: Conditioning | None
+    given: Given
+    step: int = 0
+
+    def to(self, device: torch.device) -> Run:
+        """The same with every tensor that the transformer reads on `device`; lengths stay on the CPU."""
+        def place(one: Conditioning | None) -> Conditioning | None:
+            return None if one is None else Conditioning(one.embeds.to(device), one.lengths, one.pooled.to(device))
+
+        frames = {index: frame.to(device) for index, frame in self.given.frames.items()}
+        source = None if self.given.source is None else self.given.source.to(device)
+        return Run(self.settings, self.latents.to(device), place(self.cond), place(self.uncond), Given(frames, source), self.step)
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as safetensors, whole or not at all. Raises what `video.check_output` raises."""
+        path = files.check_output(path, (".safetensors",))
+        tensors = {"latents": self.latents}
+        for name, one in (("cond", self.cond), ("uncond", self.uncond)):
+            tensors |= {} if one is None else {f"{name}.embeds": one.embeds, f"{name}.pooled": one.pooled}
+            tensors |= {} if one is None or one.lengths is None else {f"{name}.lengths": one.lengths}
+        tensors |= {f"frame.{index}": frame for index, frame in self.given.frames.items()}
+        tensors |= {} if self.given.source is None else {"source": self.given.source}
+        about = json.dumps({"step": self.step, "settings": [asdict(one) for one in self.settings]}, ensure_ascii=False)
+        with files.replacing(path) as target:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, target, {METADATA_KEY: about})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Run:
+        """What `save` wrote; ValueError or OSError for any other file."""
+        read_headers([Path(path)])
+        with safe_open(path, framework="pt") as file:
+            about = (file.metadata() or {}).get(METADATA_KEY)
+            if about is None:
+                raise ValueError(f"{path} must hold an interrupted run, but it has no such settings; choose another file")
+            # copied, because libraries round differently by where in a line of the cache a tensor begins
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
+            about = json.loads(about)
+        cond, uncond = (Conditioning(tensors[f"{name}.embeds"], tensors.get(f"{name}.lengths"), tensors[f"{name}.pooled"])
+                        if f"{name}.embeds" in tensors else None for name in ("cond", "uncond"))
+        frames = {int(name.partition(".")[2]): tensor for name, tensor in tensors.items() if name.startswith("frame.")}
+        return cls([Settings(**one) for one in about["settings"]], tensors["latents"], cond, uncond, Given(frames, tensors.get("source")),
+                   about["step"])
+
+
+class Interrupted(KeyboardInterrupt):
+    """Sampling was stopped by the keyboard; `run` is what to go on with."""
+
+    def __init__(self, run: Run):
+        super().__init__(f"after {run.step} of {run.settings[0].num_inference_steps} steps")
+        self.run = run
