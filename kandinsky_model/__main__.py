@@ -64,6 +64,8 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
                          help="a LoRA; may be repeated")
     command.add_argument("--quantize", choices=QUANTIZATIONS, metavar="MODE",
                          help=f"keep the transformer's large weights in 8 bits: {', '.join(QUANTIZATIONS)} (default: as stored)")
+    command.add_argument("--expand", action="store_true", help="let the text encoder's language model rewrite the prompt in detail first")
+    command.add_argument("--no-text-cache", dest="text_cache", action="store_false", help="neither use nor keep embedded prompts on disk")
     command.add_argument("--offload", action="store_true", help="keep on the GPU only the part that is working")
     command.add_argument("--strip", metavar="FILE.png", help="also write some frames side by side")
     _decoding_arguments(command)

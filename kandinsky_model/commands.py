@@ -7,10 +7,11 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .config import PRESETS
+from .config import PRESETS, SIZES_HD, SIZES_SD
 
 NOT_A_TERMINAL_IS_QUIET = None  # tqdm's word for it
 
@@ -59,19 +60,21 @@ def generate(args) -> None:
     clip.check_settings(args.prompt, **settings)
     if args.cache not in (None, "none"):  # how many passes it saved is worth a line
         logging.getLogger(f"{__package__}.sampler").setLevel(logging.INFO)
+    if args.expand:  # so is what was really asked for
+        logging.getLogger(f"{__package__}.text_qwen").setLevel(logging.INFO)
     output, strip = _outputs(args) if args.output else (None, None)
     device, sources = pipeline.choose_device(args.device), locate(args.model, args.revision)
     if output is None:
         args.output = "out.png" if sources.preset.vae is None else "out.mp4"
         output, strip = _outputs(args)
-    model = pipeline.Kandinsky5.from_sources(sources, device, quantize=args.quantize)
+    model = pipeline.Kandinsky5.from_sources(sources, device, text_cache=args.text_cache, quantize=args.quantize)
     for path, scale in args.lora:
         model.lora.load(path, scale=scale)
     if args.offload:
         model.enable_model_cpu_offload()
     with Progress() as progress, _kept(output):
         result = model.generate(args.prompt, callback=progress, memory_budget=args.memory_budget, image=args.image,
-                                last_image=args.last_image, **settings)
+                                last_image=args.last_image, expand_prompt=args.expand, **settings)
         _keep(result, output, strip, progress)
 
 
@@ -178,12 +181,24 @@ def download(args) -> None:
 
 
 def presets(args) -> None:
-    print(f"{'preset':30} {'task':4} {'steps':>5} {'guidance':>8} {'attention':10} {'frames':>6} {'size':9} published in")
+    rows = [list(next(preset_rows())), *(list(row.values()) for row in preset_rows())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    for name, sizes in (("SD", SIZES_SD), ("HD", SIZES_HD)):
+        print(f"{name}: {', '.join(f'{width}x{height}' for height, width in sizes)}")
+
+
+def preset_rows() -> Iterator[dict[str, str]]:
+    """What `kandinsky presets` and the README say of every checkpoint, by column."""
     for preset in PRESETS.values():
-        attention = f"nabla {preset.nabla.keep_mass}" if preset.nabla else "dense"
         height, width = preset.sizes[0]
-        print(f"{preset.name:30} {preset.task:4} {preset.steps:5} {preset.guidance:8} {attention:10} {preset.frames:6} "
-              f"{f'{width}x{height}':9} {preset.repo or 'this package'}")
+        kind = {frozenset(SIZES_SD): " SD", frozenset(SIZES_HD): " HD"}.get(frozenset(preset.sizes), "")
+        yield {
+            "preset": preset.name, "mode": preset.task, "steps": str(preset.steps), "guidance": f"{preset.guidance:g}",
+            "scale": f"{preset.scheduler_scale:g}", "attention": f"nabla {preset.nabla.keep_mass}" if preset.nabla else "dense",
+            "frames": str(preset.frames), "size": f"the image's{kind}" if preset.task == "i2v" else f"{width}x{height}{kind}",
+            "weights file": preset.filename or "bundled", "repository": preset.repo or "this package"}
 
 
 def train_tiny(args) -> None:

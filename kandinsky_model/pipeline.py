@@ -39,8 +39,8 @@ Callback = Callable[[str, int, int, Tensor | None], None]
 class Kandinsky5:
     """A model that makes videos or pictures, and what it needs around it.
 
-    text: an encoder with `encode(list of str, kind) -> TextEmbeddings`; dit: DiffusionTransformer3D; vae: HunyuanVideoVAE or ImageVAE; a
-    part that is not needed may be None. preset: the settings that `generate` uses where it is told nothing.
+    text: an encoder with `encode(prompts, kind, images) -> TextEmbeddings`; dit: DiffusionTransformer3D; vae: HunyuanVideoVAE or ImageVAE;
+    a part that is not needed may be None. preset: the settings that `generate` uses where it is told nothing.
     """
 
     fallback_preset = "t2v-lite-sft-5s"
@@ -53,28 +53,28 @@ class Kandinsky5:
 
     @classmethod
     def from_pretrained(cls, model: str | Path = "tiny", device: str | None = None, dtype: torch.dtype | None = None,
-                        revision: str | None = None, parts: Sequence[str] = PARTS, quantize: str | None = None,
+                        revision: str | None = None, parts: Sequence[str] = PARTS, text_cache: bool = True, quantize: str | None = None,
                         **places: str | Path) -> Kandinsky5:
         """Load a preset, a local path or a hub repository `owner/name`; `locate` says which layouts are understood.
 
         Parts are loaded into the CPU's memory and move to the device when first used, so that offloading can still be chosen.
         device: None takes a CUDA device where there is one. dtype: of weights and activations; None means fp32, on CUDA bf16 (latents
-        and schedule stay fp32). parts: load only these. quantize: keep the transformer's large weights in 8 bits, in one of the
-        `QUANTIZATIONS`; None means as they are stored. places: `vae=`, `text_encoder=`, `text_encoder_2=` folders of an official
-        checkpoint whose parts do not lie together.
+        and schedule stay fp32). parts: load only these. text_cache: keep embedded prompts on disk, so that large text encoders are read
+        for new ones only. quantize: keep the transformer's large weights in 8 bits, in one of the `QUANTIZATIONS`; None means as they
+        are stored. places: `vae=`, `text_encoder=`, `text_encoder_2=` folders of an official checkpoint whose parts do not lie together.
         Raises ValueError or OSError for names, files and weights that do not fit, RuntimeError for a device or package that is missing.
         """
         device = choose_device(device)
-        return cls.from_sources(locate(model, revision, cls.fallback_preset, places, parts), device, dtype, quantize)
+        return cls.from_sources(locate(model, revision, cls.fallback_preset, places, parts), device, dtype, text_cache, quantize)
 
     @classmethod
-    def from_sources(cls, sources: Sources, device: torch.device, dtype: torch.dtype | None = None,
+    def from_sources(cls, sources: Sources, device: torch.device, dtype: torch.dtype | None = None, text_cache: bool = True,
                      quantize: str | None = None) -> Kandinsky5:
         """`from_pretrained` once it is known where everything lies."""
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         dit = load_dit(sources.dit, dtype=dtype, quantize=quantize).prepare() if sources.dit else None
         vae = _load_vae(sources.vae, dtype) if sources.vae else None
-        text = _load_text(sources, dtype) if sources.text_encoder else None
+        text = _load_text(sources, dtype, text_cache) if sources.text_encoder else None
         preset = replace(sources.preset, dit=dit.config) if dit is not None else sources.preset
         return cls(text, dit, vae, preset, sources.name, device)
 
@@ -99,19 +99,22 @@ class Kandinsky5:
 
         settings: num_frames (4k + 1), height, width (multiples of 16), num_inference_steps, guidance_scale (1: none), scheduler_scale,
         attention ("nabla" | "dense"), precision ("fp32" | "reference"), cache ("none" | "mag" | "first-block"), vae_policy ("global" |
-        "official" | "preview"); each defaults to what the model was released with. negative_prompt: None takes the model's own. seed:
+        "official" | "preview"); each defaults to what the model was released with. expand_prompt=True lets the text encoder's language
+        model rewrite each prompt in detail first; settings keep both. negative_prompt: None takes the model's own. seed:
         None draws one; the i-th prompt uses seed + i, and a single prompt with that seed gives the same video. callback(stage, step,
         steps, latents) is called when the stages "text" and "sampling" begin and after each step; an exception raised in it stops the
         run. memory_budget: bytes that decoding may use; less takes longer and gives the same frames.
         Raises ValueError and TypeError before any work when something does not fit, RuntimeError when latents stop being finite,
         Interrupted (a KeyboardInterrupt) with what `resume` needs when sampling is stopped by the keyboard.
         """
+        expand = settings.pop("expand_prompt", False)
         pictures = self._pictures(image, last_image, settings)
         plans = self._settings(prompt, negative_prompt, seed, settings)
         self._check_budget(plans[0], memory_budget)
         tell = callback or (lambda *_: None)
         tell("text", 0, 1, None)
         pictures = [None if one is None else resize(one, plans[0].height, plans[0].width) for one in pictures]
+        plans = self._expanded(plans, pictures[0]) if expand else plans
         cond, uncond = self._encode(plans, pictures[0])
         videos = self.resume(Run(plans, self._noise(plans), cond, uncond, self._given(pictures, plans)), callback, memory_budget)
         return videos if isinstance(prompt, (list, tuple)) else videos[0]
@@ -222,16 +225,23 @@ class Kandinsky5:
         shape = (1, grid.T, 2 * grid.Y, 2 * grid.X, self.preset.dit.in_visual_dim)
         return torch.cat([noise(plan.seed, shape) for plan in plans])  # [B, T, 2Y, 2X, 16]
 
+    def _kind(self, plan: Settings) -> str:
+        return KINDS.get(self.preset.task) or ("video" if plan.num_frames > 1 else "image")
+
+    def _expanded(self, plans: list[Settings], picture: Tensor | None) -> list[Settings]:
+        with self._placed("text") as text:
+            return [replace(plan, expanded_prompt=text.expand(plan.prompt, self._kind(plan), picture)) for plan in plans]
+
     @torch.no_grad()
     def _encode(self, plans: list[Settings], picture: Tensor | None) -> tuple[Conditioning, Conditioning | None]:
         """The embedded prompts, and the negative one where it is needed; an editing checkpoint's text encoder sees the picture too."""
-        kind = KINDS.get(self.preset.task) or ("video" if plans[0].num_frames > 1 else "image")
+        kind = self._kind(plans[0])
         seen = {"images": [picture]} if kind == "image_edit" else {}
         with self._placed("text") as text:
             def encode(prompts: list[str]):
                 return text.encode(prompts, kind, **{name: pictures * len(prompts) for name, pictures in seen.items()})
 
-            cond = encode([self.lora.prompt(plan.prompt) for plan in plans])
+            cond = encode([self.lora.prompt(plan.expanded_prompt or plan.prompt) for plan in plans])
             uncond = encode([plans[0].negative_prompt]) if _sampling(plans[0], self.preset.name).guided else None
         if uncond is not None:  # one negative prompt for the whole batch
             B = len(plans)
@@ -295,14 +305,14 @@ def _load_vae(folder: Path, dtype: torch.dtype) -> nn.Module:
     return load_image_vae(folder, dtype) if is_image_vae(folder) else load_vae(folder, dtype=dtype)
 
 
-def _load_text(sources: Sources, dtype: torch.dtype) -> nn.Module:
+def _load_text(sources: Sources, dtype: torch.dtype, cache: bool) -> nn.Module:
     if sources.text_encoder_2 is None:
         from .text import TinyTextEncoder
 
         return TinyTextEncoder.load(sources.text_encoder)
     from .text_qwen import QwenClipEncoder
 
-    return QwenClipEncoder.load(sources, dtype)
+    return QwenClipEncoder.load(sources, dtype, cache=cache)
 
 
 def _sampling(settings: Settings, preset: str, start: int = 0) -> Sampling:

@@ -28,6 +28,7 @@ from .quant import check_mode, kind_of, mode_of, pack, replace_layers
 from .vae import HunyuanVideoVAE
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+INDEX_NAMES = (f"{WEIGHTS_NAME}.index.json", "model.safetensors.index.json")  # of shards, as diffusers and transformers write them
 CONFIG_NAME = "config.json"
 SHOWN_KEYS = 5
 AXES_BY_HEAD_DIM = {64: (16, 24, 24), 128: (32, 48, 48)}  # all released checkpoints; their shapes alone do not tell the split
@@ -142,10 +143,10 @@ def find_weights(path: str | Path, subfolder: str) -> tuple[list[Path], Path]:
     if not path.is_dir():
         raise FileNotFoundError(f"weights must be a .safetensors file or a folder, got {path}, which does not exist; check the path")
     for folder in (path / subfolder, path, path / "model"):
-        index = folder / f"{WEIGHTS_NAME}.index.json"
-        if index.is_file():
-            names = set(_read_json(index).get("weight_map", {}).values())
-            return [folder / name for name in sorted(names)], folder
+        for index in (folder / name for name in INDEX_NAMES):
+            if index.is_file():
+                names = set(_read_json(index).get("weight_map", {}).values())
+                return [folder / name for name in sorted(names)], folder
         files = sorted(folder.glob("*.safetensors"))
         if folder / WEIGHTS_NAME in files:
             return [folder / WEIGHTS_NAME], folder

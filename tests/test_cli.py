@@ -13,7 +13,7 @@ import torch
 from tiny_models import SMALL_ARGS
 
 import kandinsky_kernels
-from kandinsky_model import clip, pipeline, video
+from kandinsky_model import clip, commands, pipeline, video
 from kandinsky_model.__main__ import main, parser
 from kandinsky_model.locate import TINY
 
@@ -235,7 +235,15 @@ def test_presets_lists_every_one(run):
     from kandinsky_model.config import PRESETS
 
     status, out, _ = run("presets")
-    assert status == 0 and [line.split()[0] for line in out.splitlines()[1:]] == list(PRESETS)
+    *rows, sd, hd = out.splitlines()[1:]
+    assert status == 0 and [line.split()[0] for line in rows] == list(PRESETS)
+    assert sd.startswith("SD: 768x512, ") and hd.startswith("HD: 1280x768, ") and "1408x640" in hd
+
+
+def test_the_readme_has_the_table_of_presets():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for row in commands.preset_rows():
+        assert "| " + " | ".join(row.values()) + " |" in readme.replace("`", ""), row["preset"]
 
 
 def test_commands_of_the_readme_exist():

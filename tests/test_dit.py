@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transformer against three others: the published list of tensors, a plain rewriting of it, and diffusers' (plus golden files)."""
-import inspect
 import json
 import math
-import textwrap
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from kandinsky_model.plan import make_plan
 
 from .compare import assert_faithful
 from .conftest import shared_data
+from .diffusers_dit import diffusers_of
 from .plain_dit import plain_forward, random_state
 
 CONFIG = DiTConfig(in_text_dim=48, in_text_dim2=24, time_dim=64, model_dim=128, ff_dim=256, num_text_blocks=2, num_visual_blocks=3,
@@ -142,34 +141,7 @@ def test_nabla_is_sparse_here():
 
 @pytest.fixture
 def oracle(monkeypatch):
-    """diffusers' transformer with NABLA's block lists honoured: uncompiled flex attention ignores them, a dense mask does not.
-
-    `oracle(dit, stripped=True)` also removes the hard-coded bf16 cast of rotated queries and keys.
-    """
-    module = pytest.importorskip("diffusers.models.transformers.transformer_kandinsky")
-    block_lists = module.nablaT_v2
-
-    def dense_mask(query, key, sta, thr):
-        lists = block_lists(query, key, sta, thr=thr)
-        counts, indices = lists.full_kv_num_blocks, lists.full_kv_indices.long()
-        kept = torch.arange(indices.shape[-1]) < counts[..., None]
-        mask = torch.zeros_like(kept).scatter(-1, indices, kept)
-        return mask.repeat_interleave(64, -1).repeat_interleave(64, -2)
-
-    def make(dit, stripped):
-        monkeypatch.setattr(module, "nablaT_v2", dense_mask)
-        if stripped:
-            source = inspect.getsource(module.Kandinsky5AttnProcessor.__call__)
-            assert source.count(".to(torch.bfloat16)") == 1
-            scope = {}
-            exec(textwrap.dedent(source.replace(".to(torch.bfloat16)", "")), module.__dict__, scope)
-            monkeypatch.setattr(module.Kandinsky5AttnProcessor, "__call__", scope["__call__"])
-        config = {key: getattr(dit.config, key) for key in dit.config.__dataclass_fields__ if key != "instruct_type"}
-        model = module.Kandinsky5Transformer3DModel(**config).eval()
-        model.load_state_dict(dit.state_dict())
-        return model
-
-    return make
+    return lambda dit, stripped: diffusers_of(dit, stripped, monkeypatch)
 
 
 def run_oracle(model, data, grid, nabla):

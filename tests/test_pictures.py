@@ -30,10 +30,9 @@ def picture(height=60, width=100):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    parts, root = tiny_models.text_parts(), tmp_path_factory.mktemp("pictures")
-    names = {task: f"Kandinsky-5.0-{task.upper()}-Lite-Diffusers" for task in ("t2i", "i2i")}
-    return {task: tiny_models.diffusers_folder(root / name, parts, task) for task, name in names.items()}
+def folders(tmp_path_factory, text_parts):
+    root, names = tmp_path_factory.mktemp("pictures"), {task: f"Kandinsky-5.0-{task.upper()}-Lite-Diffusers" for task in ("t2i", "i2i")}
+    return {task: tiny_models.diffusers_folder(root / name, text_parts, task) for task, name in names.items()}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +79,7 @@ def test_prompts_are_read_as_for_images(text_to_image, monkeypatch):
     monkeypatch.setattr(text_to_image.text, "encode", lambda prompts, kind: seen.append((prompts, kind)) or encode(prompts, kind))
     text_to_image.generate(PROMPT, seed=0, **SHORT)
     assert seen == [([PROMPT], "image"), ([""], "image")]
-    assert text_to_image.text.template("image")[0] == official_template("image")
+    assert text_to_image.text.template("image") == official_template("image")
 
 
 def test_a_batch_of_pictures_is_single_runs(text_to_image):
@@ -110,6 +109,14 @@ def test_editing(editor, folders, monkeypatch):
     assert len(made) == 2 and made[0].settings.image == "given" and made[0].frames.shape == (1, 64, 96, 3)
     other = editor.generate("make it blue", seed=7, image=255 - picture(), **SHORT)
     assert not torch.allclose(other.latents, made[0].latents, atol=1e-3)
+
+
+def test_editing_with_an_encoder_that_sees_the_picture(folders):
+    model = pipeline.load(folders["i2i"], device="cpu")
+    one, again, other = (model.generate("make it blue", seed=7, image=image, **SHORT).latents
+                         for image in (picture(), picture(), 255 - picture()))
+    assert torch.equal(one, again) and not torch.allclose(one, other, atol=1e-3)
+    assert dict(model.text.named_children()).keys() == {"language", "vision", "clip"}
 
 
 def test_editing_takes_the_nearest_trained_size(editor, monkeypatch):

@@ -12,6 +12,7 @@ from kandinsky_model.vae import HunyuanVideoVAE
 from kandinsky_model.weights import load_vae
 
 from .conftest import shared_data
+from .tiny_models import diffusers_video_vae
 
 
 def clip(name, frames, height, width):
@@ -28,20 +29,11 @@ def rel_l2(actual, exact):
     return ((actual - exact).norm() / exact.norm()).item()
 
 
-def diffusers_of(vae):
-    kind, config = pytest.importorskip("diffusers").AutoencoderKLHunyuanVideo, vae.config
-    with torch.device("meta"):  # no time is spent on weights that are about to be replaced
-        peer = kind(latent_channels=config.latent_channels, block_out_channels=config.block_out_channels,
-                    layers_per_block=config.layers_per_block, norm_num_groups=config.norm_num_groups)
-    peer.use_framewise_encoding = peer.use_framewise_decoding = False
-    peer.load_state_dict({name: tensor.contiguous() for name, tensor in vae.state_dict().items()}, assign=True)
-    return peer.eval().requires_grad_(False)
-
-
 @pytest.mark.parametrize("name", ["kandinsky_a.mp4", "kandinsky_b.mp4"])
 def test_tiny_vae_on_real_clips(name):
+    pytest.importorskip("diffusers")
     vae, video = load_vae(TINY / "vae", dtype=torch.float32), clip(name, 9, 128, 160)
-    peer = diffusers_of(vae)
+    peer = diffusers_video_vae(vae)
     with torch.no_grad():
         (mean, logvar), posterior = vae.encode(video), peer.encode(video).latent_dist
         decoded, theirs = vae.decode(mean), peer.decode(mean).sample
@@ -55,6 +47,7 @@ def test_tiny_vae_on_real_clips(name):
 def test_released_sizes_on_a_real_clip():
     """In fp32 oneDNN adds up the 13,824 products of a convolution in another order in each layout and for each kind of CPU: the peer is
     diffusers in the layout that comes out worse. ``pytest -s`` prints all of them."""
+    pytest.importorskip("diffusers")
     torch.manual_seed(0)
     vae, video = HunyuanVideoVAE(HUNYUAN_VAE).eval().requires_grad_(False), clip("kandinsky_a.mp4", 5, 32, 32)
 
@@ -65,9 +58,9 @@ def test_released_sizes_on_a_real_clip():
 
     with torch.no_grad():
         latents = vae.encode(video)[0]
-        exact = run(diffusers_of(vae).double(), video.double(), latents.double())
+        exact = run(diffusers_video_vae(vae).double(), video.double(), latents.double())
         ours = torch.cat(vae.encode(video), 1), vae.decode(latents)
-        peers = [run(diffusers_of(vae), video, latents, layout) for layout in (torch.contiguous_format, torch.channels_last_3d)]
+        peers = [run(diffusers_video_vae(vae), video, latents, layout) for layout in (torch.contiguous_format, torch.channels_last_3d)]
     for name, wanted, actual, *others in zip(("moments", "decoded"), exact, ours, *peers, strict=True):
         error, *theirs = ((x - wanted).abs().max().item() for x in (actual, *others))
         print(f"{name}: off by {error:.2g}, diffusers by {theirs[0]:.2g}, channels-last by {theirs[1]:.2g}")
