@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint on disk -> a quantised one, tensor by tensor: no more than one shard of the result is in memory."""
+"""A checkpoint on disk -> a quantised one, tensor by tensor: one tensor is in memory at a time."""
 from __future__ import annotations
 
 import json
@@ -7,13 +7,14 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from .locate import locate
 from .quant import check_mode, kind_of, pack, report_lines, weight_error
 from .weights import (
     CONFIG_NAME,
+    INDEX_NAMES,
     QUANTIZATION_KEY,
     WEIGHTS_NAME,
     check_names,
@@ -28,6 +29,9 @@ from .weights import (
 )
 
 SHARD_BYTES = 5 * 10**9
+HEADER_BYTES = 2**20  # for 5,000 tensors and more; Pro has 2,000 when quantised
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8",
+               torch.float8_e4m3fn: "F8_E4M3"}
 _log = logging.getLogger(__name__)
 
 
@@ -66,46 +70,56 @@ def _quantize_into(shards: Shards, path: Path, mode: str, errors: dict[str, tupl
         for name in file.keys():  # noqa: SIM118 - not a mapping
             tensor, layer = file.get_tensor(name), name.removesuffix(".weight")
             if layer == name or not kind_of(layer):
-                shards.add({name: tensor})
+                shards.add(name, tensor)
                 continue
             packed = pack(layer, tensor, mode)
             errors[layer] = weight_error(tensor, *packed.values())
             _log.info("%s", layer)
-            shards.add(packed)
+            for part in packed.items():
+                shards.add(*part)
 
 
 class Shards:
-    """Safetensors files in a folder, each of at most `SHARD_BYTES` unless one tensor is larger, and the index that names them."""
+    """Safetensors files in a folder, each with at most `SHARD_BYTES` of tensors unless one alone is larger, and the index that names them.
+
+    A tensor is written as it comes; the library's writer wants all of a file at once. The header, known last, has its place kept free,
+    and what it does not need of it is spaces, as the format allows.
+    """
 
     def __init__(self, folder: Path, metadata: Mapping[str, str]):
         self.folder, self.metadata = folder, {"format": "pt", **metadata}
-        self.held: dict[str, Tensor] = {}
-        self.files: list[tuple[Path, list[str]]] = []
-        self.total = self.bytes = 0
+        self.files: list[tuple[Path, dict[str, dict]]] = []  # each with the entries of its header
+        self.size = self.total = 0  # bytes of tensors: in the last file, in those before
 
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if self.held and self.bytes + tensor.nbytes > SHARD_BYTES:
-                self._write()
-            self.held[name] = tensor
-            self.bytes += tensor.nbytes
+    def add(self, name: str, tensor: Tensor) -> None:
+        if not self.files or self.size + tensor.nbytes > SHARD_BYTES:
+            self._finish()
+            self.files.append((self.folder / f"{len(self.files):05}.safetensors.part", {}))
+            self.files[-1][0].write_bytes(bytes(8 + HEADER_BYTES))
+        path, entries = self.files[-1]
+        with path.open("ab") as file:
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        span = [self.size, self.size + tensor.nbytes]
+        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        self.size += tensor.nbytes
 
     def close(self) -> list[Path]:
-        """Write what is left, give the files their names and, where they are several, write the index; the files."""
-        self._write()
+        """Finish the last file, give all their names and, where they are several, write the index; the files."""
+        self._finish()
         if len(self.files) == 1:
             return [self.files[0][0].rename(self.folder / WEIGHTS_NAME)]
-        places, stem = {}, Path(WEIGHTS_NAME).stem
-        for i, (path, names) in enumerate(self.files):
-            final = path.rename(self.folder / f"{stem}-{i + 1:05}-of-{len(self.files):05}.safetensors")
-            places |= dict.fromkeys(names, final.name)
+        written, places, stem = [], {}, Path(WEIGHTS_NAME).stem
+        for path, entries in self.files:
+            written.append(path.rename(self.folder / f"{stem}-{len(written) + 1:05}-of-{len(self.files):05}.safetensors"))
+            places |= dict.fromkeys(entries, written[-1].name)
         index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(places.items()))}
-        (self.folder / f"{WEIGHTS_NAME}.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        return sorted({self.folder / name for name in places.values()})
+        (self.folder / INDEX_NAMES[0]).write_text(json.dumps(index, indent=2) + "\n")
+        return written
 
-    def _write(self) -> None:
-        path = self.folder / f"{len(self.files):05}.safetensors.part"
-        save_file(self.held, path, self.metadata)
-        self.files.append((path, list(self.held)))
-        self.total += self.bytes
-        self.held, self.bytes = {}, 0
+    def _finish(self) -> None:
+        if self.files:
+            path, entries = self.files[-1]
+            header = json.dumps({"__metadata__": self.metadata, **entries}).encode()
+            with path.open("r+b") as file:
+                file.write(HEADER_BYTES.to_bytes(8, "little") + header.ljust(HEADER_BYTES))
+        self.total, self.size = self.total + self.size, 0
