@@ -4,7 +4,8 @@
 A matrix is kept as int8 or float8_e4m3fn values with one fp32 scale per row, weight = values * scale, where the largest magnitude of the
 row becomes the largest of the dtype. "int8" and "fp8" only store so: the weight is made again, in the dtype of the activations, for each
 product. "int8-dynamic" and "fp8-dynamic" bring each token's activations into the same form on the fly and multiply in 8 bits; where the
-device cannot, and where gradients are wanted, they compute as the other two.
+device cannot, and where gradients are wanted, they compute as the other two. Rounding to 8 bits makes a whole step of what was a last
+bit, so in these modes a seed means the same pixels only for the same batch on the same device.
 
 Modulations, embeddings, text blocks, the keys and values of cross-attention and the out layer stay as they are: small, and sensitive.
 """
