@@ -46,7 +46,8 @@ def quantize_file(model: str | Path, folder: str | Path, mode: str) -> list[str]
     folder, sources = Path(folder), locate(model, parts=("dit",))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"a quantised model is written into a new or empty folder, got {folder}; choose another")
-    files, home = find_weights(sources.dit, "transformer")
+    in_shards = sources.dit.is_file() and Path(model).is_dir()  # perhaps: the file is the first that was found there
+    files, home = find_weights(sources.dit.parent if in_shards else sources.dit, "transformer")
     entries = read_headers(files)
     if read_quantization(files):
         raise ValueError(f"quantising requires weights of full width, but {files[0]} is in {read_quantization(files)} already; "
