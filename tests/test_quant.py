@@ -67,6 +67,12 @@ def layer_of(mode, inner=64, outer=96):
     return plain, layer
 
 
+def needs_product(mode, dtype=torch.float32):
+    """Skips where this PyTorch does not multiply in 8 bits on the CPU: 2.11 has no fp8 product with a scale per row."""
+    if mode.endswith("-dynamic") and quant.reason_against(mode, torch.device("cpu"), dtype) is not None:
+        pytest.skip(f"{mode} computes as stored here")
+
+
 # Rows
 
 @pytest.mark.parametrize("mode", STEPS)
@@ -121,6 +127,7 @@ def test_stored_in_8_bits_is_the_product_by_hand(mode, dtype):
 @pytest.mark.parametrize("mode", STEPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_multiplied_in_8_bits_is_the_product_by_hand(mode, dtype, rows, monkeypatch):
+    needs_product(f"{mode}-dynamic", dtype)
     monkeypatch.setattr(quant, "ROWS_AT_ONCE", 40)
     plain, layer = layer_of(f"{mode}-dynamic", outer=512)
     x = torch.randn(1, rows, 64).to(dtype)
@@ -164,6 +171,9 @@ def test_devices_that_cannot_multiply_compute_as_stored_and_say_so_once(mode, fa
     def refused(*_):
         raise NotImplementedError("not on this card\nnor on that")
 
+    if fault == "wrong":
+        needs_product(mode)
+        quant._reasons.clear()
     multiply = quant.multiply
     monkeypatch.setattr(quant, "multiply", refused if fault == "refused" else lambda *args: 1.1 * multiply(*args))
     _, layer = layer_of(mode)
@@ -216,6 +226,7 @@ def test_the_network_computes_with_the_weights_it_stores(mode, attention):
 
 @pytest.mark.parametrize("mode", QUANTIZATIONS)
 def test_error_against_full_width_is_that_of_the_peer(mode):
+    needs_product(mode)
     data, plan = inputs(CONFIG, GRID), make_plan(CONFIG, GRID, SCALE)
     exact = plain_forward({name: x.double() for name, x in build().state_dict().items()}, CONFIG, *(x.double() for x in data), SCALE)[0]
     ours, theirs = quantize(build(), mode)(*data, plan), peer(mode, data)
