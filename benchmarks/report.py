@@ -98,10 +98,10 @@ def gpu_line(result: dict) -> str:
 
 
 def vae_table(result: dict) -> str:
-    """Decodes beside diffusers', upsampling layers beside upsample, pad and convolve."""
+    """Decodes and encodes beside diffusers', upsampling layers beside upsample, pad and convolve."""
     lines = ["| case | ours, ms | theirs, ms | times faster | wanted | our peak, MB | their peak, MB |",
              "|---|---:|---:|---:|---:|---:|---:|"]
-    for row in (*result["decodes"], *result["upsamplings"]):
+    for row in (*result["decodes"], *result.get("encodes", ()), *result["upsamplings"]):
         ours, theirs = (timing["median_ms"] for timing in row["timings"].values())
         peaks = " | ".join(f"{peak / 1e6:.0f}" for peak in row["peak_bytes"].values()) if "peak_bytes" in row else "- | -"
         lines.append(f"| {row['case']} | {ours:.0f} | {theirs:.0f} | {row['times_faster']:.2f} | {row['wanted']} | {peaks} |")

@@ -103,7 +103,6 @@ def latent_of(image: Tensor, vae: HunyuanVideoVAE | ImageVAE, seed: int) -> Tens
 
     It serves for any frame: a later latent holds four frames, but borders in time repeat, so all latents of a still video are equal.
     """
-    pixels = (image.float() / 127.5 - 1).to(vae.device, vae.dtype)[None, :, None]  # [1, 3, 1, H, W]
-    mean, logvar = vae.encode(pixels)
+    mean, logvar = vae.encode(image[None, :, None])  # [1, 3, 1, H, W]
     latent = sample_posterior(mean.float(), logvar.float(), torch.Generator().manual_seed(seed))
     return latent.permute(0, 2, 3, 4, 1) * vae.config.scaling_factor
