@@ -14,7 +14,7 @@ import re
 import sys
 
 from . import commands
-from .config import CACHES
+from .config import CACHES, QUANTIZATIONS
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,6 +62,8 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--last-image", metavar="FILE", help="the last frame, for image-to-video checkpoints (untrained)")
     command.add_argument("--lora", type=commands.scaled_path, action="append", default=[], metavar="PATH[:SCALE]",
                          help="a LoRA; may be repeated")
+    command.add_argument("--quantize", choices=QUANTIZATIONS, metavar="MODE",
+                         help=f"keep the transformer's large weights in 8 bits: {', '.join(QUANTIZATIONS)} (default: as stored)")
     command.add_argument("--expand", action="store_true", help="let the text encoder's language model rewrite the prompt in detail first")
     command.add_argument("--no-text-cache", dest="text_cache", action="store_false", help="neither use nor keep embedded prompts on disk")
     command.add_argument("--offload", action="store_true", help="keep on the GPU only the part that is working")
@@ -97,6 +99,13 @@ def _device_arguments(command: argparse.ArgumentParser) -> None:
                               "within it, as the plan printed first says (default: what is free)")
 
 
+def _quantize_arguments(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(chatty=True)
+    command.add_argument("model", help="a preset, a local path or a hub repository")
+    command.add_argument("folder", help="a new or empty folder, to stand as transformer/ in a model's folder")
+    command.add_argument("--mode", choices=QUANTIZATIONS, default="int8", help="default: int8; -dynamic: multiply in 8 bits too")
+
+
 def _download_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("preset", help="a preset (kandinsky presets) or a hub repository")
     command.add_argument("--revision", help="commit, branch or tag of the hub repository")
@@ -116,6 +125,7 @@ def _check_tiny_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--steps", type=int)
     command.add_argument("--guidance", type=float)
+    command.add_argument("--quantize", choices=QUANTIZATIONS, help="also compare with the unquantised model")
     command.add_argument("--count", type=int, help="only the first of the 48 prompts")
     command.add_argument("--json", metavar="FILE", help="also write every verdict")
 
@@ -130,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
         (commands.decode, _decode_arguments, "decode saved latents again"),
         (commands.presets, None, "list the released checkpoints"),
         (commands.download, _download_arguments, "fetch what a preset needs into the hub library's cache; afterwards no network is needed"),
+        (commands.quantize, _quantize_arguments, "write a transformer with its large weights in 8 bits, and what that does to them"),
         (commands.verify, lambda command: command.add_argument("path"), "say what a file or folder of weights is, and whether it is whole"),
         (commands.doctor, None, "show what this machine offers, and what runs for each operator"),
         (commands.train_tiny, _train_tiny_arguments, "train the bundled model from nothing"),

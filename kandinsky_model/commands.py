@@ -68,7 +68,7 @@ def generate(args) -> None:
     if output is None:
         args.output = "out.png" if sources.preset.vae is None else "out.mp4"
         output, strip = _outputs(args)
-    model = pipeline.Kandinsky5.from_sources(sources, device, text_cache=args.text_cache)
+    model = pipeline.Kandinsky5.from_sources(sources, device, text_cache=args.text_cache, quantize=args.quantize)
     for path, scale in args.lora:
         model.lora.load(path, scale=scale)
     if args.offload:
@@ -87,7 +87,7 @@ def resume(args) -> None:
     settings = run.settings[0]
     stem = re.sub(r"(\.run)?\.safetensors$", "", args.run_file)
     output = video.check_output(args.output or f"{stem}{'.mp4' if settings.num_frames > 1 else '.png'}")
-    model = pipeline.load(args.model or settings.model, device=args.device, parts=("dit", "vae"))
+    model = pipeline.load(args.model or settings.model, device=args.device, parts=("dit", "vae"), quantize=settings.quantization or None)
     for path, scale in map(scaled_path, settings.lora):
         model.lora.load(path, scale=scale)
     _show_plan(args)
@@ -171,6 +171,13 @@ def verify(args) -> None:
         print(line)
 
 
+def quantize(args) -> None:
+    from .quant_file import quantize_file
+
+    for line in quantize_file(args.model, args.folder, args.mode):
+        print(line)
+
+
 def download(args) -> None:
     from .locate import locate
 
@@ -212,10 +219,14 @@ def check_tiny(args) -> None:
     from .locate import TINY
     from .shapes import held_out
 
-    result = check_tiny(args.folder or TINY, args.seed, args.steps, args.guidance, held_out()[: args.count])
+    result = check_tiny(args.folder or TINY, args.seed, args.steps, args.guidance, held_out()[: args.count], args.quantize)
     print(f"{result['prompts']} prompts of combinations that were never in training")
     for word in ("color", "background", "color_and_background", "shape", "motion", "all"):
-        print(f"{word.replace('_', ' '):21} {result[word]:6.1%}")
+        before = f", unquantised {result['unquantized'][word]:6.1%}" if args.quantize else ""
+        print(f"{word.replace('_', ' '):21} {result[word]:6.1%}{before}")
+    if args.quantize:
+        psnr = sorted(sample["psnr"] for sample in result["samples"])
+        print(f"PSNR of the frames against the unquantised: median {psnr[len(psnr) // 2]:.1f} dB, worst {psnr[0]:.1f} dB")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(args.json)

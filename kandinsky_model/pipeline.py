@@ -24,6 +24,7 @@ from .lora import Adapters
 from .offload import LateOffload, Offload, tensors_of
 from .placement import Job, RunPlan, Weights, free_bytes, plan_run, ways_to_run
 from .plan import Chunks, make_plan
+from .quant import mode_of
 from .run import Interrupted, Run
 from .sampler import Conditioning, Given, Sampling, noise, sample
 from .vae import HunyuanVideoVAE
@@ -56,25 +57,26 @@ class Kandinsky5:
 
     @classmethod
     def from_pretrained(cls, model: str | Path = "tiny", device: str | None = None, dtype: torch.dtype | None = None,
-                        revision: str | None = None, parts: Sequence[str] = PARTS, text_cache: bool = True,
+                        revision: str | None = None, parts: Sequence[str] = PARTS, text_cache: bool = True, quantize: str | None = None,
                         **places: str | Path) -> Kandinsky5:
         """Load a preset, a local path or a hub repository `owner/name`; `locate` says which layouts are understood.
 
         Parts are loaded into the CPU's memory and move to the device when first used, so that offloading can still be chosen.
         device: None takes a CUDA device where there is one. dtype: of weights and activations; None means fp32, on CUDA bf16 (latents
         and schedule stay fp32). parts: load only these. text_cache: keep embedded prompts on disk, so that large text encoders are read
-        for new ones only. places: `vae=`, `text_encoder=`, `text_encoder_2=` folders of an official checkpoint whose parts do not lie
-        together.
+        for new ones only. quantize: keep the transformer's large weights in 8 bits, in one of the `QUANTIZATIONS`; None means as they
+        are stored. places: `vae=`, `text_encoder=`, `text_encoder_2=` folders of an official checkpoint whose parts do not lie together.
         Raises ValueError or OSError for names, files and weights that do not fit, RuntimeError for a device or package that is missing.
         """
         device = choose_device(device)
-        return cls.from_sources(locate(model, revision, cls.fallback_preset, places, parts), device, dtype, text_cache)
+        return cls.from_sources(locate(model, revision, cls.fallback_preset, places, parts), device, dtype, text_cache, quantize)
 
     @classmethod
-    def from_sources(cls, sources: Sources, device: torch.device, dtype: torch.dtype | None = None, text_cache: bool = True) -> Kandinsky5:
+    def from_sources(cls, sources: Sources, device: torch.device, dtype: torch.dtype | None = None, text_cache: bool = True,
+                     quantize: str | None = None) -> Kandinsky5:
         """`from_pretrained` once it is known where everything lies."""
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        dit = load_dit(sources.dit, dtype=dtype).prepare() if sources.dit else None
+        dit = load_dit(sources.dit, dtype=dtype, quantize=quantize).prepare() if sources.dit else None
         vae = _load_vae(sources.vae, dtype) if sources.vae else None
         text = _load_text(sources, dtype, text_cache) if sources.text_encoder else None
         preset = replace(sources.preset, dit=dit.config) if dit is not None else sources.preset
@@ -184,8 +186,8 @@ class Kandinsky5:
         first, vae = settings[0], self.vae if isinstance(self.vae, HunyuanVideoVAE) else None
         job = Job(self.preset.dit, first.grid, getattr(self.dit or self.vae, "dtype", torch.float32), len(settings),
                   first.num_inference_steps, _sampling(first, self.preset.name).guided, first.attention == "nabla", first.cache,
-                  self.preset.text_max_length * (2 if self.preset.task == "i2i" else 1), bool(self.lora.scales),
-                  self.device.type == "cpu")
+                  self.preset.text_max_length * (2 if self.preset.task == "i2i" else 1), len(self.lora.scales),
+                  first.quantization, self.device.type == "cpu")
         seen = dict(vision=pictures and (expand or self.preset.task == "i2i"), head=expand)
         weights = {name: part.weigh(**seen) if hasattr(part, "weigh") else Weights.of(part) for name, part in networks.items()}
         ways = ways_to_run(weights, job, vae, first.vae_policy, pictures)
@@ -209,7 +211,7 @@ class Kandinsky5:
         if strangers:
             _log.warning("%s does not know %s; its words are %s", self.preset.name, ", ".join(strangers),
                          ", ".join(self.text.config["words"]))
-        return [replace(plan, lora=self.lora.active()) for plan in plans]
+        return [replace(plan, lora=self.lora.active(), quantization=mode_of(self.dit) or "") for plan in plans]
 
     def _pictures(self, image, last_image, settings: dict) -> list[Tensor | None]:
         """First and last picture, uint8 [3, h, w], cut to the shape that was asked for, or with that of the result put into `settings`."""

@@ -18,6 +18,7 @@ from .geometry import Grid
 from .memory import FREE_SHARE
 from .offload import layout, streamed_layers, tensors_of
 from .plan import Chunks
+from .quant import ROWS_AT_ONCE
 from .tiles import TilePlan
 from .vae import HunyuanVideoVAE
 from .vae_stages import POSITIONS
@@ -130,8 +131,8 @@ def _layers(weights: Weights, resident: int) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be sampled, in one batch. dtype: of activations. text_tokens: of the longest prompt. adapted: by a LoRA. on_cpu: where the
-    table of modulations is on the device, and kernels' scratch memory is nobody's business."""
+    """What is to be sampled, in one batch. dtype: of activations. text_tokens: of the longest prompt. adapters: how many are active.
+    quantization: the mode, or "". on_cpu: where modulations are on the device, and kernels' scratch memory is nobody's business."""
 
     config: DiTConfig
     grid: Grid
@@ -142,7 +143,8 @@ class Job:
     nabla: bool = False
     cache: str = "none"
     text_tokens: int = 256
-    adapted: bool = False
+    adapters: int = 0
+    quantization: str = ""
     on_cpu: bool = False
 
     @property
@@ -185,7 +187,7 @@ def sampling_bytes(job: Job, chunks: Chunks) -> int:
     - the rest: what self-attention gave, t, and for each token of a part its stream and norm and either the wide activation before and
       after GELU, or a branch and the next stream and norm.
 
-    Where adapters add to it, a linear layer's output is there three times: one tensor of a group and one wide activation more.
+    Linear layers may need more for a moment, beside what is there then: see `_product_bytes`.
     Only where the video is smaller than its text does the moment lie in a text block, which is computed at once.
     """
     config, size, batch = job.config, job.dtype.itemsize, job.batch
@@ -194,15 +196,36 @@ def sampling_bytes(job: Job, chunks: Chunks) -> int:
     part = max(1, chunks.tokens // batch) * batch
     whole = part >= tokens
     share, blocks = heads / config.num_heads, batch * job.grid.blocks
-    attention = (6 if chunks.heads is None else 1 + (4 + job.adapted) * share) * t + WIDE * tokens * heads
+    attention = (6 if chunks.heads is None else 1 + 4 * share) * t + WIDE * tokens * heads
     if job.nabla:
         bits = blocks * heads * WIDE * math.ceil(job.grid.blocks / 32)
         attention += 2 * WIDE * blocks * config.model_dim * share + bits
-    rest = t + min(part, tokens) * max(5 * channel, 2 * channel + (2 + job.adapted) * config.ff_dim * size)
-    text = batch * job.text_tokens * (8 * channel + (2 + job.adapted) * config.ff_dim * size)
+    joint = chunks.heads is None and not job.adapters
+    projected = (3 if chunks.heads is None else 1 + 3 * share) * t
+    attention = max(attention, projected + _product_bytes(job, tokens, config.model_dim, config.model_dim * (3 if joint else share)))
+    rest = t + max(5 * channel * min(part, tokens), _feed_forward_bytes(job, min(part, tokens)))
+    text = 6 * channel * batch * job.text_tokens + _feed_forward_bytes(job, batch * job.text_tokens)
     held = (2 + (whole and (2 if job.cache == "first-block" else 1))) * t + _cache_bytes(job) + _pass_bytes(job)
     scratch = 0 if job.on_cpu else max(SCRATCH_BYTES, LIST_BYTES * job.grid.blocks**2)
     return math.ceil(max(held + max(attention, rest, text) + scratch, _table_bytes(job, making=True)))
+
+
+def _feed_forward_bytes(job: Job, rows: int) -> int:
+    """Stream, norm, the wide activation before and after GELU, or it and the output, with what the two products need."""
+    width, wide, size = job.config.model_dim, job.config.ff_dim, job.dtype.itemsize
+    first = max(rows * wide * size, _product_bytes(job, rows, width, wide))
+    return rows * (2 * width + wide) * size + max(first, rows * width * size + _product_bytes(job, rows, wide, width))
+
+
+def _product_bytes(job: Job, rows: int, inner: int, outer: float) -> float:
+    """What a linear layer needs beside its input and output: with adapters its output twice, with two of them three times; a quantised
+    weight in full width, and for products in 8 bits the input in fp32 and in 8 bits and the sums twice, of `ROWS_AT_ONCE`."""
+    needs = (1 + min(job.adapters, 2)) * rows * outer * job.dtype.itemsize if job.adapters else 0
+    if job.quantization:
+        needs = max(needs, inner * outer * job.dtype.itemsize)
+    if job.quantization.endswith("-dynamic"):
+        needs = max(needs, min(rows, ROWS_AT_ONCE) * (5 * inner + 8 * outer) + (WIDE * inner * outer if job.on_cpu else 0))
+    return needs
 
 
 def _cache_bytes(job: Job) -> int:

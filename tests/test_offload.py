@@ -14,6 +14,7 @@ from kandinsky_model.geometry import Grid
 from kandinsky_model.lora import Adapters
 from kandinsky_model.offload import LayerStream, Offload, Store, streamed_layers, tensors_of
 from kandinsky_model.plan import Chunks, make_plan
+from kandinsky_model.quant import quantize
 from kandinsky_model.sampler import Conditioning, Sampling, noise, sample
 
 from .test_dit import CONFIG, MODES, SCALE, build, inputs
@@ -75,9 +76,18 @@ def test_streamed_is_resident(mode, resident):
     assert torch.equal(out(dit, mode), wanted)
 
 
+@pytest.mark.parametrize("mode", ["int8", "fp8", "int8-dynamic"])
+def test_quantised_weights_stream(mode):
+    dit = quantize(build(), mode)
+    wanted, chunked = out(dit), out(dit, "dense", Chunks(1, 30))
+    with Offload(dit, CPU).on_device(1) as placed:
+        assert torch.equal(out(placed), wanted) and torch.equal(out(placed, "dense", Chunks(1, 30)), chunked)
+    assert (chunked - wanted).norm() <= 1e-5 * wanted.norm() and torch.equal(out(dit), wanted)
+
+
 def test_layers_of_any_kind():
-    """Quantised ones, ones without weights, of sizes that differ by a lot; a linear order is not needed."""
-    class Quantised(nn.Module):
+    """Of integers, without weights, of sizes that differ by a lot; a linear order is not needed."""
+    class Integers(nn.Module):
         def __init__(self, seed):
             super().__init__()
             g = torch.Generator().manual_seed(seed)
@@ -88,7 +98,7 @@ def test_layers_of_any_kind():
             return x @ (self.values * self.scale).T
 
     wide = nn.Sequential(nn.Linear(16, 512), nn.GELU(), nn.Linear(512, 16))
-    layers = nn.ModuleList([Quantised(0), nn.Linear(16, 16), nn.Identity(), wide, Quantised(1)]).requires_grad_(False)
+    layers = nn.ModuleList([Integers(0), nn.Linear(16, 16), nn.Identity(), wide, Integers(1)]).requires_grad_(False)
     x, orders = torch.randn(3, 16), [(0, 1, 2, 3, 4), (0, 0, 3, 1, 4, 4, 2), (4, 3, 2, 1, 0)]
 
     def through(order):

@@ -27,6 +27,7 @@ from kandinsky_model.placement import (
     sampling_ways,
 )
 from kandinsky_model.plan import Chunks, make_plan
+from kandinsky_model.quant import quantize
 from kandinsky_model.sampler import Conditioning, Sampling, noise, sample
 
 from .live_memory import LiveMemory
@@ -80,14 +81,27 @@ def test_sampling_needs_what_was_predicted(config, grid, batch, guided, nabla, c
 
 
 @pytest.mark.parametrize("chunks", [Chunks(), Chunks(1, 128)])
-def test_adapters_are_accounted_for(tmp_path, chunks):
+@pytest.mark.parametrize("count", [1, 2])
+def test_adapters_are_accounted_for(tmp_path, chunks, count):
     dit = random_dit(TINY)
     layers = {name: layer for name, layer in dit.named_modules() if isinstance(layer, Linear) and re.search("attention|feed_forward", name)}
     made = {name: (torch.randn(4, layer.in_features), torch.randn(layer.out_features, 4)) for name, layer in layers.items()}
-    Adapters(dit).load(write(tmp_path / "a.safetensors", made))
-    job = Job(TINY, GRID, torch.float32, 1, STEPS, text_tokens=9, adapted=True, on_cpu=True)
+    adapters = Adapters(dit)
+    for i in range(count):
+        adapters.load(write(tmp_path / f"{i}.safetensors", made))
+    job = Job(TINY, GRID, torch.float32, 1, STEPS, text_tokens=9, adapters=count, on_cpu=True)
     stage = Stage(Weights.of(dit).on_device(2), sampling_bytes(job, chunks), resident=2, chunks=chunks)
     assert 0.9 * stage.peak_bytes <= measured(dit, job, stage) <= stage.peak_bytes
+
+
+@pytest.mark.parametrize("mode, least", [("int8", 0.9), ("fp8", 0.9), ("int8-dynamic", 0.7)])
+@pytest.mark.parametrize("chunks", [Chunks(), Chunks(1, 128)])
+def test_quantised_weights_are_accounted_for(chunks, mode, least):
+    config = replace(TINY, model_dim=256, ff_dim=1024)
+    dit = quantize(random_dit(config), mode)
+    job = Job(config, GRID, torch.float32, 1, STEPS, text_tokens=9, quantization=mode, on_cpu=True)
+    stage = Stage(Weights.of(dit).on_device(1), sampling_bytes(job, chunks), resident=1, chunks=chunks)
+    assert least * stage.peak_bytes <= measured(dit, job, stage) <= stage.peak_bytes
 
 
 def test_budgets_are_kept_to():
