@@ -94,8 +94,9 @@ def _decoding_arguments(command: argparse.ArgumentParser) -> None:
 
 def _device_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
-    command.add_argument("--memory-budget", type=_bytes, metavar="SIZE",
-                         help="what decoding may use, such as 10GB; less takes longer and gives the same frames (default: what is free)")
+    command.add_argument("--memory", "--memory-budget", type=_bytes, metavar="SIZE", dest="memory_budget",
+                         help="what the run may use of the device, such as 12GB: weights are streamed and work is done in parts to keep "
+                              "within it, as the plan printed first says (default: what is free)")
 
 
 def _quantize_arguments(command: argparse.ArgumentParser) -> None:

@@ -12,23 +12,25 @@ from kandinsky_kernels import Rotary, block_means, block_sparse_attention, norm_
 
 from .plan import Plan
 
+ALL = slice(None)
 
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its input, so that a checkpoint may mix dtypes freely.
 
     `additions` is what adapters add to its output (see lora.py); the rest is what another way to store the weight replaces (quant.py).
+    rows: of the output, or all.
     """
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.additions: nn.Module | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x)
-        return y if self.additions is None else self.additions(x, y)
+    def forward(self, x: Tensor, rows: slice = ALL) -> Tensor:
+        y = self.product(x, rows)
+        return y if self.additions is None else self.additions(x, y, rows)
 
-    def product(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def product(self, x: Tensor, rows: slice = ALL) -> Tensor:
+        return F.linear(x, self.weight[rows].to(x.dtype), None if self.bias is None else self.bias[rows].to(x.dtype))
 
     @torch.no_grad()
     def add(self, change: Tensor) -> None:
@@ -55,7 +57,8 @@ class HeadNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with normalised queries and keys, in three forms: over itself, over blocks of itself, over a text."""
+    """Multi-head attention with normalised queries and keys: `forward` for a text over itself, `attend` for a video over itself or over
+    blocks of itself, `read` and `look_up` for a video over a text."""
 
     def __init__(self, model_dim: int, head_dim: int):
         super().__init__()
@@ -111,33 +114,61 @@ class Attention(nn.Module):
             self.forget()
         return super().train(mode)
 
-    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, context: Tensor, rows: slice = ALL) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x and keys and values of `context`, each [B, S, H, D], of all heads or of those whose channels are `rows`."""
         heads = (-1, self.head_dim)
-        if x is context and self._is_joint():
-            return self._joint[0](x).unflatten(-1, (3, *heads)).unbind(2)  # 3 x [B, S, H, D]
-        return (self.to_query(x).unflatten(-1, heads), self.to_key(context).unflatten(-1, heads),  # [B, S, H, D]
-                self.to_value(context).unflatten(-1, heads))
+        if x is context and rows == ALL and self._is_joint():
+            return self._joint[0](x).unflatten(-1, (3, *heads)).unbind(2)
+        return (self.to_query(x, rows).unflatten(-1, heads), self.to_key(context, rows).unflatten(-1, heads),
+                self.to_value(context, rows).unflatten(-1, heads))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, rotary: Rotary | None = None, key_mask: Tensor | None = None,
+    def forward(self, x: Tensor, rotary: Rotary | None = None, key_mask: Tensor | None = None,
                 rope_cast: torch.dtype | None = None) -> Tensor:
-        """Dense attention of x [B, S, C] over `context` [B, L, C] (itself when None). key_mask: bool [B, 1, 1, L], True is visible."""
-        query, key, value = self.project(x, x if context is None else context)  # each [B, S, H, D]
-        query, key = _round(self.query_norm(query, rotary), rope_cast), _round(self.key_norm(key, rotary), rope_cast)
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, H, S, D]
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
-        return self.out_layer(out.transpose(1, 2).flatten(-2))  # [B, S, C]
-
-    def nabla(self, x: Tensor, plan: Plan) -> Tensor:
-        """Attention of x [B, S, C], in tile order, over the blocks that NABLA chooses from the block means."""
+        """Dense attention of x [B, S, C] over itself. key_mask: bool [B, 1, 1, S], True is visible."""
         query, key, value = self.project(x, x)
+        query, key = _round(self.query_norm(query, rotary), rope_cast), _round(self.key_norm(key, rotary), rope_cast)
+        return self.out_layer(_dense(query, key, value, key_mask))  # [B, S, C]
+
+    def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, L, H, D] of a text [B, L, C], for `look_up`."""
+        heads = (-1, self.head_dim)
+        return self.key_norm(self.to_key(text).unflatten(-1, heads)), self.to_value(text).unflatten(-1, heads)
+
+    def look_up(self, x: Tensor, keys_values: tuple[Tensor, Tensor], key_mask: Tensor | None) -> Tensor:
+        """Dense attention of x [B, S, C] over a text. key_mask: bool [B, 1, 1, L], True is visible."""
+        query = self.query_norm(self.to_query(x).unflatten(-1, (-1, self.head_dim)))
+        return self.out_layer(_dense(query, *keys_values, key_mask))
+
+    def attend(self, x: Tensor, plan: Plan) -> Tensor:
+        """Attention of x [B, S, C] over itself as the plan says, some heads at a time where it says so: [B, S, C] for `out_layer`."""
+        if plan.chunks.heads is None:
+            return self._attend(x, ALL, plan)
+        out, width = torch.empty_like(x), plan.chunks.heads * self.head_dim
+        for start in range(0, x.shape[-1], width):
+            rows = slice(start, start + width)
+            out[..., rows] = self._attend(x, rows, plan)
+        return out
+
+    def _attend(self, x: Tensor, rows: slice, plan: Plan) -> Tensor:
+        """Each tensor goes as soon as it has served: there is room for four of the group's beside x at most, and six of all heads."""
+        query, key, value = self.project(x, x, rows)
+        if plan.nabla is None:
+            query = _round(self.query_norm(query, plan.rotary), plan.rope_cast)
+            key = _round(self.key_norm(key, plan.rotary), plan.rope_cast)
+            return _dense(query, key, value)
         query, query_means = self.query_norm.with_means(query, plan.rotary, plan.block_offsets)
         key, key_means = self.key_norm.with_means(key, plan.rotary, plan.block_offsets)
         if plan.rope_cast is not None:
             query, key = _round(query, plan.rope_cast), _round(key, plan.rope_cast)
             query_means, key_means = block_means(query, plan.block_offsets), block_means(key, plan.block_offsets)
         selection = select_blocks(query_means.detach(), key_means.detach(), plan.nabla.keep_mass, plan.grid.tiles, plan.nabla.window)
-        out = block_sparse_attention(query, key, value, selection, plan.block_offsets, logit_bound=self.logit_bound)
-        return self.out_layer(out.flatten(-2))  # [B, S, C]
+        return block_sparse_attention(query, key, value, selection, plan.block_offsets, logit_bound=self.logit_bound).flatten(-2)
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Of queries [B, S, H, D] over keys and values [B, L, H, D]: [B, S, H D]."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, H, S, D]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask).transpose(1, 2).flatten(-2)
 
 
 def _round(x: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .config import CACHES
@@ -44,8 +45,9 @@ class Branch(ABC):
         """Run the blocks from `first` on and remember what they added."""
         text, modulations, key_mask, plan = context
         span = range(first, len(self.dit.visual_transformer_blocks))
+        self.change, before = None, x.clone()  # the blocks may put their results into x
         after, normed = self.dit.blocks(x, normed, text, modulations, key_mask, plan, span)
-        self.change, self.computed = after - x, self.computed + 1
+        self.change, self.computed = torch.sub(after, before, out=before), self.computed + 1
         return normed
 
     def reuse(self, x: Tensor, context: tuple) -> Tensor:
@@ -73,10 +75,11 @@ class FirstBlockBranch(Branch):
 
     def run(self, x: Tensor, context: tuple) -> Tensor:
         text, modulations, key_mask, plan = context
+        before = x.clone()
         after, normed = self.dit.blocks(x, None, text, modulations, key_mask, plan, range(1))
-        added = after - x
+        added = torch.sub(after, before, out=before)
         if self.first is not None and self.in_a_row < self.most_skipped:
-            moved = (added - self.first).abs().mean() / self.first.abs().mean()
+            moved = (added - self.first).abs_().mean() / self.first.abs().mean()
             if moved.item() < self.threshold:
                 self.in_a_row += 1
                 return self.reuse(after, context)

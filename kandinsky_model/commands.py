@@ -62,6 +62,7 @@ def generate(args) -> None:
         logging.getLogger(f"{__package__}.sampler").setLevel(logging.INFO)
     if args.expand:  # so is what was really asked for
         logging.getLogger(f"{__package__}.text_qwen").setLevel(logging.INFO)
+    _show_plan(args)
     output, strip = _outputs(args) if args.output else (None, None)
     device, sources = pipeline.choose_device(args.device), locate(args.model, args.revision)
     if output is None:
@@ -89,9 +90,15 @@ def resume(args) -> None:
     model = pipeline.load(args.model or settings.model, device=args.device, parts=("dit", "vae"), quantize=settings.quantization or None)
     for path, scale in map(scaled_path, settings.lora):
         model.lora.load(path, scale=scale)
+    _show_plan(args)
     with Progress() as progress, _kept(output):
         (result,) = model.resume(run, progress, args.memory_budget)
         _keep(result, output, None, progress)
+
+
+def _show_plan(args) -> None:
+    if args.memory_budget:
+        logging.getLogger(f"{__package__}.pipeline").setLevel(logging.INFO)
 
 
 def _outputs(args) -> tuple[Path, Path | None]:

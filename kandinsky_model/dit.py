@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +24,32 @@ from .attention import Attention, Linear
 from .config import DiTConfig
 from .plan import Plan
 
-FEED_FORWARD_TOKENS = 16384  # at once: enough for large matrix products, a sixth of a 10 s clip
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Modulations:
-    """Shift, scale and gate of every sub-layer: a tuple of [B, C] (or [n, B, C] for n steps) per block, and last the out layer's."""
+    """Shift, scale and gate of every sub-layer at one time: a tuple of [B, C] per block, and last the out layer's."""
 
     text: list[tuple[Tensor, ...]]
     visual: list[tuple[Tensor, ...]]
 
+
+@dataclass(frozen=True, eq=False)
+class ModulationTable:
+    """Those of n times: vectors [n, B, V, C], where the weights that made them are; V counts the vectors of all blocks.
+
+    They are 0.9 GB for a hundred passes of Pro, of which a pass reads 9 MB: one copy brings these to `device`.
+    """
+
+    vectors: Tensor
+    counts: tuple[list[int], list[int]]  # of text blocks; of visual blocks and the out layer
+    device: torch.device
+
     def step(self, i: int) -> Modulations:
-        """Those of the i-th of several steps."""
-        return Modulations(*([tuple(vector[i] for vector in block) for block in blocks] for blocks in (self.text, self.visual)))
+        """Those of the i-th time."""
+        vectors = iter(self.vectors[i].to(self.device, non_blocking=True).unbind(1))  # V x [B, C]
+        return Modulations(*([tuple(islice(vectors, count)) for count in counts] for counts in self.counts))
 
 
 class TimeEmbedding(nn.Module):
@@ -91,7 +104,7 @@ class Modulation(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around GELU, a part of the tokens at a time: the wide activation of all of them would be 1.3 GB at 10 s."""
+    """Two linear layers around GELU."""
 
     def __init__(self, model_dim: int, ff_dim: int):
         super().__init__()
@@ -99,8 +112,7 @@ class FeedForward(nn.Module):
         self.out_layer = Linear(ff_dim, model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [self.out_layer(F.gelu(self.in_layer(part))) for part in x.split(FEED_FORWARD_TOKENS, dim=1)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # [B, S, C]
+        return self.out_layer(F.gelu(self.in_layer(x)))
 
 
 class TextBlock(nn.Module):
@@ -128,15 +140,31 @@ class VisualBlock(nn.Module):
 
     def forward(self, x: Tensor, normed: Tensor, modulation: tuple[Tensor, ...], following: tuple[Tensor, ...], text: Tensor,
                 key_mask: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
-        """x and its first norm -> the next x and the next block's first norm, whose shift and scale lead `following`."""
+        """x and its first norm -> the next x and the next block's first norm, whose shift and scale lead `following`.
+
+        All but self-attention is done for `plan.chunks.tokens` at a time, the results of which take the places of x and normed: 1.3 GB of
+        wide activations at 10 s need never exist together. Where gradients are recorded, all tokens are done at once.
+        """
+        attended, keys_values = self.self_attention.attend(normed, plan), self.cross_attention.read(text)
+        size = max(1, plan.chunks.tokens // x.shape[0])
+        if x.shape[1] <= size or _records(self, x, normed, text):
+            return self._rest(x, attended, keys_values, modulation, following, key_mask)
+        for start in range(0, x.shape[1], size):
+            part = slice(start, start + size)
+            x[:, part], normed[:, part] = self._rest(x[:, part], attended[:, part], keys_values, modulation, following, key_mask)
+        return x, normed
+
+    def _rest(self, x: Tensor, attended: Tensor, keys_values: tuple[Tensor, Tensor], modulation: tuple[Tensor, ...],
+              following: tuple[Tensor, ...], key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What follows self-attention, which does every token by itself."""
         _, _, gate, shift_cross, scale_cross, gate_cross, shift_ff, scale_ff, gate_ff = modulation
-        if plan.nabla is None:
-            branch = self.self_attention(normed, rotary=plan.rotary, rope_cast=plan.rope_cast)
-        else:
-            branch = self.self_attention.nabla(normed, plan)
-        x, normed = gated_add_norm(x, branch, gate, scale_cross, shift_cross)
-        x, normed = gated_add_norm(x, self.cross_attention(normed, text, key_mask=key_mask), gate_cross, scale_ff, shift_ff)
+        x, normed = gated_add_norm(x, self.self_attention.out_layer(attended), gate, scale_cross, shift_cross)
+        x, normed = gated_add_norm(x, self.cross_attention.look_up(normed, keys_values, key_mask), gate_cross, scale_ff, shift_ff)
         return gated_add_norm(x, self.feed_forward(normed), gate_ff, following[1], following[0])
+
+
+def _records(module: nn.Module, *inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *module.parameters()))
 
 
 class OutLayer(nn.Module):
@@ -183,15 +211,32 @@ class DiffusionTransformer3D(nn.Module):
         _log.info("the weights of the norms bound the logits of self-attention by %.1f to %.1f", min(bounds), max(bounds))
         return self
 
-    def modulate(self, time: Tensor, pooled: Tensor) -> Modulations:
-        """Everything that depends on time and pooled text alone. time: [B] or [n, B], 1000 t; pooled: [B, in_text_dim2].
+    @property
+    def layers(self) -> list[nn.Module]:
+        """What runs one after another in every pass, so that weights can come and go; see `offload`."""
+        return [*self.text_transformer_blocks, *self.visual_transformer_blocks]
 
-        All n steps of a run at once read an eighth of the network's weights (the modulations') once instead of n times.
+    @property
+    def once(self) -> list[nn.Module]:
+        """What runs once per prompt, in `modulate`: an eighth of the weights, which need not be on the device for it."""
+        return [self.time_embeddings, self.pooled_text_embeddings, *chain(*self._modulations())]
+
+    def _modulations(self) -> tuple[list[Modulation], list[Modulation]]:
+        return ([block.text_modulation for block in self.text_transformer_blocks],
+                [*(block.visual_modulation for block in self.visual_transformer_blocks), self.out_layer.modulation])
+
+    def modulate(self, time: Tensor, pooled: Tensor) -> ModulationTable:
+        """Everything that depends on time and pooled text alone, for n times. time: [n, B], 1000 t; pooled: [B, in_text_dim2].
+
+        It is computed where the weights are, which are read once instead of n times, for the device of `time`.
         """
-        wide = torch.promote_types(self.dtype, torch.float32)
-        time = self.time_embeddings(time.to(wide)) + self.pooled_text_embeddings(pooled.to(self.dtype))  # [..., B, time_dim]
-        return Modulations([block.text_modulation(time) for block in self.text_transformer_blocks],
-                           [*(block.visual_modulation(time) for block in self.visual_transformer_blocks), self.out_layer.modulation(time)])
+        wide, home = torch.promote_types(self.dtype, torch.float32), self.time_embeddings.in_layer.weight.device
+        moments = self.time_embeddings(time.to(home, wide)) + self.pooled_text_embeddings(pooled.to(home, self.dtype))  # [n, B, time_dim]
+        text, visual = self._modulations()
+        vectors = torch.stack([vector for layer in (*text, *visual) for vector in layer(moments)], 2)  # [n, B, V, C]
+        if home.type == "cpu" and time.is_cuda:
+            vectors = vectors.pin_memory()
+        return ModulationTable(vectors, ([layer.count for layer in text], [layer.count for layer in visual]), time.device)
 
     def forward(self, x: Tensor, text: Tensor, pooled: Tensor, time: Tensor, plan: Plan, text_lengths: Tensor | None = None,
                 modulations: Modulations | None = None) -> Tensor:
@@ -200,11 +245,11 @@ class DiffusionTransformer3D(nn.Module):
         x: [B, T, 2Y, 2X, in_channels], channels last. text: [B, L, in_text_dim]; text_lengths: int64 [B], how many rows of each sample
         are text (None: all); the rest never acts as a key, so a sample's result does not depend on its neighbours. pooled:
         [B, in_text_dim2]. time: [B], 1000 t, fp32. Keep `text_lengths` on the CPU to spare the device a synchronisation. modulations:
-        modulate(time, pooled), where it is known already.
+        of this time, where they are known already.
         Raises ValueError when shapes do not fit the plan or each other.
         """
         self._check(x, text, pooled, time, plan, text_lengths)
-        modulations = self.modulate(time, pooled) if modulations is None else modulations
+        modulations = self.modulate(time[None], pooled).step(0) if modulations is None else modulations
         x, text, key_mask = self.begin(x, text, plan, text_lengths, modulations)
         _, normed = self.blocks(x, None, text, modulations.visual, key_mask, plan, range(len(self.visual_transformer_blocks)))
         return self.finish(normed, plan)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Linear
+from .attention import ALL, Linear
 from .weights import Entry, read_headers
 
 CONFIG_NAMES = ("config_lora.json", "adapter_config.json")
@@ -37,10 +37,10 @@ class Additions(nn.Module):
         self.matrices: dict[str, tuple[Tensor, Tensor]] = {}  # down [r, in], up [out, r] times alpha / r
         self.scales: dict[str, float] = {}  # of those that are active
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, rows: slice = ALL) -> Tensor:
         for name, scale in self.scales.items():
             down, up = self.matrices[name]
-            y = y + scale * F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+            y = y + scale * F.linear(F.linear(x, down.to(x)), up[rows].to(x))
         return y
 
     def _apply(self, fn, recurse: bool = True) -> Additions:

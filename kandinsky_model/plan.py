@@ -13,6 +13,19 @@ from . import geometry
 from .config import DiTConfig, NablaConfig
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """How much of a visual block is computed at once. Heads and tokens do not see each other there, so only rounding can depend on it:
+    a matrix product may sum in another order at another size.
+
+    heads: of self-attention; None: all, and one product gives their queries, keys and values. tokens: of all samples together, in
+    everything but self-attention; 16384 are enough for large matrix products, and a sixth of a 10 s clip.
+    """
+
+    heads: int | None = None
+    tokens: int = 16384
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What one video size needs at every step and layer, computed once by `make_plan`."""
@@ -24,6 +37,7 @@ class Plan:
     inverse: Tensor | None = None  # int64 [S]
     block_offsets: Tensor | None = None  # int32 [N + 1]
     rope_cast: torch.dtype | None = None
+    chunks: Chunks = Chunks()
     text_rotaries: dict[tuple[int, int], Rotary] = field(default_factory=dict, repr=False)
 
     def text_rotary(self, length: int, head_dim: int) -> Rotary:
@@ -35,17 +49,17 @@ class Plan:
 
 
 def make_plan(config: DiTConfig, grid: geometry.Grid, scale_factor: tuple[float, float, float], nabla: NablaConfig | None = None,
-              device: torch.device | str = "cpu", rope_cast: torch.dtype | None = None) -> Plan:
+              device: torch.device | str = "cpu", rope_cast: torch.dtype | None = None, chunks: Chunks = Chunks()) -> Plan:
     """Token order, rotary tables and blocks of one video size. With `nabla` tokens come tile by tile; any grid will do.
 
     rope_cast: round rotated queries and keys to this dtype and back. None is exact; torch.bfloat16 reproduces in an
-    fp32 run what diffusers does there.
+    fp32 run what diffusers does there. chunks: what fits into memory; see `placement`.
     """
     angles = geometry.rotary_angles(max(grid.T, grid.Y, grid.X), config.axes_dims, scale_factor)  # [P, D/2]
     order = geometry.tile_order(grid) if nabla else None
     positions = geometry.positions(grid) if order is None else geometry.positions(grid)[order]
     rotary = Rotary(angles.cos().to(device), angles.sin().to(device), positions.to(device), tuple(dim // 2 for dim in config.axes_dims))
     if nabla is None:
-        return Plan(grid, rotary, rope_cast=rope_cast)
+        return Plan(grid, rotary, rope_cast=rope_cast, chunks=chunks)
     return Plan(grid, rotary, nabla, order.to(device), geometry.inverse_order(order).to(device), geometry.block_offsets(grid).to(device),
-                rope_cast)
+                rope_cast, chunks)

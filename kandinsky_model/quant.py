@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Linear
+from .attention import ALL, Linear
 from .config import QUANTIZATIONS
 
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -78,18 +78,18 @@ class QuantizedLinear(Linear):
         self.bias = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
         self.additions: nn.Module | None = None
 
-    def product(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+    def product(self, x: Tensor, rows: slice = ALL) -> Tensor:
+        bias = None if self.bias is None else self.bias[rows].to(x.dtype)
         if self._in_8_bits(x):
-            rows = x.flatten(0, -2)  # [S, in]
-            parts = [multiply(*quantize_rows(part, self.weight.dtype), self.weight, self.weight_scale, bias, x.dtype)
-                     for part in rows.split(ROWS_AT_ONCE)]
+            weight, scale = self.weight[rows], self.weight_scale[rows]
+            parts = [multiply(*quantize_rows(part, weight.dtype), weight, scale, bias, x.dtype)
+                     for part in x.flatten(0, -2).split(ROWS_AT_ONCE)]  # of [S, in]
             return (parts[0] if len(parts) == 1 else torch.cat(parts)).unflatten(0, x.shape[:-1])  # [..., out]
-        return F.linear(x, self.dequantized(x.dtype), bias)
+        return F.linear(x, self.dequantized(x.dtype, rows), bias)
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
+    def dequantized(self, dtype: torch.dtype, rows: slice = ALL) -> Tensor:
         """The weight in `dtype`, rounded once: 8 bits fit into every dtype without loss, and the product is formed in fp32 at least."""
-        return self.weight.to(dtype).mul_(self.weight_scale)
+        return self.weight[rows].to(dtype).mul_(self.weight_scale[rows])
 
     @torch.no_grad()
     def add(self, change: Tensor) -> None:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,10 +14,12 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from .placement import Weights
 from .text_vision import Preprocessor
 from .weights import find_weights, read_headers
 
-HEAD = "lm_head.weight"
+HEAD, CLIP_DTYPE = "lm_head.weight", torch.float32
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 class Parts:
@@ -31,20 +36,33 @@ class Parts:
                                "pip install 'kandinsky-kernels[text]'")
         self.sources, self.dtype = sources, dtype
         self._entries = read_headers(find_weights(sources.text_encoder, "text_encoder")[0])
-        read_headers(find_weights(sources.text_encoder_2, "text_encoder_2")[0])
+        self._clip_entries = read_headers(find_weights(sources.text_encoder_2, "text_encoder_2")[0])
 
     @property
     def folders(self) -> list[Path]:
         sources = self.sources
         return [sources.text_encoder, sources.tokenizer, sources.text_encoder_2, sources.tokenizer_2]
 
+    def weigh(self, vision: bool = False, head: bool = False) -> Weights:
+        """Bytes of language model and CLIP, and of more on demand, as they will be once they are read."""
+        layers, parts = Counter(), Counter()
+        for name, entry in self._entries.items():
+            part = "vision" if "visual." in name else "head" if name == HEAD else "table" if "embed_tokens" in name else "rest"
+            layer = _LAYER.search(name) if part == "rest" else None
+            (layers if layer else parts)[int(layer[1]) if layer else part] += math.prod(entry.shape) * self.dtype.itemsize
+        clip = sum(math.prod(entry.shape) for entry in self._clip_entries.values()) * CLIP_DTYPE.itemsize
+        rest = parts["rest"] + clip + vision * parts["vision"] + head * (parts["head"] or parts["table"])
+        return Weights(tuple(layers[i] for i in sorted(layers)), parts["table"], rest)
+
     @cached_property
     def language(self) -> nn.Module:
-        """Token embeddings, decoder layers and final norm, without the output head."""
+        """Token embeddings, decoder layers and final norm, without the output head. `once`: the table, for `offload`."""
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-        return _from_folder(Qwen2_5_VLTextModel, self.sources.text_encoder, self.dtype, config=self._config.text_config,
-                            key_mapping={r"^model\.language_model\.": "model."})
+        language = _from_folder(Qwen2_5_VLTextModel, self.sources.text_encoder, self.dtype, config=self._config.text_config,
+                                key_mapping={r"^model\.language_model\.": "model."})
+        language.once = [language.embed_tokens]
+        return language
 
     @cached_property
     def vision(self) -> nn.Module:
@@ -84,7 +102,7 @@ class Parts:
     def clip(self) -> nn.Module:
         from transformers import CLIPTextModel
 
-        return _from_folder(CLIPTextModel, self.sources.text_encoder_2, torch.float32)
+        return _from_folder(CLIPTextModel, self.sources.text_encoder_2, CLIP_DTYPE)
 
     @cached_property
     def clip_tokenizer(self):

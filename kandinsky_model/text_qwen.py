@@ -11,6 +11,7 @@ import ast
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .placement import Weights
 from .text import TextEmbeddings
 from .text_cache import TensorCache, checksum, identity
 from .text_expand import STOPS, continue_greedily, request
@@ -59,6 +61,7 @@ class QwenClipEncoder(nn.Module):
             raise ValueError(f"a template needs exactly one {{}} for the prompt, got {template.count('{}')}; pass such a text")
         self.parts, self.max_length, self.edit_crop, self.cache = parts, max_length, edit_crop, cache
         self.device, self._template = torch.device("cpu"), template
+        self._place: Callable[[nn.Module], nn.Module] = lambda network: network.to(self.device)
 
     @classmethod
     def load(cls, sources, dtype: torch.dtype = torch.float32, template: str | None = None, cache: bool = True) -> QwenClipEncoder:
@@ -84,6 +87,20 @@ class QwenClipEncoder(nn.Module):
         """Work on `device` from now on. Networks go there when they are next needed, but leave for the CPU at once."""
         self.device = torch.device(device)
         return super().to(self.device) if self.device.type == "cpu" else self
+
+    def weigh(self, vision: bool = False, head: bool = False) -> Weights:
+        """Bytes of the networks that encoding needs, with the vision tower for pictures and the head for writing, read or not."""
+        return self.parts.weigh(vision, head)
+
+    @contextmanager
+    def placing(self, device: torch.device, place: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
+        """Work on `device`, where `place` brings each network whenever it is needed, as long as the body runs."""
+        before = self.device, self._place
+        self.device, self._place = device, place
+        try:
+            yield
+        finally:
+            self.device, self._place = before
 
     def template(self, kind: str) -> str:
         """The instruction for a "video", "image" or "image_edit"."""
@@ -187,7 +204,7 @@ class QwenClipEncoder(nn.Module):
     def _network(self, name: str) -> nn.Module:
         """A network of the parts, on the device; from now on it is a child of this module."""
         self.add_module(name, getattr(self.parts, name))
-        return getattr(self, name).to(self.device)
+        return self._place(getattr(self, name))
 
 
 @cache

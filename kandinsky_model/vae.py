@@ -309,6 +309,14 @@ class HunyuanVideoVAE(nn.Module):
         chain = decoding(self.decoder, self.post_quant_conv)  # once, as it holds folded weights
         return lambda latents: stream_within(chain, latents, plans(chain, latents.shape, memory_budget), notify)
 
+    def decode_plans(self, latent_shape: tuple[int, ...]) -> list[StreamPlan]:
+        """The ways to decode latents of this shape, fastest first, each needing less memory than all before it."""
+        return ladder(Accounting(decoding(self.decoder, self.post_quant_conv), latent_shape))
+
+    def encode_plans(self, video_shape: tuple[int, ...]) -> list[StreamPlan]:
+        """The ways to encode a video of this shape, as above."""
+        return ladder(Accounting(encoding(self.encoder), video_shape))
+
     @torch.no_grad()
     def preview(self, latents: Tensor) -> Tensor:
         """A cheap picture of `latents`: each position's colour by a linear map, repeated over the pixels and frames it stands for.

@@ -74,9 +74,10 @@ def test_decode_repeats_the_file_bit_for_bit(run, tmp_path):
     assert run("decode", "a.latents.safetensors", "-o", "c.gif", "--vae-policy", "official")[1].count("official decoding") == 1
 
 
-def test_a_memory_budget_repeats_the_file_and_preview_is_another(run, tmp_path):
-    assert run("generate", PROMPT, "-o", "a.mp4", "--memory-budget", "1.5 GiB")[0] == 0
-    least = re.search(r"at least (\d+)", run("decode", "a.latents.safetensors", "-o", "b.mp4", "--memory-budget", "2mb")[2])[1]
+def test_a_memory_budget_repeats_the_file_and_preview_is_another(run, tmp_path, caplog):
+    assert run("generate", PROMPT, "-o", "a.mp4", "--memory", "1.5 GiB")[0] == 0
+    assert [line.split(":")[0] for line in caplog.messages if " of 1.61 GB" in line] == ["text", "sampling", "decoding"]
+    least = re.search(r"at least (\d+)", run("decode", "a.latents.safetensors", "-o", "b.mp4", "--memory", "2mb")[2])[1]
     status, _, err = run("decode", "a.latents.safetensors", "-o", "b.mp4", "--memory-budget", least)
     assert (status, err) == (0, "") and (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     status, out, _ = run("decode", "a.latents.safetensors", "-o", "c.mp4", "--vae-policy", "preview")

@@ -2,17 +2,17 @@
 """The transformer against three others: the published list of tensors, a plain rewriting of it, and diffusers' (plus golden files)."""
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from kandinsky_model import dit as dit_module
 from kandinsky_model.attention import Attention
 from kandinsky_model.config import IMAGE_DIT, IMAGE_EDIT_DIT, LITE_DIT, PRESETS, PRO_DIT, DiTConfig, NablaConfig, get_preset
 from kandinsky_model.dit import DiffusionTransformer3D
 from kandinsky_model.geometry import Grid, local_window
-from kandinsky_model.plan import make_plan
+from kandinsky_model.plan import Chunks, make_plan
 
 from .compare import assert_faithful
 from .conftest import shared_data
@@ -236,14 +236,30 @@ def test_keeping_everything_equals_dense(grid):
     assert rel_l2(everything, dense) <= 1e-6
 
 
-def test_long_inputs_go_through_the_feed_forward_in_parts(monkeypatch):
-    grid, widest = Grid(2, 8, 16), []
-    dit, data, plan = build(), inputs(CONFIG, grid), make_plan(CONFIG, grid, SCALE)
-    whole = dit(*data, plan)
-    monkeypatch.setattr(dit_module, "FEED_FORWARD_TOKENS", 100)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_chunks_change_nothing_but_rounding(mode, batch, monkeypatch):
+    """Heads one by one and in uneven groups, tokens in uneven parts; no wide activation has more tokens than were allowed."""
+    grid, widest, config = Grid(2, 8, 18), [], replace(CONFIG, model_dim=192)
+    dit, data = build(config).prepare(), inputs(config, grid, batch)
+    whole, kept = dit(*data, make_plan(config, grid, SCALE, MODES[mode])), [tensor.clone() for tensor in data]
     gelu = torch.nn.functional.gelu
-    monkeypatch.setattr(torch.nn.functional, "gelu", lambda x: widest.append(x.shape[1]) or gelu(x))
-    assert rel_l2(dit(*data, plan), whole) <= 1e-6 and set(widest) == {11, 100, 56}
+    monkeypatch.setattr(torch.nn.functional, "gelu", lambda x: widest.append(x.shape[0] * x.shape[1]) or gelu(x))
+    for heads, tokens in ((1, 10**6), (None, 100), (2, 101), (4, 1)):
+        chunks = Chunks(heads, tokens)
+        assert rel_l2(dit(*data, make_plan(config, grid, SCALE, MODES[mode], chunks=chunks)), whole) <= 1e-6
+        assert max(widest[CONFIG.num_text_blocks:]) <= max(batch, tokens)
+        assert all(torch.equal(a, b) for a, b in zip(data, kept, strict=True))
+        widest.clear()
+
+
+def test_gradients_do_not_depend_on_chunks():
+    grid, gradients = Grid(1, 9, 8), []
+    for chunks in (Chunks(), Chunks(1, 10)):
+        dit = build().requires_grad_()
+        dit(*inputs(CONFIG, grid), make_plan(CONFIG, grid, SCALE, chunks=chunks)).square().mean().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in dit.parameters()]))
+    assert rel_l2(gradients[1], gradients[0]) <= 1e-6 and gradients[0].norm() > 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -268,7 +284,7 @@ def test_permuting_heads_changes_nothing(mode):
         state[f"{name}.weight"], state[f"{name}.bias"] = state[f"{name}.weight"][rows], state[f"{name}.bias"][rows]
     state["out_layer.weight"] = state["out_layer.weight"][:, rows]
     shuffled.load_state_dict(state)
-    a, b = (m(x, rotary=plan.rotary) if mode == "dense" else m.nabla(x, plan) for m in (attention, shuffled))
+    a, b = (m.out_layer(m.attend(x, plan)) for m in (attention, shuffled))
     assert rel_l2(b, a) <= 1e-6
 
 

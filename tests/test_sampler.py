@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The schedule's check values, Euler and guidance against a transformer that is a formula, first frames, and golden runs."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ class Formula:
         self.rule, self.calls, self.config = rule, [], DiTConfig(visual_cond=visual_cond)
 
     def modulate(self, time, pooled):
-        return Modulations([], [(time, pooled.expand(len(time), *pooled.shape))])
+        return SimpleNamespace(step=lambda i: Modulations([], [(time[i], pooled)]))
 
     def __call__(self, x, text, pooled, time, plan, text_lengths, modulations):
         ((modulated_time, modulated_pooled),) = modulations.visual  # made for all steps before the first one

@@ -193,7 +193,7 @@ def test_expansion_is_greedy_generation(talkative, few_tokens, caplog, kind, ima
     text, shrink = request("Кот", kind, image)
     assert text.count("Кот") == 1 and text.count(PICTURE) == (image is not None) and "{}" not in text
     assert shrink == (4 if kind == "image_edit" else 1)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "kandinsky_model.text_qwen"):
         written = encoder.expand("Кот", kind, image)
     assert written == generated(talkative, text, image, shrink) != ""
     assert f"expanded prompt: {written}" in caplog.text

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kandinsky_model import pipeline
+from kandinsky_model import offload, pipeline
 from kandinsky_model.locate import locate
+from kandinsky_model.offload import LateOffload, LayerStream
+from kandinsky_model.placement import Weights
 from kandinsky_model.text_parts import Parts
 from kandinsky_model.text_qwen import QwenClipEncoder
 from kandinsky_model.text_vision import Preprocessor
@@ -154,3 +156,38 @@ def test_without_transformers_one_sentence_says_so(diffusers_folder, monkeypatch
     monkeypatch.setattr("kandinsky_model.text_parts.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="require transformers >= 4.57, which is not installed"):
         loaded(diffusers_folder)
+
+
+# Within a budget
+
+
+@pytest.mark.parametrize("resident", [2, 1, 0])
+def test_networks_come_layer_by_layer(diffusers_folder, monkeypatch, resident):
+    """Read when they are needed, streamed, with the table of tokens left where it is; the same embeddings and the same words."""
+    requests = (["a"], "image_edit", [picture()]), (["a", "bc"],)
+    plain, text = (QwenClipEncoder.load(locate(diffusers_folder, parts=("text",)), cache=False) for _ in range(2))
+    hosted, streams = LateOffload(text, torch.device("cpu")), []
+    monkeypatch.setattr(offload, "LayerStream", lambda layers, *rest: streams.append(len(layers)) or LayerStream(layers, *rest))
+    with hosted.on_device(resident) as placed:
+        assert not networks(text)
+        for request in requests:
+            torch.testing.assert_close(placed.encode(*request).embeds, plain.encode(*request).embeds, rtol=0, atol=1e-6)
+            torch.testing.assert_close(placed.encode(*request).pooled, plain.encode(*request).pooled, rtol=0, atol=1e-6)
+        table = text.parts.language.embed_tokens.weight
+        assert not any(tensor is table for one in hosted.hosted.values() for store in (one.rest, *one.stores)
+                       for piece in store.pieces for tensor in piece.tensors)
+    assert placed is text and streams == ([2 - resident] if resident < 2 else [])
+    with hosted.on_device(resident):
+        assert text.expand("a") == plain.expand("a")
+    torch.testing.assert_close(text.encode(["a"]).embeds, plain.encode(["a"]).embeds, rtol=0, atol=1e-6)
+    assert not any(layer._forward_pre_hooks for layer in text.layers)
+
+
+def test_networks_are_weighed_before_they_are_read(diffusers_folder):
+    encoder = loaded(diffusers_folder)
+    plain, more = encoder.weigh(), encoder.weigh(vision=True, head=True)
+    assert not networks(encoder)
+    language, clip, vision, head = (Weights.of(getattr(encoder.parts, name)) for name in ("language", "clip", "vision", "head"))
+    near = lambda size: pytest.approx(size, abs=100 * 256)  # noqa: E731 - the gaps between tensors
+    assert plain.layers == near(language.layers) and plain.once == near(language.once)
+    assert plain.rest == near(language.rest + clip.total) and more.rest == near(language.rest + clip.total + vision.total + head.total)
