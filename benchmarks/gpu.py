@@ -26,6 +26,7 @@ from tests.cases import gated_add_norm_peer, head_first, modulated_norm_peer, no
 
 from .device import FULL, SMALL, Clock, Size, block_mask, card, ceilings, compile_once, masks, peak_memory, ratios, show
 from .model import transformer, vae
+from .runs import memory
 
 WINDOW = (11, 3, 3)
 
@@ -185,7 +186,7 @@ def launches(clock: Clock, size: Size, roof: dict) -> list[dict]:
 
 
 SECTIONS = {"norms": norms, "selection": selection, "attention": attention, "together": together, "transformer": transformer, "vae": vae}
-MORE = {"launches": launches}  # run only when named
+MORE = {"launches": launches, "memory": memory}  # run only when named: they take minutes
 
 
 def main() -> None:

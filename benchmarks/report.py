@@ -7,7 +7,8 @@ from pathlib import Path
 PROVIDERS = ("ours", "reference", "torch", "compiled", "dense")
 GPU_KEYS = {"ms": "ms", "useful_tflop_s": "useful TFLOP/s", "of_copy": "share of a copy's rate", "over_eager": "times faster than eager",
             "over_compiled": "times faster than compiled", "over_flex": "times faster than compiled FlexAttention",
-            "over_published": "times faster than the published recipe", "over_diffusers": "times faster than diffusers"}
+            "over_published": "times faster than the published recipe", "over_diffusers": "times faster than diffusers",
+            "budget_over_peak": "budget over measured peak", "predicted_over_peak": "predicted over measured peak"}
 GPU_BARS = (  # section, key, wanted, hoped for, the rows it is about; judged by the worst of them
     ("norms", "of_copy", 0.8, None, {}), ("norms", "over_eager", 3.0, None, {}), ("norms", "over_compiled", 1.2, None, {}),
     ("selection", "ms", 0.5, 0.25, {"size": "lite 10 s"}), ("selection", "ms", 0.8, 0.45, {"size": "pro 10 s"}),
@@ -18,6 +19,7 @@ GPU_BARS = (  # section, key, wanted, hoped for, the rows it is about; judged by
     ("transformer", "ms", 1300.0, 1000.0, {"size": "lite 10 s"}),
     ("vae", "ms", 1800.0, 1300.0, {"size": "5 s", "policy": "global"}), ("vae", "ms", 3600.0, 2600.0, {"size": "10 s", "policy": "global"}),
     ("vae", "over_diffusers", 3.5, None, {"policy": "official"}),
+    ("memory", "budget_over_peak", 1.0, None, {}), ("memory", "predicted_over_peak", 1.0, None, {}),
 )
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
@@ -98,10 +100,10 @@ def gpu_line(result: dict) -> str:
 
 
 def vae_table(result: dict) -> str:
-    """Decodes beside diffusers', upsampling layers beside upsample, pad and convolve."""
+    """Decodes and encodes beside diffusers', upsampling layers beside upsample, pad and convolve."""
     lines = ["| case | ours, ms | theirs, ms | times faster | wanted | our peak, MB | their peak, MB |",
              "|---|---:|---:|---:|---:|---:|---:|"]
-    for row in (*result["decodes"], *result["upsamplings"]):
+    for row in (*result["decodes"], *result.get("encodes", ()), *result["upsamplings"]):
         ours, theirs = (timing["median_ms"] for timing in row["timings"].values())
         peaks = " | ".join(f"{peak / 1e6:.0f}" for peak in row["peak_bytes"].values()) if "peak_bytes" in row else "- | -"
         lines.append(f"| {row['case']} | {ours:.0f} | {theirs:.0f} | {row['times_faster']:.2f} | {row['wanted']} | {peaks} |")

@@ -14,7 +14,7 @@ import re
 import sys
 
 from . import commands
-from .config import CACHES
+from .config import CACHES, QUANTIZATIONS
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +41,8 @@ def _bytes(text: str) -> int:
 
 
 def _generate_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("prompt")
+    command.add_argument("prompt", nargs="?")
+    command.add_argument("--prompts", metavar="FILE", help="one prompt on each line instead; under torchrun they are spread over processes")
     command.add_argument("-o", "--output", help=".mp4, .gif or .png (default: out.mp4, pictures out.png); several frames as png: "
                          "<name>_000.png, ...")
     command.add_argument("--model", default="tiny", help="a preset (kandinsky presets), a local path or a hub repository (default: tiny)")
@@ -62,6 +63,10 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--last-image", metavar="FILE", help="the last frame, for image-to-video checkpoints (untrained)")
     command.add_argument("--lora", type=commands.scaled_path, action="append", default=[], metavar="PATH[:SCALE]",
                          help="a LoRA; may be repeated")
+    command.add_argument("--quantize", choices=QUANTIZATIONS, metavar="MODE",
+                         help=f"keep the transformer's large weights in 8 bits: {', '.join(QUANTIZATIONS)} (default: as stored)")
+    command.add_argument("--expand", action="store_true", help="let the text encoder's language model rewrite the prompt in detail first")
+    command.add_argument("--no-text-cache", dest="text_cache", action="store_false", help="neither use nor keep embedded prompts on disk")
     command.add_argument("--offload", action="store_true", help="keep on the GPU only the part that is working")
     command.add_argument("--strip", metavar="FILE.png", help="also write some frames side by side")
     _decoding_arguments(command)
@@ -90,8 +95,16 @@ def _decoding_arguments(command: argparse.ArgumentParser) -> None:
 
 def _device_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
-    command.add_argument("--memory-budget", type=_bytes, metavar="SIZE",
-                         help="what decoding may use, such as 10GB; less takes longer and gives the same frames (default: what is free)")
+    command.add_argument("--memory", "--memory-budget", type=_bytes, metavar="SIZE", dest="memory_budget",
+                         help="what the run may use of the device, such as 12GB: weights are streamed and work is done in parts to keep "
+                              "within it, as the plan printed first says (default: what is free)")
+
+
+def _quantize_arguments(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(chatty=True)
+    command.add_argument("model", help="a preset, a local path or a hub repository")
+    command.add_argument("folder", help="a new or empty folder, to stand as transformer/ in a model's folder")
+    command.add_argument("--mode", choices=QUANTIZATIONS, default="int8", help="default: int8; -dynamic: multiply in 8 bits too")
 
 
 def _download_arguments(command: argparse.ArgumentParser) -> None:
@@ -113,6 +126,7 @@ def _check_tiny_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--steps", type=int)
     command.add_argument("--guidance", type=float)
+    command.add_argument("--quantize", choices=QUANTIZATIONS, help="also compare with the unquantised model")
     command.add_argument("--count", type=int, help="only the first of the 48 prompts")
     command.add_argument("--json", metavar="FILE", help="also write every verdict")
 
@@ -127,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
         (commands.decode, _decode_arguments, "decode saved latents again"),
         (commands.presets, None, "list the released checkpoints"),
         (commands.download, _download_arguments, "fetch what a preset needs into the hub library's cache; afterwards no network is needed"),
+        (commands.quantize, _quantize_arguments, "write a transformer with its large weights in 8 bits, and what that does to them"),
         (commands.verify, lambda command: command.add_argument("path"), "say what a file or folder of weights is, and whether it is whole"),
         (commands.doctor, None, "show what this machine offers, and what runs for each operator"),
         (commands.train_tiny, _train_tiny_arguments, "train the bundled model from nothing"),
@@ -150,14 +165,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except KeyboardInterrupt as stop:
-        print(" ".join(["kandinsky: interrupted", *map(str, stop.args)]), file=sys.stderr)
+        _complain(args, " ".join(["interrupted", *map(str, stop.args)]))
         return 130
     except Exception as error:
         if args.debug:
             raise
-        print(f"kandinsky: {_one_sentence(error)}", file=sys.stderr)
+        _complain(args, _one_sentence(error))
         return 2
     return 0
+
+
+def _complain(args, text: str) -> None:
+    """Once, where several processes share a run: what goes wrong before it is shared goes wrong in all of them."""
+    if os.environ.get("RANK", "0") == "0" or getattr(args, "prompts", None):
+        print(f"kandinsky: {text}", file=sys.stderr)
 
 
 def _one_sentence(error: Exception) -> str:

@@ -15,10 +15,31 @@ from .plan import Plan
 ALL = slice(None)
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input, so that a checkpoint may mix dtypes freely. rows: of the output, or all."""
+    """A linear layer that computes in the dtype of its input, so that a checkpoint may mix dtypes freely.
+
+    `additions` is what adapters add to its output (see lora.py); the rest is what another way to store the weight replaces (quant.py).
+    rows: of the output, or all.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.additions: nn.Module | None = None
 
     def forward(self, x: Tensor, rows: slice = ALL) -> Tensor:
+        y = self.product(x, rows)
+        return y if self.additions is None else self.additions(x, y, rows)
+
+    def product(self, x: Tensor, rows: slice = ALL) -> Tensor:
         return F.linear(x, self.weight[rows].to(x.dtype), None if self.bias is None else self.bias[rows].to(x.dtype))
+
+    @torch.no_grad()
+    def add(self, change: Tensor) -> None:
+        """Add to the weight, rounding once, and in place: it may be a part of a larger tensor."""
+        self.weight.copy_(self.weight + change)
+
+    def empty(self, out_features: int) -> Linear:
+        """A layer of this kind with so many outputs, on the meta device."""
+        return Linear(self.in_features, out_features, self.bias is not None, device="meta")
 
 
 class HeadNorm(nn.Module):
@@ -48,24 +69,19 @@ class Attention(nn.Module):
         self.query_norm = HeadNorm(head_dim)
         self.key_norm = HeadNorm(head_dim)
         self.out_layer = Linear(model_dim, model_dim)
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
-        self._joint: tuple[Tensor, Tensor] | None = None  # weight [3 C, C] and bias [3 C] of all three projections
+    def forget(self) -> None:
+        """Undo `prepare`."""
+        self._joint: tuple[Linear, ...] = ()  # one layer for all three projections, hidden from nn.Module: its tensors are theirs
         self.logit_bound = math.inf
 
     def prepare(self) -> None:
         """For inference: one product gives queries, keys and values, and the logits get a bound. Loading and training undo it.
 
-        The three weights become views of one tensor, so names, values and memory stay. RMSNorm makes |query| <= sqrt(D) max|weight|,
-        rotation keeps it; 1 % is for rounding to 16 bits.
+        RMSNorm makes |query| <= sqrt(D) max|weight|, rotation keeps it; 1 % is for rounding to 16 bits.
         """
-        layers = self._projections()
-        if len({(layer.weight.dtype, layer.weight.device) for layer in layers}) == 1 and not layers[0].weight.is_meta:
-            weight, bias = self._joint = tuple(
-                torch.cat([getattr(layer, name).detach() for layer in layers]) for name in ("weight", "bias"))
-            for layer, w, b in zip(layers, weight.chunk(3), bias.chunk(3), strict=True):
-                layer.weight.data, layer.bias.data = w, b
+        self._joint = _join(self._projections())
         largest = self.query_norm.weight.detach().abs().max() * self.key_norm.weight.detach().abs().max()
         self.logit_bound = 1.01 * math.sqrt(self.head_dim) * largest.item()
 
@@ -75,36 +91,34 @@ class Attention(nn.Module):
     def _is_joint(self) -> bool:
         """Whether the projections still are what was joined: adapters and quantisers put others in their place."""
         layers = self._projections()
-        if self._joint is None or any(type(layer) is not Linear for layer in layers):
+        if not self._joint or any(type(layer) is not type(self._joint[0]) or layer.additions is not None for layer in layers):
             return False
         if torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in layers):
             return False
         return torch.compiler.is_compiling() or all(  # under the compiler an address cannot be read
-            layer.weight.data_ptr() == part.data_ptr() for layer, part in zip(layers, self._joint[0].chunk(3), strict=True))
+            layer.weight.data_ptr() == part.data_ptr() for layer, part in zip(layers, self._joint[0].weight.chunk(3), strict=True))
 
     def _apply(self, fn, recurse: bool = True) -> Attention:
-        joint = self._joint is not None
-        self._joint = None
+        joint, self._joint = self._joint, ()
         super()._apply(fn, recurse)
         if joint:  # in its new place or dtype
             self.prepare()
         return self
 
     def _load_from_state_dict(self, *args) -> None:
-        self._forget()
+        self.forget()
         super()._load_from_state_dict(*args)
 
     def train(self, mode: bool = True) -> Attention:
         if mode:
-            self._forget()
+            self.forget()
         return super().train(mode)
 
     def project(self, x: Tensor, context: Tensor, rows: slice = ALL) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of x and keys and values of `context`, each [B, S, H, D], of all heads or of those whose channels are `rows`."""
         heads = (-1, self.head_dim)
         if x is context and rows == ALL and self._is_joint():
-            weight, bias = self._joint
-            return F.linear(x, weight.to(x.dtype), bias.to(x.dtype)).unflatten(-1, (3, *heads)).unbind(2)
+            return self._joint[0](x).unflatten(-1, (3, *heads)).unbind(2)
         return (self.to_query(x, rows).unflatten(-1, heads), self.to_key(context, rows).unflatten(-1, heads),
                 self.to_value(context, rows).unflatten(-1, heads))
 
@@ -166,3 +180,20 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = 
 
 def _round(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x if dtype is None else x.to(dtype).to(x.dtype)
+
+
+def _join(layers: tuple[nn.Module, ...]) -> tuple[Linear, ...]:
+    """One layer with the outputs of all, or () where they are not alike.
+
+    Their tensors become views of its own, so names, values and memory stay. Rows are outputs, so scales of rows join as weights do.
+    """
+    states = [layer.state_dict() for layer in layers]
+    forms = {(type(layer), *((x.dtype, x.device) for x in state.values())) for layer, state in zip(layers, states, strict=True)}
+    if len(forms) > 1 or not isinstance(layers[0], Linear) or layers[0].weight.is_meta:
+        return ()
+    joint = layers[0].empty(sum(layer.out_features for layer in layers))
+    joint.load_state_dict({name: torch.cat([state[name] for state in states]) for name in states[0]}, assign=True)
+    for name, tensor in joint.state_dict().items():
+        for layer, part in zip(layers, tensor.chunk(len(layers)), strict=True):
+            getattr(layer, name).data = part
+    return (joint.requires_grad_(False),)

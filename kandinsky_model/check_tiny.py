@@ -2,6 +2,7 @@
 """Ask the tiny checkpoint for combinations it never saw, and measure what it drew."""
 
 import logging
+import math
 
 from . import pipeline, shapes
 from .locate import TINY
@@ -10,30 +11,53 @@ logger = logging.getLogger(__name__)
 WORDS = ("color", "background", "shape", "motion")
 
 
-def draw(combinations, folder=TINY, seed=0, batch=8, **settings):
+def draw(combinations, folder=TINY, seed=0, batch=8, quantize=None, **settings):
     """Yield (combination, prompt, video) for each; the i-th uses seed + i. `settings` as `Kandinsky5.generate` takes them."""
-    model = pipeline.load(folder)
+    model = pipeline.load(folder, quantize=quantize)
     for start in range(0, len(combinations), batch):
         wanted = combinations[start : start + batch]
         prompts = [shapes.prompt(c) for c in wanted]
         yield from zip(wanted, prompts, model.generate(prompts, seed=seed + start, **settings), strict=True)
 
 
-def check_tiny(folder=TINY, seed=0, steps=None, guidance=None, combinations=None):
+def check_tiny(folder=TINY, seed=0, steps=None, guidance=None, combinations=None, quantize=None):
     """Sample held-out prompts and judge them: {"prompts", "color", "background", "shape", "motion", "samples"}; shares of 1.
 
     combinations: all 48 held-out ones unless given. A share counts clips whose word is right; "color_and_background" and "all" count
-    clips where those words are right together. Logs one line per clip.
+    clips where those words are right together. Logs one line per clip. quantize: a mode of `QUANTIZATIONS`; the model is then also run
+    without, from the same noise: "unquantized" holds its shares, and "psnr" of each sample how near its frames come, in dB.
     """
-    combinations, samples = shapes.held_out() if combinations is None else combinations, []
-    for combination, prompt, clip in draw(combinations, folder, seed, num_inference_steps=steps, guidance_scale=guidance):
-        verdict = shapes.judge(clip.frames)
-        right = shapes.marks(verdict, combination)
-        seen = {word: getattr(verdict, word) for word in WORDS}
-        samples.append({"prompt": prompt, "seen": seen, "right": right, "travel": [round(x, 1) for x in verdict.travel]})
-        logger.info("%s: %s", prompt, ", ".join(f"{word} {seen[word]}{'' if right[word] else ' (wrong)'}" for word in WORDS))
+    combinations = shapes.held_out() if combinations is None else combinations
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance}
+    modes = [quantize, None] if quantize else [None]
+    runs = [draw(combinations, folder, seed, quantize=mode, **settings) for mode in modes]
+    samples, plain = [], []
+    for (combination, prompt, clip), *others in zip(*runs, strict=True):
+        samples.append(_judged(combination, prompt, clip))
+        for *_, other in others:
+            plain.append(_judged(combination, f"unquantised: {prompt}", other))
+            samples[-1]["psnr"] = round(_psnr(clip.frames, other.frames), 2)
+    used = {"seed": seed, "steps": clip.settings.num_inference_steps, "guidance": clip.settings.guidance_scale}
+    compared = {"quantize": quantize, "unquantized": _shares(plain)} if quantize else {}
+    return {"prompts": len(samples), **_shares(samples), **used, **compared, "samples": samples}
+
+
+def _judged(combination, prompt, clip):
+    verdict = shapes.judge(clip.frames)
+    right = shapes.marks(verdict, combination)
+    seen = {word: getattr(verdict, word) for word in WORDS}
+    logger.info("%s: %s", prompt, ", ".join(f"{word} {seen[word]}{'' if right[word] else ' (wrong)'}" for word in WORDS))
+    return {"prompt": prompt, "seen": seen, "right": right, "travel": [round(x, 1) for x in verdict.travel]}
+
+
+def _shares(samples):
     share = {word: sum(s["right"][word] for s in samples) / len(samples) for word in WORDS}
     share["color_and_background"] = sum(s["right"]["color"] and s["right"]["background"] for s in samples) / len(samples)
     share["all"] = sum(all(s["right"].values()) for s in samples) / len(samples)
-    settings = {"seed": seed, "steps": clip.settings.num_inference_steps, "guidance": clip.settings.guidance_scale}
-    return {"prompts": len(samples), **share, **settings, "samples": samples}
+    return share
+
+
+def _psnr(frames, others):
+    """Of two uint8 videos, in dB; at most that of one pixel one level apart."""
+    error = (frames.double() - others.double()).square().sum().clamp_min(1.0) / frames.numel()
+    return 10 * math.log10(255**2 / error.item())

@@ -50,9 +50,11 @@ class Settings:
     precision: str = "fp32"
     vae_policy: str = "global"
     cache: str = "none"
+    expanded_prompt: str = ""  # what the language model made of the prompt, where it was asked to
     image: str = ""  # where the first frame, or the picture to edit, came from
     last_image: str = ""
     lora: tuple[str, ...] = ()  # "path:scale" of those that were active
+    quantization: str = ""  # of the transformer
     fps: int = 24
     model: str = ""
 
@@ -85,7 +87,8 @@ def complete(preset: Preset, name: str, prompts: list[str], seed: int, given: Ma
 
     Raises TypeError for names that are no settings, ValueError for values that do not fit each other or the checkpoint.
     """
-    known = [field.name for field in fields(Settings) if field.name not in ("prompt", "seed", "fps", "model", "lora")]
+    settled = ("prompt", "expanded_prompt", "seed", "fps", "model", "lora", "quantization")  # elsewhere
+    known = [field.name for field in fields(Settings) if field.name not in settled]
     for word in given:
         if word not in known:
             near = difflib.get_close_matches(word, known, n=1) or known

@@ -98,12 +98,12 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(image.cpu()[None], (height, width), mode="bilinear", antialias=True)[0]
 
 
-def latent_of(image: Tensor, vae: HunyuanVideoVAE | ImageVAE, seed: int) -> Tensor:
+def latent_of(image: Tensor, vae: HunyuanVideoVAE | ImageVAE, seed: int, memory_budget: int | None = None) -> Tensor:
     """The scaled latent [1, 1, H/8, W/8, C] of uint8 [3, H, W], sampled from its posterior by `seed`.
 
     It serves for any frame: a later latent holds four frames, but borders in time repeat, so all latents of a still video are equal.
     """
-    pixels = (image.float() / 127.5 - 1).to(vae.device, vae.dtype)[None, :, None]  # [1, 3, 1, H, W]
-    mean, logvar = vae.encode(pixels)
+    limits = {} if memory_budget is None else {"memory_budget": memory_budget}  # an image VAE knows none
+    mean, logvar = vae.encode(image[None, :, None], **limits)  # [1, 3, 1, H, W]
     latent = sample_posterior(mean.float(), logvar.float(), torch.Generator().manual_seed(seed))
     return latent.permute(0, 2, 3, 4, 1) * vae.config.scaling_factor

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from .vae_stages import pixels
 from .weights import find_weights, read_headers
 
 
@@ -33,10 +34,10 @@ class ImageVAE(nn.Module):
         return self.vae.device
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance [B, C, 1, H/8, W/8] of the latents of `video` [B, 3, 1, H, W] in -1..1."""
+        """Mean and log variance [B, C, 1, H/8, W/8] of the latents of `video` [B, 3, 1, H, W], in -1..1 or uint8."""
         if video.dim() != 5 or video.shape[1:3] != (3, 1):
             raise ValueError(f"an image VAE encodes [B, 3, 1, H, W], got {list(video.shape)}; give it one frame")
-        posterior = self.vae.encode(video[:, :, 0]).latent_dist
+        posterior = self.vae.encode(pixels(video[:, :, 0], self.vae.encoder.conv_in.weight)).latent_dist
         return posterior.mean[:, :, None], posterior.logvar[:, :, None]
 
     def decode_frames(self, latents: Tensor, policy: str = "global", tiles: None = None, memory_budget: int | None = None,

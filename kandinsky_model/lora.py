@@ -29,42 +29,28 @@ _NAME = re.compile(r"(.+)\.lora_([AB])(\.\w+)?\.weight")
 _log = logging.getLogger(__name__)
 
 
-class AdaptedLinear(Linear):
-    """A linear layer with low-rank additions. Weight and bias stay the layer's own; adapters are not in the state dict."""
+class Additions(nn.Module):
+    """What adapters add to one linear layer: low-rank matrices by name. They move with the layer and are in no state dict."""
 
-    def __init__(self, base: Linear):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.weight, self.bias = base.in_features, base.out_features, base.weight, base.bias
-        self.additions: dict[str, tuple[Tensor, Tensor]] = {}  # down [r, in], up [out, r] times alpha / r
-        self.scales: dict[str, float] = {}
-        self.train(base.training)
+    def __init__(self):
+        super().__init__()
+        self.matrices: dict[str, tuple[Tensor, Tensor]] = {}  # down [r, in], up [out, r] times alpha / r
+        self.scales: dict[str, float] = {}  # of those that are active
 
-    def forward(self, x: Tensor, rows: slice = ALL) -> Tensor:
-        y = super().forward(x, rows)
+    def forward(self, x: Tensor, y: Tensor, rows: slice = ALL) -> Tensor:
         for name, scale in self.scales.items():
-            down, up = self.additions[name]
+            down, up = self.matrices[name]
             y = y + scale * F.linear(F.linear(x, down.to(x)), up[rows].to(x))
         return y
 
-    def _apply(self, fn, recurse: bool = True) -> AdaptedLinear:
-        super()._apply(fn, recurse)
-        self.additions = {name: (fn(down), fn(up)) for name, (down, up) in self.additions.items()}
+    def _apply(self, fn, recurse: bool = True) -> Additions:
+        self.matrices = {name: (fn(down), fn(up)) for name, (down, up) in self.matrices.items()}
         return self
 
-    @torch.no_grad()
-    def merge(self) -> Linear:
-        """A plain layer on the same parameters with the active additions in its weight, which is rounded once."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        change = sum(scale * self.additions[name][1].to(wide) @ self.additions[name][0].to(wide) for name, scale in self.scales.items())
-        if self.scales:
-            self.weight.copy_(self.weight.to(wide) + change)  # in place: the weight may be a part of a larger tensor
-        return self.plain()
-
-    def plain(self) -> Linear:
-        """A plain layer on the same parameters, without the additions."""
-        layer = Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        layer.weight, layer.bias = self.weight, self.bias
-        return layer.train(self.training)
+    def change(self) -> Tensor:
+        """What the active ones together add to the weight, in at least fp32."""
+        pairs = ((scale, *self.matrices[name]) for name, scale in self.scales.items())
+        return sum(scale * _wide(up) @ _wide(down) for scale, down, up in pairs)
 
 
 @dataclass(frozen=True)
@@ -103,10 +89,11 @@ class Adapters:
             tensors = {module: (source.get_tensor(a), source.get_tensor(b)) for module, (a, b) in pairs.items()}
         alpha = _alpha(file)
         for module, (down, up) in tensors.items():
-            layer = self._adapted(module)
+            layer = self.network.get_submodule(module)
+            layer.additions = layer.additions or Additions()
             device = layer.weight.device
             strength = 1.0 if alpha is None else alpha / down.shape[0]
-            layer.additions[name] = (down.to(device), (up.float() * strength).to(device, up.dtype))
+            layer.additions.matrices[name] = (down.to(device), (up.float() * strength).to(device, up.dtype))
         self.loaded[name] = Adapter(str(path), name, tuple(tensors), max(down.shape[0] for down, _ in tensors.values()),
                                     metadata.get("trigger", "") if trigger is None else trigger)
         self.set({**self.scales, name: scale})
@@ -120,17 +107,24 @@ class Adapters:
                 raise ValueError(f"an adapter must be one of {', '.join(self.loaded) or 'none yet'}, got {name!r}; load it first")
             _check_scale(name, scale)
         self.scales = {name: scale for name, scale in scales.items() if scale}
-        for layer in self._layers().values():
-            layer.scales = {name: scale for name, scale in self.scales.items() if name in layer.additions}
+        for layer in self._layers():
+            layer.additions.scales = {name: scale for name, scale in self.scales.items() if name in layer.additions.matrices}
 
     def merge(self) -> None:
-        """Put the active adapters into the weights for good and forget all; the triggers of the merged ones stay."""
-        self._replace(AdaptedLinear.merge)
+        """Put the active adapters into the weights for good and forget all; the triggers of the merged ones stay.
+
+        A quantised weight is quantised anew with the sum: its steps swallow part of a small change, which a layer with additions does not.
+        """
+        for layer in self._layers():
+            if layer.additions.scales:
+                layer.add(layer.additions.change())
+            layer.additions = None
         self.loaded = {name: adapter for name, adapter in self.loaded.items() if name in self.scales}
 
     def remove(self) -> None:
         """Forget all adapters, as if none had been loaded."""
-        self._replace(AdaptedLinear.plain)
+        for layer in self._layers():
+            layer.additions = None
         self.loaded, self.scales = {}, {}
 
     def prompt(self, prompt: str) -> str:
@@ -142,23 +136,13 @@ class Adapters:
         """"path:scale" of the active adapters, as the command line takes them."""
         return tuple(f"{self.loaded[name].path}:{scale:g}" for name, scale in self.scales.items())
 
-    def _layers(self) -> dict[str, AdaptedLinear]:
-        return {name: layer for name, layer in (self.network.named_modules() if self.network else ()) if isinstance(layer, AdaptedLinear)}
+    def _layers(self) -> list[Linear]:
+        modules = self.network.modules() if self.network else ()
+        return [layer for layer in modules if isinstance(layer, Linear) and layer.additions is not None]
 
-    def _adapted(self, module: str) -> AdaptedLinear:
-        layer = self.network.get_submodule(module)
-        if not isinstance(layer, AdaptedLinear):
-            layer = AdaptedLinear(layer)
-            self._put(module, layer)
-        return layer
 
-    def _put(self, module: str, layer: nn.Module) -> None:
-        parent, _, child = module.rpartition(".")
-        setattr(self.network.get_submodule(parent), child, layer)
-
-    def _replace(self, how) -> None:
-        for module, layer in self._layers().items():
-            self._put(module, how(layer))
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check_scale(name: str, scale: float) -> None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +68,11 @@ def layout(tensors: Sequence[Tensor]) -> tuple[list[Spot], int]:
     spots, end, last = {}, 0, (None, 0, 0)  # the storage, and its bytes that the piece's current region begins and ends with
     for storage, offset, size, i in sorted(spans):
         if storage != last[0] or offset >= last[2]:
-            end = begin = -(-end // ALIGNMENT) * ALIGNMENT
-            last = (storage, offset, offset)
+            begin, last = end, (storage, offset, offset)
         tensor = tensors[i]
         spots[i] = Spot(begin + offset - last[1], size, tensor.dtype, tuple(tensor.shape), tensor.stride())
         last = (storage, last[1], max(last[2], offset + size))
-        end = begin + last[2] - last[1]
+        end = begin + -(-(last[2] - last[1]) // ALIGNMENT) * ALIGNMENT  # whatever follows, so that no order changes the size
     return [spots[i] for i in range(len(tensors))], end
 
 
@@ -87,13 +86,16 @@ def pin(memory: Tensor) -> bool:
     if code == 0:
         weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
         return True
-    _log.warning("%.3g GB of pinned host memory cannot be had (CUDA error %d), so copies of weights hold up the computation; "
-                 "close other programs, or raise the limit of locked memory (ulimit -l)", memory.numel() * memory.itemsize / 1e9, code)
-    try:
+    _warn(code)
+    with suppress(RuntimeError):
         torch.zeros(1, device="cuda")  # CUDA reports an error once more, to whatever is launched next
-    except RuntimeError:
-        pass
     return False
+
+
+@cache
+def _warn(code: int) -> None:
+    _log.warning("pinned host memory cannot be had (CUDA error %d), so copies of weights hold up the computation; close other programs, or "
+                 "raise the limit of locked memory (ulimit -l)", code)
 
 
 class Piece:
@@ -140,13 +142,13 @@ class Store:
     @property
     def size(self) -> int:
         """Bytes of a flat copy."""
-        return sum(-(-piece.size // ALIGNMENT) * ALIGNMENT for piece in self.pieces)
+        return sum(piece.size for piece in self.pieces)
 
     def _parts(self, buffer: Tensor) -> Iterator[tuple[Piece, Tensor]]:
         start = 0
         for piece in self.pieces:
             yield piece, buffer.narrow(0, start, piece.size)
-            start += -(-piece.size // ALIGNMENT) * ALIGNMENT
+            start += piece.size
 
     def copy_to(self, buffer: Tensor) -> None:
         """Begin to fill `buffer`, uint8 on a device, in the order of the current stream."""
@@ -177,14 +179,14 @@ class LayerStream:
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, len(stores)))]
         self.holds: list[int | None] = [None] * len(self.buffers)
         self.slot, self.active = len(self.buffers) - 1, None  # the buffer used last, and the layer that computes
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copies = _copy_stream(device)
         self.filled, self.free = ([self._event() for _ in self.buffers] for _ in range(2))
         for event in self.free:  # of what the allocator gave us, and whoever had it before
             self._record(event)
         self.handles = []
         for i, layer in enumerate(layers):
             self.handles.append(layer.register_forward_pre_hook(partial(self._enter, i)))
-            self.handles.append(layer.register_forward_hook(self._leave, always_call=True))
+            self.handles.append(layer.register_forward_hook(self._leave))
 
     def close(self) -> None:
         """Leave the layers in host memory, as they were, and give the buffers back."""
@@ -196,7 +198,7 @@ class LayerStream:
         self.buffers.clear()
 
     def _enter(self, i: int, *_) -> None:
-        self._leave()  # whoever was interrupted
+        self._leave()  # whichever layer was interrupted
         self._fetch(i)
         self.slot, self.active = self.holds.index(i), i
         if self.copies:
@@ -231,6 +233,10 @@ class LayerStream:
             event.record(torch.cuda.current_stream(self.device))
 
 
+def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
 class Offload:
     """A network whose weights live in host memory, and on the device only inside `on_device`.
 
@@ -240,15 +246,17 @@ class Offload:
 
     def __init__(self, network: nn.Module, device: torch.device):
         self.network, self.device = network, device
-        self.layers, pinned = list(getattr(network, "layers", ())), device.type == "cuda"
-        once = list(getattr(network, "once", ()))
-        self.stores = [Store([layer], once, pinned) for layer in self.layers]
-        self.rest = Store([network], [*self.layers, *once], pinned)
+        self.layers, self.once = (list(getattr(network, name, ())) for name in ("layers", "once"))
+        pinned = device.type == "cuda"
+        self.stores = [Store([layer], self.once, pinned) for layer in self.layers]
+        self.rest = Store([network], [*self.layers, *self.once], pinned)
 
     @contextmanager
     def on_device(self, resident: int) -> Iterator[nn.Module]:
         """The network, ready to run: all on the device but its layers, of which as many as `resident` stay and the others are streamed."""
         stores = [self.rest, *self.stores]
+        for module in self.once:
+            module.to("cpu")
         for store in stores:
             store.refresh()
         streamed = streamed_layers(len(self.layers), resident)
@@ -266,6 +274,29 @@ class Offload:
                 stream.close()
             for store in stores:
                 store.leave()
+
+
+class LateOffload:
+    """`Offload` for an encoder that reads its networks when they are first needed, and is told by `placing` where to bring them."""
+
+    def __init__(self, encoder: nn.Module, device: torch.device):
+        self.encoder, self.device, self.hosted = encoder, device, {}
+
+    @contextmanager
+    def on_device(self, resident: int) -> Iterator[nn.Module]:
+        """The encoder, ready to run; each network is on the device from when it is needed to the end, as in `Offload.on_device`."""
+        there = set()
+        with ExitStack() as stack:
+            def place(network: nn.Module) -> nn.Module:
+                if id(network) not in self.hosted:
+                    self.hosted[id(network)] = Offload(network, self.device)
+                if id(network) not in there:
+                    stack.enter_context(self.hosted[id(network)].on_device(resident))
+                    there.add(id(network))
+                return network
+
+            with self.encoder.placing(self.device, place):
+                yield self.encoder
 
 
 def streamed_layers(count: int, resident: int) -> list[int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts to embeddings: what the diffusion transformer reads, behind one method, `encode(list of str) -> TextEmbeddings`."""
+"""Prompts to embeddings: what the diffusion transformer reads, behind one method, `encode(prompts, kind, images) -> TextEmbeddings`."""
 
 from __future__ import annotations
 
@@ -72,6 +72,10 @@ class TinyTextEncoder(nn.Module):
         if not prompts:
             raise ValueError("encode needs at least one prompt, got an empty list; the empty prompt is ['']")
         return self([self.tokens(prompt) for prompt in prompts])
+
+    def expand(self, *_) -> str:
+        """There is no language model to write with: raises ValueError."""
+        raise ValueError("a prompt is expanded by the language model of a released checkpoint, which tiny lacks; leave expand_prompt out")
 
     def forward(self, sequences: list[list[int]]) -> TextEmbeddings:
         """Token indices, one non-empty list per prompt -> TextEmbeddings."""

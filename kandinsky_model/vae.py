@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kandinsky_kernels as ops
-
 from .config import VAEConfig
-from .memory import Accounting, DecodePlan, choose, decode_within, ladder, plans
+from .memory import Accounting, StreamPlan, choose, ladder, plans, stream_within
 from .tiles import TilePlan, tiled
-from .vae_stream import stages_of
+from .vae_stages import pixels
+from .vae_stream import Chain, decoding, encoding
 
 POLICIES = ("global", "official", "preview")
 _EPS = 1e-6
@@ -26,25 +25,14 @@ _log = logging.getLogger(__name__)
 
 
 class CausalConv3d(nn.Module):
-    """3-D convolution of [B, C, T, Y, X]: borders repeat, and output frame t sees input frames <= t (times the stride) only.
-
-    `forward(x, norm)` convolves silu(norm(x)); without autograd that is written straight into the padded, channels-last input of the
-    convolution: one new buffer instead of three.
-    """
+    """3-D convolution of [B, C, T, Y, X]: borders repeat, and output frame t sees input frames <= t (times the stride) only."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)):
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
         self.padding = (kernel // 2,) * 4 + (kernel - 1, 0)
 
-    def forward(self, x: Tensor, norm: nn.GroupNorm | None = None) -> Tensor:
-        if norm is not None and not torch.is_grad_enabled():
-            rows = x.permute(0, 2, 3, 4, 1).contiguous()  # [B, T, Y, X, C]
-            affine = ops.group_affine(ops.group_moments(rows, norm.num_groups), norm.weight, norm.bias, norm.eps)
-            out = ops.causal_conv3d(ops.group_norm_silu(rows, *affine), self.conv.weight, self.conv.bias)
-            return out.permute(0, 4, 1, 2, 3)  # [B, C', T', Y', X']
-        if norm is not None:
-            x = F.silu(norm(x))
+    def forward(self, x: Tensor) -> Tensor:
         if any(self.padding):
             x = F.pad(x, self.padding, mode="replicate")  # [B, C, T + 2, Y + 2, X + 2]
         return self.conv(x)  # [B, C', T', Y', X']
@@ -62,7 +50,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = CausalConv3d(in_channels, out_channels, kernel=1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv2(self.conv1(x, self.norm1), self.norm2)
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
         return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -209,7 +197,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(self.mid_block(x), self.conv_norm_out)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -228,7 +216,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(x, self.conv_norm_out)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class HunyuanVideoVAE(nn.Module):
@@ -255,19 +243,27 @@ class HunyuanVideoVAE(nn.Module):
     def device(self) -> torch.device:
         return self.post_quant_conv.weight.device
 
-    def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, video: Tensor, memory_budget: int | None = None, notify: Callable[[str], None] | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latents of `video` [B, 3, F, H, W]; both [B, latent_channels, T, H/8, W/8].
 
-        The mean is the posterior's mode; `sample_posterior` draws from it. ValueError unless F = 4 (T - 1) + 1 and H, W
-        are positive multiples of 8.
+        The mean is the posterior's mode; `sample_posterior` draws from it. The video is streamed: it may lie on the CPU in any dtype, and
+        only a few frames at a time go to the weights' device and dtype. uint8 is scaled, x / 127.5 - 1; floats are taken as they are.
+        memory_budget, notify: as for `decode_frames`; no bit of the result depends on them. Where gradients are recorded, the whole
+        encoder runs at once instead. ValueError unless F = 4 (T - 1) + 1 and H, W are positive multiples of 8, or for a budget too small.
         """
-        _check(video, "video", "3, F, H, W")
+        _check(video, "video", "3, F, H, W", torch.uint8)
         frames, height, width = video.shape[2:]
         if frames % 4 != 1 or height % 8 or width % 8:
             raise ValueError(
                 f"video must have 4k+1 frames and sides divisible by 8, got {frames} frames of {height}x{width}: crop or resize it"
             )
-        mean, logvar = self.quant_conv(self.encoder(video)).chunk(2, dim=1)  # [B, C, T, H/8, W/8]
+        if _recorded(video, self.encoder):
+            moments = self.encoder(pixels(video, self.quant_conv.weight))
+        else:
+            chain = encoding(self.encoder)
+            schemes = plans(chain, video.shape, memory_budget)
+            moments = torch.cat(list(stream_within(chain, video, schemes, notify or _log.debug)), dim=2)
+        mean, logvar = self.quant_conv(moments).chunk(2, dim=1)  # [B, C, T, H/8, W/8]
         return mean.contiguous(), logvar.contiguous()
 
     def decode(self, latents: Tensor, policy: str = "global", tiles: TilePlan | None = None, memory_budget: int | None = None) -> Tensor:
@@ -284,7 +280,7 @@ class HunyuanVideoVAE(nn.Module):
         "global": the decoder once, over the whole latent, streamed. "official": the published pipeline's overlapping tiles, each with
         its own statistics, under `tiles` or, without, `TilePlan.for_frame` of the frame; the whole frame always comes out.
         "preview": colours only, see `preview`. The three are different functions; none depends on the budget.
-        memory_budget: bytes that decoding (of one tile) may use, counted as `DecodePlan` does; None: a GPU's free memory, on the CPU no
+        memory_budget: bytes that decoding (of one tile) may use, counted as `StreamPlan` does; None: a GPU's free memory, on the CPU no
         limit. Out of memory nevertheless, it goes on in the next smaller scheme. notify: is told the scheme and such events.
         Where gradients are recorded, the whole decoder runs at once instead.
         ValueError for a wrong shape, policy or budget, for latents that are not finite, or for tiles given to another policy.
@@ -299,19 +295,27 @@ class HunyuanVideoVAE(nn.Module):
             raise ValueError("latents must be finite, got NaN or infinity: sample them again")
         if policy == "preview":
             return iter([self.preview(latents)])
-        decode = self._decoding(memory_budget, notify or _log.debug, latents.requires_grad)
+        decode = self._decoding(memory_budget, notify or _log.debug, _recorded(latents, self.decoder))
         if policy == "global":
             return decode(latents)
         tiles = tiles or TilePlan.for_frame(8 * latents.shape[3], 8 * latents.shape[4])
         decode(tiles.largest(latents))  # begins nothing, but refuses a budget that is too small
         return tiled(latents, tiles, lambda tile: torch.cat(list(decode(tile)), dim=2))
 
-    def _decoding(self, memory_budget: int | None, notify: Callable[[str], None], grad: bool) -> Callable[[Tensor], Iterator[Tensor]]:
+    def _decoding(self, memory_budget: int | None, notify: Callable[[str], None], plain: bool) -> Callable[[Tensor], Iterator[Tensor]]:
         """What decodes latents, or a tile of them, in one go."""
-        if torch.is_grad_enabled() and (grad or any(p.requires_grad for p in self.decoder.parameters())):
+        if plain:
             return lambda latents: iter([self.decoder(self.post_quant_conv(latents))])
-        stages = stages_of(self.decoder, self.post_quant_conv)  # once, as they hold folded weights
-        return lambda latents: decode_within(stages, latents, plans(stages, latents, memory_budget), notify)
+        chain = decoding(self.decoder, self.post_quant_conv)  # once, as it holds folded weights
+        return lambda latents: stream_within(chain, latents, plans(chain, latents.shape, memory_budget), notify)
+
+    def decode_plans(self, latent_shape: tuple[int, ...]) -> list[StreamPlan]:
+        """The ways to decode latents of this shape, fastest first, each needing less memory than all before it."""
+        return ladder(Accounting(decoding(self.decoder, self.post_quant_conv), latent_shape))
+
+    def encode_plans(self, video_shape: tuple[int, ...]) -> list[StreamPlan]:
+        """The ways to encode a video of this shape, as above."""
+        return ladder(Accounting(encoding(self.encoder), video_shape))
 
     @torch.no_grad()
     def preview(self, latents: Tensor) -> Tensor:
@@ -340,16 +344,31 @@ class HunyuanVideoVAE(nn.Module):
 
 
 def decode_plan(config: VAEConfig, latent_shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16,
-                memory_budget: int | None = None) -> DecodePlan:
+                memory_budget: int | None = None) -> StreamPlan:
     """How latents [B, C, T, Y, X] of this shape would be decoded within `memory_budget` bytes; ValueError where they cannot be."""
+    return _plan(decoding, Decoder, config, latent_shape, dtype, memory_budget)
+
+
+def encode_plan(config: VAEConfig, video_shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16,
+                memory_budget: int | None = None) -> StreamPlan:
+    """How a video [B, 3, F, H, W] of this shape would be encoded within `memory_budget` bytes; ValueError where it cannot be."""
+    return _plan(encoding, Encoder, config, video_shape, dtype, memory_budget)
+
+
+def _plan(chain: Callable[[nn.Module], Chain], network: type, config: VAEConfig, shape: tuple[int, ...], dtype: torch.dtype,
+          memory_budget: int | None) -> StreamPlan:
     with torch.device("meta"):
-        stages = stages_of(Decoder(config).to(dtype), nn.Conv3d(config.latent_channels, config.latent_channels, 1))
-    return choose(ladder(Accounting.of(stages, latent_shape, dtype)), memory_budget)[0]
+        return choose(ladder(Accounting(chain(network(config).to(dtype)), shape)), memory_budget)[0]
 
 
-def _check(x: Tensor, name: str, shape: str) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must have a float dtype, got {x.dtype}: convert it first")
+def _recorded(x: Tensor, network: nn.Module) -> bool:
+    """Whether autograd would record what `network` makes of `x`."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in network.parameters()))
+
+
+def _check(x: Tensor, name: str, shape: str, *others: torch.dtype) -> None:
+    if not x.is_floating_point() and x.dtype not in others:
+        raise TypeError(f"{name} must have {' or '.join(('a float dtype', *map(str, others)))}, got {x.dtype}: convert it first")
     if x.ndim != 5 or str(x.shape[1]) != shape.split(",")[0] or 0 in x.shape:
         raise ValueError(f"{name} must be a non-empty [B, {shape}], got {list(x.shape)}: permute or crop it to that shape")
 

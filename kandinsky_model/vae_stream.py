@@ -1,318 +1,108 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder as a chain of streaming stages, so that a whole video decodes exactly in bounded memory.
+"""Encoder and decoder as chains of streaming stages, so that a whole video passes exactly in bounded memory.
 
 GroupNorm with known statistics is a scale and a shift per channel, convolutions need two earlier frames, attention the keys and values
 of earlier frames: given the statistics, chunks of frames can flow through any number of stages. The statistics of a stage's input need
 a pass of their own, from the nearest input that is kept in memory. What is kept is the caller's choice (`memory.py`) and decides bytes
-and recomputation, but not one bit of the result: chunks are cut by the latent's size alone, so every operator always sees the same
+and recomputation, but not one bit of the result: chunks are cut by the video's size alone, so every operator always sees the same
 shapes, and statistics are per frame and combined in order.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kandinsky_kernels as ops
 
-from . import vae_pairs
-
-# A chunk has as many frames as it takes to reach this many positions: below it convolutions repack their weights for too little work.
-POSITIONS = 4096
-
-
-class Chunk:
-    """Consecutive frames on their way: `x` [B, f, Y, X, C], and inside a resnet the `skip` that will be added to it.
-
-    Stages take tensors out and put others in; nobody else holds them, so a tensor is freed the moment it has served.
-    """
-
-    __slots__ = ("x", "skip")
-
-    def __init__(self, x: Tensor, skip: Tensor | None = None):
-        self.x, self.skip = x, skip
-
-    def take(self) -> Tensor:
-        x, self.x = self.x, None
-        return x
-
-    def move(self) -> Chunk:
-        """The same tensors in a new chunk, and none left in this one."""
-        moved = Chunk(self.x, self.skip)
-        self.x = self.skip = None
-        return moved
+from .vae_stages import (
+    Attend,
+    Chunk,
+    Convolve,
+    Enlarge,
+    Place,
+    Shrink,
+    Stage,
+    enlarging_lengths,
+    pixels,
+    pointwise,
+    shrinking_lengths,
+)
 
 
 @dataclass(frozen=True)
-class Place:
-    """What lies in front of a stage: all frames, and the longest chunk they come in. Sizes below are elements per sample."""
+class Chain:
+    """A network's layers in the order in which frames meet them.
 
-    frames: int
-    height: int
-    width: int
-    channels: int
-    chunk: int
-    skip: int = 0  # channels
-
-    @property
-    def area(self) -> int:
-        return self.height * self.width
-
-    @property
-    def chunk_size(self) -> int:
-        return self.chunk * self.area * (self.channels + self.skip)
-
-    @property
-    def size(self) -> int:
-        return self.frames * self.area * (self.channels + self.skip)
-
-    def padded(self, frames: int) -> int:
-        return frames * (self.height + 2) * (self.width + 2) * self.channels
-
-
-class Stage(ABC):
-    """One step of the chain. `flow` transforms a stream of chunks; the rest is its arithmetic, in elements per sample and FLOPs.
-
-    norm: the GroupNorm whose statistics over all frames `flow` needs, as `affine`.
+    doing: "encoding" or "decoding". lengths: of the chunks that frames (their number, height and width) are cut into at the beginning.
     """
 
-    norm: nn.GroupNorm | None = None
+    doing: str
+    stages: list[Stage]
+    lengths: Callable[[int, int, int], list[int]]
 
-    @abstractmethod
-    def flow(self, stream: Iterable[Chunk], affine: tuple[Tensor, Tensor] | None, frames: int) -> Iterator[Chunk]:
-        """The stream behind this stage, whose input has `frames` frames in all."""
+    @property
+    def weight(self) -> Tensor:
+        """One of the weights, for their dtype and device."""
+        return self.stages[0].conv.weight
 
-    def after(self, place: Place) -> Place:
-        """What lies behind this stage when `place` lies in front of it."""
-        return place
-
-    @abstractmethod
-    def cache(self, place: Place) -> int:
-        """What it keeps from chunk to chunk."""
-
-    @abstractmethod
-    def work(self, place: Place) -> int:
-        """The most it holds of one chunk beside its cache, input and output included."""
-
-    def held(self, place: Place) -> int:
-        """What it holds of a chunk while later stages work."""
-        return 0
-
-    def weights(self) -> int:
-        """What it adds to the model's own weights."""
-        return 0
-
-    @abstractmethod
-    def flops(self, place: Place) -> int:
-        """Its arithmetic on the whole video."""
+    def places(self, channels: int, frames: int, height: int, width: int) -> list[Place]:
+        """What lies in front of every stage, and behind the last."""
+        places = [Place(frames, height, width, channels, max(self.lengths(frames, height, width)))]
+        for stage in self.stages:
+            places.append(stage.after(places[-1]))
+        return places
 
 
-class Convolve(Stage):
-    """[1x1x1 convolution,] [norm, SiLU,] 3x3x3 convolution; `opens` or `closes` a resnet's detour."""
-
-    def __init__(self, conv: nn.Module, norm: nn.GroupNorm | None = None, before: nn.Conv3d | None = None,
-                 shortcut: nn.Module | None = None, detour: str = ""):
-        self.conv, self.norm, self.before, self.detour = conv.conv, norm, before, detour
-        self.shortcut = None if shortcut is None else shortcut.conv
-
-    def flow(self, stream: Iterable[Chunk], affine: tuple[Tensor, Tensor] | None, frames: int) -> Iterator[Chunk]:
-        front, taps = None, None
-        for chunk in stream:
-            x = chunk.take() if self.before is None else _pointwise(chunk.take(), self.before)
-            if front is None and vae_pairs.suits(self.conv, x.shape[2] * x.shape[3]):
-                taps = vae_pairs.taps_of(self.conv.weight)
-            padded = ops.group_norm_silu(x, *affine, front) if affine else pad(x, front, 2)
-            if self.detour == "opens":
-                chunk.skip = x if self.shortcut is None else _pointwise(x, self.shortcut)
-            del x
-            first, front = front is None, _keep(front, padded, 2)
-            if taps is None:
-                chunk.x = ops.causal_conv3d(padded, self.conv.weight, self.conv.bias)  # [B, f, Y, X, C']
-            else:
-                chunk.x = vae_pairs.convolve(padded, taps, self.conv.bias, first)
-            del padded
-            if self.detour == "closes":
-                chunk.x.add_(chunk.skip)
-                chunk.skip = None
-            yield chunk
-
-    def after(self, place: Place) -> Place:
-        return replace(place, channels=self.conv.out_channels, skip=self.conv.out_channels if self.detour == "opens" else 0)
-
-    def cache(self, place: Place) -> int:
-        return place.padded(2) + (vae_pairs.kernel_elements(self.conv) if vae_pairs.suits(self.conv, place.area) else 0)
-
-    def work(self, place: Place) -> int:
-        # while it normalises (and crosses the shortcut), or while it convolves
-        padded, out = place.padded(place.chunk + 2), place.chunk * place.area * self.conv.out_channels
-        crossing = out if self.shortcut is not None else 0
-        skip = out if self.detour == "opens" else place.chunk * place.area * place.skip
-        pairs = vae_pairs.suits(self.conv, place.area)
-        extra = vae_pairs.work_elements(place.padded(1), place.area, self.conv) if pairs else 0
-        return padded + max(place.chunk_size + crossing, out + skip + extra)
-
-    def flops(self, place: Place) -> int:
-        taps = [(self.conv.in_channels, 27), *((conv.in_channels, 1) for conv in (self.shortcut, self.before) if conv is not None)]
-        return 2 * place.frames * place.area * self.conv.out_channels * sum(channels * count for channels, count in taps)
-
-
-class Attend(Stage):
-    """The frame-causal attention of the middle, whose keys and values are kept for all frames."""
-
-    def __init__(self, attention: nn.Module):
-        self.attention, self.norm = attention, attention.group_norm
-
-    def flow(self, stream: Iterable[Chunk], affine: tuple[Tensor, Tensor] | None, frames: int) -> Iterator[Chunk]:
-        layer, keys, first = self.attention, None, 0
-        scale, shift = (v[:, None, None] for v in affine)  # [B, 1, 1, C]
-        for chunk in stream:
-            x = chunk.take()
-            batch, channels, last = x.shape[0], x.shape[-1], first + x.shape[1]
-            tokens = torch.addcmul(shift, x.flatten(2, 3), scale).to(x.dtype)  # [B, f, P, C]
-            if keys is None:
-                keys, values = (tokens.new_empty(batch, frames, tokens.shape[2], channels) for _ in range(2))
-            keys[:, first:last], values[:, first:last] = layer.to_k(tokens), layer.to_v(tokens)
-            out = ops.frame_causal_attention(layer.to_q(tokens), keys[:, :last], values[:, :last], first)  # [B, f, P, C]
-            chunk.x = layer.to_out[0](out).view_as(x).add_(x)
-            first = last
-            del x, tokens, out
-            yield chunk
-
-    def cache(self, place: Place) -> int:
-        return 2 * place.size
-
-    def work(self, place: Place) -> int:
-        return 4 * place.chunk_size
-
-    def flops(self, place: Place) -> int:
-        pairs = place.area**2 * place.frames * (place.frames + 1) // 2
-        return 4 * pairs * place.channels + 8 * place.frames * place.area * place.channels**2
-
-
-class Enlarge(Stage):
-    """The folded upsampling convolution: phase by phase, a short run of frames at a time."""
-
-    def __init__(self, upsample: nn.Module):
-        self.upsample, self.front, self._folded = upsample, 3 - upsample.factors[0], None
-        self.pairs = self.front == 2 and vae_pairs.suits(upsample.conv.conv)  # three taps in time
-
-    def flow(self, stream: Iterable[Chunk], affine: tuple[Tensor, Tensor] | None, frames: int) -> Iterator[Chunk]:
-        if self._folded is None:
-            self._folded = self.upsample.folded()
-            if self.pairs:
-                self._folded = {phase: vae_pairs.taps_of(weight) for phase, weight in self._folded.items()}
-        front = None
-        for chunk in stream:
-            for x in chunk.x.split(_frames_of_chunk(*chunk.x.shape[2:4]), dim=1):
-                padded = pad(x, front, self.front)
-                piece = Chunk(self._phases(padded, first=front is None))
-                front = _keep(front, padded, self.front)
-                del padded
-                yield piece
-            x = chunk.x = None
-
-    def _phases(self, padded: Tensor, first: bool) -> Tensor:
-        """[B, f, 2Y, 2X, C] of padded frames; a later frame becomes two, of which the first looks further back."""
-        (time, up, across), (batch, frames, height, width, channels) = self.upsample.factors, padded.shape
-        count, single = frames - self.front, int(first and time == 2)
-        height, width = height - 2, width - 2
-        out = padded.new_empty(batch, time * count - single, up * height, across * width, channels)
-        for (t, y, z), weight in self._folded.items():
-            if single and t and count == 1:  # a single frame has no doubled one
-                continue
-            window = padded[:, t if single else 0 :, y : y + height + 3 - up, z : z + width + 3 - across]
-            place = t if single else time - 1 - t
-            bias, target = self.upsample.conv.conv.bias, out[:, place::time, y::up, z::across]
-            if self.pairs:
-                target.copy_(vae_pairs.convolve(window, weight, bias, first))
-            else:
-                target.copy_(ops.causal_conv3d(window, weight, bias))
-        return out
-
-    def after(self, place: Place) -> Place:
-        time, up, across = self.upsample.factors
-        chunk = min(place.chunk, _frames_of_chunk(place.height, place.width))
-        return Place(time * (place.frames - 1) + 1, up * place.height, across * place.width, place.channels,
-                     min(time * chunk, time * (place.frames - 1) + 1))
-
-    def held(self, place: Place) -> int:
-        return place.chunk_size
-
-    def cache(self, place: Place) -> int:
-        return place.padded(self.front)
-
-    def work(self, place: Place) -> int:
-        count = min(place.chunk, _frames_of_chunk(place.height, place.width))
-        phase = (2 * count + self.front) * place.area * place.channels  # its window and its result
-        return place.chunk_size + place.padded(count + self.front) + self.after(place).chunk_size + phase
-
-    def weights(self) -> int:
-        channels = self.upsample.conv.conv.in_channels
-        return channels**2 * _taps(self.upsample.factors) * (4 if self.pairs else 3) // 3
-
-    def flops(self, place: Place) -> int:
-        after = self.after(place)
-        taps = _taps(self.upsample.factors) // (self.upsample.factors[0] * self.upsample.factors[1] * self.upsample.factors[2])
-        return 2 * after.frames * after.area * place.channels**2 * taps
-
-
-def _taps(factors: tuple[int, int, int]) -> int:
-    """Taps of all phases together: two phases of two taps along a doubled axis, else three."""
-    count = 1
-    for factor in factors:
-        count *= 4 if factor == 2 else 3
-    return count
-
-
-def stages_of(decoder: nn.Module, post_quant: nn.Conv3d | None = None) -> list[Stage]:
-    """The decoder's layers in the order in which frames meet them."""
-    stages: list[Stage] = [Convolve(decoder.conv_in, before=post_quant)]
-
-    def add(resnet: nn.Module) -> None:
-        stages.append(Convolve(resnet.conv1, resnet.norm1, shortcut=resnet.conv_shortcut, detour="opens"))
-        stages.append(Convolve(resnet.conv2, resnet.norm2, detour="closes"))
-
-    middle = decoder.mid_block
-    add(middle.resnets[0])
-    stages.append(Attend(middle.attentions[0]))
-    add(middle.resnets[1])
+def decoding(decoder: nn.Module, post_quant: nn.Conv3d | None = None) -> Chain:
+    """From latents to video."""
+    before = None if post_quant is None else partial(pointwise, conv=post_quant)
+    stages: list[Stage] = [Convolve(decoder.conv_in, before=before), *_middle(decoder.mid_block)]
     for level in decoder.up_blocks:
-        for resnet in level.resnets:
-            add(resnet)
-        stages.extend(Enlarge(upsample) for upsample in level.upsamplers)
-    return [*stages, Convolve(decoder.conv_out, decoder.conv_norm_out)]
+        stages += [stage for resnet in level.resnets for stage in _resnet(resnet)] + [Enlarge(step) for step in level.upsamplers]
+    return Chain("decoding", [*stages, Convolve(decoder.conv_out, decoder.conv_norm_out)], enlarging_lengths)
 
 
-def places_of(stages: list[Stage], frames: int, height: int, width: int, channels: int) -> list[Place]:
-    """What lies in front of every stage, and behind the last, for latents of this size."""
-    places = [Place(frames, height, width, channels, min(frames, _frames_of_chunk(height, width)))]
-    for stage in stages:
-        places.append(stage.after(places[-1]))
-    return places
+def encoding(encoder: nn.Module) -> Chain:
+    """From video, anywhere and of any dtype that `pixels` takes, to moments before quant_conv."""
+    stages: list[Stage] = [Convolve(encoder.conv_in, before=partial(pixels, like=encoder.conv_in.conv.weight))]
+    for level in encoder.down_blocks:
+        stages += [stage for resnet in level.resnets for stage in _resnet(resnet)] + [Shrink(step) for step in level.downsamplers]
+    stages += [*_middle(encoder.mid_block), Convolve(encoder.conv_out, encoder.conv_norm_out)]
+    return Chain("encoding", stages, shrinking_lengths)
+
+
+def _middle(block: nn.Module) -> list[Stage]:
+    first, last = block.resnets
+    return [*_resnet(first), Attend(block.attentions[0]), *_resnet(last)]
+
+
+def _resnet(resnet: nn.Module) -> list[Stage]:
+    return [Convolve(resnet.conv1, resnet.norm1, shortcut=resnet.conv_shortcut, detour="opens"),
+            Convolve(resnet.conv2, resnet.norm2, detour="closes")]
 
 
 @torch.no_grad()
-def stream(stages: list[Stage], latents: Tensor, kept: tuple[bool, ...], affines: dict[int, tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-    """Decode `latents` [B, C, T, Y, X], yielding [B, 3, f, 8Y, 8X] in order during the last pass.
+def stream(chain: Chain, x: Tensor, kept: tuple[bool, ...], affines: dict[int, tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """What the chain makes of `x` [B, C, T, Y, X], in consecutive pieces [B, C', f, Y', X'] as the last pass goes on.
 
     kept: for every stage, whether its input is kept in memory. affines: scale and shift of the stages whose statistics are known
     already; those found here are added, so that another attempt need not find them again.
     """
-    frames = [place.frames for place in places_of(stages, *latents.shape[2:], latents.shape[1])]
+    stages, frames = chain.stages, [place.frames for place in chain.places(*x.shape[1:])]
 
     def flow(start: int, end: int, source: Iterable[Chunk]) -> Iterator[Chunk]:
         for k in range(start, end):
             source = stages[k].flow(source, affines.get(k), frames[k])
         return source
 
-    rows = latents.permute(0, 2, 3, 4, 1)  # [B, T, Y, X, C]
-    start, source = 0, deque(Chunk(x) for x in rows.split(_frames_of_chunk(*latents.shape[3:]), dim=1))
+    rows = x.permute(0, 2, 3, 4, 1)  # [B, T, Y, X, C]
+    start, source = 0, deque(Chunk(piece) for piece in rows.split(chain.lengths(*x.shape[2:]), dim=1))
     for k, stage in enumerate(stages):
         norm = stage.norm if k not in affines else None
         if kept[k]:
@@ -323,7 +113,7 @@ def stream(stages: list[Stage], latents: Tensor, kept: tuple[bool, ...], affines
         if norm is not None:
             affines[k] = ops.group_affine(torch.cat(moments, 1), norm.weight, norm.bias, norm.eps)
     for chunk in flow(start, len(stages), _drain(source)):
-        yield chunk.take().permute(0, 4, 1, 2, 3)  # [B, 3, f, 8Y, 8X]
+        yield chunk.take().permute(0, 4, 1, 2, 3)  # [B, C', f, Y', X']
 
 
 def _pass(stream: Iterable[Chunk], norm: nn.GroupNorm | None, keep: bool) -> tuple[list[Tensor], deque[Chunk]]:
@@ -337,31 +127,6 @@ def _pass(stream: Iterable[Chunk], norm: nn.GroupNorm | None, keep: bool) -> tup
             kept.append(moved)
         del moved
     return moments, kept
-
-
-def pad(x: Tensor, front: Tensor | None, count: int) -> Tensor:
-    """[B, count + T, Y + 2, X + 2, C]: borders repeat; in front `front`, or copies of the first frame."""
-    batch, frames, height, width, channels = x.shape
-    padded = x.new_empty(batch, count + frames, height + 2, width + 2, channels)
-    rest = padded[:, count:]
-    rest[:, :, 1:-1, 1:-1], rest[:, :, 0, 1:-1], rest[:, :, -1, 1:-1] = x, x[:, :, 0], x[:, :, -1]
-    rest[:, :, :, 0], rest[:, :, :, -1] = rest[:, :, :, 1], rest[:, :, :, -2]
-    padded[:, :count] = rest[:, :1] if front is None else front
-    return padded
-
-
-def _keep(front: Tensor | None, padded: Tensor, count: int) -> Tensor:
-    """The last frames of `padded` in memory of their own, so that the rest can go."""
-    last = padded[:, padded.shape[1] - count :]
-    return last.clone() if front is None else front.copy_(last)
-
-
-def _pointwise(x: Tensor, conv: nn.Conv3d) -> Tensor:
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
-
-
-def _frames_of_chunk(height: int, width: int) -> int:
-    return max(1, POSITIONS // (height * width))
 
 
 def _drain(source: deque[Chunk]) -> Iterator[Chunk]:

@@ -11,10 +11,18 @@ import torch
 from safetensors import safe_open
 
 from .config import PRESETS
-from .dit import DiffusionTransformer3D
 from .locate import recognise
 from .vae import HunyuanVideoVAE
-from .weights import check_names, find_weights, infer_dit_config, read_dit_config, read_headers, read_vae_config
+from .weights import (
+    check_names,
+    empty_dit,
+    find_weights,
+    infer_dit_config,
+    read_dit_config,
+    read_headers,
+    read_quantization,
+    read_vae_config,
+)
 
 NETWORKS = {"visual_embeddings.in_layer.weight": "transformer", "post_quant_conv.weight": "VAE"}
 CHUNK = 1 << 24
@@ -29,18 +37,19 @@ def verify(path: str | Path) -> list[str]:
     if network is None:
         raise ValueError(f"{path} must hold a Kandinsky 5 transformer or its video VAE, got {len(entries)} tensors such as "
                          f"{', '.join(sorted(entries)[:3]) or 'none'}; a LoRA or a text encoder is neither")
+    quantization = read_quantization(files)
     if network == "VAE":
-        config, presets = read_vae_config(folder), []
-        build = HunyuanVideoVAE
+        with torch.device("meta"):
+            module = HunyuanVideoVAE(read_vae_config(folder))
     else:
-        config = read_dit_config(folder)[0] or infer_dit_config(entries)
-        presets, build = _presets(config, files[0], Path(path)), DiffusionTransformer3D
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in build(config).state_dict().items()}
-    check_names(expected, entries)
-    parameters = sum(math.prod(entry.shape) for entry in entries.values())
+        module = empty_dit(read_dit_config(folder)[0] or infer_dit_config(entries), quantization)
+    check_names({name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, entries)
+    parameters = sum(math.prod(entry.shape) for name, entry in entries.items() if not name.endswith(".weight_scale"))
     lines = [f"{network}, complete: {len(entries)} tensors, {parameters:,} parameters, {_dtypes(files)}"]
+    if quantization:
+        lines.append(f"quantised: {quantization}")
     if network == "transformer":
+        presets = _presets(module.config, files[0], Path(path))
         lines.append(f"presets: {', '.join(presets) or 'none; its sizes are those of no released checkpoint'}")
     return [*lines, *(f"{file.name}: sha256 {_sha256(file)}" for file in files)]
 

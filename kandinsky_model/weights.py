@@ -11,7 +11,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -23,12 +24,15 @@ from torch import Tensor, nn
 
 from .config import DiTConfig, NablaConfig, VAEConfig
 from .dit import DiffusionTransformer3D
+from .quant import check_mode, kind_of, mode_of, pack, replace_layers
 from .vae import HunyuanVideoVAE
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+INDEX_NAMES = (f"{WEIGHTS_NAME}.index.json", "model.safetensors.index.json")  # of shards, as diffusers and transformers write them
 CONFIG_NAME = "config.json"
 SHOWN_KEYS = 5
 AXES_BY_HEAD_DIM = {64: (16, 24, 24), 128: (32, 48, 48)}  # all released checkpoints; their shapes alone do not tell the split
+QUANTIZATION_KEY = "quantization"  # of the metadata in a quantised file's header
 FP32_NAMES = ("modulation", "time_embeddings")  # small, and sensitive: see `load_dit`
 
 _log = logging.getLogger(__name__)
@@ -43,22 +47,37 @@ class Entry(NamedTuple):
 
 
 def load_dit(path: str | Path, config: DiTConfig | None = None, dtype: torch.dtype | None = None,
-             device: torch.device | str = "cpu") -> DiffusionTransformer3D:
+             device: torch.device | str = "cpu", quantize: str | None = None) -> DiffusionTransformer3D:
     """The transformer stored at `path`, in eval mode and without gradients (`requires_grad_(True)` to train it).
 
     path: an official .safetensors file; a folder with config.json and weights, or one that holds such a folder as `transformer/`; or
     a folder that holds one official file, also as `model/`.
     config: needed only where no config.json describes the model and its head dim is neither 64 nor 128.
     dtype: None keeps every tensor as stored, mixed dtypes included. Otherwise weights are cast to it, except the modulations and the
-    time embedding, which become fp32.
+    time embedding, which become fp32, and those that are quantised.
+    quantize: a mode of `QUANTIZATIONS`, to quantise each tensor as it is read; of weights that are stored so, how to compute with them.
     Raises FileNotFoundError, or ValueError: files that are cut short or not safetensors, tensors missing, unexpected or of the wrong
-    shape (the first five are named).
+    shape (the first five are named), weights stored in another quantisation.
     """
     files, folder = find_weights(path, "transformer")
     entries = read_headers(files)
     if config is None:
         config = read_dit_config(folder)[0] or infer_dit_config(entries)
-    return _load(lambda: DiffusionTransformer3D(config), entries, dtype, device)
+    stored = read_quantization(files)
+    if stored and quantize and check_mode(stored) != check_mode(quantize):
+        raise ValueError(f"weights that are stored in {check_mode(stored)} can compute in {check_mode(stored)} and "
+                         f"{check_mode(stored)}-dynamic, got {quantize}; load the original")
+    dit = empty_dit(config, stored and (quantize or stored))
+    return _load(dit, entries, dtype, device, None if stored else quantize)
+
+
+def empty_dit(config: DiTConfig, quantization: str | None = None) -> DiffusionTransformer3D:
+    """A transformer on the meta device: the names and shapes of its weights, as they are or as they are once quantised."""
+    with torch.device("meta"):
+        dit = DiffusionTransformer3D(config)
+    if quantization:
+        replace_layers(dit, quantization)
+    return dit
 
 
 def load_vae(path: str | Path, config: VAEConfig | None = None, dtype: torch.dtype | None = None,
@@ -69,21 +88,34 @@ def load_vae(path: str | Path, config: VAEConfig | None = None, dtype: torch.dty
     if config is None:
         config = read_vae_config(folder)
     # convolutions of channels-last activations would bring other weights into this order on every call
-    return _load(lambda: HunyuanVideoVAE(config), entries, dtype, device).to(memory_format=torch.channels_last_3d)
+    with torch.device("meta"):
+        vae = HunyuanVideoVAE(config)
+    return _load(vae, entries, dtype, device).to(memory_format=torch.channels_last_3d)
 
 
 def save_dit(dit: DiffusionTransformer3D, folder: str | Path, nabla: NablaConfig | None = None) -> None:
-    """Write config.json and weights as diffusers does; `nabla` records the attention the model was trained with."""
-    config = {"_class_name": "Kandinsky5Transformer3DModel", **asdict(dit.config)}
-    if dit.config.instruct_type is None:
-        del config["instruct_type"]
+    """Write config.json and weights as diffusers does; `nabla` records the attention the model was trained with.
+
+    What is quantised is stored so, and the header says in which mode.
+    """
+    mode = mode_of(dit)
+    save_module(dit, folder, dit_config_json(dit.config, nabla, mode), {QUANTIZATION_KEY: mode} if mode else None)
+
+
+def dit_config_json(config: DiTConfig, nabla: NablaConfig | None, quantization: str | None) -> dict:
+    """The config.json of a transformer, as diffusers writes it; of a quantised one, so that diffusers refuses it."""
+    values = {"_class_name": "Kandinsky5Transformer3DModel", **asdict(config)}
+    if config.instruct_type is None:
+        del values["instruct_type"]
     if nabla is not None:
         w_t, w_y, w_x = nabla.window
-        config.update(attention_type="nabla", attention_P=nabla.keep_mass, attention_wT=w_t, attention_wH=w_y, attention_wW=w_x,
+        values.update(attention_type="nabla", attention_P=nabla.keep_mass, attention_wT=w_t, attention_wH=w_y, attention_wW=w_x,
                       attention_add_sta=True, attention_method="topcdf")
     else:
-        config.update(attention_type="regular")
-    save_module(dit, folder, config)
+        values.update(attention_type="regular")
+    if quantization is not None:
+        values["quantization_config"] = {"quant_method": "kandinsky", "mode": quantization}
+    return values
 
 
 def save_vae(vae: HunyuanVideoVAE, folder: str | Path) -> None:
@@ -94,12 +126,13 @@ def save_vae(vae: HunyuanVideoVAE, folder: str | Path) -> None:
     save_module(vae, folder, {"_class_name": "AutoencoderKLHunyuanVideo", **config})
 
 
-def save_module(module: nn.Module, folder: str | Path, config: Mapping) -> None:
+def save_module(module: nn.Module, folder: str | Path, config: Mapping, metadata: dict[str, str] | None = None) -> None:
     """Write `config` as config.json and the module's tensors, in their dtypes, into `folder` (made when missing)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}, folder / WEIGHTS_NAME)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS_NAME, metadata)
 
 
 def find_weights(path: str | Path, subfolder: str) -> tuple[list[Path], Path]:
@@ -110,10 +143,10 @@ def find_weights(path: str | Path, subfolder: str) -> tuple[list[Path], Path]:
     if not path.is_dir():
         raise FileNotFoundError(f"weights must be a .safetensors file or a folder, got {path}, which does not exist; check the path")
     for folder in (path / subfolder, path, path / "model"):
-        index = folder / f"{WEIGHTS_NAME}.index.json"
-        if index.is_file():
-            names = set(_read_json(index).get("weight_map", {}).values())
-            return [folder / name for name in sorted(names)], folder
+        for index in (folder / name for name in INDEX_NAMES):
+            if index.is_file():
+                names = set(_read_json(index).get("weight_map", {}).values())
+                return [folder / name for name in sorted(names)], folder
         files = sorted(folder.glob("*.safetensors"))
         if folder / WEIGHTS_NAME in files:
             return [folder / WEIGHTS_NAME], folder
@@ -134,6 +167,21 @@ def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
         header = _read_header(path)
         entries.update((name, Entry(path, tuple(item["shape"]))) for name, item in header.items())
     return entries
+
+
+def read_quantization(files: Iterable[Path]) -> str | None:
+    """The mode in which all of these files are quantised, or None. ValueError where it is unknown, or not the same in all."""
+    modes = set()
+    for path in files:
+        with opened(path) as file:
+            modes.add((file.metadata() or {}).get(QUANTIZATION_KEY))
+    if len(modes) > 1:
+        raise ValueError(f"the files of a model must be quantised alike, but {path.parent.name} has {', '.join(sorted(map(str, modes)))}; "
+                         "do not mix them")
+    (mode,) = modes
+    if mode is not None:
+        check_mode(mode)
+    return mode
 
 
 def _read_header(path: Path) -> dict:
@@ -226,22 +274,40 @@ def _count(entries: Mapping[str, Entry], prefix: str) -> int:
     return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
 
-def _load(build: Callable[[], _Module], entries: Mapping[str, Entry], dtype: torch.dtype | None, device: torch.device | str) -> _Module:
-    with torch.device("meta"):
-        module = build()
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    check_names(expected, entries)
+def _load(module: _Module, entries: Mapping[str, Entry], dtype: torch.dtype | None, device: torch.device | str,
+          quantize: str | None = None) -> _Module:
+    """`module`, from the meta device, with the tensors of `entries` in it."""
+    check_names({name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, entries)
+    quantized = {name: tensor.dtype for name, tensor in module.named_buffers()}
     state = {}
     for path in sorted({entry.path for entry in entries.values()}):
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    state[name] = _cast(name, file.get_tensor(name), dtype)
-        except SafetensorError as error:
-            raise ValueError(f"{path} must be a valid safetensors file, got {error}; download it again") from error
+        with opened(path, device) as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                tensor, layer = file.get_tensor(name), name.removesuffix(".weight")
+                if quantize and layer != name and kind_of(layer):
+                    state |= pack(layer, tensor, quantize)
+                elif name not in quantized:
+                    state[name] = _cast(name, tensor, dtype)
+                elif tensor.dtype == quantized[name]:
+                    state[name] = tensor
+                else:
+                    raise ValueError(f"{path} says that its weights are quantised, so {name} must be {quantized[name]}, "
+                                     f"got {tensor.dtype}; quantise the original again")
+    if quantize:
+        replace_layers(module, quantize)
     module.load_state_dict(state, strict=True, assign=True)
     _log.info("loaded %d tensors, %d parameters", len(state), sum(tensor.numel() for tensor in state.values()))
     return module.eval().requires_grad_(False)
+
+
+@contextmanager
+def opened(path: Path, device: torch.device | str = "cpu") -> Iterator[safe_open]:
+    """The file, to read tensors from; ValueError where the library finds it to be no safetensors file."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a valid safetensors file, got {error}; download it again") from error
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kandinsky_kernels import _library
+from kandinsky_model import text_cache
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which reads it once
@@ -55,6 +56,30 @@ def seeds_and_poison():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def empty_text_caches(tmp_path_factory):
+    """Each text encoder begins with an empty cache of its own; the user's is neither read nor filled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_cache, "default_folder", lambda: tmp_path_factory.mktemp("text_cache"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def text_parts():
+    """Tiny text encoders, to be left as they are."""
+    from . import tiny_models
+
+    return tiny_models.text_parts()
+
+
+@pytest.fixture(scope="session")
+def diffusers_folder(tmp_path_factory, text_parts):
+    """A whole model around them on disk, to be left as it is."""
+    from . import tiny_models
+
+    return tiny_models.diffusers_folder(tmp_path_factory.mktemp("diffusers"), text_parts)
 
 
 def pytest_configure(config):

@@ -27,10 +27,14 @@ def random_state(config: DiTConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     return state
 
 
-def plain_forward(state, config: DiTConfig, x, text, pooled, time, scale_factor, nabla: NablaConfig | None = None):
-    """Returns (velocity, [text after each text block], [tokens in raster order after each visual block])."""
+def plain_forward(state, config: DiTConfig, x, text, pooled, time, scale_factor, nabla: NablaConfig | None = None,
+                  before_linear=lambda name, y: y):
+    """Returns (velocity, [text after each text block], [tokens in raster order after each visual block]).
+
+    before_linear(name, y): what the linear layer of that name gets in place of y.
+    """
     def linear(name, y):
-        return F.linear(y, state[f"{name}.weight"], state.get(f"{name}.bias"))
+        return F.linear(before_linear(name, y), state[f"{name}.weight"], state.get(f"{name}.bias"))
 
     def affine(name, y):
         return F.layer_norm(y, y.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-5)

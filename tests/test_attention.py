@@ -19,7 +19,7 @@ def test_prepared_network_is_the_same_function(mode):
     data, plan = inputs(CONFIG, grid, 2), make_plan(CONFIG, grid, SCALE, MODES[mode])
     dit = build().prepare()
     attentions = [block.self_attention for block in dit.visual_transformer_blocks]
-    assert all(a._is_joint() and a.to_key.weight.data_ptr() == a._joint[0][128:].data_ptr() for a in attentions)
+    assert all(a._is_joint() and a.to_key.weight.data_ptr() == a._joint[0].weight[128:].data_ptr() for a in attentions)
     assert rel_l2(dit(*data, plan), plain(*data, plan)) <= 1e-6
     times = torch.stack([data[3] - 100, data[3]])
     steps = dit.modulate(times, data[2])
@@ -54,7 +54,7 @@ def test_projections_are_joined_again_after_a_move():
     attention = dit.visual_transformer_blocks[1].self_attention
     state = {name: tensor.double() for name, tensor in dit.state_dict().items()}
     dit.double()
-    assert attention._is_joint() and attention._joint[0].dtype == torch.float64 and attention.logit_bound < math.inf
+    assert attention._is_joint() and attention._joint[0].weight.dtype == torch.float64 and attention.logit_bound < math.inf
     assert all(torch.equal(tensor, state[name]) for name, tensor in dit.state_dict().items())
 
 

@@ -102,18 +102,21 @@ def test_gpu_bars_are_judged_by_the_worst_row():
     ]
 
 
-def test_decoders_are_compared_on_equal_results(monkeypatch):
+def test_vaes_are_compared_on_equal_results(monkeypatch):
     monkeypatch.setattr(clock, "WARM_UP_S", 0.0)
     config = VAEConfig(latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
     with torch.no_grad():
         decodes = [vae.decode_row("a decode", config, (2, 3, 3), budget_s=0.0)]
+        encodes = [vae.encode_row("an encode", config, (5, 16, 24), budget_s=0.0)]
         upsamplings = [vae.upsampling_row("a level", 8, factors, (3, 4, 4), budget_s=0.0) for factors in ((1, 2, 2), (2, 2, 2))]
-    assert min(decodes[0]["peak_bytes"].values()) > 0 and decodes[0]["error"] < 1e-5
-    table = report.vae_table({"decodes": decodes, "upsamplings": upsamplings})
-    assert table.count("| a level |") == 2 and json.loads(json.dumps(decodes)) == decodes
+    for row in (*decodes, *encodes):
+        assert min(row["peak_bytes"].values()) > 0 and row["error"] < 1e-5
+    table = report.vae_table({"decodes": decodes, "encodes": encodes, "upsamplings": upsamplings})
+    assert table.count("| a level |") == 2 and "| an encode |" in table and json.loads(json.dumps(decodes)) == decodes
     with pytest.raises(RuntimeError, match="nothing was timed"):
         vae.agree(torch.zeros(3), torch.ones(3))
 
 
 def test_the_readme_shows_the_schemes_as_they_are_accounted():
-    assert vae.schemes_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(vae.schemes_table(doing) in readme for doing in vae.SCHEMES)

@@ -9,7 +9,7 @@ import torch
 from kandinsky_model.caching import FirstBlockCache, MagCache, make_cache
 from kandinsky_model.config import PRESETS
 from kandinsky_model.geometry import Grid
-from kandinsky_model.plan import make_plan
+from kandinsky_model.plan import Chunks, make_plan
 from kandinsky_model.sampler import Conditioning, Sampling, noise, sample
 
 from .test_dit import CONFIG, NABLA, SCALE, build
@@ -17,11 +17,11 @@ from .test_dit import CONFIG, NABLA, SCALE, build
 GRID = Grid(2, 8, 9)
 
 
-def run(cache, guidance=3.0, steps=6, stop=None):
+def run(cache, guidance=3.0, steps=6, stop=None, tokens=10**6):
     g = torch.Generator().manual_seed(4)
     cond, uncond = (Conditioning(torch.randn(1, n, CONFIG.in_text_dim, generator=g), None, torch.randn(1, CONFIG.in_text_dim2, generator=g))
                     for n in (5, 3))
-    plan, start = make_plan(CONFIG, GRID, SCALE, NABLA), noise(1, (1, GRID.T, 2 * GRID.Y, 2 * GRID.X, 16))
+    plan, start = make_plan(CONFIG, GRID, SCALE, NABLA, chunks=Chunks(None, tokens)), noise(1, (1, GRID.T, 2 * GRID.Y, 2 * GRID.X, 16))
     sampling = Sampling(steps, 5.0, guidance, cache=cache)
     steps = sample(build(), start, cond, plan, sampling, uncond if sampling.guided else None)
     *_, (_, latents) = itertools.islice(steps, stop)
@@ -87,6 +87,11 @@ def test_an_interrupted_run_leaves_nothing_behind():
     whole = run(cache)
     run(cache, stop=3)
     assert torch.equal(run(cache), whole)
+
+
+@pytest.mark.parametrize("cache", [MagCache(((1.0,) * 6,) * 2, retention=0.0), FirstBlockCache(threshold=1e9, most_skipped=2)])
+def test_blocks_that_overwrite_their_input_are_remembered_alike(cache):
+    torch.testing.assert_close(run(cache, tokens=40), run(cache), rtol=1e-5, atol=1e-5)
 
 
 def test_refusals():

@@ -74,9 +74,10 @@ def test_decode_repeats_the_file_bit_for_bit(run, tmp_path):
     assert run("decode", "a.latents.safetensors", "-o", "c.gif", "--vae-policy", "official")[1].count("official decoding") == 1
 
 
-def test_a_memory_budget_repeats_the_file_and_preview_is_another(run, tmp_path):
-    assert run("generate", PROMPT, "-o", "a.mp4", "--memory-budget", "1.5 GiB")[0] == 0
-    least = re.search(r"at least (\d+)", run("decode", "a.latents.safetensors", "-o", "b.mp4", "--memory-budget", "2mb")[2])[1]
+def test_a_memory_budget_repeats_the_file_and_preview_is_another(run, tmp_path, caplog):
+    assert run("generate", PROMPT, "-o", "a.mp4", "--memory", "1.5 GiB")[0] == 0
+    assert [line.split(":")[0] for line in caplog.messages if " of 1.61 GB" in line] == ["text", "sampling", "decoding"]
+    least = re.search(r"at least (\d+)", run("decode", "a.latents.safetensors", "-o", "b.mp4", "--memory", "2mb")[2])[1]
     status, _, err = run("decode", "a.latents.safetensors", "-o", "b.mp4", "--memory-budget", least)
     assert (status, err) == (0, "") and (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     status, out, _ = run("decode", "a.latents.safetensors", "-o", "c.mp4", "--vae-policy", "preview")
@@ -134,6 +135,7 @@ def test_bundled_model_is_the_default(run, tmp_path):
     (["generate", "x", "-o", "a.webm"], "must end in .mp4 or .gif or .png"),
     (["generate", "x", "-o", "absent/a.mp4"], "existing directory"),
     (["generate", "x", "-o", "."], "must end in"),
+    (["generate", "x", "--prompts", "a.txt"], "a prompt or a file of prompts, got both"),
     (["generate", "x", "--strip", "s.gif"], "must end in .png"),
     (["generate", "x", "--device", "pancake"], "use cpu"),
     (["decode", "absent.safetensors"], "absent.safetensors"),
@@ -266,4 +268,4 @@ def test_train_and_check_hand_their_arguments_on(run, monkeypatch, tmp_path):
     assert run("train-tiny", "-o", "here", "--seed", "4") == (0, "here\n", "")
     status, out, _ = run("check-tiny", "here", "--count", "3", "--json", "r.json")
     assert status == 0 and out.count("50.0%") == 6 and json.loads((tmp_path / "r.json").read_text())["prompts"] == 3
-    assert calls == [(("here",), {"seed": 4, "resume": False, "device": "cpu"}), ("here", 0, None, None, held_out()[:3])]
+    assert calls == [(("here",), {"seed": 4, "resume": False, "device": "cpu"}), ("here", 0, None, None, held_out()[:3], None)]

@@ -9,7 +9,13 @@ from torch.testing import assert_close
 
 import kandinsky_kernels as ops
 from kandinsky_kernels import kernels
+from kandinsky_model.config import DiTConfig, NablaConfig
+from kandinsky_model.dit import DiffusionTransformer3D
 from kandinsky_model.geometry import Grid, block_offsets
+from kandinsky_model.offload import Offload
+from kandinsky_model.placement import Job, Weights, sampling_bytes
+from kandinsky_model.plan import Chunks, make_plan
+from kandinsky_model.sampler import Conditioning, Sampling, noise, sample
 
 from .cases import OPERATORS, Case, attention, frames, heads, means, normed, rows, tensors, video
 
@@ -150,3 +156,32 @@ def test_attention_beyond_2_to_the_31_elements():  # law 13
     last = [x[:, -64:].contiguous() for x in (query, key, value)]
     one = ops.block_sparse_attention(*last, torch.ones(1, H, 1, 1, dtype=torch.int32, device="cuda"), block_offsets(Grid(1, 8, 8)).cuda())
     assert_close(out[:, -64:], one)
+
+
+@pytest.mark.parametrize("resident", [2, 0])
+def test_weights_stream_from_pinned_memory(resident):
+    """Real copies, streams and events: the same bits as with all weights there, in several passes; and no more memory than predicted."""
+    config = DiTConfig(in_text_dim=256, in_text_dim2=64, time_dim=64, model_dim=512, ff_dim=2048, num_text_blocks=1, num_visual_blocks=6,
+                       visual_cond=True, axes_dims=(32, 48, 48))
+    torch.manual_seed(0)
+    dit = DiffusionTransformer3D(config).eval().requires_grad_(False).to(BF16)
+    for parameter in dit.parameters():
+        parameter.normal_(0, 0.02)
+    hosted, device, grid = Offload(dit.prepare(), torch.device("cuda")), torch.device("cuda"), Grid(4, 32, 32)
+    job, chunks = Job(config, grid, nabla=True, guided=False, steps=3, text_tokens=64), Chunks(2, 1024)
+    cond = Conditioning(torch.randn(1, 64, 256, device=device, dtype=BF16), None, torch.randn(1, 64, device=device))
+    plan = make_plan(config, grid, (1.0, 2.0, 2.0), NablaConfig(0.9, (3, 1, 1)), device, chunks=chunks)
+
+    def latents(count):
+        with hosted.on_device(count) as placed:
+            assert all(piece.host.is_pinned() for store in (hosted.rest, *hosted.stores) for piece in store.pieces)
+            *_, (_, last) = sample(placed, noise(0, (1, 4, 64, 64, 16), device), cond, plan, Sampling(3, 5.0, 1.0))
+        return last
+
+    wanted = latents(7)  # which also compiles what runs
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert torch.equal(latents(resident), wanted)
+    assert torch.cuda.max_memory_allocated() - before <= Weights.of(dit).on_device(resident) + sampling_bytes(job, chunks)
+    assert dit.dtype == BF16 and not any(parameter.is_cuda for parameter in dit.parameters())

@@ -79,8 +79,8 @@ def test_shared_runs_equal_a_single_process(world, names, tmp_path):
 
 
 @pytest.mark.parametrize(("world", "heads", "guided", "wanted"), [
-    (2, 28, True, (2, 1)), (2, 28, False, (1, 2)), (4, 28, True, (2, 2)), (8, 28, True, (2, 4)), (7, 28, True, (1, 7)), (8, 32, False, (1, 8)),
-    (1, 28, True, (1, 1)), (14, 28, True, (2, 7)),
+    (2, 28, True, (2, 1)), (2, 28, False, (1, 2)), (4, 28, True, (2, 2)), (8, 28, True, (2, 4)), (7, 28, True, (1, 7)),
+    (8, 32, False, (1, 8)), (1, 28, True, (1, 1)), (14, 28, True, (2, 7)),
 ])
 def test_passes_are_shared_first(world, heads, guided, wanted):
     assert share(world, heads, guided) == wanted

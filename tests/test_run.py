@@ -90,9 +90,11 @@ def test_a_file_is_whole_or_absent(model, tmp_path, monkeypatch):
         Run.load(tmp_path / "absent.safetensors")
 
 
-def test_command_line(folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("mode", ["", "int8"])
+def test_command_line(folder, tmp_path, monkeypatch, capsys, mode):
     monkeypatch.chdir(tmp_path)
     arguments = ["generate", PROMPT, *SMALL_ARGS, "--model", str(folder), "--device", "cpu", "--seed", "5"]
+    arguments += ["--quantize", mode] if mode else []
     assert main([*arguments, "-o", "whole.mp4"]) == 0
     real = pipeline.sample
     monkeypatch.setattr(pipeline, "sample", lambda *args: interrupted(real(*args)))
@@ -104,7 +106,7 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys):
     assert main(["resume", "a.run.safetensors", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.startswith("a.mp4\nseed 5, 5 frames of 80x64")
     (one, settings), (other, same) = (load_latents(f"{name}.latents.safetensors") for name in ("whole", "a"))
-    assert torch.equal(one, other) and settings == same
+    assert torch.equal(one, other) and settings == same and settings.quantization == mode
     assert main(["resume", "whole.latents.safetensors"]) == 2
     assert "must hold an interrupted run" in capsys.readouterr().err
 

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streamed decoding: equal to the plain decoder, the same bits in any memory, within the bytes that the plan predicts."""
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from live_memory import LiveMemory
 from test_vae import SMALL, rel_l2, small_vae
 
-from kandinsky_model import memory, vae_pairs, vae_stream
+from kandinsky_model import memory, vae_pairs, vae_stages
 from kandinsky_model.config import VAEConfig
 from kandinsky_model.memory import Accounting, choose, ladder, parse_bytes
 from kandinsky_model.tiles import TilePlan
 from kandinsky_model.vae import decode_plan
-from kandinsky_model.vae_stream import stages_of, stream
+from kandinsky_model.vae_stream import Chain, decoding, stream
 
 SIZES = [(1, 3, 4), (2, 5, 2), (5, 3, 3), (6, 2, 5)]  # latent T, Y, X
 DEEP = VAEConfig(latent_channels=4, block_out_channels=(8, 8, 16, 16, 16), layers_per_block=1, norm_num_groups=4)
@@ -20,28 +21,28 @@ FLAT = VAEConfig(latent_channels=4, block_out_channels=(8, 8, 16), layers_per_bl
 SECONDS = {"5 s SD": (1, 16, 31, 64, 96), "10 s SD": (1, 16, 61, 64, 96), "5 s HD": (1, 16, 31, 96, 160), "10 s HD": (1, 16, 61, 96, 160)}
 
 
-def chain(vae, latents):
-    stages = stages_of(vae.decoder, vae.post_quant_conv)
-    return stages, Accounting.of(stages, latents.shape, latents.dtype)
+def accounted(vae, latents):
+    chain = decoding(vae.decoder, vae.post_quant_conv)
+    return chain, Accounting(chain, latents.shape)
 
 
 def decoded(vae, latents, scheme):
-    stages, accounting = chain(vae, latents)
-    return torch.cat(list(stream(stages, latents, accounting.kept(scheme), {})), dim=2)
+    chain, accounting = accounted(vae, latents)
+    return torch.cat(list(stream(chain, latents, accounting.kept(scheme), {})), dim=2)
 
 
 def budgets(vae, latents):
     """One that each scheme of the ladder just fits."""
-    return [plan.predicted_peak_bytes for plan in ladder(chain(vae, latents)[1])]
+    return [plan.predicted_peak_bytes for plan in ladder(accounted(vae, latents)[1])]
 
 
 @pytest.mark.parametrize("positions", [1, 20, 4096])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_scheme_is_the_plain_decoder(monkeypatch, size, positions):
-    monkeypatch.setattr(vae_stream, "POSITIONS", positions)  # chunks of one frame, ragged ones, and all in one
+    monkeypatch.setattr(vae_stages, "POSITIONS", positions)  # chunks of one frame, ragged ones, and all in one
     vae, latents = small_vae(dtype=torch.float64), torch.randn(2, 4, *size).double()
     plain = vae.decoder(vae.post_quant_conv(latents)).detach()
-    schemes = chain(vae, latents)[1].schemes()
+    schemes = accounted(vae, latents)[1].schemes()
     assert len(schemes) == 30
     results = [decoded(vae, latents, scheme) for scheme in schemes[:: 1 if size == (5, 3, 3) and positions == 20 else 6]]
     assert rel_l2(results[0], plain) <= 1e-12
@@ -52,14 +53,14 @@ def test_every_scheme_is_the_plain_decoder(monkeypatch, size, positions):
 def test_schemes_of_other_depths(config):
     vae, latents = small_vae(config, torch.float64), torch.randn(1, 4, 4, 3, 2).double()
     plain = vae.decoder(vae.post_quant_conv(latents)).detach()
-    for scheme in chain(vae, latents)[1].schemes()[::5]:
+    for scheme in accounted(vae, latents)[1].schemes()[::5]:
         assert rel_l2(decoded(vae, latents, scheme), plain) <= 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("policy", "tiles"), [("global", None), ("official", TilePlan(48, 56, frames=9, frame_stride=4))], ids=str)
 def test_the_budget_changes_no_bit(monkeypatch, dtype, policy, tiles):
-    monkeypatch.setattr(vae_stream, "POSITIONS", 30)
+    monkeypatch.setattr(vae_stages, "POSITIONS", 30)
     vae, latents = small_vae(dtype=dtype).requires_grad_(False), torch.randn(1, 4, 9, 8, 9).to(dtype)
     told, results = [], []
     for budget in (None, 10**12, *budgets(vae, latents)):
@@ -74,8 +75,8 @@ def test_the_budget_changes_no_bit(monkeypatch, dtype, policy, tiles):
 def test_frames_leave_in_order_while_the_last_pass_runs(monkeypatch):
     vae, latents = small_vae().requires_grad_(False), torch.randn(2, 4, 5, 40, 40)
     monkeypatch.setattr(vae_pairs, "suits", lambda *_: False)
-    convolve, calls = vae_stream.ops.causal_conv3d, []
-    monkeypatch.setattr(vae_stream.ops, "causal_conv3d", lambda *args: calls.append(1) or convolve(*args))
+    convolve, calls = vae_stages.ops.causal_conv3d, []
+    monkeypatch.setattr(vae_stages.ops, "causal_conv3d", lambda *args: calls.append(1) or convolve(*args))
     seen, pieces = [], []
     for piece in vae.decode_frames(latents):
         pieces.append(piece)
@@ -104,7 +105,7 @@ def test_convolution_in_pairs_is_convolution(dtype, limit, frames, first, kernel
     conv, padded = torch.nn.Conv3d(8, 12, kernel).to(dtype).requires_grad_(False), torch.randn(2, frames + 2, 6, 7, 8, dtype=dtype)
     if first:
         padded[:, :2] = padded[:, 2:3]
-    direct = vae_stream.ops.causal_conv3d(padded, conv.weight, conv.bias)
+    direct = vae_stages.ops.causal_conv3d(padded, conv.weight, conv.bias)
     in_pairs = vae_pairs.convolve(padded, vae_pairs.taps_of(conv.weight), conv.bias, first)
     assert in_pairs.shape == direct.shape and rel_l2(in_pairs, direct) <= limit
 
@@ -130,10 +131,10 @@ def test_predicted_peak_is_the_measured_one(monkeypatch, scheme, pairs):
     monkeypatch.setattr(vae_pairs, "suits", lambda *_: pairs)
     config = VAEConfig(latent_channels=4, block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4)
     vae, latents = small_vae(config).requires_grad_(False), torch.randn(1, 4, 9, 12, 16)
-    stages, accounting = chain(vae, latents)
+    chain, accounting = accounted(vae, latents)
     plan = accounting.plan(scheme)
     with LiveMemory() as memory:
-        for _ in stream(stages, latents, plan.kept, {}):
+        for _ in stream(chain, latents, plan.kept, {}):
             pass
     assert 0.9 <= plan.predicted_peak_bytes / memory.peak <= 1.1
 
@@ -154,15 +155,15 @@ def test_ten_seconds_fit_twelve_gigabytes():
 
 def test_flops_are_those_of_the_folded_network():
     with torch.device("meta"):
-        vae = small_vae(VAEConfig())
+        vae = small_vae(VAEConfig(), torch.bfloat16)
     latents = torch.empty(SECONDS["10 s SD"], device="meta", dtype=torch.bfloat16)
-    assert sum(chain(vae, latents)[1].flops) == pytest.approx(1379e12, rel=1e-3)
+    assert sum(accounted(vae, latents)[1].flops) == pytest.approx(1379e12, rel=1e-3)
 
 
 def test_a_ladder_falls_in_bytes_and_rises_in_flops():
     for shape in SECONDS.values():
         with torch.device("meta"):
-            accounting = chain(small_vae(VAEConfig()), torch.empty(shape, dtype=torch.bfloat16))[1]
+            accounting = accounted(small_vae(VAEConfig(), torch.bfloat16), torch.empty(shape))[1]
         plans = ladder(accounting)
         peaks, flops = [plan.predicted_peak_bytes for plan in plans], [plan.relative_flops for plan in plans]
         assert peaks == sorted(peaks, reverse=True) and flops == sorted(flops) and flops[0] == 1.0 and len(plans) >= 5
@@ -200,10 +201,10 @@ def test_what_is_no_size_is_refused(text):
 
 @pytest.mark.parametrize("when", ["at once", "in the first pass", "after some frames"])
 def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
-    monkeypatch.setattr(vae_stream, "POSITIONS", 64)
+    monkeypatch.setattr(vae_stages, "POSITIONS", 64)
     monkeypatch.setattr(vae_pairs, "suits", lambda *_: False)
     vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 12, 8, 9)
-    wanted, convolve, state = vae.decode(latents), vae_stream.ops.causal_conv3d, {"calls": 0, "failures": 0, "frames": 0}
+    wanted, convolve, state = vae.decode(latents), vae_stages.ops.causal_conv3d, {"calls": 0, "failures": 0, "frames": 0}
 
     def fail(*args):
         state["calls"] += 1
@@ -213,13 +214,13 @@ def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
             raise torch.OutOfMemoryError("injected")
         return convolve(*args)
 
-    monkeypatch.setattr(vae_stream.ops, "causal_conv3d", fail)
+    monkeypatch.setattr(vae_stages.ops, "causal_conv3d", fail)
     pieces, told = [], []
     for piece in vae.decode_frames(latents, notify=told.append):
         pieces.append(piece)
         state.update(calls=0, frames=state["frames"] + piece.shape[2])
     assert torch.equal(torch.cat(pieces, 2), wanted)  # nothing twice, nothing missing
-    names = [plan.scheme for plan in ladder(chain(vae, latents)[1])]
+    names = [plan.scheme for plan in ladder(accounted(vae, latents)[1])]
     assert [line.split()[3].rstrip(",") for line in told] == names[:3]
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == 2 and all("memory ran out" in line and "\n" not in line for line in lines)
@@ -232,33 +233,34 @@ def test_out_of_memory_in_the_smallest_scheme_is_an_error(monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("injected")
 
-    monkeypatch.setattr(vae_stream.ops, "causal_conv3d", fail)
+    monkeypatch.setattr(vae_stages.ops, "causal_conv3d", fail)
     with pytest.raises(torch.OutOfMemoryError, match="injected"):
         vae.decode(latents)
 
 
 def test_known_statistics_are_not_measured_again(monkeypatch):
     vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 2, 3, 3)
-    stages, accounting = chain(vae, latents)
+    chain, accounting = accounted(vae, latents)
     affines, kept = {}, accounting.kept("KSSS")
-    first = torch.cat(list(stream(stages, latents, kept, affines)), 2)
-    monkeypatch.setattr(vae_stream.ops, "group_moments", lambda *_: pytest.fail("measured again"))
-    assert torch.equal(torch.cat(list(stream(stages, latents, kept, affines)), 2), first)
+    first = torch.cat(list(stream(chain, latents, kept, affines)), 2)
+    monkeypatch.setattr(vae_stages.ops, "group_moments", lambda *_: pytest.fail("measured again"))
+    assert torch.equal(torch.cat(list(stream(chain, latents, kept, affines)), 2), first)
 
 
 def test_without_a_budget_a_gpu_is_asked(monkeypatch):
-    class OnCard:
-        shape, dtype, is_cuda, device = torch.Size(SECONDS["10 s SD"]), torch.bfloat16, True, "cuda:0"
+    class OnCard(Chain):
+        weight = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda:0"))
 
     with torch.device("meta"):
-        stages = stages_of(small_vae(VAEConfig()).decoder)
+        chain = decoding(small_vae(VAEConfig(), torch.bfloat16).decoder)
+    chain = OnCard(chain.doing, chain.stages, chain.lengths)
     for free_gb, scheme in ((140, "KKKK"), (40, "KKKR"), (12, "KKRS"), (1, "KSSS")):  # too little for any: the smallest is tried
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free_gb: (free * 10**9 - 10**9, 0))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2 * 10**9)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 10**9)
-        assert memory.plans(stages, OnCard(), None)[0].scheme == scheme
+        assert memory.plans(chain, SECONDS["10 s SD"], None)[0].scheme == scheme
     with pytest.raises(ValueError, match="at least"):
-        choose(memory.plans(stages, OnCard(), None), 10**9)
+        choose(memory.plans(chain, SECONDS["10 s SD"], None), 10**9)
 
 
 # Preview

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole models of random weights on disk, small enough to generate in a blink, in every layout that can be loaded."""
+import json
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from kandinsky_model.config import DiTConfig, NablaConfig, VAEConfig
 from kandinsky_model.dit import DiffusionTransformer3D
 from kandinsky_model.text import TinyTextEncoder
+from kandinsky_model.text_vision import Preprocessor
 from kandinsky_model.vae import HunyuanVideoVAE
 from kandinsky_model.weights import save_dit, save_vae
 
@@ -64,6 +68,14 @@ def tiny_folder(root: Path) -> Path:
     return root
 
 
+def byte_tokenizer(kind: type, tokens: list[str]):
+    """A tokenizer that merges nothing, from files: its other ways to be made differ between versions of transformers."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps({text: i for i, text in enumerate(tokens)}))
+        Path(folder, "merges.txt").write_text("#version: 0.2\n")
+        return kind.from_pretrained(folder)
+
+
 def text_parts():
     """Qwen2.5-VL, its tokenizer, CLIP's text model and its tokenizer, tiny and random; both tokenizers know single bytes only."""
     from tokenizers.pre_tokenizers import ByteLevel
@@ -78,22 +90,28 @@ def text_parts():
 
     torch.manual_seed(1)
     symbols = sorted(ByteLevel.alphabet())
-    tokenizer = Qwen2Tokenizer(vocab={text: i for i, text in enumerate([*symbols, *SPECIAL])}, merges=[], padding_side="right")
+    tokenizer = byte_tokenizer(Qwen2Tokenizer, [*symbols, *SPECIAL])
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
-    ends = ["<|startoftext|>", "<|endoftext|>"]
-    clip_tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate([*symbols, *(s + "</w>" for s in symbols), *ends])}, merges=[])
+    clip_tokenizer = byte_tokenizer(CLIPTokenizer, [*symbols, *(s + "</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"])
     names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>",
              "vision_end_token_id": "<|vision_end|>"}
     qwen = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
         text_config=dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                          vocab_size=len(tokenizer) + 8, rope_theta=1e6, bos_token_id=None, eos_token_id=256, pad_token_id=256,
                          rope_scaling=dict(mrope_section=[2, 2, 4], rope_type="default", type="default")),
-        vision_config=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64),
+        vision_config=dict(depth=2, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, fullatt_block_indexes=[1]),
         **{key: tokenizer.convert_tokens_to_ids(text) for key, text in names.items()}))
     clip = CLIPTextModel(CLIPTextConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(clip_tokenizer),
         bos_token_id=len(clip_tokenizer) - 2, eos_token_id=len(clip_tokenizer) - 1))
     return qwen.eval(), tokenizer, clip.eval(), clip_tokenizer
+
+
+def encoder_parts(parts) -> SimpleNamespace:
+    """What `text_parts.Parts` would read, of the four `text_parts`."""
+    qwen, tokenizer, clip, clip_tokenizer = parts
+    return SimpleNamespace(language=qwen.model.language_model, vision=qwen.model.visual, head=qwen.lm_head, tokenizer=tokenizer,
+                           preprocessor=Preprocessor(), clip=clip, clip_tokenizer=clip_tokenizer)
 
 
 def diffusers_folder(root: Path, parts, task: str = "t2v") -> Path:

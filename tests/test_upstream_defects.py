@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults of the official code that must not come back here, one test each, in the order of the specification's list."""
+import argparse
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+
+from kandinsky_model import config, locate, pipeline
+from kandinsky_model.__main__ import main, parser
+from kandinsky_model.caching import make_cache
+from kandinsky_model.clip import Settings, load_latents
+from kandinsky_model.config import PRESETS, get_preset
+from kandinsky_model.sampler import Sampling, normalize_first_frame
+from kandinsky_model.text_qwen import EDIT_CROPS, OFFICIAL_EDIT_CROP, QwenClipEncoder
+from kandinsky_model.tiles import TilePlan, starts
+
+PROMPT, SMALL = "a red circle", dict(tiny_models.SMALL, guidance_scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_models.tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def model(folder):
+    return pipeline.load(folder, device="cpu")
+
+
+def test_01_the_configured_schedule_is_used(model):
+    """Theirs is never read: the command line forces 5 and the library 10 for every checkpoint."""
+    scales = {name: preset.scheduler_scale for name, preset in PRESETS.items()}
+    assert all(scale == 3 for name, scale in scales.items() if "2i" in name)
+    assert all(scale == (10 if "10s" in name else 5) for name, scale in scales.items() if name.startswith("t2v"))
+    assert (scales["i2v-lite-5s"], scales["i2v-pro-sft-5s"], scales["i2v-pro-sft-5s-hd"]) == (10, 10, 5)
+    model.preset = replace(model.preset, scheduler_scale=7.5)
+    assert model.generate(PROMPT, seed=0, **SMALL).settings.scheduler_scale == 7.5
+
+
+def test_02_the_command_line_passes_on_what_it_is_told(folder, tmp_path):
+    """Theirs drops the negative prompt and cannot ask for a side of 1408."""
+    arguments = ["generate", PROMPT, "--model", str(folder), *tiny_models.SMALL_ARGS, "--device", "cpu", "--negative", "blue"]
+    assert main([*arguments, "-o", str(tmp_path / "a.gif")]) == 0
+    assert load_latents(tmp_path / "a.latents.safetensors")[1].negative_prompt == "blue"
+    assert parser().parse_args(["generate", PROMPT, "--size", "1408x640"]).size == (1408, 640)
+
+
+def test_03_every_checkpoint_names_its_own_file():
+    """Their nocfg-10s configuration names the file of sft-10s."""
+    for name, preset in PRESETS.items():
+        assert not name.startswith("t2v") or f"_{name.split('-')[2]}_{name.split('-')[3]}." in preset.filename
+    files = [preset.filename for preset in PRESETS.values() if not preset.name.endswith("-hd")]
+    assert len(set(files)) == len(files)
+
+
+def test_04_defaults_exist_and_text_needs_no_padding(model):
+    """Their image-to-video default points to no repository, and unpadded text crashes."""
+    assert get_preset("i2v-lite-5s").repo == "kandinskylab/Kandinsky-5.0-I2V-Lite-5s"
+    one, other = (model.generate(prompt, seed=0, **SMALL) for prompt in ("red", "a red circle moving right on blue background"))
+    assert one.latents.isfinite().all() and not torch.equal(one.latents, other.latents)
+
+
+def test_05_a_first_frame_depends_on_the_seed_alone(model):
+    """Theirs is drawn from the global generator."""
+    model.preset = replace(model.preset, task="i2v", sizes=((64, 80),))
+    image = torch.randint(256, (64, 80, 3), dtype=torch.uint8)
+    torch.manual_seed(1)
+    first = model.generate(PROMPT, seed=3, image=image, **SMALL).latents
+    torch.manual_seed(2)
+    assert torch.equal(model.generate(PROMPT, seed=3, image=image, **SMALL).latents, first)
+
+
+@pytest.mark.parametrize("size", [(640, 1408), (1408, 640), (768, 1408), (640, 1536), (1024, 1024), (896, 1152), (416, 960), (512, 768)])
+def test_06_tiles_cover_the_frame_whatever_memory_is_free(size):
+    """Theirs lose up to 24 columns, depending on what is free."""
+    plan = TilePlan.for_frame(*size)
+    for side, tile in zip(size, (plan.height, plan.width), strict=True):
+        assert max(min(start, side - tile) for start in starts(side, tile, tile - plan.overlap)) + tile >= side
+
+
+def test_07_pictures_are_scaled_as_the_checkpoints_were_trained():
+    """By FLUX.1's factor without its shift; theirs uses the video VAE's factor in ComfyUI."""
+    from kandinsky_model.image_vae import ImageVAE
+
+    vae = ImageVAE(tiny_models.random_image_vae())
+    assert vae.config.scaling_factor == 0.3611 and vae.vae.config.shift_factor == 0.1159 and not hasattr(vae.config, "shift_factor")
+
+
+def test_08_edits_crop_as_trained_by_default_and_exactly_on_request():
+    """Theirs drops three tokens of the prompt, which the checkpoint has learned with; `test_pictures` has pictures of every mode."""
+    assert EDIT_CROPS[0] == "official" and OFFICIAL_EDIT_CROP == 55
+    encoder = QwenClipEncoder(None)
+    assert encoder.crop("image_edit") == 55
+    encoder.edit_crop = "guess"
+    with pytest.raises(ValueError, match="official or exact, got 'guess'"):
+        encoder.crop("image_edit")
+
+
+def test_09_a_step_cache_follows_the_run_and_forgets_it(model):
+    """Theirs counts by the configured number of steps and stays out of step after an interruption."""
+    cache = make_cache("mag", "t2v-lite-sft-5s")
+    assert [len(cache.schedule(steps, 0)) for steps in (7, 50, 80)] == [7, 50, 80]
+    settings = dict(SMALL, num_inference_steps=6, cache="first-block")
+    wanted = model.generate(PROMPT, seed=0, **settings).latents
+
+    def stop(stage, step, *_):
+        if step == 3:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        model.generate(PROMPT, seed=0, callback=stop, **settings)
+    assert torch.equal(model.generate(PROMPT, seed=0, **settings).latents, wanted)
+
+
+def test_10_a_trigger_needs_no_expansion(model):
+    model.lora.loaded, model.lora.scales = {"a": argparse.Namespace(trigger="zoom", path="a")}, {"a": 1.0}
+    assert model.lora.prompt(PROMPT) == f"zoom {PROMPT}"
+
+
+def test_11_latents_are_fp32_unless_asked_otherwise(model):
+    assert Sampling().precision == "fp32" and Settings.precision == "fp32"
+    assert model.generate(PROMPT, seed=0, **SMALL).settings.precision == "fp32"
+
+
+def test_12_one_latent_frame_has_nothing_to_be_normalised_by():
+    """Theirs returns a tuple there and stops."""
+    x = torch.randn(1, 1, 4, 4, 16)
+    assert torch.equal(normalize_first_frame(x), x)
+
+
+def test_14_there_are_no_settings_without_an_effect():
+    """Theirs reads causal, local, glob, window, method and add_sta and uses none of them."""
+    assert {field.name for field in fields(config.NablaConfig)} == {"keep_mass", "window"}
+    folder = Path(locate.__file__).parent
+    for field in fields(config.Preset):
+        uses = sum(f".{field.name}" in file.read_text() for file in folder.glob("*.py"))
+        assert uses, field.name
+
+
+def test_15_what_is_offloaded_stays_offloaded(model, monkeypatch):
+    """Theirs moves the text encoder back to the GPU after a run."""
+    moves = []
+    for name in ("text", "dit", "vae"):
+        part = getattr(model, name)
+        monkeypatch.setattr(part, "to", lambda device, *_, name=name, part=part: moves.append((name, str(device))) or part)
+    model._offload, model.device = True, torch.device("cpu:0")
+    assert model.generate(PROMPT, seed=0, **SMALL).frames is not None
+    assert {name: device for name, device in moves if device in ("cpu", "cpu:0")} == dict.fromkeys(("text", "dit", "vae"), "cpu")
+
+
+def test_16_nothing_is_encoded_that_is_not_read(model, monkeypatch):
+    """Theirs encodes the negative prompt without guidance, and computes logits nobody asks for (`test_text_parts`: no head is loaded)."""
+    prompts, encode = [], model.text.encode
+    monkeypatch.setattr(model.text, "encode", lambda texts, kind: prompts.extend(texts) or encode(texts, kind))
+    model.generate(PROMPT, seed=0, **dict(SMALL, guidance_scale=1.0))
+    assert prompts == [PROMPT]
+
+
+IMPORT = """
+import torch
+before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.get_default_dtype(),
+          torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed())
+import kandinsky_kernels, kandinsky_model
+from kandinsky_model import pipeline, commands
+import sys
+assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark,
+                  torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed())
+assert "torch._dynamo" not in sys.modules or not torch._dynamo.config.suppress_errors
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_17_importing_changes_nothing_global():
+    """Theirs turns on TF32, cuDNN's benchmark mode and the hiding of compilation errors."""
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
