@@ -41,7 +41,8 @@ def _bytes(text: str) -> int:
 
 
 def _generate_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("prompt")
+    command.add_argument("prompt", nargs="?")
+    command.add_argument("--prompts", metavar="FILE", help="one prompt on each line instead; under torchrun they are spread over processes")
     command.add_argument("-o", "--output", help=".mp4, .gif or .png (default: out.mp4, pictures out.png); several frames as png: "
                          "<name>_000.png, ...")
     command.add_argument("--model", default="tiny", help="a preset (kandinsky presets), a local path or a hub repository (default: tiny)")
@@ -164,14 +165,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except KeyboardInterrupt as stop:
-        print(" ".join(["kandinsky: interrupted", *map(str, stop.args)]), file=sys.stderr)
+        _complain(args, " ".join(["interrupted", *map(str, stop.args)]))
         return 130
     except Exception as error:
         if args.debug:
             raise
-        print(f"kandinsky: {_one_sentence(error)}", file=sys.stderr)
+        _complain(args, _one_sentence(error))
         return 2
     return 0
+
+
+def _complain(args, text: str) -> None:
+    """Once, where several processes share a run: what goes wrong before it is shared goes wrong in all of them."""
+    if os.environ.get("RANK", "0") == "0" or getattr(args, "prompts", None):
+        print(f"kandinsky: {text}", file=sys.stderr)
 
 
 def _one_sentence(error: Exception) -> str:

@@ -141,8 +141,10 @@ class Attention(nn.Module):
 
     def attend(self, x: Tensor, plan: Plan) -> Tensor:
         """Attention of x [B, S, C] over itself as the plan says, some heads at a time where it says so: [B, S, C] for `out_layer`."""
-        if plan.chunks.heads is None:
-            return self._attend(x, ALL, plan)
+        team = plan.ranks is not None and plan.ranks.team is not None
+        if team or plan.chunks.heads is None:
+            out = self._attend(x, ALL, plan)
+            return plan.ranks.to_tokens(out) if team else out
         out, width = torch.empty_like(x), plan.chunks.heads * self.head_dim
         for start in range(0, x.shape[-1], width):
             rows = slice(start, start + width)
@@ -150,8 +152,13 @@ class Attention(nn.Module):
         return out
 
     def _attend(self, x: Tensor, rows: slice, plan: Plan) -> Tensor:
-        """Each tensor goes as soon as it has served: there is room for four of the group's beside x at most, and six of all heads."""
+        """Each tensor goes as soon as it has served: there is room for four of the group's beside x at most, and six of all heads.
+
+        Where ranks share the heads, x has this rank's tokens, and the result all tokens of its heads.
+        """
         query, key, value = self.project(x, x, rows)
+        if plan.ranks is not None and plan.ranks.team:
+            query, key, value = plan.ranks.to_heads(torch.stack((query, key, value)), plan.grid.tokens).unbind(0)
         if plan.nabla is None:
             query = _round(self.query_norm(query, plan.rotary), plan.rope_cast)
             key = _round(self.key_norm(key, plan.rotary), plan.rope_cast)

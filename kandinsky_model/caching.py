@@ -79,7 +79,9 @@ class FirstBlockBranch(Branch):
         after, normed = self.dit.blocks(x, None, text, modulations, key_mask, plan, range(1))
         added = torch.sub(after, before, out=before)
         if self.first is not None and self.in_a_row < self.most_skipped:
-            moved = (added - self.first).abs_().mean() / self.first.abs().mean()
+            change = torch.stack([(added - self.first).abs_().sum(), self.first.abs().sum()])
+            moved, size = change if plan.ranks is None else plan.ranks.total(change)
+            moved = moved / size
             if moved.item() < self.threshold:
                 self.in_a_row += 1
                 return self.reuse(after, context)

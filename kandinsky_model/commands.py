@@ -19,11 +19,12 @@ NOT_A_TERMINAL_IS_QUIET = None  # tqdm's word for it
 class Progress:
     """One bar for the whole run: its label is the stage, its length the sampling steps. Silent where stderr is no terminal."""
 
-    def __init__(self):
+    def __init__(self, shown: bool = True):
         from tqdm import tqdm
 
         layout = "{desc:9} {n_fmt:>3}/{total_fmt} |{bar}| {elapsed} passed, {remaining} left, {rate_inv_fmt}"
-        self.bar = tqdm(desc="text", total=1, unit="step", leave=False, file=sys.stderr, disable=NOT_A_TERMINAL_IS_QUIET,
+        self.bar = tqdm(desc="text", total=1, unit="step", leave=False, file=sys.stderr,
+                        disable=NOT_A_TERMINAL_IS_QUIET if shown else True,
                         bar_format=layout, dynamic_ncols=True)
 
     def __call__(self, stage, step=None, steps=None, latents=None):
@@ -47,36 +48,68 @@ class Progress:
 
 
 def generate(args) -> None:
-    from . import clip, pipeline
-    from .locate import locate
+    from . import parallel
 
+    settings, prompts = _settings(args), _prompts(args)
+    with parallel.processes(args.device) as (rank, world, device):
+        together = world > 1 and not args.prompts  # all processes share the run of one prompt, or each has prompts of its own
+        model, outputs = _generator(args, len(prompts), device, ("dit",) if together and rank else None)
+        model.together = together
+        for i in range(0 if together else rank, len(prompts), 1 if together else world):
+            (output, strip), seed = outputs[i], None if args.seed is None else args.seed + i
+            writes = rank == 0 or not together
+            with Progress(writes) as progress, _kept(output if writes else None):
+                result = model.generate(prompts[i], callback=progress, memory_budget=args.memory_budget, image=args.image,
+                                        last_image=args.last_image, expand_prompt=args.expand, **settings | {"seed": seed})
+                if writes:
+                    _keep(result, output, strip, progress)
+
+
+def _settings(args) -> dict:
     width, height = args.size or (None, None)
     # 24 frames per second, four to a latent frame.
     frames = args.frames if args.seconds is None else 4 * round(6 * args.seconds) + 1
-    settings = dict(
+    return dict(
         negative_prompt=args.negative, seed=args.seed, num_frames=frames, height=height, width=width, num_inference_steps=args.steps,
         guidance_scale=args.guidance, scheduler_scale=args.scheduler_scale, attention=args.attention, precision=args.precision,
         cache=args.cache, vae_policy=args.vae_policy)
-    clip.check_settings(args.prompt, **settings)
-    if args.cache not in (None, "none"):  # how many passes it saved is worth a line
-        logging.getLogger(f"{__package__}.sampler").setLevel(logging.INFO)
-    if args.expand:  # so is what was really asked for
-        logging.getLogger(f"{__package__}.text_qwen").setLevel(logging.INFO)
-    _show_plan(args)
-    output, strip = _outputs(args) if args.output else (None, None)
-    device, sources = pipeline.choose_device(args.device), locate(args.model, args.revision)
-    if output is None:
+
+
+def _prompts(args) -> list[str]:
+    """The prompt, or those of the file, with settings that fit."""
+    from . import clip
+
+    if (args.prompt is None) == (args.prompts is None):
+        what = "neither" if args.prompt is None else "both"
+        raise ValueError(f"generate takes a prompt or a file of prompts, got {what}; give one of them")
+    lines = [args.prompt] if args.prompts is None else Path(args.prompts).read_text(encoding="utf-8").splitlines()
+    prompts = lines if args.prompts is None else [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"a file of prompts has one on each line, got none in {args.prompts}; write some")
+    for prompt in prompts:
+        clip.check_settings(prompt, **_settings(args))
+    return prompts
+
+
+def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | None):
+    """The model, and where its results go: one (output, strip) for each prompt."""
+    from . import pipeline
+    from .locate import PARTS, locate
+
+    for name, shown in (("sampler", args.cache not in (None, "none")), ("text_qwen", args.expand), ("pipeline", args.memory_budget)):
+        if shown:  # how many passes were saved, what was really asked for, what goes where
+            logging.getLogger(f"{__package__}.{name}").setLevel(logging.INFO)
+    outputs = _outputs(args, count) if args.output else None
+    device, sources = pipeline.choose_device(device), locate(args.model, args.revision, parts=parts or PARTS)
+    if outputs is None:
         args.output = "out.png" if sources.preset.vae is None else "out.mp4"
-        output, strip = _outputs(args)
+        outputs = _outputs(args, count)
     model = pipeline.Kandinsky5.from_sources(sources, device, text_cache=args.text_cache, quantize=args.quantize)
     for path, scale in args.lora:
         model.lora.load(path, scale=scale)
     if args.offload:
         model.enable_model_cpu_offload()
-    with Progress() as progress, _kept(output):
-        result = model.generate(args.prompt, callback=progress, memory_budget=args.memory_budget, image=args.image,
-                                last_image=args.last_image, expand_prompt=args.expand, **settings)
-        _keep(result, output, strip, progress)
+    return model, outputs
 
 
 def resume(args) -> None:
@@ -90,34 +123,39 @@ def resume(args) -> None:
     model = pipeline.load(args.model or settings.model, device=args.device, parts=("dit", "vae"), quantize=settings.quantization or None)
     for path, scale in map(scaled_path, settings.lora):
         model.lora.load(path, scale=scale)
-    _show_plan(args)
+    if args.memory_budget:
+        logging.getLogger(f"{__package__}.pipeline").setLevel(logging.INFO)
     with Progress() as progress, _kept(output):
         (result,) = model.resume(run, progress, args.memory_budget)
         _keep(result, output, None, progress)
 
 
-def _show_plan(args) -> None:
-    if args.memory_budget:
-        logging.getLogger(f"{__package__}.pipeline").setLevel(logging.INFO)
-
-
-def _outputs(args) -> tuple[Path, Path | None]:
-    """Where video and strip go, if they could be written now."""
+def _outputs(args, count: int) -> list[tuple[Path, Path | None]]:
+    """Where videos and strips go, if they could be written now; several are numbered."""
     from . import clip, video
 
-    output = video.check_output(args.output)
-    video.check_output(clip.latents_path(output), (".safetensors",))
-    return output, video.check_output(args.strip, (".png",)) if args.strip else None
+    def named(path: str, i: int) -> Path:
+        path = Path(path)
+        return path if args.prompts is None else path.with_name(f"{path.stem}_{i:03}{path.suffix}")
+
+    outputs = []
+    for i in range(count):
+        output = video.check_output(named(args.output, i))
+        video.check_output(clip.latents_path(output), (".safetensors",))
+        outputs.append((output, video.check_output(named(args.strip, i), (".png",)) if args.strip else None))
+    return outputs
 
 
 @contextmanager
-def _kept(output: Path):
-    """An interruption of what is sampled inside leaves a file, and says how to go on."""
+def _kept(output: Path | None):
+    """An interruption of what is sampled inside leaves a file, and says how to go on; without an output another process does that."""
     from .run import Interrupted
 
     try:
         yield
     except Interrupted as stop:
+        if output is None:
+            raise
         path = stop.run.save(output.with_name(f"{output.stem}.run.safetensors"))
         raise KeyboardInterrupt(f"{stop}; go on with: kandinsky resume {path}") from None
 

@@ -262,7 +262,8 @@ class DiffusionTransformer3D(nn.Module):
         for block, modulation in zip(self.text_transformer_blocks, modulations.text, strict=True):
             text = block(text, modulation, key_mask, plan)
         patches = geometry.patchify(x.to(self.dtype), self.config.patch_size)  # [B, S, patch * Cin]
-        return self.visual_embeddings(patches if plan.order is None else patches[:, plan.order]), text, key_mask
+        patches = patches if plan.order is None else patches[:, plan.order]
+        return self.visual_embeddings(patches if plan.ranks is None else plan.ranks.own(patches)), text, key_mask
 
     def blocks(self, x: Tensor, normed: Tensor | None, text: Tensor, modulations: list[tuple[Tensor, ...]], key_mask: Tensor | None,
                plan: Plan, span: range) -> tuple[Tensor, Tensor]:
@@ -279,6 +280,7 @@ class DiffusionTransformer3D(nn.Module):
     def finish(self, normed: Tensor, plan: Plan) -> Tensor:
         """The out layer on the last norm [B, S, C], put back into frames."""
         out = self.out_layer(normed)  # [B, S, patch * Cout]
+        out = out if plan.ranks is None else plan.ranks.gather(out, plan.grid.tokens)
         if plan.inverse is not None:  # after the last projection, which is per token: fewer features to move
             out = out[:, plan.inverse]
         return geometry.unpatchify(out, plan.grid, self.config.patch_size)

@@ -22,6 +22,7 @@ from .image_vae import is_image_vae, load_image_vae
 from .locate import PARTS, Sources, locate
 from .lora import Adapters
 from .offload import LateOffload, Offload, tensors_of
+from .parallel import Ranks, from_first, share
 from .placement import Job, RunPlan, Weights, free_bytes, plan_run, ways_to_run
 from .plan import Chunks, make_plan
 from .quant import mode_of
@@ -54,6 +55,7 @@ class Kandinsky5:
         self._hosted: dict[str, Offload | LateOffload] = {}  # parts whose weights live in host memory
         self.plan: RunPlan | None = None
         self.lora = Adapters(dit)
+        self.together = False  # whether all processes of torch.distributed's default group share every run
 
     @classmethod
     def from_pretrained(cls, model: str | Path = "tiny", device: str | None = None, dtype: torch.dtype | None = None,
@@ -112,19 +114,30 @@ class Kandinsky5:
         longer, and changes nothing but rounding. The plan for it is logged before the work begins.
         Raises ValueError and TypeError before any work when something does not fit, RuntimeError when latents stop being finite,
         Interrupted (a KeyboardInterrupt) with what `resume` needs when sampling is stopped by the keyboard.
+
+        With `together` every process calls this alike: the first one alone reads prompts and pictures, all of them sample and return.
         """
-        expand = settings.pop("expand_prompt", False)
+        expand, asked = settings.pop("expand_prompt", False), (prompt, negative_prompt, seed, image, last_image)
+        if self.together:
+            run = Run.from_bytes(from_first(lambda: self._prepare(asked, settings, callback, memory_budget, expand).to_bytes()))
+            videos = self.resume(run, callback, memory_budget)
+        else:
+            run = self._prepare(asked, settings, callback, memory_budget, expand)
+            videos = self._run(run, self.plan, callback, memory_budget)
+        return videos if isinstance(prompt, (list, tuple)) else videos[0]
+
+    def _prepare(self, asked: tuple, settings: dict, callback: Callback | None, memory_budget: int | None, expand: bool) -> Run:
+        """What `generate` was asked for, read and embedded."""
+        prompt, negative_prompt, seed, image, last_image = asked
         pictures = self._pictures(image, last_image, settings)
         plans = self._settings(prompt, negative_prompt, seed, settings)
-        plan = self._plan(plans, memory_budget, pictures=pictures != [None, None], expand=expand)
-        tell = callback or (lambda *_: None)
-        tell("text", 0, 1, None)
+        self.plan = plan = self._plan(plans, memory_budget, pictures=pictures != [None, None], expand=expand)
+        if callback:
+            callback("text", 0, 1, None)
         pictures = [None if one is None else resize(one, plans[0].height, plans[0].width) for one in pictures]
         plans = self._expanded(plans, pictures[0], plan) if expand else plans
         cond, uncond = self._encode(plans, pictures[0], plan)
-        run = Run(plans, self._noise(plans), cond, uncond, self._given(pictures, plans, plan))
-        videos = self._run(run, plan, callback, memory_budget)
-        return videos if isinstance(prompt, (list, tuple)) else videos[0]
+        return Run(plans, self._noise(plans), cond, uncond, self._given(pictures, plans, plan))
 
     def resume(self, run: Run, callback: Callback | None = None, memory_budget: int | None = None) -> list[Video]:
         """Do the steps that are left of a run: `Interrupted.run`, or `Run.load` of a file. Arguments and errors as in `generate`."""
@@ -211,6 +224,8 @@ class Kandinsky5:
         if strangers:
             _log.warning("%s does not know %s; its words are %s", self.preset.name, ", ".join(strangers),
                          ", ".join(self.text.config["words"]))
+        if self.together:  # says now who cannot share a run
+            share(torch.distributed.get_world_size(), self.preset.dit.num_heads, _sampling(plans[0], self.preset.name).guided)
         return [replace(plan, lora=self.lora.active(), quantization=mode_of(self.dit) or "") for plan in plans]
 
     def _pictures(self, image, last_image, settings: dict) -> list[Tensor | None]:
@@ -278,8 +293,9 @@ class Kandinsky5:
     def _sample(self, run: Run, placement: RunPlan | None) -> Iterator[tuple[int, Tensor]]:
         first, preset = run.settings[0], self.preset
         nabla = (preset.nabla or NABLA_FOR_DENSE) if first.attention == "nabla" else None
+        ranks = Ranks.of(preset.dit.num_heads, _sampling(first, preset.name).guided) if self.together else None
         chunks = placement.stages["sampling"].chunks if placement else Chunks()
-        plan = make_plan(preset.dit, first.grid, preset.scale_factor, nabla, self.device, chunks=chunks)
+        plan = make_plan(preset.dit, first.grid, preset.scale_factor, nabla, self.device, chunks=chunks, ranks=ranks)
         with self._placed("dit", placement, "sampling") as dit:
             yield from sample(dit, run.latents, run.cond, plan, _sampling(first, preset.name, run.step), run.uncond, run.given)
 

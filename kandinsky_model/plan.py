@@ -11,6 +11,7 @@ from kandinsky_kernels import Rotary
 
 from . import geometry
 from .config import DiTConfig, NablaConfig
+from .parallel import Ranks
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Plan:
     block_offsets: Tensor | None = None  # int32 [N + 1]
     rope_cast: torch.dtype | None = None
     chunks: Chunks = Chunks()
+    ranks: Ranks | None = None  # the processes that share the run
     text_rotaries: dict[tuple[int, int], Rotary] = field(default_factory=dict, repr=False)
 
     def text_rotary(self, length: int, head_dim: int) -> Rotary:
@@ -49,17 +51,17 @@ class Plan:
 
 
 def make_plan(config: DiTConfig, grid: geometry.Grid, scale_factor: tuple[float, float, float], nabla: NablaConfig | None = None,
-              device: torch.device | str = "cpu", rope_cast: torch.dtype | None = None, chunks: Chunks = Chunks()) -> Plan:
+              device: torch.device | str = "cpu", rope_cast: torch.dtype | None = None, **options) -> Plan:
     """Token order, rotary tables and blocks of one video size. With `nabla` tokens come tile by tile; any grid will do.
 
     rope_cast: round rotated queries and keys to this dtype and back. None is exact; torch.bfloat16 reproduces in an
-    fp32 run what diffusers does there. chunks: what fits into memory; see `placement`.
+    fp32 run what diffusers does there. options: `Plan`'s chunks and ranks.
     """
     angles = geometry.rotary_angles(max(grid.T, grid.Y, grid.X), config.axes_dims, scale_factor)  # [P, D/2]
     order = geometry.tile_order(grid) if nabla else None
     positions = geometry.positions(grid) if order is None else geometry.positions(grid)[order]
     rotary = Rotary(angles.cos().to(device), angles.sin().to(device), positions.to(device), tuple(dim // 2 for dim in config.axes_dims))
     if nabla is None:
-        return Plan(grid, rotary, rope_cast=rope_cast, chunks=chunks)
+        return Plan(grid, rotary, rope_cast=rope_cast, **options)
     return Plan(grid, rotary, nabla, order.to(device), geometry.inverse_order(order).to(device), geometry.block_offsets(grid).to(device),
-                rope_cast, chunks)
+                rope_cast, **options)

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from . import video as files
@@ -16,7 +15,7 @@ from .clip import Settings
 from .sampler import Conditioning, Given
 from .weights import read_headers
 
-METADATA_KEY = "kandinsky_run"
+ABOUT = "kandinsky_run"  # the tensor of bytes that hold settings and step as JSON
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,28 +42,34 @@ class Run:
     def save(self, path: str | Path) -> Path:
         """Write it as safetensors, whole or not at all. Raises what `video.check_output` raises."""
         path = files.check_output(path, (".safetensors",))
-        tensors = {"latents": self.latents}
+        with files.replacing(path) as target:
+            target.write_bytes(self.to_bytes())
+        return path
+
+    def to_bytes(self) -> bytes:
+        """As `save` writes it."""
+        about = json.dumps({"step": self.step, "settings": [asdict(one) for one in self.settings]})
+        tensors = {"latents": self.latents, ABOUT: torch.frombuffer(bytearray(about.encode()), dtype=torch.uint8)}
         for name, one in (("cond", self.cond), ("uncond", self.uncond)):
             tensors |= {} if one is None else {f"{name}.embeds": one.embeds, f"{name}.pooled": one.pooled}
             tensors |= {} if one is None or one.lengths is None else {f"{name}.lengths": one.lengths}
         tensors |= {f"frame.{index}": frame for index, frame in self.given.frames.items()}
         tensors |= {} if self.given.source is None else {"source": self.given.source}
-        about = json.dumps({"step": self.step, "settings": [asdict(one) for one in self.settings]}, ensure_ascii=False)
-        with files.replacing(path) as target:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, target, {METADATA_KEY: about})
-        return path
+        return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
         """What `save` wrote; ValueError or OSError for any other file."""
-        read_headers([Path(path)])
-        with safe_open(path, framework="pt") as file:
-            about = (file.metadata() or {}).get(METADATA_KEY)
-            if about is None:
-                raise ValueError(f"{path} must hold an interrupted run, but it has no such settings; choose another file")
-            # copied, because libraries round differently by where in a line of the cache a tensor begins
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
-            about = json.loads(about)
+        if ABOUT not in read_headers([Path(path)]):
+            raise ValueError(f"{path} must hold an interrupted run, but it has no such settings; choose another file")
+        return cls.from_bytes(Path(path).read_bytes())
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Run:
+        """What `to_bytes` gave."""
+        # copied, because libraries round differently by where in a line of the cache a tensor begins
+        tensors = {name: tensor.clone() for name, tensor in load(data).items()}
+        about = json.loads(tensors[ABOUT].numpy().tobytes())
         cond, uncond = (Conditioning(tensors[f"{name}.embeds"], tensors.get(f"{name}.lengths"), tensors[f"{name}.pooled"])
                         if f"{name}.embeds" in tensors else None for name in ("cond", "uncond"))
         frames = {int(name.partition(".")[2]): tensor for name, tensor in tensors.items() if name.startswith("frame.")}

@@ -133,14 +133,19 @@ def sample(dit: DiffusionTransformer3D, initial: Tensor, cond: Conditioning, pla
     guided = dit.modulate(every_time, cond.pooled)
     unguided = dit.modulate(every_time, uncond.pooled) if sampling.guided else None
     branches = sampling.cache.branches(dit, sampling.steps, 1 + sampling.guided, sampling.start) if sampling.cache else [dit, dit]
+    passes = list(zip(branches, (cond, uncond), (guided, unguided), strict=False))[:1 + sampling.guided]
+    shared = plan.ranks is not None and plan.ranks.passes == 2
     for step in range(sampling.start, sampling.steps):
         x = with_frames(x, given.frames)
         model_input = _model_input(dit, x, given)
-        velocity = branches[0](model_input, cond.embeds, cond.pooled, every_time[step], plan, cond.lengths, guided.step(step)).to(dtype)
-        if sampling.guided:
-            other = branches[1](model_input, uncond.embeds, uncond.pooled, every_time[step], plan, uncond.lengths, unguided.step(step))
-            other = other.to(dtype)
-            velocity = other + sampling.guidance * (velocity - other)
+        velocities = [
+            branch(model_input, text.embeds, text.pooled, every_time[step], plan, text.lengths, modulations.step(step)).to(dtype)
+            for branch, text, modulations in (passes[plan.ranks.index:][:1] if shared else passes)]
+        if shared:
+            velocities = plan.ranks.both(*velocities)
+        velocity, *other = velocities
+        if other:
+            velocity = other[0] + sampling.guidance * (velocity - other[0])
         x = x + (times[step + 1] - times[step]).to(x.device) * velocity
         if step == sampling.steps - 1:
             x = finish(x, given.frames)

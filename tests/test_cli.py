@@ -135,6 +135,7 @@ def test_bundled_model_is_the_default(run, tmp_path):
     (["generate", "x", "-o", "a.webm"], "must end in .mp4 or .gif or .png"),
     (["generate", "x", "-o", "absent/a.mp4"], "existing directory"),
     (["generate", "x", "-o", "."], "must end in"),
+    (["generate", "x", "--prompts", "a.txt"], "a prompt or a file of prompts, got both"),
     (["generate", "x", "--strip", "s.gif"], "must end in .png"),
     (["generate", "x", "--device", "pancake"], "use cpu"),
     (["decode", "absent.safetensors"], "absent.safetensors"),
