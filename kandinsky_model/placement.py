@@ -173,7 +173,7 @@ def sampling_bytes(job: Job, chunks: Chunks) -> int:
 
     That moment lies in a visual block. With t for one tensor of the residual stream's size there are, all through the pass,
 
-    - latents: the noise, the current ones, the model's input, and per branch the velocity of this step or the last;
+    - latents: the noise, the current ones, the model's input, and with guidance the velocity of the first pass;
     - the plan's positions, orders and angles, the prompts, the text in the pass and its keys and values, and the modulations of the
       pass (on a CPU those of all passes, and while they are made once more those of one prompt);
     - what a cache keeps: per branch t (mag) or 2 t (first-block, and t once more while the first block runs);
@@ -236,7 +236,7 @@ def _cache_bytes(job: Job) -> int:
 def _pass_bytes(job: Job) -> int:
     """Latents, plan, texts and modulations."""
     config, size = job.config, job.dtype.itemsize
-    latents = math.prod(config.patch_size) * (config.in_visual_dim * (3 + job.guided) + config.in_channels) * WIDE
+    latents = math.prod(config.patch_size) * (config.in_visual_dim * (2 + job.guided) + config.in_channels) * WIDE
     plan = 4 * 3 + (2 * 8 if job.nabla else 0)
     texts = ((1 + job.guided) * config.in_text_dim + 4 * config.model_dim) * size
     rotary = WIDE * config.head_dim * (max(job.grid.T, job.grid.Y, job.grid.X) + (1 + job.guided) * job.text_tokens)

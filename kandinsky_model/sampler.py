@@ -126,27 +126,17 @@ def sample(dit: DiffusionTransformer3D, initial: Tensor, cond: Conditioning, pla
     """
     given = given or Given()
     _check(dit, initial, sampling, uncond, given)
-    dtype = PRECISIONS[sampling.precision]
     times = schedule(sampling.steps, sampling.scheduler_scale)
-    x = initial.to(dtype)
+    x = initial.to(PRECISIONS[sampling.precision])
     every_time = (times[:-1] * TIME_UNIT)[:, None].expand(-1, x.shape[0]).to(x.device)  # [steps, B]
-    guided = dit.modulate(every_time, cond.pooled)
-    unguided = dit.modulate(every_time, uncond.pooled) if sampling.guided else None
-    branches = sampling.cache.branches(dit, sampling.steps, 1 + sampling.guided, sampling.start) if sampling.cache else [dit, dit]
-    passes = list(zip(branches, (cond, uncond), (guided, unguided), strict=False))[:1 + sampling.guided]
-    shared = plan.ranks is not None and plan.ranks.passes == 2
+    texts = [cond, uncond] if sampling.guided else [cond]
+    branches = sampling.cache.branches(dit, sampling.steps, len(texts), sampling.start) if sampling.cache else [dit] * len(texts)
+    passes = [(branch, text, dit.modulate(every_time, text.pooled)) for branch, text in zip(branches, texts, strict=True)]
     for step in range(sampling.start, sampling.steps):
         x = with_frames(x, given.frames)
-        model_input = _model_input(dit, x, given)
-        velocities = [
-            branch(model_input, text.embeds, text.pooled, every_time[step], plan, text.lengths, modulations.step(step)).to(dtype)
-            for branch, text, modulations in (passes[plan.ranks.index:][:1] if shared else passes)]
-        if shared:
-            velocities = plan.ranks.both(*velocities)
-        velocity, *other = velocities
-        if other:
-            velocity = other[0] + sampling.guidance * (velocity - other[0])
+        velocity = _velocity(passes, x, _model_input(dit, x, given), (step, every_time[step]), plan, sampling.guidance)
         x = x + (times[step + 1] - times[step]).to(x.device) * velocity
+        del velocity
         if step == sampling.steps - 1:
             x = finish(x, given.frames)
         if not torch.isfinite(x).all():
@@ -156,6 +146,18 @@ def sample(dit: DiffusionTransformer3D, initial: Tensor, cond: Conditioning, pla
     if sampling.cache:
         computed, skipped = (sum(getattr(branch, name) for branch in branches) for name in ("computed", "skipped"))
         _log.info("%d of %d passes were computed, %d reused an earlier one", computed, computed + skipped, skipped)
+
+
+def _velocity(passes: list[tuple], x: Tensor, model_input: Tensor, time: tuple[int, Tensor], plan: Plan, guidance: float) -> Tensor:
+    """Of x at this time, with guidance where there are two passes: (network, text, modulations) with the prompt, and without."""
+    step, now = time
+    shared = len(passes) == 2 and plan is not None and plan.ranks is not None and plan.ranks.passes == 2
+    velocities = [branch(model_input, text.embeds, text.pooled, now, plan, text.lengths, modulations.step(step)).to(x.dtype)
+                  for branch, text, modulations in (passes[plan.ranks.index:][:1] if shared else passes)]
+    if shared:
+        velocities = plan.ranks.both(*velocities)
+    velocity, *other = velocities
+    return other[0] + guidance * (velocity - other[0]) if other else velocity
 
 
 def finish(x: Tensor, frames: Mapping[int, Tensor]) -> Tensor:
