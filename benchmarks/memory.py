@@ -21,7 +21,7 @@ from kandinsky_model.weights import FP32_NAMES
 # Qwen2.5-VL-7B in bf16 without its head and vision part (28 decoder layers, the table of tokens), and CLIP-L's text model in fp32.
 QWEN_LAYERS, QWEN_TABLE, CLIP = (2 * 233_057_792,) * 28, 2 * 152_064 * 3584, 4 * 123_060_480
 FLUX_VAE = 2 * 83_819_683
-BUDGETS = ("8GB", "12GB", "16GB", "24GB", "80GB")
+BUDGETS = ("8GB", "12GB", "24GB")
 ROWS = [(f"t2v-{name}", policy) for name in ("lite-sft-5s", "lite-sft-10s", "pro-sft-5s", "pro-sft-10s", "pro-sft-5s-hd", "pro-sft-10s-hd")
         for policy in ("official", "global")] + [("t2i-lite-sft", "global"), ("i2i-lite-sft", "global")]
 

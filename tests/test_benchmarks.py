@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import clock, gpu, ops, report, vae
+from benchmarks import clock, gpu, memory, ops, report, vae
 from kandinsky_model.config import VAEConfig
 
 from .cases import BENCHES, CASES
@@ -120,3 +120,7 @@ def test_vaes_are_compared_on_equal_results(monkeypatch):
 def test_the_readme_shows_the_schemes_as_they_are_accounted():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(vae.schemes_table(doing) in readme for doing in vae.SCHEMES)
+
+
+def test_the_readme_shows_what_runs_need():
+    assert memory.table() in (ROOT / "README.md").read_text(encoding="utf-8")
