@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test shares: seeds, poisoned memory, the threads and the place of the golden files."""
+import logging
 import os
 from pathlib import Path
 
@@ -56,6 +57,14 @@ def seeds_and_poison():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def log_levels():
+    """What a test lets the package's loggers say (every run of the command line does) the next one does not hear."""
+    yield
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("kandinsky_")]:
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True, scope="session")
