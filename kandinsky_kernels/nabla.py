@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, tuning
-from ._library import attach, declare, needs_reference, on
+from ._library import attach, declare, differentiate, in_double, on
 
 
 def _empty_selection(query_means: Tensor, *_) -> Tensor:
@@ -28,12 +28,20 @@ def _empty_attention(query: Tensor, *_) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty((B, H, S), dtype=lse_dtype)
 
 
+def _empty_gradients(query: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
+
+
 _select_blocks = declare(
     "select_blocks(Tensor query_means, Tensor key_means, float keep_mass, int[] tiles, int[] window, str ties) -> Tensor",
     reference.select_blocks, _empty_selection)
 _block_sparse_attention = declare(
     "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor selection, Tensor block_offsets, float scale,"
     " float logit_bound) -> (Tensor, Tensor)", reference.block_sparse_attention, _empty_attention)
+_block_sparse_attention_backward = declare(
+    "block_sparse_attention_backward(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor selection,"
+    " Tensor block_offsets, Tensor grad_out, Tensor? grad_lse, float scale) -> (Tensor, Tensor, Tensor)",
+    reference.block_sparse_attention_backward, _empty_gradients)
 
 
 def _check_alike(**tensors: Tensor) -> None:
@@ -78,7 +86,7 @@ def select_blocks(query_means: Tensor, key_means: Tensor, keep_mass: float, tile
         raise ValueError(f"tiles must be three numbers with product N = {query_means.shape[2]} and window three widths from 1 "
                          f"on, got {tiles} and {window}.")
     with torch.no_grad():  # the choice has no gradient
-        op = reference.select_blocks if needs_reference(query_means) else _select_blocks
+        op = reference.select_blocks if in_double(query_means) else _select_blocks
         return op(query_means, key_means, keep_mass, tiles, window, ties)
 
 
@@ -106,10 +114,7 @@ def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, selection:
     if not logit_bound >= 0.0:
         raise ValueError(f"logit_bound must be a number from 0 on, got {logit_bound}; leave it out when none is known.")
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        op = reference.masked_attention
-    else:
-        op = reference.block_sparse_attention if needs_reference(query) else _block_sparse_attention
+    op = reference.block_sparse_attention if in_double(query) else _block_sparse_attention
     out, lse = op(query, key, value, selection, block_offsets, scale, logit_bound)
     return (out, lse) if return_lse else out
 
@@ -136,6 +141,25 @@ def transpose_selection(selection: Tensor) -> Tensor:
         swapped = ((low >> width) ^ high) & mask
         bits = torch.stack((low ^ (swapped << width), high ^ swapped), -3).flatten(-4, -2)
     return bits.transpose(-3, -1).flatten(-3, -2)[..., :N, :].contiguous()
+
+
+# ---- gradients
+
+
+def _keep_attention(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, _ = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _attention_gradients(ctx, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple:
+    query, key, value, selection, block_offsets, out, lse = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    gradients = _block_sparse_attention_backward(query, key, value, out, lse, selection, block_offsets, grad_out, grad_lse, ctx.scale)
+    return *gradients, None, None, None, None
+
+
+differentiate("block_sparse_attention", _keep_attention, _attention_gradients)
 
 
 # ---- on GPUs

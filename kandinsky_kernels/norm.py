@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import reference, tuning
-from ._library import attach, declare, needs_reference, on
+from ._library import attach, declare, differentiate, in_double, on
 
 LAYER_NORM_EPS = 1e-5
 MOST_AXES = 3
@@ -20,6 +20,14 @@ _gated_add_norm = declare(
 _norm_rope = declare(
     "norm_rope(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, Tensor? positions, int[] pairs, Tensor? block_offsets, float eps)"
     " -> (Tensor, Tensor)", reference.norm_rope)
+_modulated_norm_backward = declare(
+    "modulated_norm_backward(Tensor x, Tensor scale, Tensor grad, float eps) -> (Tensor, Tensor, Tensor)", reference.modulated_norm_backward)
+_gated_add_norm_backward = declare(
+    "gated_add_norm_backward(Tensor y, Tensor branch, Tensor gate, Tensor scale, Tensor? grad_y, Tensor grad_normed, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)", reference.gated_add_norm_backward)
+_norm_rope_backward = declare(
+    "norm_rope_backward(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, Tensor? positions, int[] pairs, Tensor grad, float eps)"
+    " -> (Tensor, Tensor)", reference.norm_rope_backward)
 
 
 class Rotary(NamedTuple):
@@ -69,7 +77,7 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = LAYER_N
     Raises ValueError on other shapes and strides, TypeError on tensors that are not floats.
     """
     _check_rows(x, scale=scale, shift=shift)
-    op = reference.modulated_norm if needs_reference(x, scale, shift) else _modulated_norm
+    op = reference.modulated_norm if in_double(x, scale, shift) else _modulated_norm
     return op(x, scale, shift, eps)
 
 
@@ -90,7 +98,7 @@ def gated_add_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None
     _check_layout("branch", branch)
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must be given together, got only one of them.")
-    op = reference.gated_add_norm if needs_reference(x, branch, gate, scale, shift) else _gated_add_norm
+    op = reference.gated_add_norm if in_double(x, branch, gate, scale, shift) else _gated_add_norm
     y, normed = op(x, branch, gate, scale, shift, eps)
     return y, None if scale is None else normed
 
@@ -125,7 +133,7 @@ def norm_rope(x: Tensor, weight: Tensor, rotary: Rotary | None = None, eps: floa
     TypeError on other dtypes, RuntimeError on a CPU for positions outside of the tables.
     """
     _check_heads(x, weight, rotary)
-    op = reference.norm_rope if needs_reference(x, weight) else _norm_rope
+    op = reference.norm_rope if in_double(x, weight) else _norm_rope
     return op(x, weight, *(rotary or (None, None, None, ())), None, eps)[0]
 
 
@@ -140,8 +148,60 @@ def norm_rope_means(x: Tensor, weight: Tensor, rotary: Rotary | None, block_offs
     _check_heads(x, weight, rotary)
     if block_offsets.dim() != 1 or block_offsets.dtype != torch.int32:
         raise ValueError(f"block_offsets must be int32 [N + 1], got {block_offsets.dtype} {list(block_offsets.shape)}.")
-    op = reference.norm_rope if needs_reference(x, weight) else _norm_rope
+    op = reference.norm_rope if in_double(x, weight) else _norm_rope
     return op(x, weight, *(rotary or (None, None, None, ())), block_offsets, eps)
+
+
+# ---- gradients
+
+
+def _keep_modulated_norm(ctx, inputs: tuple, _) -> None:
+    x, scale, shift, ctx.eps = inputs
+    ctx.save_for_backward(x, scale)
+    ctx.dtypes = scale.dtype, shift.dtype
+
+
+def _modulated_norm_gradients(ctx, grad: Tensor) -> tuple:
+    grad_x, *vectors = _modulated_norm_backward(*ctx.saved_tensors, grad.contiguous(), ctx.eps)
+    return grad_x, *(vector.to(dtype) for vector, dtype in zip(vectors, ctx.dtypes, strict=True)), None
+
+
+def _keep_gated_add_norm(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    _, branch, gate, scale, shift, ctx.eps = inputs
+    ctx.save_for_backward(output[0], branch, gate, scale)
+    ctx.dtypes = [gate.dtype, *(vector.dtype for vector in (scale, shift) if vector is not None)]
+
+
+def _gated_add_norm_gradients(ctx, grad_y: Tensor | None, grad_normed: Tensor | None) -> tuple:
+    y, branch, gate, scale = ctx.saved_tensors
+    if grad_normed is None:  # nothing follows the sum
+        wide = torch.promote_types(y.dtype, torch.float32)
+        grad_branch = (gate.to(wide)[:, None] * grad_y).to(y.dtype)
+        return grad_y, grad_branch, (branch.to(wide) * grad_y).sum(1).to(gate.dtype), None, None, None
+    grad_y = None if grad_y is None else grad_y.contiguous()
+    grad_x, grad_branch, *vectors = _gated_add_norm_backward(y, branch, gate, scale, grad_y, grad_normed.contiguous(), ctx.eps)
+    return grad_x, grad_branch, *(vector.to(dtype) for vector, dtype in zip(vectors, ctx.dtypes, strict=True)), None
+
+
+def _keep_norm_rope(ctx, inputs: tuple, _) -> None:
+    *tensors, ctx.pairs, block_offsets, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, block_offsets)
+
+
+def _norm_rope_gradients(ctx, grad_y: Tensor | None, grad_means: Tensor | None) -> tuple:
+    x, weight, cos, sin, positions, block_offsets = ctx.saved_tensors
+    grad = x.new_zeros(x.shape) if grad_y is None else grad_y
+    if grad_means is not None and block_offsets is not None:  # every token has its share of its block's
+        lengths = block_offsets.diff()
+        shares = (grad_means / lengths[:, None]).transpose(1, 2)  # [B, N, H, D]
+        grad = (grad + shares.repeat_interleave(lengths, 1, output_size=x.shape[1])).to(x.dtype)
+    grad_x, grad_weight = _norm_rope_backward(x, weight, cos, sin, positions, ctx.pairs, grad.contiguous(), ctx.eps)
+    return grad_x, grad_weight.to(weight.dtype), None, None, None, None, None, None
+
+
+differentiate("modulated_norm", _keep_modulated_norm, _modulated_norm_gradients)
+differentiate("gated_add_norm", _keep_gated_add_norm, _gated_add_norm_gradients)
+differentiate("norm_rope", _keep_norm_rope, _norm_rope_gradients)
 
 
 # ---- on GPUs
