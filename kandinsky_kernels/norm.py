@@ -21,7 +21,8 @@ _norm_rope = declare(
     "norm_rope(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, Tensor? positions, int[] pairs, Tensor? block_offsets, float eps)"
     " -> (Tensor, Tensor)", reference.norm_rope)
 _modulated_norm_backward = declare(
-    "modulated_norm_backward(Tensor x, Tensor scale, Tensor grad, float eps) -> (Tensor, Tensor, Tensor)", reference.modulated_norm_backward)
+    "modulated_norm_backward(Tensor x, Tensor scale, Tensor grad, float eps) -> (Tensor, Tensor, Tensor)",
+    reference.modulated_norm_backward)
 _gated_add_norm_backward = declare(
     "gated_add_norm_backward(Tensor y, Tensor branch, Tensor gate, Tensor scale, Tensor? grad_y, Tensor grad_normed, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)", reference.gated_add_norm_backward)

@@ -15,7 +15,7 @@ import kandinsky_kernels as ops
 from kandinsky_kernels import _guard, _library, kernels, nabla, norm, tuning, vae
 from kandinsky_model.geometry import Grid
 
-from .cases import CASES, Case, attention, frames, heads, means, normed, video
+from .cases import CASES, Case, attention, block_sparse_attention_peer, frames, heads, means, normed, video
 from .compare import assert_faithful
 
 triton = pytest.importorskip("triton", reason="needs Triton")
@@ -65,12 +65,11 @@ def test_attention_of_every_head_size_in_groups_of_heads(D, grid, monkeypatch):
     launch = dataclasses.replace(tuning.attention(D, torch.float32, (9, 0), full), descriptors=full and (DEVICE == "cpu" or D <= 64))
     monkeypatch.setattr(tuning, "attention", lambda *_: launch)
     inputs = attention(2, 2, grid, D, 0.5)(torch.Generator().manual_seed(1))
-    args = [inputs[name].to(DEVICE) for name in ("query", "key", "value", "selection", "block_offsets")]
-    out, lse = nabla._launch_attention(*args, 0.3, math.inf)
-    exact, exact_lse = nabla.reference.block_sparse_attention(*(x.double() if x.is_floating_point() else x for x in args), 0.3)
-    peer, peer_lse = nabla.reference.masked_attention(*args, 0.3)
-    assert_faithful(out, exact, peer)
-    assert_faithful(lse, exact_lse, peer_lse)
+    outputs = nabla._launch_attention(*on_device(inputs).values(), 0.3, math.inf)
+    exact = nabla.reference.block_sparse_attention(*(x.double() if x.is_floating_point() else x for x in inputs.values()), 0.3)
+    peer = block_sparse_attention_peer(**inputs | {"query": inputs["query"] * 0.3 * math.sqrt(D)}, return_lse=True)
+    for actual, *others in zip(outputs, exact, peer, strict=True):
+        assert_faithful(actual.cpu(), *others)
 
 
 @pytest.mark.parametrize("bound", [math.inf, 20.0], ids=["online", "bounded"])
