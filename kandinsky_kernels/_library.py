@@ -45,13 +45,17 @@ def declare(schema: str, reference: Callable, fake: Callable | None = None) -> C
 def differentiate(name: str, keep: Callable, backward: Callable) -> None:
     """Register the gradient of the declared op ``name``, whose own operator ``backward`` calls: kernels run in both directions.
 
-    keep(ctx, inputs, output) saves what backward(ctx, *gradients of the outputs) reads; a gradient is None where an output was not used.
+    keep(ctx, inputs, output) saves what backward(ctx, *gradients of the outputs) reads; one is None where its output was not used.
     """
     def setup(ctx, inputs: tuple, output) -> None:
         ctx.set_materialize_grads(False)
+        ctx.inputs = len(inputs)
         keep(ctx, inputs, output)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=_library)
+    def gradients(ctx, *grads: torch.Tensor | None) -> tuple:
+        return backward(ctx, *grads) if any(grad is not None for grad in grads) else (None,) * ctx.inputs
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", gradients, setup_context=setup, lib=_library)
 
 
 def triton_absence() -> str | None:

@@ -74,22 +74,25 @@ struct Backward {
   KANDINSKY_INLINE int64_t length(int64_t block) const { return offsets[block + 1] - offsets[block]; }
 };
 
-// The first pass over everything: `common` of every row, and keys with their dimensions in lanes.
+// The first pass over everything: `common` of every row, and keys with their dimensions in lanes. `common` is summed in the order of the
+// products it is taken off, so that the change of a weight of 1 is exactly 0.
 struct Prepare : Backward {
+  static constexpr int kTogether = 8;  // rows, so that each addition need not wait for the one before it
+
   template <int W>
   KANDINSKY_INLINE void run(int64_t begin, int64_t end) const {
     constexpr int P = kPanel<W>;
     const int64_t panels = (D + P - 1) / P;
-    for (int64_t row = begin; row < end; ++row) {
-      const float *o = out + row * D, *g = grad_out + row * D, *k = key + row * D;
-      typename Lanes<W>::F sums{};
-      int64_t d = 0;
-      for (; d + W <= D; d += W) sums += load<W>(o + d) * load<W>(g + d);
-      float sum = sum_lanes<W>(sums);
-      for (; d < D; ++d) sum += o[d] * g[d];
-      common[row] = grad_lse ? sum - grad_lse[row] : sum;
-      float* to = lanes + (row / S * panels * S + row % S) * P;
-      for (d = 0; d < panels * P; ++d) to[d / P * S * P + d % P] = d < D ? k[d] : 0.0f;
+    for (int64_t first = begin; first < end; first += kTogether) {
+      float sums[kTogether]{};
+      const int64_t rows = std::min<int64_t>(kTogether, end - first);
+      for (int64_t d = 0; d < D; ++d)
+        for (int64_t i = 0; i < rows; ++i) sums[i] += out[(first + i) * D + d] * grad_out[(first + i) * D + d];
+      for (int64_t row = first; row < first + rows; ++row) {
+        common[row] = grad_lse ? sums[row - first] - grad_lse[row] : sums[row - first];
+        float* to = lanes + (row / S * panels * S + row % S) * P;
+        for (int64_t d = 0; d < panels * P; ++d) to[d / P * S * P + d % P] = d < D ? key[row * D + d] : 0.0f;
+      }
     }
   }
 };
@@ -181,40 +184,46 @@ struct OfKeys : Backward {
   }
 };
 
-// Tasks of the second kind: block of queries `task`, and what its pairs [first, stop) have left behind.
+// Tasks of the second kind: block of queries `task`, and what its pairs [first, stop) have left behind. The sum so far is in grad_query,
+// so that where strips end does not change its order.
 struct OfQueries : Backward {
   int64_t first, stop;
   std::atomic<int64_t>* next_task;
 
+  // sums [D / P][queries][P] += change [queries][kMaxBlock] * keys
   template <int W>
-  KANDINSKY_INLINE void run(int64_t, int64_t) const {
+  KANDINSKY_INLINE void add(const float* change, const float* keys, int64_t tokens, int64_t rows, float* sums) const {
     using F = typename Lanes<W>::F;
     constexpr int P = kPanel<W>;
+    for (int64_t d = 0; d < D; d += P, keys += S * P, sums += kMaxBlock * P)
+      product<W>(change, kMaxBlock, 1, keys, tokens, rows, [&](int64_t i, const F& low, const F& high) __attribute__((always_inline)) {
+        store<W>(sums + i * P, load<W>(sums + i * P) + low);
+        store<W>(sums + i * P + W, load<W>(sums + i * P + W) + high);
+      });
+  }
+
+  template <int W>
+  KANDINSKY_INLINE void run(int64_t, int64_t) const {
+    constexpr int P = kPanel<W>;
     const int64_t panels = (D + P - 1) / P;
+    const int64_t* numbers = pairs.row_pair.data();
     Scratch memory(panels * kMaxBlock * P);
-    float* sums = memory.floats();  // [D / P][queries][P]
+    float* sums = memory.floats();
     for (int64_t task; (task = next_task->fetch_add(1)) < heads * N;) {
-      const int64_t head = task / N, rows = length(task % N), stop_entry = pairs.row_start[task + 1];
-      const int64_t* entries = pairs.row_pair.data();
-      int64_t entry = std::lower_bound(entries + pairs.row_start[task], entries + stop_entry, first) - entries;
-      if (entry == stop_entry || entries[entry] >= stop) continue;
-      std::fill(sums, sums + panels * kMaxBlock * P, 0.0f);
-      for (; entry < stop_entry && entries[entry] < stop; ++entry) {
-        const int64_t block = pairs.key_of[entry];
-        const float* change = changes + (entries[entry] - first) * kPair;
-        for (int64_t p = 0; p < panels; ++p) {
-          const float* keys = lanes + ((head * panels + p) * S + offsets[block]) * P;
-          product<W>(change, kMaxBlock, 1, keys, length(block), rows, [&](int64_t i, const F& low, const F& high) __attribute__((always_inline)) {
-            float* sum = sums + (p * kMaxBlock + i) * P;
-            store<W>(sum, load<W>(sum) + low);
-            store<W>(sum + W, load<W>(sum + W) + high);
-          });
-        }
+      const int64_t head = task / N, rows = length(task % N), end = pairs.row_start[task + 1];
+      int64_t i = std::lower_bound(numbers + pairs.row_start[task], numbers + end, first) - numbers;
+      if (i == end || numbers[i] >= stop) continue;
+      float* grad = grad_query + offsets[task % N] * token + head * D;
+      const auto at = [&](int64_t row, int64_t d) { return sums + (d / P * kMaxBlock + row) * P + d % P; };
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t d = 0; d < panels * P; ++d) *at(row, d) = d < D ? grad[row * token + d] : 0.0f;
+      for (; i < end && numbers[i] < stop; ++i) {
+        const int64_t block = pairs.key_of[i];
+        add<W>(changes + (numbers[i] - first) * kPair, lanes + (head * panels * S + offsets[block]) * P, length(block), rows, sums);
       }
-      for (int64_t i = 0; i < rows; ++i) {
-        float* to = grad_query + (offsets[task % N] + i) * token + head * D;
-        for (int64_t d = 0; d < D; ++d) to[d] += scale * sums[(d / P * kMaxBlock + i) * P + d % P];
-      }
+      const float factor = i == end ? scale : 1.0f;
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t d = 0; d < D; ++d) grad[row * token + d] = factor * *at(row, d);
     }
   }
 };
