@@ -13,6 +13,7 @@
 #include <numbers>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../check.h"
@@ -74,6 +75,12 @@ struct Backward {
   KANDINSKY_INLINE int64_t length(int64_t block) const { return offsets[block + 1] - offsets[block]; }
 };
 
+// `to` of `width` floats: `count` of them, then zeros.
+KANDINSKY_INLINE void copy_lanes(const float* from, int64_t count, float* to, int64_t width) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  for (int64_t i = count; i < width; ++i) to[i] = 0.0f;
+}
+
 // The first pass over everything: `common` of every row, and keys with their dimensions in lanes. `common` is summed in the order of the
 // products it is taken off, so that the change of a weight of 1 is exactly 0.
 struct Prepare : Backward {
@@ -91,7 +98,7 @@ struct Prepare : Backward {
       for (int64_t row = first; row < first + rows; ++row) {
         common[row] = grad_lse ? sums[row - first] - grad_lse[row] : sums[row - first];
         float* to = lanes + (row / S * panels * S + row % S) * P;
-        for (int64_t d = 0; d < panels * P; ++d) to[d / P * S * P + d % P] = d < D ? key[row * D + d] : 0.0f;
+        for (int64_t d = 0; d < D; d += P, to += S * P) copy_lanes(key + row * D + d, std::min<int64_t>(P, D - d), to, P);
       }
     }
   }
@@ -116,14 +123,19 @@ struct OfKeys : Backward {
     for (int64_t i = 0; i < D * P; ++i) state.key[i] *= factor;
   }
 
-  // One pair of blocks: queries [row, row + rows) and the keys of one panel, whose changes also go to `left`, column by column of keys.
+  // One pair of blocks: queries [row, row + rows) and the keys of one panel, whose changes also go to `left`. `ahead`: the row from which
+  // on queries are brought towards the cache meanwhile, because they are not where hardware would guess; or none of them, -1.
   template <int W>
-  KANDINSKY_INLINE void attend(const State& state, int64_t row, int64_t rows, float* weights, float* left) const {
+  KANDINSKY_INLINE void attend(const State& state, int64_t row, int64_t rows, int64_t ahead, float* weights, float* left) const {
     using F = typename Lanes<W>::F;
     constexpr int P = kPanel<W>;
     float* change = weights + kMaxBlock * P;
     const float *q = query + row * D, *g = grad_out + row * D;
     product<W>(q, D, 1, state.key, D, rows, [&](int64_t i, const F& low, const F& high) __attribute__((always_inline)) {
+      for (int64_t d = 0; ahead >= 0 && d < D; d += 16) {
+        __builtin_prefetch(query + (ahead + i) * D + d, 0, 2);
+        __builtin_prefetch(grad_out + (ahead + i) * D + d, 0, 2);
+      }
       const float top = lse[row + i] * std::numbers::log2e_v<float>;
       store<W>(weights + i * P, exp2_of_negative(capped(low - top)));
       store<W>(weights + i * P + W, exp2_of_negative(capped(high - top)));
@@ -175,9 +187,10 @@ struct OfKeys : Backward {
       const int64_t head = task / N, start = offsets[task % N], tokens = length(task % N), panels = (tokens + P - 1) / P;
       for (int64_t p = 0; p < panels; ++p) begin<W>(states[p], head * S + start + p * P, std::min<int64_t>(P, tokens - p * P));
       for (int64_t pair = pairs.column_start[task]; pair < pairs.column_start[task + 1]; ++pair) {
-        const int64_t block = pairs.query_of[pair];
+        const int64_t block = pairs.query_of[pair], last = pairs.column_start[task + 1] - 1;
+        const int64_t ahead = pair < last ? head * S + offsets[pairs.query_of[pair + 1]] : -1;
         for (int64_t p = 0; p < panels; ++p)
-          attend<W>(states[p], head * S + offsets[block], length(block), weights, changes + (pair - first) * kPair + p * P);
+          attend<W>(states[p], head * S + offsets[block], length(block), p ? -1 : ahead, weights, changes + (pair - first) * kPair + p * P);
       }
       for (int64_t p = 0; p < panels; ++p) end<W>(states[p], head, start + p * P, std::min<int64_t>(P, tokens - p * P));
     }
@@ -190,13 +203,14 @@ struct OfQueries : Backward {
   int64_t first, stop;
   std::atomic<int64_t>* next_task;
 
-  // sums [D / P][queries][P] += change [queries][kMaxBlock] * keys
+  // sums [D / P][queries][P] += change [queries][kMaxBlock] * keys. `ahead`: the next change, brought towards the cache meanwhile.
   template <int W>
-  KANDINSKY_INLINE void add(const float* change, const float* keys, int64_t tokens, int64_t rows, float* sums) const {
+  KANDINSKY_INLINE void add(const float* change, const float* ahead, const float* keys, int64_t tokens, int64_t rows, float* sums) const {
     using F = typename Lanes<W>::F;
     constexpr int P = kPanel<W>;
     for (int64_t d = 0; d < D; d += P, keys += S * P, sums += kMaxBlock * P)
       product<W>(change, kMaxBlock, 1, keys, tokens, rows, [&](int64_t i, const F& low, const F& high) __attribute__((always_inline)) {
+        for (int64_t j = 0; d == 0 && j < tokens; j += 16) __builtin_prefetch(ahead + i * kMaxBlock + j, 0, 2);
         store<W>(sums + i * P, load<W>(sums + i * P) + low);
         store<W>(sums + i * P + W, load<W>(sums + i * P + W) + high);
       });
@@ -214,16 +228,21 @@ struct OfQueries : Backward {
       int64_t i = std::lower_bound(numbers + pairs.row_start[task], numbers + end, first) - numbers;
       if (i == end || numbers[i] >= stop) continue;
       float* grad = grad_query + offsets[task % N] * token + head * D;
-      const auto at = [&](int64_t row, int64_t d) { return sums + (d / P * kMaxBlock + row) * P + d % P; };
-      for (int64_t row = 0; row < rows; ++row)
-        for (int64_t d = 0; d < panels * P; ++d) *at(row, d) = d < D ? grad[row * token + d] : 0.0f;
+      const auto change_of = [&](int64_t pair) { return changes + (pair - first) * kPair; };
+      for (int64_t p = 0; p < panels; ++p)
+        for (int64_t row = 0; row < rows; ++row)
+          copy_lanes(grad + row * token + p * P, std::min<int64_t>(P, D - p * P), sums + (p * kMaxBlock + row) * P, P);
       for (; i < end && numbers[i] < stop; ++i) {
         const int64_t block = pairs.key_of[i];
-        add<W>(changes + (numbers[i] - first) * kPair, lanes + (head * panels * S + offsets[block]) * P, length(block), rows, sums);
+        const int64_t next = i + 1 < end && numbers[i + 1] < stop ? i + 1 : i;
+        add<W>(change_of(numbers[i]), change_of(numbers[next]), lanes + (head * panels * S + offsets[block]) * P, length(block), rows,
+               sums);
       }
       const float factor = i == end ? scale : 1.0f;
-      for (int64_t row = 0; row < rows; ++row)
-        for (int64_t d = 0; d < D; ++d) grad[row * token + d] = factor * *at(row, d);
+      for (int64_t p = 0; p < panels; ++p)
+        for (int64_t row = 0; row < rows; ++row)
+          for (int64_t d = 0; d < std::min<int64_t>(P, D - p * P); ++d)
+            grad[row * token + p * P + d] = factor * sums[(p * kMaxBlock + row) * P + d];
     }
   }
 };
@@ -233,16 +252,21 @@ void run_on_all_threads(const Kernel& kernel) {
   torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t a, int64_t b) { run_simd(kernel, a, b); });
 }
 
-void run_backward(Backward& backward) {
+Tensor scratch(const Tensor& like, int64_t floats) {
+  return torch::stable::new_empty(like, std::vector<int64_t>{floats}, ScalarType::Float);
+}
+
+void run_backward(Backward& backward, const Tensor& like) {
   torch::stable::parallel_for(0, backward.heads * backward.S, 256, [&](int64_t a, int64_t b) { run_simd(Prepare{backward}, a, b); });
   const std::vector<int64_t>& starts = backward.pairs.column_start;
   const int64_t columns = int64_t(starts.size()) - 1;
-  std::vector<float> changes;
+  int64_t most = kStripPairs;
+  for (int64_t i = 0; i < columns; ++i) most = std::max(most, starts[i + 1] - starts[i]);
+  const Tensor changes = scratch(like, std::min(most, starts[columns]) * kPair);
+  backward.changes = mutable_data<float>(changes);
   for (int64_t column = 0; column < columns;) {
     const int64_t begin = column++;
     while (column < columns && starts[column + 1] - starts[begin] <= kStripPairs) ++column;
-    changes.resize(std::max<size_t>(changes.size(), (starts[column] - starts[begin]) * kPair));
-    backward.changes = changes.data();
     std::atomic<int64_t> next_column{begin}, next_row{0};
     run_on_all_threads(OfKeys{backward, starts[begin], column, &next_column});
     run_on_all_threads(OfQueries{backward, starts[begin], starts[column], &next_row});
@@ -274,10 +298,8 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(const Tensor&
   const int64_t B = query.size(0), S = query.size(1), H = query.size(2), D = query.size(3);
   require_blocks(offsets, S);
   const int64_t N = offsets.numel() - 1, words = (N + 31) / 32;
-  require_shape(key, "key", {B, S, H, D});
-  require_shape(value, "value", {B, S, H, D});
-  require_shape(out, "out", {B, S, H, D});
-  require_shape(grad_out, "grad_out", {B, S, H, D});
+  const std::pair<const Tensor*, const char*> alike[] = {{&key, "key"}, {&value, "value"}, {&out, "out"}, {&grad_out, "grad_out"}};
+  for (const auto& [tensor, name] : alike) require_shape(*tensor, name, {B, S, H, D});
   require_shape(lse, "lse", {B, H, S});
   if (grad_lse) require_shape(*grad_lse, "grad_lse", {B, H, S});
   require_shape(selection, "selection", {B, H, N, words});
@@ -287,19 +309,19 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(const Tensor&
   Tensor gradients[3];
   for (Tensor& gradient : gradients) gradient = torch::stable::new_zeros(query, std::vector<int64_t>{B, S, H, D}, ScalarType::Float);
   const int64_t group = std::max<int64_t>(1, kPackedBytes / std::max<int64_t>(1, 24 * S * D)), lane_D = (D + 31) / 32 * 32;
-  std::vector<float> common(std::min(group, H) * S);
-  Scratch lanes(std::min(group, H) * S * lane_D);
+  const Tensor common = scratch(query, std::min(group, H) * S), lanes = scratch(query, std::min(group, H) * S * lane_D);
   for (int64_t i = 0; i < B * H; i += std::min(group, H - i % H)) {
-    const int64_t sample = i / H, first = i % H, heads = std::min(group, H - first), at = (sample * S * H + first) * D;
+    const int64_t sample = i / H, first = i % H, heads = std::min(group, H - first);
     Tensor packed[5];
     int64_t next = 0;
     for (const Tensor* t : {&query, &key, &value, &grad_out, &out}) packed[next++] = pack(*t, sample, first, heads);
+    const auto heads_of = [&](int gradient) { return mutable_data<float>(gradients[gradient]) + (sample * S * H + first) * D; };
     const Pairs pairs(data<int32_t>(bits) + i * N * words, heads, N, words);
     Backward backward{data<float>(packed[0]), data<float>(packed[1]), data<float>(packed[2]), data<float>(packed[3]),
         data<float>(packed[4]), grad_lse ? data<float>(grad_sums) + i * S : nullptr, data<float>(sums) + i * S, data<int32_t>(offsets),
-        pairs, common.data(), lanes.floats(), nullptr, mutable_data<float>(gradients[0]) + at, mutable_data<float>(gradients[1]) + at,
-        mutable_data<float>(gradients[2]) + at, H * D, heads, S, D, N, float(scale)};
-    run_backward(backward);
+        pairs, mutable_data<float>(common), mutable_data<float>(lanes), nullptr, heads_of(0), heads_of(1), heads_of(2), H * D,
+        heads, S, D, N, float(scale)};
+    run_backward(backward, query);
   }
   for (Tensor& gradient : gradients)
     if (query.scalar_type() != ScalarType::Float) gradient = torch::stable::to(gradient, query.scalar_type());
