@@ -255,6 +255,19 @@ def _describe(x: Tensor, block: int):
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, tuning.TOKENS, 1, block])
 
 
+def _list_blocks(selection: Tensor, first: int, pairs: int) -> tuple[Tensor, Tensor]:
+    """What the rows of so many (batch, head) pairs keep, in ascending order: int16 [pairs * N, N] and their numbers int32 [pairs * N]."""
+    from .triton import nabla as kernels
+
+    N, words = selection.shape[2:]
+    rows = selection.reshape(-1, words)[first * N:]
+    lists = torch.empty(pairs * N, N, dtype=torch.int16, device=selection.device)
+    counts = torch.empty(pairs * N, dtype=torch.int32, device=selection.device)
+    kernels.list_blocks[(pairs * N,)](rows, lists, counts, N, words, CHUNK=min(tuning.LIST_CHUNK, tuning.padded(N)),
+                                      num_warps=tuning.LIST.num_warps)
+    return lists, counts
+
+
 def _launch_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor, scale: float,
                       logit_bound: float) -> tuple[Tensor, Tensor]:
     """Heads are taken in groups whose block lists fit into `tuning.LIST_BYTES`."""
@@ -262,10 +275,7 @@ def _launch_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tens
 
     B, S, H, D = query.shape
     N, block = selection.shape[2], tuning.padded(D, 16)
-    group = min(B * H, max(1, tuning.LIST_BYTES // (2 * N * N)))
-    rows, block_offsets = selection.contiguous().view(B * H * N, -1), block_offsets.contiguous()
-    lists = torch.empty(group * N, N, dtype=torch.int16, device=query.device)
-    counts = torch.empty(group * N, dtype=torch.int32, device=query.device)
+    group, block_offsets = max(1, tuning.LIST_BYTES // (2 * N * N)), block_offsets.contiguous()
     out, lse = query.new_empty(B, S, H, D), query.new_empty((B, H, S), dtype=torch.float32)
     strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
     full, bounded = _attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
@@ -276,14 +286,42 @@ def _launch_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tens
     with on(query):
         for first in range(0, B * H, group):
             pairs = min(group, B * H - first)
-            kernels.list_blocks[(pairs * N,)](
-                rows[first * N:], lists, counts, N, rows.shape[1], CHUNK=min(tuning.LIST_CHUNK, tuning.padded(N)),
-                num_warps=tuning.LIST.num_warps)
             kernels.block_sparse_attention[(N, pairs)](
-                query, *(tiles if descriptors else (key, value)), lists, counts, block_offsets, out, lse, first, S, H, N, D, *strides,
+                query, *(tiles if descriptors else (key, value)), *_list_blocks(selection, first, pairs), block_offsets, out, lse, first, S, H, N, D, *strides,
                 scale / math.log(2), logit_bound / math.log(2) if bounded else 0.0, FULL=full, BOUNDED=bounded, TMA=descriptors,
                 PRECISION="ieee", BLOCK=block, TOKENS=tuning.TOKENS, num_warps=launch.num_warps, num_stages=launch.num_stages)
     return out, lse
+
+
+def _launch_gradients(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, selection: Tensor, block_offsets: Tensor,
+                      grad_out: Tensor, grad_lse: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Seven products for a kept pair of blocks, in two kernels, and no sum that two programs add to: the same bits every time."""
+    from .triton import nabla as kernels
+
+    B, S, H, D = query.shape
+    N, block, full = selection.shape[2], tuning.padded(D, 16), S == tuning.TOKENS * selection.shape[2]
+    group, transposed, offsets = max(1, tuning.LIST_BYTES // (2 * N * N)), transpose_selection(selection), block_offsets.contiguous()
+    out, lse, grad_out = out.contiguous(), lse.contiguous(), grad_out.contiguous()
+    sums, common = lse if grad_lse is None else grad_lse.contiguous(), torch.empty_like(lse)
+    gradients = [query.new_empty(B, S, H, D) for _ in range(3)]
+    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
+    of_queries, of_keys = tuning.attention_backward(block, query.dtype, capability, full)
+    described = [[_describe(x, block) for x in pair] if of.descriptors else [None]
+                 for of, pair in ((of_queries, (key, value)), (of_keys, (query, grad_out)))]
+    by_tma = [None not in tiles for tiles in described]
+    keys, queries = (tiles if tma else pair for tiles, tma, pair in zip(described, by_tma, ((key, value), (query, grad_out)), strict=True))
+    sizes = [S, H, N, D, *(stride for x in (query, key, value) for stride in x.stride()[:3]), scale, scale / math.log(2)]
+    constants = {"FULL": full, "PRECISION": "ieee", "BLOCK": block, "TOKENS": tuning.TOKENS}
+    with on(query):
+        for first in range(0, B * H, group):
+            pairs = min(group, B * H - first)
+            kernels.block_sparse_attention_backward_query[(N, pairs)](
+                query, *keys, out, grad_out, lse, sums, *_list_blocks(selection, first, pairs), offsets, common, gradients[0], first, *sizes,
+                TMA=by_tma[0], LSE=grad_lse is not None, **constants, num_warps=of_queries.num_warps, num_stages=of_queries.num_stages)
+            kernels.block_sparse_attention_backward_key[(N, pairs)](
+                queries[0], key, value, queries[1], lse, common, *_list_blocks(transposed, first, pairs), offsets, *gradients[1:], first,
+                *sizes, TMA=by_tma[1], **constants, num_warps=of_keys.num_warps, num_stages=of_keys.num_stages)
+    return tuple(gradients)
 
 
 def _trial_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor, scale: float,
@@ -300,5 +338,25 @@ def _trial_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tenso
     return query, key, value, keep, offsets, scale, logit_bound
 
 
+def _refuse_gradients(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, selection: Tensor, *_) -> str | None:
+    """Why the Triton kernels cannot take this call, or None."""
+    return _refuse_attention(query, key, value, selection)
+
+
+def _gradients_kind(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, selection: Tensor, *_) -> tuple[bool]:
+    """Whether every block is full."""
+    return (query.shape[1] == tuning.TOKENS * selection.shape[2],)
+
+
+def _trial_gradients(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, selection: Tensor, block_offsets: Tensor,
+                     grad_out: Tensor, grad_lse: Tensor | None, scale: float) -> tuple:
+    """The blocks of `_trial_attention`, its results as the reference has them, and random gradients of these."""
+    *tensors, _ = _trial_attention(query, key, value, selection, block_offsets, scale, math.inf)
+    out, lse = reference.block_sparse_attention(*tensors)
+    grads = torch.randn_like(out), None if grad_lse is None else torch.randn_like(lse)
+    return *tensors[:3], out, lse, *tensors[3:5], *grads, scale
+
+
 attach("select_blocks", _launch_selection, _refuse_selection, _trial_selection, refuse_compiled=_refuse_compiled_selection)
 attach("block_sparse_attention", _launch_attention, _refuse_attention, _trial_attention, _attention_kind)
+attach("block_sparse_attention_backward", _launch_gradients, _refuse_gradients, _trial_gradients, _gradients_kind)

@@ -50,6 +50,11 @@ def attention(block: int, dtype: torch.dtype, capability: tuple[int, int], full:
     return Launch(4, stages, descriptors=capability[0] >= 9 and dtype.itemsize == 2)
 
 
+def attention_backward(block: int, dtype: torch.dtype, capability: tuple[int, int], full: bool) -> tuple[Launch, Launch]:
+    """Of the gradient of queries, which sums up one tile, and that of keys and values, which sums up two."""
+    return Launch(4, 2), Launch(8, 2)
+
+
 def norm_rows(rows: int) -> int:
     """Rows per program: eight pay for loading the modulation, three fp32 vectors for rows of 16-bit numbers."""
     return 8 if rows >= FEW_ROWS else 1
