@@ -286,8 +286,9 @@ def _launch_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tens
     with on(query):
         for first in range(0, B * H, group):
             pairs = min(group, B * H - first)
+            lists = _list_blocks(selection, first, pairs)
             kernels.block_sparse_attention[(N, pairs)](
-                query, *(tiles if descriptors else (key, value)), *_list_blocks(selection, first, pairs), block_offsets, out, lse, first, S, H, N, D, *strides,
+                query, *(tiles if descriptors else (key, value)), *lists, block_offsets, out, lse, first, S, H, N, D, *strides,
                 scale / math.log(2), logit_bound / math.log(2) if bounded else 0.0, FULL=full, BOUNDED=bounded, TMA=descriptors,
                 PRECISION="ieee", BLOCK=block, TOKENS=tuning.TOKENS, num_warps=launch.num_warps, num_stages=launch.num_stages)
     return out, lse
@@ -315,11 +316,13 @@ def _launch_gradients(query: Tensor, key: Tensor, value: Tensor, out: Tensor, ls
     with on(query):
         for first in range(0, B * H, group):
             pairs = min(group, B * H - first)
+            lists = _list_blocks(selection, first, pairs)
             kernels.block_sparse_attention_backward_query[(N, pairs)](
-                query, *keys, out, grad_out, lse, sums, *_list_blocks(selection, first, pairs), offsets, common, gradients[0], first, *sizes,
-                TMA=by_tma[0], LSE=grad_lse is not None, **constants, num_warps=of_queries.num_warps, num_stages=of_queries.num_stages)
+                query, *keys, out, grad_out, lse, sums, *lists, offsets, common, gradients[0], first, *sizes, TMA=by_tma[0],
+                LSE=grad_lse is not None, **constants, num_warps=of_queries.num_warps, num_stages=of_queries.num_stages)
+            lists = _list_blocks(transposed, first, pairs)
             kernels.block_sparse_attention_backward_key[(N, pairs)](
-                queries[0], key, value, queries[1], lse, common, *_list_blocks(transposed, first, pairs), offsets, *gradients[1:], first,
+                queries[0], key, value, queries[1], lse, common, *lists, offsets, *gradients[1:], first,
                 *sizes, TMA=by_tma[1], **constants, num_warps=of_keys.num_warps, num_stages=of_keys.num_stages)
     return tuple(gradients)
 

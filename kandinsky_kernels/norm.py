@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Norms fused with what surrounds them in a diffusion transformer: modulation, gate and residual, rotary embedding."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -264,6 +265,53 @@ def _launch_norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor
     return y, means
 
 
+def _launch_modulated_norm_backward(x: Tensor, scale: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of vectors are sums of sums over `tuning.norm_backward_rows` tokens: the same bits every time."""
+    from .triton import norm as kernels
+
+    B, S, C = x.shape
+    block, rows, grad = tuning.padded(C), tuning.norm_backward_rows(S), grad.contiguous()
+    grad_x, launch = x.new_empty(B, S, C), tuning.norm_backward(block)
+    sums = x.new_empty((B, -(-S // rows), 2, C), dtype=torch.float32)
+    with on(x):
+        kernels.modulated_norm_backward[(sums.shape[1], B)](
+            x, scale, grad, grad_x, sums, S, C, x.stride(0), x.stride(1), scale.stride(0), eps, ROWS=rows, BLOCK=block,
+            num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return grad_x, *(sums[:, :, i].sum(1) for i in range(2))
+
+
+def _launch_gated_add_norm_backward(y: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, grad_y: Tensor | None, grad_normed: Tensor,
+                                    eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from .triton import norm as kernels
+
+    B, S, C = y.shape
+    block, rows, grad_normed = tuning.padded(C), tuning.norm_backward_rows(S), grad_normed.contiguous()
+    grad_x, grad_branch, launch = y.new_empty(B, S, C), y.new_empty(B, S, C), tuning.norm_backward(block)
+    sums = y.new_empty((B, -(-S // rows), 3, C), dtype=torch.float32)
+    with on(y):
+        kernels.gated_add_norm_backward[(sums.shape[1], B)](
+            y, branch, gate, scale, grad_normed if grad_y is None else grad_y.contiguous(), grad_normed, grad_x, grad_branch, sums, S, C,
+            y.stride(0), y.stride(1), branch.stride(0), branch.stride(1), gate.stride(0), scale.stride(0), eps,
+            ADD=grad_y is not None, ROWS=rows, BLOCK=block, num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return grad_x, grad_branch, *(sums[:, :, i].sum(1) for i in range(3))
+
+
+def _launch_norm_rope_backward(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None,
+                               pairs: list[int], grad: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from .triton import norm as kernels
+
+    B, S, H, D = x.shape
+    grad_x, heads, launch = x.new_empty(B, S, H, D), tuning.rope_heads(H), tuning.rope_backward(tuning.padded(D))
+    grid, weight, axes = (-(-S // tuning.TOKENS), -(-H // heads), B), weight.contiguous(), 0 if cos is None else len(pairs)
+    cos, sin, positions = (weight if tensor is None else tensor.contiguous() for tensor in (cos, sin, positions))
+    sums, (first, second) = x.new_empty((math.prod(grid), D), dtype=torch.float32), (sum(pairs[:count]) for count in (1, 2))
+    with on(x):
+        kernels.norm_rope_backward[grid](
+            x, weight, cos, sin, positions, grad.contiguous(), grad_x, sums, S, H, D, first, second, *x.stride()[:3], eps,
+            AXES=axes, HEADS=heads, TOKENS=tuning.TOKENS, BLOCK=tuning.padded(D), num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return grad_x, sums.sum(0)
+
+
 def _trial_norm(x: Tensor, *args) -> tuple:
     """Three rows of the caller's width, one sample: random vectors, its eps."""
     *vectors, eps = args
@@ -283,6 +331,15 @@ def _trial_norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor 
             None if angles is None else angles.cos(), None if angles is None else angles.sin(), places, pairs, offsets, eps)
 
 
+def _trial_norm_rope_backward(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, pairs: list[int],
+                              grad: Tensor, eps: float) -> tuple:
+    *case, _, eps = _trial_norm_rope(x, weight, cos, sin, positions, pairs, None, eps)
+    return *case, torch.randn_like(case[0]), eps
+
+
 attach("modulated_norm", _launch_modulated_norm, _refuse_norm, _trial_norm)
 attach("gated_add_norm", _launch_gated_add_norm, _refuse_norm, _trial_norm)
 attach("norm_rope", _launch_norm_rope, _refuse_norm, _trial_norm_rope)
+attach("modulated_norm_backward", _launch_modulated_norm_backward, _refuse_norm, _trial_norm)
+attach("gated_add_norm_backward", _launch_gated_add_norm_backward, _refuse_norm, _trial_norm)
+attach("norm_rope_backward", _launch_norm_rope_backward, _refuse_norm, _trial_norm_rope_backward)

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ import kandinsky_kernels as ops
 from kandinsky_kernels import _guard, _library, kernels, nabla, norm, tuning, vae
 from kandinsky_model.geometry import Grid
 
+from .backward import BACKWARDS
 from .cases import CASES, Case, attention, block_sparse_attention_peer, frames, heads, means, normed, video
 from .compare import assert_faithful
 
@@ -27,14 +29,19 @@ LAUNCHERS = {
     "select_blocks": (nabla, nabla._launch_selection), "block_sparse_attention": (nabla, nabla._launch_attention),
     "group_moments": (vae, vae._launch_moments), "group_norm_silu": (vae, vae._launch_normed),
     "frame_causal_attention": (vae, vae._launch_attention),
+    "modulated_norm_backward": (norm, norm._launch_modulated_norm_backward),
+    "gated_add_norm_backward": (norm, norm._launch_gated_add_norm_backward),
+    "norm_rope_backward": (norm, norm._launch_norm_rope_backward), "norm_rope_means_backward": (norm, norm._launch_norm_rope_backward),
+    "block_sparse_attention_backward": (nabla, nabla._launch_gradients),
 }
 # The interpreter multiplies the bit patterns of bf16 numbers, adds up a mean of 64 tokens one after the other, and takes seconds for a
 # hundred rows of the block map. Refused are channels that are no power of two.
 SLOW_OR_UNLIKE = ("norm_rope_means-lite-float32", "select_blocks-peaked-float32", "select_blocks-flat-float32",
                   "select_blocks-everything-float32", "select_blocks-stable-float32")
+ALL = [*CASES, *BACKWARDS]
 REFUSED = {case.id for case in CASES if case.op == "group_moments" and vae._refuse_moments(**case.inputs())}
-SKIPPED = REFUSED | {case.id for case in CASES if DEVICE == "cpu" and (case.dtype == torch.bfloat16 or case.id in SLOW_OR_UNLIKE)}
-TRITON_CASES = [case for case in CASES if case.op in LAUNCHERS and case.id not in SKIPPED]
+SKIPPED = REFUSED | {case.id for case in ALL if DEVICE == "cpu" and (case.dtype == torch.bfloat16 or case.id in SLOW_OR_UNLIKE)}
+TRITON_CASES = [case for case in ALL if case.op in LAUNCHERS and case.id not in SKIPPED]
 
 
 def on_device(inputs):
@@ -44,7 +51,7 @@ def on_device(inputs):
 def launched(case, inputs, monkeypatch):
     """The public function with the launcher in the dispatcher's place."""
     module, launch = LAUNCHERS[case.op]
-    monkeypatch.setattr(module, f"_{case.op.removesuffix('_means')}", launch)
+    monkeypatch.setattr(module, f"_{case.op.replace('_means', '')}", launch)
     outputs = case.run(on_device(inputs))
     monkeypatch.undo()
     return tuple(x.cpu() for x in outputs)
@@ -205,13 +212,14 @@ def test_attention_uses_the_matrix_units_of_its_architecture(cubins):
     wanted = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
     for row in rows:
         assert [unit for unit in ("wgmma", "mma", "tcgen05") if row[unit]] == [wanted[row["sm"]]], row
-        assert row["tma"] == (row["sm"] >= 90 and "block_sparse" in row["kernel"] and "ragged" not in row["kernel"]), row
+        described = row["sm"] in (90, 100) or row["sm"] == 120 and "backward" not in row["kernel"]
+        assert row["tma"] == (described and "block_sparse" in row["kernel"] and "ragged" not in row["kernel"]), row
 
 
 def test_shared_memory_leaves_room_for_a_second_program(cubins):
     per_sm = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB, CUDA programming guide, table of technical specifications
     for row in cubins:
-        residents = 1 if row["kernel"].startswith(("block_sparse_attention-128", "frame_causal_attention-512")) else 2
+        residents = 1 if re.match("block_sparse_attention.*-128|frame_causal_attention-512", row["kernel"]) else 2
         assert residents * (row["shared"] + 1024) <= per_sm[row["sm"]] << 10, row
 
 
@@ -277,10 +285,19 @@ def test_trials_agree(op, guard, monkeypatch):
         "group_norm_silu": [(*list(normed(1, 1, 2, 3, 24)(torch.Generator()).values()), front, pad, silu)
                             for front, pad, silu in ((None, True, True), (torch.empty(0), True, True), (None, False, False))],
         "frame_causal_attention": [(*frames(1, 1, 2, D)(torch.Generator()).values(), 0, 0.1) for D in (40, 128)],
+        "modulated_norm_backward": [(torch.randn(2, 5, 40), torch.randn(2, 40), torch.randn(2, 5, 40), 1e-5)],
+        "gated_add_norm_backward": [(*(torch.randn(2, 5, 40),) * 2, *(torch.randn(2, 40),) * 2, grad_y, torch.randn(2, 5, 40), 1e-5)
+                                    for grad_y in (torch.randn(2, 5, 40), None)],
+        "norm_rope_backward": [(*heads(1, 9, 1, 22, rotate)(torch.Generator()).values(), *(() if rotate else (None, None, None, ())),
+                                torch.randn(1, 9, 1, 22), 1e-6) for rotate in (True, False)],
+        "block_sparse_attention_backward": [(*(torch.empty(1, grid.tokens, 1, 64),) * 4, torch.empty(1, 1, grid.tokens),
+                                             torch.empty(1, 1, 1, 1), None, None, grad_lse, 0.1)
+                                            for grid in (Grid(1, 8, 8), Grid(1, 9, 7)) for grad_lse in (None, torch.empty(0))],
     }
     trials = {"norm_rope": norm._trial_norm_rope, "select_blocks": nabla._trial_selection,
               "block_sparse_attention": nabla._trial_attention, "group_moments": vae._trial_moments,
-              "group_norm_silu": vae._trial_normed, "frame_causal_attention": vae._trial_attention}
+              "group_norm_silu": vae._trial_normed, "frame_causal_attention": vae._trial_attention,
+              "norm_rope_backward": norm._trial_norm_rope_backward, "block_sparse_attention_backward": nabla._trial_gradients}
     monkeypatch.setattr(nabla, "_attention_kind", lambda *args: (args[0].shape[1] == 64, args[-1] < math.inf))
     for args in kinds[op]:
         args = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args]

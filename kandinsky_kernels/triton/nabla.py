@@ -148,8 +148,8 @@ def block_sparse_attention(p_query, p_key, p_value, p_list, p_count, p_offsets, 
 
 @triton.jit
 def block_sparse_attention_backward_query(
-        p_query, p_key, p_value, p_out, p_grad_out, p_lse, p_grad_lse, p_list, p_count, p_offsets, p_common, p_grad_query, first, S, H, N, D,
-        q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, scale, scale_log2,
+        p_query, p_key, p_value, p_out, p_grad_out, p_lse, p_grad_lse, p_list, p_count, p_offsets, p_common, p_grad_query,
+        first, S, H, N, D, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, scale, scale_log2,
         FULL: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
     """The gradient of a block of queries; and of every row of it the dot product of out and its gradient, less that of lse, for the keys.
 
@@ -202,8 +202,8 @@ def block_sparse_attention_backward_query(
 
 @triton.jit
 def block_sparse_attention_backward_key(
-        p_query, p_key, p_value, p_grad_out, p_lse, p_common, p_list, p_count, p_offsets, p_grad_key, p_grad_value, first, S, H, N, D,
-        q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, scale, scale_log2,
+        p_query, p_key, p_value, p_grad_out, p_lse, p_common, p_list, p_count, p_offsets, p_grad_key, p_grad_value,
+        first, S, H, N, D, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, scale, scale_log2,
         FULL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
     """The gradients of a block of keys and its values, over the listed blocks of queries, those that keep it.
 
