@@ -43,7 +43,8 @@ def kernels(capability):
         rows = {"ROWS": tuning.norm_backward_rows(93696), "BLOCK": tuning.padded(C)}
         yield f"modulated_norm_backward-{C}", norm.modulated_norm_backward, rows, tuning.norm_backward(block)
         yield f"gated_add_norm_backward-{C}", norm.gated_add_norm_backward, {"ADD": True, **rows}, tuning.norm_backward(block)
-        yield f"norm_rope_backward-{D}", norm.norm_rope_backward, {name: x for name, x in rope.items() if name != "MEANS"}, tuning.rope_backward(D)
+        rope = {name: x for name, x in rope.items() if name != "MEANS"}
+        yield f"norm_rope_backward-{D}", norm.norm_rope_backward, rope, tuning.rope_backward(D)
         for full, bounded in itertools.product((True, False), (True, False)):
             launch = tuning.attention(D, torch.bfloat16, capability, full)
             constants = {"FULL": full, "BOUNDED": bounded, "TMA": launch.descriptors, "PRECISION": "ieee", "BLOCK": D,
