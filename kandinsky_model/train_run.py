@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kandinsky train`: a LoRA or all weights of a checkpoint, fitted to a folder of clips or pictures with captions.
+
+The loss is the mean square of the velocity's error at x = (1 - t) clean + t noise, as in `sampler`. In a folder of its own, a run leaves
+what it made after every so many steps, a curve of its losses, samples, and in `training/` its state and the cache of its data.
+"""
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .clip import ATTENTIONS, check_size
+from .geometry import Grid
+from .locate import locate
+from .parallel import processes
+from .pipeline import NABLA_FOR_DENSE, choose_device
+from .plan import Plan, make_plan
+from .sampler import TIME_UNIT, model_input, with_frames
+from .train_batches import Batch, Draws, Passes, draw
+from .train_cache import Cache, Sample, Wanted
+from .train_data import Bad, find_items
+from .train_full import save_model
+from .train_lora import LoRAConfig, attach, save_lora, switched_off
+from .train_network import TrainNetwork, Way
+from .train_report import Gallery, save_curve
+from .train_state import State, read_about
+from .weights import load_dit
+
+_log = logging.getLogger(__name__)
+STATE, FREE = "state.safetensors", ("steps", "save_every", "sample_every", "samples", "memory_budget", "device", "bad_data", "cache")
+SHIFTS = {"t2i": 3.0, "i2i": 3.0}  # of the published trainer; 5 for videos
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; defaults are those of the published trainer where it is known.
+
+    lora: None trains all weights. sizes: (height, width), None: those of the preset; every clip is cut to the nearest. lengths: in frames,
+    None: the preset's; every clip is cut to the longest that it has. batch: samples of a pass; passes: of a step, shared by the processes.
+    shift, drop: see `train_batches.Draws`; shift None: 3 for pictures, 5 for videos. ema: decay of the weights' average, which is what is
+    kept; 0: none. attention: None is the preset's. distill: fit the velocities of the checkpoint with dense attention instead of the data.
+    """
+
+    model: str = "tiny"
+    lora: LoRAConfig | None = LoRAConfig()
+    sizes: tuple[tuple[int, int], ...] | None = None
+    lengths: tuple[int, ...] | None = None
+    steps: int = 1000
+    batch: int = 1
+    passes: int = 4
+    rate: float = 1e-4
+    warmup: int = 100
+    betas: tuple[float, float] = (0.9, 0.95)
+    decay: float = 1e-3
+    clip: float = 1.0
+    ema: float = 0.99
+    shift: float | None = None
+    drop: float = 0.5
+    null_prompt: str = ""
+    attention: str | None = None
+    distill: bool = False
+    checkpointing: bool | None = None
+    seed: int = 0
+    save_every: int = 100
+    sample_every: int = 0
+    samples: int = 2
+    sample_steps: int | None = None
+    bad_data: str = "stop"
+    cache: str | None = None
+    memory_budget: int | None = None
+    device: str | None = None
+
+    def __post_init__(self):
+        for name, least in (("steps", 1), ("batch", 1), ("passes", 1), ("save_every", 1), ("sample_every", 0), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}; the default is {getattr(TrainConfig, name)}")
+        if not (0 < self.rate < 1 and 0 <= self.drop <= 1 and 0 <= self.ema < 1):
+            raise ValueError(f"rate must lie between 0 and 1, drop in 0..1 and ema in 0..1 below 1, got {self.rate}, {self.drop} and "
+                             f"{self.ema}; 1e-4, 0.5 and 0.99 are usual")
+        for length in self.lengths or ():
+            if length < 1 or length % 4 != 1:
+                raise ValueError(f"a length must be 4k + 1 frames, because a latent frame holds four, got {length}; the nearest is "
+                                 f"{max(0, round((length - 1) / 4)) * 4 + 1}")
+        for size in self.sizes or ():
+            check_size(*size)
+        if self.attention not in (None, *ATTENTIONS):
+            raise ValueError(f"attention must be {' or '.join(ATTENTIONS)}, got {self.attention!r}; leave it out for the preset's own")
+
+
+def train(data: str | Path, out: str | Path, config: TrainConfig = TrainConfig(), resume: bool = False) -> Path:
+    """Train on the folder `data`, as `train_data` describes it, and return the folder `out` with what came of it.
+
+    A LoRA is `lora.safetensors` with `config_lora.json`, in official form; all weights are a model's folder, with links to the parts that
+    were not trained. resume: go on from the state in `out`, with the same settings, to the same bits as if never stopped; `steps` and how
+    often things are written may differ. Under `torchrun` the processes share the passes of every step.
+    Raises ValueError for settings, data or a state that do not fit, OSError for files, RuntimeError when the loss stops being finite.
+    """
+    with processes(config.device) as (rank, world, device):
+        run = Run(Path(data), Path(out), replace(config, device=device), rank, world)
+        run.begin(resume)
+        while run.state.step < config.steps:
+            run.advance()
+        return run.out
+
+
+class Run:
+    """A training in one process, or in one of `world`. The first of them writes."""
+
+    def __init__(self, data: Path, out: Path, config: TrainConfig, rank: int = 0, world: int = 1):
+        if config.passes % world:
+            raise ValueError(f"the passes of a step must be a multiple of the {world} processes that share them, got {config.passes}; "
+                             f"give for example {-(-config.passes // world) * world}")
+        self.data, self.out, self.config, self.rank, self.world = data, out, config, rank, world
+        self.device, self.sources = choose_device(config.device), locate(config.model)
+        self.preset = self.sources.preset
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.place = out / "training" / STATE
+        self.plans: dict[tuple, Plan] = {}
+
+    def begin(self, resume: bool) -> None:
+        """Everything before the first step."""
+        about = self._check_state(resume)
+        self.samples = self._samples()
+        self.passes = Passes(self.samples, self.config.batch, self.config.seed)
+        self.network, self.parameters = self._network()
+        config = self.config
+        self.state = State(self.parameters, config.rate, config.betas, config.decay, config.ema)
+        self.about = asdict(config) | {"data": [sample.latents.name + sample.text.name for sample in self.samples]}
+        if resume:
+            self._compare(about)
+            self.state.load(self.place)
+        self.gallery = Gallery(self.out / "samples", self.sources, self.samples[: config.samples], self.device, config.sample_steps,
+                               config.seed)
+        count = sum(parameter.numel() for parameter in self.parameters.values())
+        self._tell("training %s numbers on %d samples in %d sizes, %d steps done", f"{count:,}", len(self.samples),
+                   len(self.passes.buckets), self.state.step)
+
+    def _check_state(self, resume: bool) -> dict:
+        if resume and not self.place.is_file():
+            raise FileNotFoundError(f"a training is resumed from its state, but there is no {self.place}; leave out --resume to begin one")
+        if not resume and self.place.is_file():
+            raise ValueError(f"{self.out} holds a training already; go on with it by --resume, or choose another folder")
+        self.place.parent.mkdir(parents=True, exist_ok=True)
+        return read_about(self.place) if resume else {}
+
+    def _compare(self, about: dict) -> None:
+        """ValueError unless the state is of a run like this one."""
+        now = json.loads(json.dumps(self.about))
+        for name in (name for name in now if name not in FREE and about.get(name) != now[name]):
+            if name == "data":
+                raise ValueError(f"a training goes on with the data it began with, but {self.data} has changed; restore it, or begin anew")
+            raise ValueError(f"a training goes on with the settings it began with, but {name} was {about.get(name)} and is {now[name]}; "
+                             "give it as before, or begin anew in another folder")
+
+    def _samples(self) -> list[Sample]:
+        config, preset = self.config, self.preset
+        trigger = config.lora.trigger if config.lora else ""
+        wanted = Wanted(config.sizes or preset.sizes, config.lengths or (preset.frames,), trigger, config.null_prompt)
+        cache = Cache(Path(config.cache or self.place.parent / "cache"), self.sources, wanted, self.device, self.dtype, config.memory_budget)
+        bad = Bad(config.bad_data)
+        items = find_items(self.data, bad, edits=preset.task == "i2i")
+        cache.fill(items[self.rank :: self.world], bad)
+        self._wait()
+        samples = cache.samples(items)
+        if not samples:
+            raise ValueError(f"{self.data} must hold something to train on, but all {len(items)} files were skipped; see the warnings")
+        return samples
+
+    def _network(self) -> tuple[TrainNetwork, dict[str, torch.nn.Parameter]]:
+        config, full = self.config, self.config.lora is None
+        dit = load_dit(self.sources.dit, dtype=torch.float32 if full else self.dtype)
+        dit.compute_dtype = self.dtype
+        checkpoint = self.device.type == "cuda" if config.checkpointing is None else config.checkpointing
+        network = TrainNetwork(dit if full else dit.prepare(), self.device, Way(checkpoint))
+        self.teacher = network
+        if full:
+            if config.distill:
+                self.teacher = TrainNetwork(copy.deepcopy(dit), self.device, Way(checkpoint))
+            return network, dict(dit.train().requires_grad_(True).named_parameters())
+        return network, attach(dit, config.lora, config.seed, self.device)
+
+    def plan(self, shape: tuple[int, int, int], dense: bool = False) -> Plan:
+        """For latents of T, h, w: with the attention that is trained, or dense."""
+        key = (shape, dense)
+        if key not in self.plans:
+            T, h, w = shape
+            wanted = self.config.attention or ("nabla" if self.preset.nabla or self.config.distill else "dense")
+            nabla = (self.preset.nabla or NABLA_FOR_DENSE) if wanted == "nabla" and not dense else None
+            self.plans[key] = make_plan(self.network.config, Grid(T, h // 2, w // 2), self.preset.scale_factor, nabla, self.device)
+        return self.plans[key]
+
+    def advance(self) -> None:
+        """One step, and what is due after it."""
+        config, first = self.config, self.state.step * self.config.passes
+        count = sum(len(self.passes[first + i]) for i in range(config.passes))
+        how = Draws(config.seed, config.shift or SHIFTS.get(self.preset.task, 5.0), config.drop)
+        total = torch.zeros((), dtype=torch.float64)
+        for i in range(self.rank, config.passes, self.world):
+            loss = self._losses(draw(self.passes[first + i], how, self.preset.task, self.device)).sum() / count
+            loss.backward()
+            total += loss.item()
+        self._add_up(total)
+        if not torch.isfinite(total):
+            raise RuntimeError(f"the loss must stay finite, but step {self.state.step + 1} gave {total.item()}; go on from the last state "
+                               "with a smaller rate, and check the data")
+        self.state.update(config.rate * min(1.0, (self.state.step + 1) / max(1, config.warmup)), config.clip, total.item())
+        self._after()
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """[B]: of each sample; frames that are given do not count."""
+        frames = batch.given.frames
+        x = model_input(self.network.dit, with_frames(batch.noisy, frames), batch.given)
+        shape = tuple(x.shape[1:4])
+        words = batch.cond.embeds, batch.cond.pooled, TIME_UNIT * batch.times
+        wanted = batch.noise - batch.clean
+        if self.config.distill:
+            with torch.no_grad(), switched_off(self.teacher.dit):
+                wanted = self.teacher(x, *words, self.plan(shape, dense=True), batch.cond.lengths).float()
+        error = self.network(x, *words, self.plan(shape), batch.cond.lengths).float() - wanted
+        return error[:, len(frames) :].square().mean((1, 2, 3, 4))
+
+    def _add_up(self, total: Tensor) -> None:
+        """The loss and the gradients of all processes, in each. The loss first: it waits longer for a process that draws samples."""
+        if self.world > 1:
+            dist.all_reduce(total)
+            for parameter in self.parameters.values():
+                dist.all_reduce(parameter.grad)
+
+    def _wait(self) -> None:
+        if self.world > 1:
+            dist.all_reduce(torch.zeros(()))
+
+    def _after(self) -> None:
+        """Write what is due."""
+        config, step = self.config, self.state.step
+        if step % 10 == 0 or step == config.steps:
+            recent = self.state.losses[-10:]
+            self._tell("step %d of %d, loss %.4g", step, config.steps, sum(recent) / len(recent))
+        if self.rank:
+            return
+        if step % config.save_every == 0 or step == config.steps:
+            self.save()
+        if config.sample_every and (step % config.sample_every == 0 or step == config.steps):
+            with self.state.averaged(), torch.no_grad():
+                for path in self.gallery.show(self.network, self.plan, step, config.memory_budget):
+                    _log.info("%s", path)
+
+    def save(self) -> None:
+        """The state, what can be used of it, and the curve."""
+        self.state.save(self.place, self.about)
+        if self.config.lora:
+            save_lora(self.out, self.state.result, self.config.lora, self.dtype, self.sources.name)
+        else:
+            save_model(self.out, self.network.dit, self.state.result, self.sources, self.dtype)
+        save_curve(self.state.losses, self.out / "loss.png")
+
+    def _tell(self, line: str, *values) -> None:
+        if self.rank == 0:
+            _log.info(line, *values)
