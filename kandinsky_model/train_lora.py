@@ -7,10 +7,8 @@ Names and files are the official ones: `lora.safetensors` with `<module>.lora_A.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,33 +17,11 @@ from torch import Tensor, nn
 
 from .attention import Linear
 from .lora import Additions
+from .train_config import TARGETS, LoRAConfig
 from .video import replacing
 
-# What the official adapters change, in text blocks too where they have such a layer.
-TARGETS = (*(f"{kind}_attention.{layer}" for kind in ("self", "cross") for layer in ("to_query", "to_key", "to_value", "out_layer")),
-           "feed_forward.in_layer", "feed_forward.out_layer")
 NAME = "trained"  # of the adapter among a layer's additions
 WEIGHTS_NAME, CONFIG_NAME = "lora.safetensors", "config_lora.json"
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """rank: r of arXiv 2106.09685. alpha: the adapter counts alpha / r times; None: r. targets: the last parts of the names of the layers
-    that get one. trigger: words that call the adapter, put before every caption and, by whoever loads it, before every prompt."""
-
-    rank: int = 32
-    alpha: float | None = None
-    targets: tuple[str, ...] = TARGETS
-    trigger: str = ""
-
-    def __post_init__(self):
-        object.__setattr__(self, "targets", tuple(self.targets))
-        if self.rank < 1 or not (self.alpha is None or 0 < self.alpha < math.inf):
-            raise ValueError(f"a LoRA must have a rank from 1 on and a positive alpha, got {self.rank} and {self.alpha}; 32 is usual for both")
-
-    @property
-    def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 def targeted(dit: nn.Module, targets: Sequence[str]) -> dict[str, Linear]:

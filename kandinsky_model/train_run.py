@@ -9,14 +9,13 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .clip import ATTENTIONS, check_size
 from .geometry import Grid
 from .locate import locate
 from .parallel import processes
@@ -25,9 +24,10 @@ from .plan import Plan, make_plan
 from .sampler import TIME_UNIT, model_input, with_frames
 from .train_batches import Batch, Draws, Passes, draw
 from .train_cache import Cache, Sample, Wanted
+from .train_config import TrainConfig
 from .train_data import Bad, find_items
 from .train_full import save_model
-from .train_lora import LoRAConfig, attach, save_lora, switched_off
+from .train_lora import attach, save_lora, switched_off
 from .train_network import TrainNetwork, Way
 from .train_report import Gallery, save_curve
 from .train_state import State, read_about
@@ -36,62 +36,6 @@ from .weights import load_dit
 _log = logging.getLogger(__name__)
 STATE, FREE = "state.safetensors", ("steps", "save_every", "sample_every", "samples", "memory_budget", "device", "bad_data", "cache")
 SHIFTS = {"t2i": 3.0, "i2i": 3.0}  # of the published trainer; 5 for videos
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train; defaults are those of the published trainer where it is known.
-
-    lora: None trains all weights. sizes: (height, width), None: those of the preset; every clip is cut to the nearest. lengths: in frames,
-    None: the preset's; every clip is cut to the longest that it has. batch: samples of a pass; passes: of a step, shared by the processes.
-    shift, drop: see `train_batches.Draws`; shift None: 3 for pictures, 5 for videos. ema: decay of the weights' average, which is what is
-    kept; 0: none. attention: None is the preset's. distill: fit the velocities of the checkpoint with dense attention instead of the data.
-    """
-
-    model: str = "tiny"
-    lora: LoRAConfig | None = LoRAConfig()
-    sizes: tuple[tuple[int, int], ...] | None = None
-    lengths: tuple[int, ...] | None = None
-    steps: int = 1000
-    batch: int = 1
-    passes: int = 4
-    rate: float = 1e-4
-    warmup: int = 100
-    betas: tuple[float, float] = (0.9, 0.95)
-    decay: float = 1e-3
-    clip: float = 1.0
-    ema: float = 0.99
-    shift: float | None = None
-    drop: float = 0.5
-    null_prompt: str = ""
-    attention: str | None = None
-    distill: bool = False
-    checkpointing: bool | None = None
-    seed: int = 0
-    save_every: int = 100
-    sample_every: int = 0
-    samples: int = 2
-    sample_steps: int | None = None
-    bad_data: str = "stop"
-    cache: str | None = None
-    memory_budget: int | None = None
-    device: str | None = None
-
-    def __post_init__(self):
-        for name, least in (("steps", 1), ("batch", 1), ("passes", 1), ("save_every", 1), ("sample_every", 0), ("warmup", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}; the default is {getattr(TrainConfig, name)}")
-        if not (0 < self.rate < 1 and 0 <= self.drop <= 1 and 0 <= self.ema < 1):
-            raise ValueError(f"rate must lie between 0 and 1, drop in 0..1 and ema in 0..1 below 1, got {self.rate}, {self.drop} and "
-                             f"{self.ema}; 1e-4, 0.5 and 0.99 are usual")
-        for length in self.lengths or ():
-            if length < 1 or length % 4 != 1:
-                raise ValueError(f"a length must be 4k + 1 frames, because a latent frame holds four, got {length}; the nearest is "
-                                 f"{max(0, round((length - 1) / 4)) * 4 + 1}")
-        for size in self.sizes or ():
-            check_size(*size)
-        if self.attention not in (None, *ATTENTIONS):
-            raise ValueError(f"attention must be {' or '.join(ATTENTIONS)}, got {self.attention!r}; leave it out for the preset's own")
 
 
 def train(data: str | Path, out: str | Path, config: TrainConfig = TrainConfig(), resume: bool = False) -> Path:
@@ -200,10 +144,9 @@ class Run:
         """One step, and what is due after it."""
         config, first = self.config, self.state.step * self.config.passes
         count = sum(len(self.passes[first + i]) for i in range(config.passes))
-        how = Draws(config.seed, config.shift or SHIFTS.get(self.preset.task, 5.0), config.drop)
         total = torch.zeros((), dtype=torch.float64)
         for i in range(self.rank, config.passes, self.world):
-            loss = self._losses(draw(self.passes[first + i], how, self.preset.task, self.device)).sum() / count
+            loss = self._losses(self.drawn(first + i)).sum() / count
             loss.backward()
             total += loss.item()
         self._add_up(total)
@@ -212,6 +155,11 @@ class Run:
                                "with a smaller rate, and check the data")
         self.state.update(config.rate * min(1.0, (self.state.step + 1) / max(1, config.warmup)), config.clip, total.item())
         self._after()
+
+    def drawn(self, index: int) -> Batch:
+        """The samples of a pass, with their random numbers."""
+        how = Draws(self.config.seed, self.config.shift or SHIFTS.get(self.preset.task, 5.0), self.config.drop)
+        return draw(self.passes[index], how, self.preset.task, self.device)
 
     def _losses(self, batch: Batch) -> Tensor:
         """[B]: of each sample; frames that are given do not count."""
