@@ -41,10 +41,6 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def weights_of(run):
-    return {name: tensor.clone() for name, tensor in run.state.result.items()}
-
-
 def begun(data, out, config, resume=False):
     run = Run(data, out, config)
     run.begin(resume)
@@ -103,14 +99,14 @@ def test_what_is_saved_is_what_was_trained(data, cache, tmp_path):
 
 def test_training_fits_the_data(data, cache, tmp_path):
     """The loss on one and the same pass, before and after."""
-    run = begun(data, tmp_path / "out", replace(CONFIG, cache=str(cache), steps=30, ema=0.0, drop=0.0))
+    run = begun(data, tmp_path / "out", replace(CONFIG, cache=str(cache), steps=15, ema=0.0, drop=0.0))
 
     def loss():
         with torch.no_grad():
             return run._losses(run.drawn(10**6)).mean().item()
 
     before = loss()
-    for _ in range(30):
+    for _ in range(15):
         run.advance()
     print(f"loss {before:.4f} before, {loss():.4f} after")
     assert loss() < 0.9 * before
@@ -130,6 +126,21 @@ def test_gradients_are_added_up(data, cache, tmp_path):
     assert any(gradient.any() for gradient in gradients)
 
 
+@pytest.fixture
+def one_thread():
+    """As in the processes that are started: the number of threads decides in which order sums are taken."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def contents(path):
+    """Every bit of a file but the order of its header."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata(), {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
 def start(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     return subprocess.Popen([sys.executable, "-m", "kandinsky_model", "train", *map(str, arguments), "--device", "cpu"], env=environment,
@@ -144,7 +155,7 @@ def steps_of(out):
         return file.get_slice("losses").get_shape()[0]
 
 
-def test_a_killed_training_goes_on_to_the_same_bits(data, cache, tmp_path):
+def test_a_killed_training_goes_on_to_the_same_bits(data, cache, tmp_path, one_thread):
     arguments = [data, *SMALL, "--cache", cache, "--save-every", "1"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process, begin = start(*arguments, "-o", killed, "--steps", "10000"), time.time()
@@ -155,14 +166,12 @@ def test_a_killed_training_goes_on_to_the_same_bits(data, cache, tmp_path):
     done = steps_of(killed)
     with safe_open(killed / "lora.safetensors", framework="pt") as file:  # whole, whenever it happened
         assert len(file.keys()) > 10
-    ends = ["--steps", str(done + 2)]
-    both = start(*arguments, "-o", killed, *ends, "--resume"), start(*arguments, "-o", whole, *ends)
-    for process in both:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
+    for out, resume in ((killed, ["--resume"]), (whole, [])):
+        assert main(["train", *map(str, arguments), "-o", str(out), "--steps", str(done + 2), "--device", "cpu", *resume]) == 0
     assert steps_of(killed) == steps_of(whole) == done + 2
-    for name in ("lora.safetensors", "training/state.safetensors", "config_lora.json", "loss.png"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    for name in ("lora.safetensors", "training/state.safetensors"):
+        assert contents(killed / name) == contents(whole / name), name
+    assert (killed / "loss.png").read_bytes() == (whole / "loss.png").read_bytes()
 
 
 def test_two_processes_equal_one(data, cache, tmp_path):
