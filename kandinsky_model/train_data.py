@@ -176,7 +176,9 @@ def read_clip(path: Path, fps: int, most: int, sizes: Sequence[tuple[int, int]])
                 if len(frames) == most:
                     break
     except (av.error.FFmpegError, OSError) as error:
-        raise BadData(f"it cannot be decoded after {len(frames)} frames ({error})") from None
+        raise BadData(f"it cannot be decoded after {len(frames)} frames ({error.strerror or error})") from None
+    if not frames:
+        raise BadData("it cannot be decoded: there is not one frame")
     return frames
 
 
