@@ -88,3 +88,5 @@ class TrainConfig:
                                  f"{max(16, round(size[1] / 16) * 16)}x{max(16, round(size[0] / 16) * 16)}")
         if self.attention not in (None, *ATTENTIONS):
             raise ValueError(f"attention must be {' or '.join(ATTENTIONS)}, got {self.attention!r}; leave it out for the preset's own")
+        if self.distill and self.attention == "dense":
+            raise ValueError("distillation fits sparse attention to dense, got dense attention to train; leave attention out")
