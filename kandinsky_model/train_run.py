@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,10 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .config import NablaConfig
+from .dit import DiffusionTransformer3D
 from .geometry import Grid
 from .locate import locate
 from .parallel import processes
 from .pipeline import NABLA_FOR_DENSE, choose_device
+from .placement import Job, Weights, free_bytes
 from .plan import Plan, make_plan
 from .sampler import TIME_UNIT, model_input, with_frames
 from .train_batches import Batch, Draws, Passes, draw
@@ -28,6 +32,7 @@ from .train_config import TrainConfig
 from .train_data import Bad, find_items
 from .train_full import save_model
 from .train_lora import attach, save_lora, switched_off
+from .train_memory import Trained, plan_training
 from .train_network import TrainNetwork, Way
 from .train_report import Gallery, save_curve
 from .train_state import State, read_about
@@ -67,6 +72,7 @@ class Run:
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.place = out / "training" / STATE
         self.plans: dict[tuple, Plan] = {}
+        self.left: int | None = None  # bytes of the memory budget beside weights and what is trained
 
     def begin(self, resume: bool) -> None:
         """Everything before the first step."""
@@ -120,24 +126,45 @@ class Run:
     def _network(self) -> tuple[TrainNetwork, dict[str, torch.nn.Parameter]]:
         config, full = self.config, self.config.lora is None
         dit = load_dit(self.sources.dit, dtype=torch.float32 if full else self.dtype)
-        dit.compute_dtype = self.dtype
-        checkpoint = self.device.type == "cuda" if config.checkpointing is None else config.checkpointing
-        network = TrainNetwork(dit if full else dit.prepare(), self.device, Way(checkpoint))
-        self.teacher = network
-        if full:
-            if config.distill:
-                self.teacher = TrainNetwork(copy.deepcopy(dit), self.device, Way(checkpoint))
-            return network, dict(dit.train().requires_grad_(True).named_parameters())
-        return network, attach(dit, config.lora, config.seed, self.device)
+        dit.compute_dtype, self.preset = self.dtype, replace(self.preset, dit=dit.config)
+        way = self._way(dit)
+        self.teacher = network = TrainNetwork(dit if full else dit.prepare(), self.device, way)
+        if not full:
+            return network, attach(dit, config.lora, config.seed, self.device)
+        if config.distill:
+            self.teacher = TrainNetwork(copy.deepcopy(dit), self.device, way)
+        return network, dict(dit.train().requires_grad_(True).named_parameters())
+
+    def _way(self, dit: DiffusionTransformer3D) -> Way:
+        """How passes are computed: so that memory suffices for the largest samples, or, where there is no limit, with everything kept."""
+        config, budget = self.config, self.config.memory_budget or free_bytes(self.device)
+        checkpoint = budget is not None if config.checkpointing is None else config.checkpointing
+        if budget is None or not checkpoint:
+            return Way(checkpoint)
+        T, h, w = max((sample.shape for sample in self.samples), key=math.prod)
+        tokens = self.preset.text_max_length * (2 if self.preset.task == "i2i" else 1)
+        job = Job(dit.config, Grid(T, h // 2, w // 2), self.dtype, config.batch, nabla=self.nabla is not None, text_tokens=tokens,
+                  on_cpu=self.device.type == "cpu")
+        weights, trained = Weights.of(dit), Trained.of(dit, config)
+        plan = plan_training(job, weights, trained, budget)
+        stage = plan.stages["training"]
+        self._tell("%s", plan)
+        self.left = budget - stage.weights - trained.state
+        return stage.way
+
+    @property
+    def nabla(self) -> NablaConfig | None:
+        """The sparse attention that is trained, if any."""
+        wanted = self.config.attention or ("nabla" if self.preset.nabla or self.config.distill else "dense")
+        return (self.preset.nabla or NABLA_FOR_DENSE) if wanted == "nabla" else None
 
     def plan(self, shape: tuple[int, int, int], dense: bool = False) -> Plan:
         """For latents of T, h, w: with the attention that is trained, or dense."""
         key = (shape, dense)
         if key not in self.plans:
             T, h, w = shape
-            wanted = self.config.attention or ("nabla" if self.preset.nabla or self.config.distill else "dense")
-            nabla = (self.preset.nabla or NABLA_FOR_DENSE) if wanted == "nabla" and not dense else None
-            self.plans[key] = make_plan(self.network.config, Grid(T, h // 2, w // 2), self.preset.scale_factor, nabla, self.device)
+            nabla = None if dense else self.nabla
+            self.plans[key] = make_plan(self.preset.dit, Grid(T, h // 2, w // 2), self.preset.scale_factor, nabla, self.device)
         return self.plans[key]
 
     def advance(self) -> None:
@@ -196,9 +223,16 @@ class Run:
         if step % config.save_every == 0 or step == config.steps:
             self.save()
         if config.sample_every and (step % config.sample_every == 0 or step == config.steps):
+            self._show(step)
+
+    def _show(self, step: int) -> None:
+        """Samples; a training of days does not end for the want of one."""
+        try:
             with self.state.averaged(), torch.no_grad():
-                for path in self.gallery.show(self.network, self.plan, step, config.memory_budget):
+                for path in self.gallery.show(self.network, self.plan, step, self.left):
                     _log.info("%s", path)
+        except (ValueError, OSError, RuntimeError) as error:
+            _log.warning("no samples after step %d: %s", step, error)
 
     def save(self) -> None:
         """The state, what can be used of it, and the curve."""

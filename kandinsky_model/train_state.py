@@ -25,7 +25,8 @@ class State:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], rate: float, betas: tuple[float, float], weight_decay: float, decay: float):
         self.parameters, self.decay, self.losses = dict(parameters), decay, []
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), rate, betas, weight_decay=weight_decay)
+        self.fused = all(parameter.is_cuda for parameter in self.parameters.values())  # which needs no memory beside
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), rate, betas, weight_decay=weight_decay, fused=self.fused)
         self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()} if decay else {}
 
     @property
@@ -80,7 +81,8 @@ class State:
             for name, parameter in self.parameters.items():
                 parameter.copy_(file.get_tensor(f"parameter.{name}"))
                 moments = {moment: file.get_tensor(f"{moment}.{name}").to(parameter.device, copy=True) for moment in MOMENTS}
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+                count = torch.tensor(float(self.step), device=parameter.device if self.fused else "cpu")
+                self.optimizer.state[parameter] = {"step": count, **moments}
             for name, mine in self.average.items():
                 mine.copy_(file.get_tensor(f"average.{name}"))
 
