@@ -52,8 +52,6 @@ def measured(way, grid, nabla, batch):
 def test_predictions_hold(way, grid, nabla, batch):
     job = Job(CONFIG, grid, torch.float32, batch, nabla=nabla is not None, text_tokens=16, on_cpu=True)
     actual, predicted = measured(way, grid, nabla, batch), step_bytes(job, way)
-    if way.resident == 0:
-        predicted += 2 * max(Weights.of(empty_dit(CONFIG)).layers)  # measured before its buffers are made: they are weights
     print(f"measured {actual / 1e6:.2f} MB, predicted {predicted / 1e6:.2f} MB")
     assert actual <= predicted <= 1.2 * actual
 
@@ -102,7 +100,7 @@ def test_a_budget_changes_nothing_but_rounding(tmp_path):
     config = TrainConfig(lora=LoRAConfig(4), sizes=((64, 64),), lengths=(5,), batch=2, passes=1, rate=1e-2, warmup=0, steps=2, device="cpu",
                          cache=str(tmp_path / "cache"))
     free = load_file(train(data, tmp_path / "free", config) / "lora.safetensors")
-    run = Run(data, tmp_path / "tight", replace(config, memory_budget=12 * 10**6))
+    run = Run(data, tmp_path / "tight", replace(config, memory_budget=30 * 10**6))
     run.begin(resume=False)
     assert run.network.way.resident == 0 and run.network.way.host and len(run.network.streamed) == len(run.network.blocks)
     while run.state.step < config.steps:
