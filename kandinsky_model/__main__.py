@@ -115,7 +115,7 @@ def _download_arguments(command: argparse.ArgumentParser) -> None:
 
 def _train_arguments(command: argparse.ArgumentParser) -> None:
     command.set_defaults(chatty=True)
-    command.add_argument("data", help="a folder of clips or pictures, each with its caption in a .txt of the same name, or in captions.jsonl")
+    command.add_argument("data", help="a folder of clips or pictures, each with a caption in a .txt of its name, or in captions.jsonl")
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where all that comes of it goes")
     command.add_argument("--model", default="tiny", help="a preset, a local path or a hub repository (default: tiny)")
     what = command.add_mutually_exclusive_group()
@@ -123,8 +123,8 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
     what.add_argument("--full", action="store_true", help="train all weights instead")
     command.add_argument("--trigger", default="", help="words that call the LoRA: put before every caption, and later every prompt")
     command.add_argument("--resume", action="store_true", help="go on with the training in the folder, to the same bits")
-    command.add_argument("--size", type=_size, action="append", metavar="WxH", help="cut each clip to the nearest of these; may be repeated "
-                         "(default: the preset's)")
+    command.add_argument("--size", type=_size, action="append", metavar="WxH", help="cut each clip to the nearest of these; may be "
+                         "repeated (default: the preset's)")
     command.add_argument("--frames", type=int, action="append", metavar="N", help="cut each clip to the longest of these that it has, "
                          "4k + 1; may be repeated (default: the preset's)")
     for name, kind, text in (

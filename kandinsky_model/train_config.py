@@ -25,7 +25,7 @@ class LoRAConfig:
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
         if self.rank < 1 or not (self.alpha is None or 0 < self.alpha < math.inf):
-            raise ValueError(f"a LoRA must have a rank from 1 on and a positive alpha, got {self.rank} and {self.alpha}; 32 is usual for both")
+            raise ValueError(f"a LoRA must have a rank from 1 on and a positive alpha, got {self.rank} and {self.alpha}; 32 is usual")
 
     @property
     def scale(self) -> float:
@@ -40,6 +40,8 @@ class TrainConfig:
     None: the preset's; every clip is cut to the longest that it has. batch: samples of a pass; passes: of a step, shared by the processes.
     shift, drop: see `train_batches.Draws`; shift None: 3 for pictures, 5 for videos. ema: decay of the weights' average, which is what is
     kept; 0: none. attention: None is the preset's. distill: fit the velocities of the checkpoint with dense attention instead of the data.
+    checkpointing: compute blocks again for their gradients; None: where memory is limited. dtype: "bf16" or "fp32", of activations and of
+    weights that are not trained; None: bf16 on CUDA. What is trained, its gradients and moments are fp32 always.
     """
 
     model: str = "tiny"
@@ -70,6 +72,7 @@ class TrainConfig:
     cache: str | None = None
     memory_budget: int | None = None
     device: str | None = None
+    dtype: str | None = None
 
     def __post_init__(self):
         for name, least in (("steps", 1), ("batch", 1), ("passes", 1), ("save_every", 1), ("sample_every", 0), ("warmup", 0)):
@@ -88,5 +91,7 @@ class TrainConfig:
                                  f"{max(16, round(size[1] / 16) * 16)}x{max(16, round(size[0] / 16) * 16)}")
         if self.attention not in (None, *ATTENTIONS):
             raise ValueError(f"attention must be {' or '.join(ATTENTIONS)}, got {self.attention!r}; leave it out for the preset's own")
+        if self.dtype not in (None, "bf16", "fp32"):
+            raise ValueError(f"dtype must be bf16 or fp32, got {self.dtype!r}; leave it out for what suits the device")
         if self.distill and self.attention == "dense":
             raise ValueError("distillation fits sparse attention to dense, got dense attention to train; leave attention out")

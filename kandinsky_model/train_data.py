@@ -48,7 +48,7 @@ class Bad:
             yield
         except BadData as error:
             if self.policy == "stop":
-                raise ValueError(f"{path} cannot be trained on: {error}; mend or remove it, or skip such files with --bad-data skip") from None
+                raise ValueError(f"{path} cannot be trained on: {error}; mend or remove it, or skip such with --bad-data skip") from None
             self.skipped[path.name] = str(error)
             _log.warning("skipped %s: %s", path, error)
 
@@ -124,10 +124,7 @@ def read_item(item: Item, sizes: Sequence[tuple[int, int]], lengths: Sequence[in
     """uint8 [3, F, H, W]: the first frames of the clip, as many as the longest of `lengths` that it has, or the picture; cut to the middle
     of the shape of the nearest of `sizes`, and scaled to it. Raises BadData.
     """
-    if item.is_clip:
-        frames = read_clip(item.path, fps, max(lengths), sizes)
-    else:
-        frames = [_fitted(_picture(item.path), sizes)]
+    frames = read_clip(item.path, fps, max(lengths), sizes) if item.is_clip else [_fitted(_picture(item.path), sizes)]
     fitting = [length for length in lengths if length <= len(frames)]
     if not fitting:
         what = f"has {len(frames)} frames at {fps} per second" if item.is_clip else "is a picture"

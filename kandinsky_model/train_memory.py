@@ -19,8 +19,8 @@ MOMENTS = 2  # of AdamW, beside gradient and average, all of them fp32
 
 @dataclass(frozen=True)
 class Trained:
-    """What is trained. numbers: how many. full: they are the network's own weights. average: one is kept of them. teacher: of distillation of
-    all weights, a second network."""
+    """What is trained. numbers: how many. full: they are the network's own weights. average: one is kept of them. teacher: a second
+    network, of distillation of all weights."""
 
     numbers: int
     full: bool = False
@@ -87,9 +87,9 @@ def step_bytes(job: Job, way: Way) -> int:
     - of its self-attention the norm, queries, keys and values, queries and keys normalised, and the result, 7 t;
     - the gradients of the result and of the input, 2 t;
 
-    and then either the gradients of queries, keys and values, 3 t, with what a kernel for dense attention adds queries' up in, in fp32; or, of
-    a part, nine tensors around cross-attention, and in the feed-forward layers the wide ones before and after GELU, their gradients, and as
-    many that an adapter's sum passes through.
+    and then either the gradients of queries, keys and values, 3 t, with what a kernel for dense attention adds up in, in fp32; or, of a
+    part, ten tensors around cross-attention, and in the feed-forward layers the wide ones before and after GELU, their gradients, and what an
+    adapter's sum passes through.
     """
     config, size, batch = job.config, job.dtype.itemsize, job.batch
     tokens, t = batch * job.grid.tokens, job.stream

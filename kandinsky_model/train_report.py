@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -31,10 +32,9 @@ def save_curve(losses: Sequence[float], path: Path) -> None:
     """
     from PIL import Image, ImageDraw
 
-    smooth, reach = [], max(1, round(SMOOTHING * len(losses)))
-    for i in range(len(losses)):
-        recent = losses[max(0, i - reach + 1) : i + 1]
-        smooth.append(sum(recent) / len(recent))
+    reach = max(1, round(SMOOTHING * len(losses)))
+    sums = list(accumulate(losses, initial=0.0))
+    smooth = [(sums[i] - sums[max(0, i - reach)]) / min(i, reach) for i in range(1, len(sums))]
     low, high = min(losses), max(losses)
     high = high if high > low else low + 1.0
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .config import NablaConfig
@@ -40,10 +41,11 @@ from .weights import load_dit
 
 _log = logging.getLogger(__name__)
 STATE, FREE = "state.safetensors", ("steps", "save_every", "sample_every", "samples", "memory_budget", "device", "bad_data", "cache")
+DEFAULTS = TrainConfig()
 SHIFTS = {"t2i": 3.0, "i2i": 3.0}  # of the published trainer; 5 for videos
 
 
-def train(data: str | Path, out: str | Path, config: TrainConfig = TrainConfig(), resume: bool = False) -> Path:
+def train(data: str | Path, out: str | Path, config: TrainConfig = DEFAULTS, resume: bool = False) -> Path:
     """Train on the folder `data`, as `train_data` describes it, and return the folder `out` with what came of it.
 
     A LoRA is `lora.safetensors` with `config_lora.json`, in official form; all weights are a model's folder, with links to the parts that
@@ -69,7 +71,7 @@ class Run:
         self.data, self.out, self.config, self.rank, self.world = data, out, config, rank, world
         self.device, self.sources = choose_device(config.device), locate(config.model)
         self.preset = self.sources.preset
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = torch.bfloat16 if (config.dtype or ("bf16" if self.device.type == "cuda" else "fp32")) == "bf16" else torch.float32
         self.place = out / "training" / STATE
         self.plans: dict[tuple, Plan] = {}
         self.left: int | None = None  # bytes of the memory budget beside weights and what is trained
@@ -98,6 +100,8 @@ class Run:
         if not resume and self.place.is_file():
             raise ValueError(f"{self.out} holds a training already; go on with it by --resume, or choose another folder")
         self.place.parent.mkdir(parents=True, exist_ok=True)
+        for left in (*self.out.glob(".*.partial-*"), *self.place.parent.glob(".*.partial-*")) if self.rank == 0 else ():
+            left.unlink()  # what a killed process was writing
         return read_about(self.place) if resume else {}
 
     def _compare(self, about: dict) -> None:
@@ -113,7 +117,8 @@ class Run:
         config, preset = self.config, self.preset
         trigger = config.lora.trigger if config.lora else ""
         wanted = Wanted(config.sizes or preset.sizes, config.lengths or (preset.frames,), trigger, config.null_prompt)
-        cache = Cache(Path(config.cache or self.place.parent / "cache"), self.sources, wanted, self.device, self.dtype, config.memory_budget)
+        folder = Path(config.cache or self.place.parent / "cache")
+        cache = Cache(folder, self.sources, wanted, self.device, self.dtype, config.memory_budget)
         bad = Bad(config.bad_data)
         items = find_items(self.data, bad, edits=preset.task == "i2i")
         cache.fill(items[self.rank :: self.world], bad)
@@ -235,13 +240,17 @@ class Run:
             _log.warning("no samples after step %d: %s", step, error)
 
     def save(self) -> None:
-        """The state, what can be used of it, and the curve."""
-        self.state.save(self.place, self.about)
-        if self.config.lora:
-            save_lora(self.out, self.state.result, self.config.lora, self.dtype, self.sources.name)
-        else:
-            save_model(self.out, self.network.dit, self.state.result, self.sources, self.dtype)
-        save_curve(self.state.losses, self.out / "loss.png")
+        """The state, what can be used of it, and the curve. OSError where they cannot be written; what was there before then stays."""
+        try:
+            self.state.save(self.place, self.about)
+            if self.config.lora:
+                save_lora(self.out, self.state.result, self.config.lora, self.dtype, self.sources.name)
+            else:
+                save_model(self.out, self.network.dit, self.state.result, self.sources, self.dtype)
+            save_curve(self.state.losses, self.out / "loss.png")
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"a training must be able to write to {self.out}, but after step {self.state.step} got {error}; make room, and "
+                          "go on with --resume from the state before") from None
 
     def _tell(self, line: str, *values) -> None:
         if self.rank == 0:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory of training: what is predicted against the tensors alive in a real step, and what fits where."""
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def measured(way, grid, nabla, batch):
     return live.peak
 
 
-@pytest.mark.skipif(not hasattr(torch.ops.kandinsky_kernels, "norm_rope_backward"), reason="accounts for operators with gradients of their own")
+@pytest.mark.skipif(not hasattr(torch.ops.kandinsky_kernels, "norm_rope_backward"), reason="accounts for operators with own gradients")
 @pytest.mark.parametrize(("way", "grid", "nabla", "batch"), [
     (Way(), Grid(2, 8, 16), None, 1), (Way(tokens=64), Grid(2, 16, 16), NablaConfig(0.5, (3, 1, 1)), 1),
     (Way(tokens=128), Grid(1, 16, 16), None, 2), (Way(tokens=128, resident=0), Grid(2, 8, 16), NablaConfig(0.5, (3, 1, 1)), 1),
@@ -62,7 +63,8 @@ def job_of(name, batch=1):
     return Job(preset.dit, grid, torch.bfloat16, batch, nabla=preset.nabla is not None, text_tokens=preset.text_max_length)
 
 
-@pytest.mark.parametrize(("name", "gigabytes"), [("t2v-lite-sft-5s", 12), ("t2v-lite-sft-10s", 12), ("t2v-lite-sft-5s", 5), ("t2i-lite-sft", 12)])
+@pytest.mark.parametrize(("name", "gigabytes"), [
+    ("t2v-lite-sft-5s", 12), ("t2v-lite-sft-10s", 12), ("t2v-lite-sft-5s", 5), ("t2i-lite-sft", 12)])
 def test_adapters_fit(name, gigabytes):
     """A LoRA of rank 32, at the size and length of the preset."""
     job = job_of(name)
@@ -80,6 +82,18 @@ def test_ways_need_less_and_less_and_the_least_is_named():
     assert needs == sorted(needs, reverse=True) and len(set(needs)) >= 30
     with pytest.raises(ValueError, match=f"training requires a memory budget of at least {needs[-1]} bytes"):
         plan_training(job, weights, trained, needs[-1] - 1)
+
+
+def test_the_readme_says_what_adapters_need():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    chosen, least = [], []
+    for name in ("t2v-lite-sft-5s", "t2v-lite-sft-10s"):
+        job = job_of(name)
+        dit = empty_dit(job.config).to(torch.bfloat16)
+        weights, trained = Weights.of(dit), Trained.of(dit, TrainConfig())
+        chosen.append(f"{plan_training(job, weights, trained, 12 * 10**9).peak_bytes / 1e9:.3g} GB")
+        least.append(f"{min(way.peak_bytes for way in ways_to_train(job, weights, trained)) / 1e9:.3g} GB")
+    assert f"{chosen[0]} for 5 s\nclips and {chosen[1]} for 10 s; at the least {least[0]} and {least[1]}." in readme
 
 
 def test_all_weights_are_not_streamed():

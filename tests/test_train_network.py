@@ -20,10 +20,10 @@ WAYS = {"everything kept": Way(checkpoint=False), "blocks again": Way(), "few to
         "all streamed": Way(host=True, resident=0)}
 
 
-def trained(config=LoRAConfig(4, 6.0), way=Way(checkpoint=False), dit=None):
+def trained(way=WAYS["everything kept"]):
     """A network with an adapter whose second matrices are not zero, so that gradients reach the first ones."""
-    network = TrainNetwork(dit or build().prepare(), CPU, way)
-    parameters, g = attach(network.dit, config, 0, CPU), torch.Generator().manual_seed(3)
+    network = TrainNetwork(build().prepare(), CPU, way)
+    parameters, g = attach(network.dit, LoRAConfig(4, 6.0), 0, CPU), torch.Generator().manual_seed(3)
     for name, parameter in parameters.items():
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=g) / 12

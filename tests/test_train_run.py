@@ -206,3 +206,58 @@ def test_refusals(data, cache, tmp_path):
         Run(data, out, config, 0, 3)
     train(data, out, replace(config, steps=2), resume=True)
     assert steps_of(out) == 2
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_sixteen_bit_activations(data, cache, tmp_path, full):
+    """What is trained, and its state, stays in fp32; what is saved has the dtypes of a released checkpoint."""
+    changes = {"lora": None, "rate": 1e-4} if full else {}
+    run = begun(data, tmp_path / "out", replace(CONFIG, cache=str(cache), dtype="bf16", **changes))
+    run.advance()
+    run.save()
+    assert {parameter.dtype for parameter in run.parameters.values()} == {torch.float32}
+    assert {moments["exp_avg"].dtype for moments in run.state.optimizer.state.values()} == {torch.float32}
+    saved = load_file(run.out / ("transformer/diffusion_pytorch_model.safetensors" if full else "lora.safetensors"))
+    assert {name for name, tensor in saved.items() if tensor.dtype != torch.bfloat16} == {
+        name for name in saved if full and ("modulation" in name or "time_embeddings" in name)}
+    wide = begun(data, tmp_path / "wide", replace(CONFIG, cache=str(cache), **changes))
+    wide.advance()
+    assert 0 < abs(run.state.losses[0] / wide.state.losses[0] - 1) < 0.02
+
+
+def test_the_rate_warms_up_and_the_average_follows(data, cache, tmp_path):
+    run, rates = begun(data, tmp_path / "out", replace(CONFIG, cache=str(cache), rate=1e-2, warmup=4, steps=6, ema=0.5)), []
+    expected = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
+    for step in range(6):
+        run.advance()
+        rates.append(run.state.optimizer.param_groups[0]["lr"])
+        for name, parameter in run.parameters.items():
+            decay = min(0.5, (step + 1) / (step + 10))
+            expected[name] = decay * expected[name] + (1 - decay) * parameter.detach()
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+    assert all(torch.allclose(run.state.result[name], expected[name], atol=1e-7) for name in expected)
+
+
+def test_a_full_disk_keeps_the_last_state(data, cache, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    run = begun(data, tmp_path / "out", replace(CONFIG, cache=str(cache), steps=10, save_every=1))
+    run.advance()
+    before = {path: path.read_bytes() for path in run.out.rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="after step 2 got .*go on with --resume from the state before"):
+            run.advance()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in run.out.rglob("*") if path.is_file()} == before
+    (run.out / ".lora.partial-1.safetensors").write_bytes(b"left by a killed process")
+    assert begun(data, run.out, run.config, resume=True).state.step == 1
+    assert not list(run.out.glob(".*"))
+
+
+def test_a_loss_that_is_not_finite_stops(data, cache, tmp_path):
+    run = begun(data, tmp_path / "out", replace(CONFIG, cache=str(cache)))
+    run._losses = lambda batch: torch.full((1,), float("nan"), requires_grad=True)
+    with pytest.raises(RuntimeError, match="the loss must stay finite, but step 1 gave nan"):
+        run.advance()
