@@ -88,8 +88,8 @@ def step_bytes(job: Job, way: Way) -> int:
     - the gradients of the result and of the input, 2 t;
 
     and then either the gradients of queries, keys and values, 3 t, with what a kernel for dense attention adds up in, in fp32; or, of a
-    part, ten tensors around cross-attention, and in the feed-forward layers the wide ones before and after GELU, their gradients, and what an
-    adapter's sum passes through.
+    part, ten tensors around cross-attention, and in the feed-forward layers the wide ones before and after GELU, their gradients, and
+    what an adapter's sum passes through.
     """
     config, size, batch = job.config, job.dtype.itemsize, job.batch
     tokens, t = batch * job.grid.tokens, job.stream

@@ -115,8 +115,11 @@ class Run:
 
     def _samples(self) -> list[Sample]:
         config, preset = self.config, self.preset
-        trigger = config.lora.trigger if config.lora else ""
-        wanted = Wanted(config.sizes or preset.sizes, config.lengths or (preset.frames,), trigger, config.null_prompt)
+        trigger, lengths = config.lora.trigger if config.lora else "", config.lengths or (preset.frames,)
+        if preset.vae is None and max(lengths) > 1 or preset.task == "i2v" and min(lengths) == 1:
+            does = "makes pictures, of 1 frame" if preset.vae is None else "learns what follows a first frame, in 5 frames or more"
+            raise ValueError(f"{preset.name} {does}, got lengths of {', '.join(map(str, lengths))}; leave them out")
+        wanted = Wanted(config.sizes or preset.sizes, lengths, trigger, config.null_prompt)
         folder = Path(config.cache or self.place.parent / "cache")
         cache = Cache(folder, self.sources, wanted, self.device, self.dtype, config.memory_budget)
         bad = Bad(config.bad_data)

@@ -78,6 +78,13 @@ def test_every_kind_of_checkpoint(models, datas, tmp_path, task):
     assert model.preset.task == task and len(model.lora.load(run.out).modules) == 2 * 10 + 6
 
 
+@pytest.mark.parametrize(("task", "length", "words"), [("t2i", 5, "makes pictures, of 1 frame, got lengths of 5"),
+                                                       ("i2v", 1, "learns what follows a first frame")])
+def test_lengths_that_a_checkpoint_does_not_learn(models, datas, tmp_path, task, length, words):
+    with pytest.raises(ValueError, match=words):
+        train(datas[task], tmp_path / "out", config(models[task], task, lengths=(length,)))
+
+
 def test_an_image_to_video_model_stays_one(models, datas, tmp_path):
     out = train(datas["i2v"], tmp_path / "anything", config(models["i2v"], "i2v", lora=None, rate=1e-4))
     model = pipeline.load(out, device="cpu")
