@@ -76,7 +76,7 @@ class StagedModel(Kandinsky5):
         """
         settings = {} if size is None else {"height": size[0], "width": size[1]}
         picture, _ = self._pictures(_levels(image).permute(1, 2, 0), None, settings)
-        plans = self._settings("an image", "", seed, settings)
+        plans = complete(self.preset, self.name, ["a picture"], seed, {**settings, "negative_prompt": ""})
         picture = resize(picture, plans[0].height, plans[0].width)
         given = self._given([picture, None], plans, self._plan(plans, memory_budget, ("pictures",), pictures=True))
         latents = given.frames[0] if given.source is None else given.source
@@ -134,11 +134,11 @@ class StagedModel(Kandinsky5):
 
     def _check_given(self, first: dict | None, last: dict | None) -> None:
         task, name = self.preset.task, self.preset.name
-        if (first is not None) != (task in ("i2v", "i2i")):
-            raise ValueError(f"{name} takes no image, got one; disconnect it, or load an i2v or i2i checkpoint" if first else
-                             f"{name} begins with an image, got none; connect an encoded one")
         if last is not None and task != "i2v":
             raise ValueError(f"{name} makes no videos from images, so it takes no last frame; disconnect it")
+        if (first is not None or last is not None) != (task in ("i2v", "i2i")):
+            raise ValueError(f"{name} begins with an image, got none; connect an encoded one" if task in ("i2v", "i2i") else
+                             f"{name} takes no image, got one; disconnect it, or load an i2v or i2i checkpoint")
 
 
 def _levels(image: Tensor) -> Tensor:
