@@ -6,7 +6,9 @@ gives and takes it: unscaled, so that ComfyUI's own nodes can decode, save and l
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -93,26 +95,28 @@ class StagedModel(Kandinsky5):
         self._check_given(first, last)
         plans = self._settings([text.prompt] * count, text.negative_prompt, seed, settings)
         if plans[0].guidance_scale != 1.0 and text.uncond is None:
-            raise ValueError(f"guidance {plans[0].guidance_scale:g} requires a negative prompt, which this checkpoint was released without; "
-                             "write one, or set guidance to 1")
+            raise ValueError(f"guidance {plans[0].guidance_scale:g} requires a negative prompt, but {self.name} was released without one; "
+                             "write it, or set guidance to 1")
         cond, uncond = (one and _repeated(one, count) for one in (text.cond, text.uncond if plans[0].guidance_scale != 1.0 else None))
         frames = {index: latents for index, latents in ((0, given[0]), (plans[0].grid.T - 1, given[1])) if latents is not None}
         known = Given(source=given[0]) if self.preset.task == "i2i" else Given(frames)
         videos = self.resume(Run(plans, self._noise(plans), cond, uncond, known), callback, budget)
         return self.to_comfy(torch.cat([video.latents for video in videos]))
 
-    def frames(self, latent: dict[str, Tensor], vae_policy: str | None = None, memory_budget: int | None = None, notify=None) -> Tensor:
-        """IMAGE [B * F, H, W, 3] of a LATENT. notify: called after each decoded piece; an exception it raises stops the decoding."""
-        latents, pieces = self.from_comfy(latent), []
+    def frames(self, latent: dict[str, Tensor], vae_policy: str | None = None, memory_budget: int | None = None,
+               notify: Callable[[int, int], None] | None = None) -> Tensor:
+        """IMAGE [B * F, H, W, 3] of a LATENT. notify: called with (frames done, of) after each piece; an exception stops."""
+        latents, done = self.from_comfy(latent), 0
         B, T, Y, X, _ = latents.shape
         size = {"num_frames": 4 * (T - 1) + 1, "height": 8 * Y, "width": 8 * X}
         settings = complete(self.preset, self.name, ["a latent"], 0, {**size, "negative_prompt": "", "vae_policy": vae_policy})[0]
-        for one in latents.split(1):
-            for piece in self.decode(one, settings, memory_budget):
-                pieces.append(piece.float().div_(255))
-                if notify:
-                    notify(sum(map(len, pieces)), B * settings.num_frames)
-        return torch.cat(pieces)
+        frames = torch.empty(B * settings.num_frames, settings.height, settings.width, 3)
+        for piece in chain.from_iterable(self.decode(one, settings, memory_budget) for one in latents.split(1)):
+            torch.div(piece, 255, out=frames[done : done + len(piece)])
+            done += len(piece)
+            if notify:
+                notify(done, len(frames))
+        return frames
 
     def to_comfy(self, latents: Tensor) -> dict[str, Tensor]:
         """LATENT of scaled latents [B, T, Y, X, C]."""
@@ -144,7 +148,8 @@ class StagedModel(Kandinsky5):
 def _levels(image: Tensor) -> Tensor:
     """uint8 [3, H, W] of an IMAGE's first picture; what is transparent becomes white."""
     if not isinstance(image, Tensor) or image.dim() != 4 or image.shape[-1] not in (3, 4):
-        raise TypeError(f"an IMAGE is a float tensor [B, H, W, 3 or 4], got {getattr(image, 'shape', type(image).__name__)}; connect another")
+        given = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"an IMAGE is a float tensor [B, H, W, 3 or 4], got {given}; connect another")
     pixels = image[0].cpu().float().clamp(0, 1)
     if pixels.shape[-1] == 4:
         pixels = pixels[..., :3] * pixels[..., 3:] + (1 - pixels[..., 3:])

@@ -122,7 +122,8 @@ class EncodeText(Node):
     """The prompt, and the negative one where the checkpoint uses guidance or one is written, as the transformer reads them."""
 
     TITLE = "Kandinsky 5: encode text"
-    INPUTS = {"model": (MODEL,), "prompt": _text("what to draw"), "negative_prompt": _text("what to steer away from; empty: the model's own"),
+    INPUTS = {"model": (MODEL,), "prompt": _text("what to draw"),
+              "negative_prompt": _text("what to steer away from; empty: the model's own"),
               "still": ("BOOLEAN", {"default": False, "tooltip": "for one frame of a video model"}), "memory_gb": _MEMORY}
     OPTIONAL = {"image": ("IMAGE", {"tooltip": "for image editing: the picture that the image encoder gives back"})}
     RETURN_TYPES, RETURN_NAMES = (TEXT,), ("text",)
@@ -184,7 +185,7 @@ class Decode(Node):
 
     TITLE = "Kandinsky 5: decode"
     INPUTS = {"model": (MODEL,), "latent": ("LATENT",),
-              "vae_policy": _choice("in one piece, in the published pipeline's tiles, or colours only; auto: one piece while the clip is small",
+              "vae_policy": _choice("one piece, the published pipeline's tiles, or colours only; auto: one piece while the clip is small",
                                     "auto", "global", "official", "preview"), "memory_gb": _MEMORY}
     RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("images",)
 

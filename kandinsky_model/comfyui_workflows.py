@@ -159,7 +159,7 @@ def _accelerated() -> Graph:
     model = graph.add("UNETLoader", unet_name="kandinsky5lite_t2v_sft_10s.safetensors")["MODEL"]
     model = graph.add("ModelSamplingSD3", model=graph.add("Accelerate", model=model)["model"], shift=10.0)["MODEL"]
     clip, vae = graph.add("DualCLIPLoader")["CLIP"], graph.add("VAELoader")["VAE"]
-    positive, negative = (graph.add("CLIPTextEncode", clip=clip, text=text)["CONDITIONING"] for text in (PROMPT, "static, blurred, worst quality"))
+    positive, negative = (graph.add("CLIPTextEncode", clip=clip, text=text)["CONDITIONING"] for text in (PROMPT, "static, blurred"))
     begun = graph.add("Kandinsky5ImageToVideo", positive=positive, negative=negative, vae=vae, length=241)
     latent = graph.add("KSampler", model=model, positive=begun["positive"], negative=begun["negative"], latent_image=begun["latent"],
                        steps=50, cfg=5.0)["LATENT"]

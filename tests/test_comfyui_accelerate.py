@@ -18,7 +18,7 @@ from .plain_dit import plain_forward, random_state
 CONFIG = DiTConfig(in_text_dim=40, in_text_dim2=24, time_dim=32, model_dim=128, ff_dim=256, num_text_blocks=1, num_visual_blocks=3,
                    visual_cond=True)
 SCALE = (1.0, 2.0, 2.0)
-GRID = Grid(3, 9, 39)  # ragged tiles, 3 x 2 x 5 of them: wider than the window, so that NABLA can drop some
+GRID = Grid(2, 9, 33)  # ragged tiles, 2 x 2 x 5 of them: wider than the window, so that NABLA can drop some
 LOGGER = "kandinsky_model.comfyui_accelerate"
 
 

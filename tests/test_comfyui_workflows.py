@@ -2,6 +2,8 @@
 """The example workflows fit the nodes and run, and `kandinsky comfyui` puts both where ComfyUI finds them."""
 import importlib.util
 import json
+import re
+import shlex
 import shutil
 import sys
 from dataclasses import replace
@@ -206,3 +208,16 @@ def test_a_python_without_the_package_is_told_so_in_one_sentence(comfy_folder, m
     with pytest.raises(ImportError, match="require the package kandinsky-kernels") as error:
         imported(target)
     assert "\n" not in str(error.value)
+
+
+def test_the_lines_of_the_readme_do_what_it_says(comfy_folder, monkeypatch):
+    monkeypatch.chdir(comfy_folder.parent)
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"## Use it from ComfyUI\n(.*?)\n## ", readme, re.DOTALL)[1]
+    commands = re.findall(r"^kandinsky (.*)$", section, re.MULTILINE)
+    assert len(commands) == 1 and [main(shlex.split(line, comments=True)) for line in commands] == [0]
+    stub = comfy_folder / "custom_nodes" / "kandinsky5"
+    assert stub.name in section and "five workflows" in section and len(list((stub / "example_workflows").iterdir())) == 5
+    module = imported(stub)
+    assert "Accelerate Kandinsky 5" in section and "Accelerate Kandinsky 5" in module.NODE_DISPLAY_NAME_MAPPINGS.values()
+    assert {node.CATEGORY for node in module.NODE_CLASS_MAPPINGS.values()} == {"Kandinsky 5"}
