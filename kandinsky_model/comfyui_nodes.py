@@ -6,7 +6,6 @@ for what the checkpoint was published with. Every error is one sentence, which C
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -47,6 +46,9 @@ class Node:
     TITLE = ""
     INPUTS: dict[str, tuple] = {}
     OPTIONAL: dict[str, tuple] = {}
+
+    def __init_subclass__(cls):
+        cls.DESCRIPTION = cls.__doc__  # what ComfyUI shows when the mouse rests on the node
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, dict[str, tuple]]:
@@ -220,7 +222,7 @@ class _Progress:
     """ComfyUI's bar for the node that runs, moved by calls (done, of); each of them is where a stop asked for in ComfyUI happens."""
 
     def __init__(self):
-        self._bar: Callable | None = None
+        self._bar = None
 
     def __call__(self, done: int, of: int) -> None:
         _stop_if_asked()

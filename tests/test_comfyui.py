@@ -44,7 +44,7 @@ def model(folder):
 def from_image(folder):
     """The same as an image-to-video checkpoint."""
     model = call("LoadModel", path=str(folder))
-    model.model.preset = replace(model.model.preset, name="tiny-i2v", task="i2v", sizes=((96, 96),))
+    model.model.preset = replace(model.model.preset, name="tiny-i2v", task="i2v", sizes=((64, 64),))
     return model
 
 
@@ -59,11 +59,11 @@ def pictures(tmp_path_factory, text_parts):
 
 @pytest.fixture
 def comfy(monkeypatch):
-    """A stand-in of those of ComfyUI's modules that nodes ask; `bar` and `stop_after` are what the tests look at and set."""
+    """A stand-in of those of ComfyUI's modules that nodes ask; what the tests look at and set is in the result."""
     class Stopped(Exception):
         pass
 
-    state = SimpleNamespace(bars=[], asked=0, stop_after=None, Stopped=Stopped, unloaded=0)
+    state = SimpleNamespace(bars=[], asked=0, stop_after=None, Stopped=Stopped, device="cpu", freed=[])
 
     class ProgressBar:
         def __init__(self, total):
@@ -81,7 +81,10 @@ def comfy(monkeypatch):
     modules = {name: ModuleType(name) for name in ("comfy", "comfy.utils", "comfy.model_management", "folder_paths")}
     modules["comfy.utils"].ProgressBar = ProgressBar
     modules["comfy.model_management"].throw_exception_if_processing_interrupted = interrupted
-    modules["comfy.model_management"].get_torch_device = lambda: torch.device("cpu")
+    management = modules["comfy.model_management"]
+    management.get_torch_device = lambda: torch.device(state.device)
+    management.unload_all_models = lambda: state.freed.append("models")
+    management.soft_empty_cache = lambda: state.freed.append("cache")
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     state.folders = modules["folder_paths"]
@@ -104,7 +107,7 @@ def test_importing_imports_neither_torch_nor_comfyui():
 def test_every_node_is_whole():
     assert comfyui.NODE_CLASS_MAPPINGS.keys() == comfyui.NODE_DISPLAY_NAME_MAPPINGS.keys()
     for node in comfyui.NODE_CLASS_MAPPINGS.values():
-        assert node.TITLE and node.__doc__ and callable(getattr(node, node.FUNCTION))
+        assert node.TITLE and node.DESCRIPTION == node.__doc__ and callable(getattr(node, node.FUNCTION))
         assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES)
         assert node.INPUT_TYPES().keys() == {"required", "optional"}
 
@@ -154,14 +157,14 @@ def test_a_memory_budget_changes_nothing(model):
 def test_a_video_from_pictures(from_image):
     first, last = image(), image(seed=1)
     latent, seen, width, height = call("EncodeImage", model=from_image, image=first, seed=4)
-    assert (width, height) == (128, 80) and seen.shape == (1, 80, 128, 3) and latent["samples"].shape == (1, 16, 1, 10, 16)
+    assert (width, height) == (80, 48) and seen.shape == (1, 48, 80, 3) and latent["samples"].shape == (1, 16, 1, 6, 10)
     end = call("EncodeImage", model=from_image, image=last, seed=4)[0]
     text = call("EncodeText", model=from_image, prompt=PROMPT)
-    for given in ({"image_latent": latent}, {"last_latent": end}, {"image_latent": latent, "last_latent": end}):
+    for given in ({"last_latent": end}, {"image_latent": latent, "last_latent": end}):
         made = call("Sample", model=from_image, text=text, seed=4, frames=5, steps=2, **given)
         video = from_image.model.generate(PROMPT, seed=4, num_frames=5, num_inference_steps=2,
-                                          image=levels(first) if "image_latent" in given else None,
-                                          last_image=levels(last) if "last_latent" in given else None)
+                                          last_image=levels(last),
+                                          image=levels(first) if "image_latent" in given else None)
         torch.testing.assert_close(from_image.model.from_comfy(made), video.latents, rtol=0, atol=1e-5)
 
 
@@ -247,6 +250,15 @@ def test_the_bar_moves_and_the_stop_button_stops(model, comfy):
     comfy.stop_after = comfy.asked
     with pytest.raises(comfy.Stopped):
         call("Decode", model=model, latent=latent)
+
+
+def test_comfyuis_models_make_room_on_a_gpu(model, comfy):
+    latent = {"samples": torch.zeros(1, 16, 1, 4, 4)}
+    call("Decode", model=model, latent=latent)
+    assert comfy.freed == []
+    comfy.device = "cuda"
+    call("Decode", model=model, latent=latent)  # by a model that lies on the CPU
+    assert comfy.freed == ["models", "cache"]
 
 
 def test_files_and_folders_of_comfyui_are_found(comfy, folder, tmp_path):
