@@ -143,6 +143,8 @@ def parser() -> argparse.ArgumentParser:
         (commands.download, _download_arguments, "fetch what a preset needs into the hub library's cache; afterwards no network is needed"),
         (commands.quantize, _quantize_arguments, "write a transformer with its large weights in 8 bits, and what that does to them"),
         (commands.verify, lambda command: command.add_argument("path"), "say what a file or folder of weights is, and whether it is whole"),
+        (commands.comfyui, lambda command: command.add_argument("path", help="the folder that holds ComfyUI's main.py"),
+         "put the nodes and example workflows into a ComfyUI"),
         (commands.doctor, None, "show what this machine offers, and what runs for each operator"),
         (commands.train_tiny, _train_tiny_arguments, "train the bundled model from nothing"),
         (commands.check_tiny, _check_tiny_arguments, "measure how often the bundled model draws what is asked"),

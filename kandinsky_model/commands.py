@@ -225,6 +225,13 @@ def download(args) -> None:
             print(f"{name.replace('_', ' '):14} {getattr(sources, name)}")
 
 
+def comfyui(args) -> None:
+    from .comfyui_install import WORKFLOWS, install
+
+    folder = install(args.path)
+    print(f"{folder}\n{folder / WORKFLOWS}\nrestart ComfyUI to see the nodes, under Kandinsky 5")
+
+
 def presets(args) -> None:
     rows = [list(next(preset_rows())), *(list(row.values()) for row in preset_rows())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
