@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle, islice
 from pathlib import Path
 
 from .config import PRESETS, SIZES_HD, SIZES_SD
@@ -281,7 +282,8 @@ def check_tiny(args) -> None:
     from .locate import TINY
     from .shapes import held_out
 
-    result = check_tiny(args.folder or TINY, args.seed, args.steps, args.guidance, held_out()[: args.count], args.quantize)
+    combinations = list(islice(cycle(held_out()), args.count))
+    result = check_tiny(args.folder or TINY, args.seed, args.steps, args.guidance, combinations, args.quantize)
     print(f"{result['prompts']} prompts of combinations that were never in training")
     for word in ("color", "background", "color_and_background", "shape", "motion", "all"):
         before = f", unquantised {result['unquantized'][word]:6.1%}" if args.quantize else ""

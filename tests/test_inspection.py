@@ -10,7 +10,6 @@ from PIL import Image
 from kandinsky_kernels import select_blocks, unpack_selection
 from kandinsky_model import attention, chart, pipeline
 from kandinsky_model.__main__ import main
-from kandinsky_model.config import NablaConfig
 from kandinsky_model.inspection import CURVE, Watch, _measure, inspect
 from kandinsky_model.plan import Chunks
 
