@@ -289,7 +289,7 @@ def check_tiny(args) -> None:
     from .locate import TINY
     from .shapes import held_out
 
-    combinations = list(islice(cycle(held_out()), args.count))
+    combinations = tuple(islice(cycle(held_out()), args.count))
     result = check_tiny(args.folder or TINY, args.seed, args.steps, args.guidance, combinations, args.quantize)
     print(f"{result['prompts']} prompts of combinations that were never in training")
     for word in ("color", "background", "color_and_background", "shape", "motion", "all"):
