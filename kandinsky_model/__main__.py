@@ -46,6 +46,24 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prompts", metavar="FILE", help="one prompt on each line instead; under torchrun they are spread over processes")
     command.add_argument("-o", "--output", help=".mp4, .gif or .png (default: out.mp4, pictures out.png); several frames as png: "
                          "<name>_000.png, ...")
+    command.add_argument("--attention", choices=("nabla", "dense"), help="default: what the model was trained with")
+    command.add_argument("--cache", choices=CACHES, help="reuse what the blocks did at earlier steps (default: none)")
+    command.add_argument("--strip", metavar="FILE.png", help="also write some frames side by side")
+    _sampling_arguments(command)
+    _decoding_arguments(command)
+
+
+def _inspect_arguments(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(vae_policy=None, attention="nabla", cache=None)
+    command.add_argument("prompt")
+    command.add_argument("-o", "--output", default="inspection", metavar="FOLDER", help="default: inspection")
+    command.add_argument("--keep-mass", type=float, help="the probability to keep, in 0..1 (default: what the model was trained with)")
+    command.add_argument("--maps", type=int, nargs="*", metavar="STEP", help="steps to draw maps of (default: first, middle and last)")
+    _sampling_arguments(command)
+    _device_arguments(command)
+
+
+def _sampling_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", default="tiny", help="a preset (kandinsky presets), a local path or a hub repository (default: tiny)")
     command.add_argument("--revision", help="commit, branch or tag of the hub repository")
     length = command.add_mutually_exclusive_group()
@@ -57,9 +75,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--scheduler-scale", type=float, help="above 1, more of the steps go to the noisy end")
     command.add_argument("--seed", type=int, help="the same seed gives the same video (default: random, and printed)")
     command.add_argument("--negative", metavar="PROMPT", help="what to steer away from (default: the model's own)")
-    command.add_argument("--attention", choices=("nabla", "dense"), help="default: what the model was trained with")
     command.add_argument("--precision", choices=("fp32", "reference"), help="of the latents; reference rounds as the official code does")
-    command.add_argument("--cache", choices=CACHES, help="reuse what the blocks did at earlier steps (default: none)")
     command.add_argument("--image", metavar="FILE", help="the first frame, or the picture to edit, for checkpoints that take one")
     command.add_argument("--last-image", metavar="FILE", help="the last frame, for image-to-video checkpoints (untrained)")
     command.add_argument("--lora", type=commands.scaled_path, action="append", default=[], metavar="PATH[:SCALE]",
@@ -69,8 +85,6 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--expand", action="store_true", help="let the text encoder's language model rewrite the prompt in detail first")
     command.add_argument("--no-text-cache", dest="text_cache", action="store_false", help="neither use nor keep embedded prompts on disk")
     command.add_argument("--offload", action="store_true", help="keep on the GPU only the part that is working")
-    command.add_argument("--strip", metavar="FILE.png", help="also write some frames side by side")
-    _decoding_arguments(command)
 
 
 def _resume_arguments(command: argparse.ArgumentParser) -> None:
@@ -157,7 +171,7 @@ def _check_tiny_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--steps", type=int)
     command.add_argument("--guidance", type=float)
     command.add_argument("--quantize", choices=QUANTIZATIONS, help="also compare with the unquantised model")
-    command.add_argument("--count", type=int, help="only the first of the 48 prompts")
+    command.add_argument("--count", type=int, default=48, help="how many prompts (default: 48); after 48 they come again, with other noise")
     command.add_argument("--json", metavar="FILE", help="also write every verdict")
 
 
@@ -173,7 +187,10 @@ def parser() -> argparse.ArgumentParser:
         (commands.download, _download_arguments, "fetch what a preset needs into the hub library's cache; afterwards no network is needed"),
         (commands.quantize, _quantize_arguments, "write a transformer with its large weights in 8 bits, and what that does to them"),
         (commands.verify, lambda command: command.add_argument("path"), "say what a file or folder of weights is, and whether it is whole"),
+        (commands.comfyui, lambda command: command.add_argument("path", help="the folder that holds ComfyUI's main.py"),
+         "put the nodes and example workflows into a ComfyUI"),
         (commands.doctor, None, "show what this machine offers, and what runs for each operator"),
+        (commands.inspect, _inspect_arguments, "draw which blocks of attention a model keeps while it samples a prompt"),
         (commands.train, _train_arguments, "fit a LoRA, or all weights, to a folder of clips or pictures with captions"),
         (commands.train_tiny, _train_tiny_arguments, "train the bundled model from nothing"),
         (commands.check_tiny, _check_tiny_arguments, "measure how often the bundled model draws what is asked"),

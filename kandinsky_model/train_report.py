@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .chart import Axes, lines
 from .clip import Settings, Video
 from .locate import Sources
 from .pipeline import Kandinsky5
@@ -20,40 +21,21 @@ from .train_batches import conditioning, given
 from .train_cache import Sample, load
 from .video import replacing
 
-WIDTH, HEIGHT, MARGIN = 960, 480, 48
-INK, GRID_INK, EACH, MEAN = "black", "#dddddd", "#b8cce4", "#1f4e9e"
-SMOOTHING = 0.05  # of the steps so far that the thick line averages over
+SMOOTHING = 0.05  # of the steps so far that the mean is taken over
 
 
 def save_curve(losses: Sequence[float], path: Path) -> None:
-    """Write a picture of the losses over the steps: thin, each; thick, the mean of the steps before, which tells where they go.
+    """Write a picture of the losses over the steps, each and the mean of those before it, which tells where they go.
 
     The loss of a step depends above all on the times that were drawn for it, so that single ones say little.
     """
-    from PIL import Image, ImageDraw
-
     reach = max(1, round(SMOOTHING * len(losses)))
     sums = list(accumulate(losses, initial=0.0))
-    smooth = [(sums[i] - sums[max(0, i - reach)]) / min(i, reach) for i in range(1, len(sums))]
-    low, high = min(losses), max(losses)
-    high = high if high > low else low + 1.0
-    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    canvas = ImageDraw.Draw(image)
-
-    def place(step: float, loss: float) -> tuple[float, float]:
-        across = (step - 1) / max(1, len(losses) - 1)
-        return MARGIN + across * (WIDTH - 2 * MARGIN), HEIGHT - MARGIN - (loss - low) / (high - low) * (HEIGHT - 2 * MARGIN)
-
-    for i in range(5):
-        loss, step = low + i / 4 * (high - low), 1 + i / 4 * (len(losses) - 1)
-        canvas.line([place(1, loss), place(len(losses), loss)], GRID_INK)
-        canvas.text((4, place(1, loss)[1] - 6), f"{loss:.3g}", INK)
-        canvas.text((place(step, low)[0] - 8, HEIGHT - MARGIN + 8), f"{round(step)}", INK)
-    for values, ink, width in ((losses, EACH, 1), (smooth, MEAN, 3)):
-        canvas.line([place(i + 1, value) for i, value in enumerate(values)], ink, width)
-    canvas.text((MARGIN, 12), f"loss of {len(losses)} steps, and its mean over {reach}", INK)
+    means = [(i, (sums[i] - sums[max(0, i - reach)]) / min(i, reach)) for i in range(1, len(sums))]
+    axes = Axes(f"loss, and its mean over {reach} steps", "step", "loss")
+    picture = lines({"each": list(enumerate(losses, start=1)), "mean": means}, axes)
     with replacing(path) as target:
-        image.save(target)
+        picture.save(target)
 
 
 class Gallery:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -54,6 +55,7 @@ def test_a_lora_from_the_command_line(data, cache, tmp_path, capsys):
     assert capsys.readouterr().out == f"{out}\n"
     assert sorted(path.name for path in out.iterdir()) == ["config_lora.json", "lora.safetensors", "loss.png", "samples", "training"]
     assert sorted(path.name for path in (out / "samples").iterdir()) == ["step_000003_0.mp4", "step_000003_1.mp4"]
+    assert Image.open(out / "loss.png").size == (560, 360)
     written = json.loads((out / "config_lora.json").read_text())
     assert (written["r"], written["lora_alpha"], len(written["target_modules"])) == (4, 4, 10)
     dit = load_dit(TINY / "transformer", dtype=torch.float32).prepare()
