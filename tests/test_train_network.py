@@ -5,8 +5,9 @@ import torch
 
 from kandinsky_model.config import LITE_DIT, PRO_DIT
 from kandinsky_model.geometry import Grid
-from kandinsky_model.plan import make_plan
-from kandinsky_model.train_lora import TARGETS, LoRAConfig, attach, switched_off, targeted
+from kandinsky_model.plan import Chunks, make_plan
+from kandinsky_model.train_config import TARGETS, LoRAConfig
+from kandinsky_model.train_lora import attach, switched_off, targeted
 from kandinsky_model.train_network import TrainNetwork, Way
 from kandinsky_model.weights import empty_dit
 
@@ -20,10 +21,10 @@ WAYS = {"everything kept": Way(checkpoint=False), "blocks again": Way(), "few to
         "all streamed": Way(host=True, resident=0)}
 
 
-def trained(way=WAYS["everything kept"]):
+def trained(way=WAYS["everything kept"], targets=TARGETS):
     """A network with an adapter whose second matrices are not zero, so that gradients reach the first ones."""
     network = TrainNetwork(build().prepare(), CPU, way)
-    parameters, g = attach(network.dit, LoRAConfig(4, 6.0), 0, CPU), torch.Generator().manual_seed(3)
+    parameters, g = attach(network.dit, LoRAConfig(4, 6.0, targets), 0, CPU), torch.Generator().manual_seed(3)
     for name, parameter in parameters.items():
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=g) / 12
@@ -80,6 +81,14 @@ def test_ways_give_the_same_gradients(mode, name):
         assert rel_l2(again, out) <= 1e-6
         for key in wanted:
             assert rel_l2(found[key], wanted[key]) <= 1e-5, key
+
+
+def test_chunks_of_the_plan_are_left_alone_while_an_adapter_trains():
+    """Neither the first block's input and text nor its weights need a gradient, only the adapter does: it must not be done piece by piece,
+    in place."""
+    plans = [make_plan(CONFIG, GRID, SCALE, chunks=Chunks(tokens=tokens)) for tokens in (10**6, 50)]
+    (_, wanted), (_, found) = (gradients(*trained(targets=["cross_attention.out_layer"]), plan) for plan in plans)
+    assert all(rel_l2(found[key], wanted[key]) <= 1e-6 for key in wanted)
 
 
 @pytest.mark.parametrize("way", [Way(), Way(tokens=100)], ids=["whole", "parts"])
