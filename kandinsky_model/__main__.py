@@ -15,6 +15,7 @@ import sys
 
 from . import commands
 from .config import CACHES, QUANTIZATIONS
+from .train_config import TrainConfig
 
 
 class Parser(argparse.ArgumentParser):
@@ -126,6 +127,35 @@ def _download_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--revision", help="commit, branch or tag of the hub repository")
 
 
+def _train_arguments(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(chatty=True)
+    command.add_argument("data", help="a folder of clips or pictures, each with a caption in a .txt of its name, or in captions.jsonl")
+    command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where all that comes of it goes")
+    command.add_argument("--model", default="tiny", help="a preset, a local path or a hub repository (default: tiny)")
+    what = command.add_mutually_exclusive_group()
+    what.add_argument("--lora-rank", type=int, default=32, metavar="R", help="train a LoRA of this rank, and alpha (default: 32)")
+    what.add_argument("--full", action="store_true", help="train all weights instead")
+    command.add_argument("--trigger", default="", help="words that call the LoRA: put before every caption, and later every prompt")
+    command.add_argument("--resume", action="store_true", help="go on with the training in the folder, to the same bits")
+    command.add_argument("--size", type=_size, action="append", metavar="WxH", help="cut each clip to the nearest of these; may be "
+                         "repeated (default: the preset's)")
+    command.add_argument("--frames", type=int, action="append", metavar="N", help="cut each clip to the longest of these that it has, "
+                         "4k + 1; may be repeated (default: the preset's)")
+    for name, kind, text in (
+        ("steps", int, "of the optimizer"), ("batch", int, "samples of a pass"),
+        ("passes", int, "of a step, whose gradients are added up; torchrun's processes share them"), ("rate", float, "of learning"),
+        ("warmup", int, "steps until the full rate"), ("ema", float, "decay of the weights' average, which is what is kept; 0: none"),
+        ("drop", float, "how often a caption is left out"), ("seed", int, "of all random numbers"),
+        ("save-every", int, "steps"), ("sample-every", int, "steps; 0: no samples"),
+    ):
+        command.add_argument(f"--{name}", type=kind, help=f"{text} (default: {getattr(TrainConfig, name.replace('-', '_'))})")
+    command.add_argument("--attention", choices=("nabla", "dense"), help="default: what the model was trained with")
+    command.add_argument("--distill", action="store_true", help="fit NABLA to what the same weights do with dense attention")
+    command.add_argument("--bad-data", choices=("stop", "skip"), help="at a file that cannot be used (default: stop)")
+    command.add_argument("--cache", metavar="FOLDER", help="of latents and embeddings (default: training/cache in the output)")
+    _device_arguments(command)
+
+
 def _train_tiny_arguments(command: argparse.ArgumentParser) -> None:
     command.set_defaults(chatty=True)
     command.add_argument("-o", "--output", default="tiny", metavar="FOLDER", help="where the model goes (default: tiny)")
@@ -161,6 +191,7 @@ def parser() -> argparse.ArgumentParser:
          "put the nodes and example workflows into a ComfyUI"),
         (commands.doctor, None, "show what this machine offers, and what runs for each operator"),
         (commands.inspect, _inspect_arguments, "draw which blocks of attention a model keeps while it samples a prompt"),
+        (commands.train, _train_arguments, "fit a LoRA, or all weights, to a folder of clips or pictures with captions"),
         (commands.train_tiny, _train_tiny_arguments, "train the bundled model from nothing"),
         (commands.check_tiny, _check_tiny_arguments, "measure how often the bundled model draws what is asked"),
     ):

@@ -278,6 +278,23 @@ def preset_rows() -> Iterator[dict[str, str]]:
             "weights file": preset.filename or "bundled", "repository": preset.repo or "this package"}
 
 
+def train(args) -> None:
+    from .train_config import LoRAConfig, TrainConfig
+    from .train_run import train
+
+    if args.full and args.trigger:
+        raise ValueError("a trigger calls a LoRA, so it does not go with --full; leave one of them out")
+    names = ("model", "steps", "batch", "passes", "rate", "warmup", "ema", "drop", "seed", "save_every", "sample_every", "attention",
+             "distill", "bad_data", "cache", "memory_budget", "device")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = TrainConfig(lora=None if args.full else LoRAConfig(args.lora_rank, trigger=args.trigger), lengths=args.frames,
+                         sizes=args.size and [(height, width) for width, height in args.size], **given)
+    try:
+        print(train(args.data, args.output, config, args.resume))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("after the last state that was saved; go on with the same command and --resume") from None
+
+
 def train_tiny(args) -> None:
     from .train_tiny import train_tiny
 
