@@ -15,7 +15,7 @@ import sys
 
 from . import commands
 from .config import CACHES, QUANTIZATIONS
-from .train_config import TrainConfig
+from .train_config import DISTILLATIONS, TrainConfig
 
 
 class Parser(argparse.ArgumentParser):
@@ -150,10 +150,17 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
     ):
         command.add_argument(f"--{name}", type=kind, help=f"{text} (default: {getattr(TrainConfig, name.replace('-', '_'))})")
     command.add_argument("--attention", choices=("nabla", "dense"), help="default: what the model was trained with")
-    command.add_argument("--distill", action="store_true", help="fit NABLA to what the same weights do with dense attention")
+    command.add_argument("--distill", nargs="?", const="dense", choices=DISTILLATIONS, help="fit what the same weights do with dense "
+                         "attention (the default of this option), or with guidance, in one pass")
     command.add_argument("--bad-data", choices=("stop", "skip"), help="at a file that cannot be used (default: stop)")
     command.add_argument("--cache", metavar="FOLDER", help="of latents and embeddings (default: training/cache in the output)")
     _device_arguments(command)
+
+
+def _draw_clips_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", help="a new or empty folder")
+    command.add_argument("--count", type=int, default=64, help="default: 64")
+    command.add_argument("--seed", type=int, default=0)
 
 
 def _train_tiny_arguments(command: argparse.ArgumentParser) -> None:
@@ -192,6 +199,7 @@ def parser() -> argparse.ArgumentParser:
         (commands.doctor, None, "show what this machine offers, and what runs for each operator"),
         (commands.inspect, _inspect_arguments, "draw which blocks of attention a model keeps while it samples a prompt"),
         (commands.train, _train_arguments, "fit a LoRA, or all weights, to a folder of clips or pictures with captions"),
+        (commands.draw_clips, _draw_clips_arguments, "draw clips of simple shapes with captions, to try training on"),
         (commands.train_tiny, _train_tiny_arguments, "train the bundled model from nothing"),
         (commands.check_tiny, _check_tiny_arguments, "measure how often the bundled model draws what is asked"),
     ):

@@ -295,6 +295,22 @@ def train(args) -> None:
         raise KeyboardInterrupt("after the last state that was saved; go on with the same command and --resume") from None
 
 
+def draw_clips(args) -> None:
+    import random
+
+    from . import shapes, video
+
+    folder, generator = Path(args.folder), random.Random(args.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ValueError(f"clips are drawn into a new or empty folder, but {folder} holds something; choose another")
+    for i in range(args.count):
+        scene = shapes.training_scene(generator.randrange(10**6), generator)
+        (folder / f"clip{i:04}.txt").write_text(shapes.prompt(scene.combination, i % shapes.FULL) + "\n", encoding="utf-8")
+        video.save(shapes.draw(scene), folder / f"clip{i:04}.mp4")
+    print(f"{args.count} clips with captions in {folder}")
+
+
 def train_tiny(args) -> None:
     from .train_tiny import train_tiny
 

@@ -19,23 +19,26 @@ from .train_cache import Sample, load
 
 @dataclass(frozen=True)
 class Draws:
-    """How samples are drawn. shift: s of t = s u / (1 + (s - 1) u) with u = sigmoid(N(0, 1)). drop: how often a caption is left out."""
+    """How samples are drawn. shift: s of t = s u / (1 + (s - 1) u) with u = sigmoid(N(0, 1)). drop: how often a caption is left out.
+    nulls: whether what stands for a caption that is left out comes along with each sample."""
 
     seed: int
     shift: float
     drop: float
+    nulls: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Samples of one size. clean, noise: [B, T, h, w, C] fp32. times: [B] in 0..1. cond: what each is told, a caption or nothing.
-    given: what the model is shown besides."""
+    given: what the model is shown besides. null: what stands for a caption that is left out, where it was asked for."""
 
     clean: Tensor
     noise: Tensor
     times: Tensor
     cond: Conditioning
     given: Given
+    null: Conditioning | None = None
 
     @property
     def noisy(self) -> Tensor:
@@ -87,7 +90,9 @@ def draw(members: Sequence[tuple[Sample, int]], how: Draws, task: str, device: t
                      text["pooled"], tensors.get("source")))
     clean, noise, times, embeds, pooled, sources = zip(*rows, strict=True)
     clean, noise, times = (torch.stack(one).to(device) for one in (clean, noise, times))
-    return Batch(clean, noise, times, conditioning(embeds, pooled, device), given(clean, sources, task))
+    nulls = [load(sample.null) for sample, _ in members] if how.nulls else []
+    null = conditioning([text["embeds"] for text in nulls], [text["pooled"] for text in nulls], device) if nulls else None
+    return Batch(clean, noise, times, conditioning(embeds, pooled, device), given(clean, sources, task), null)
 
 
 def conditioning(embeds: Sequence[Tensor], pooled: Sequence[Tensor], device: torch.device) -> Conditioning:

@@ -10,6 +10,7 @@ from .config import ATTENTIONS
 # What the official adapters change, in text blocks too where they have such a layer.
 TARGETS = (*(f"{kind}_attention.{layer}" for kind in ("self", "cross") for layer in ("to_query", "to_key", "to_value", "out_layer")),
            "feed_forward.in_layer", "feed_forward.out_layer")
+DISTILLATIONS = ("dense", "guidance")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class TrainConfig:
     lora: None trains all weights. sizes: (height, width), None: those of the preset; every clip is cut to the nearest. lengths: in frames,
     None: the preset's; every clip is cut to the longest that it has. batch: samples of a pass; passes: of a step, shared by the processes.
     shift, drop: see `train_batches.Draws`; shift None: 3 for pictures, 5 for videos. ema: decay of the weights' average, which is what is
-    kept; 0: none. attention: None is the preset's. distill: fit the velocities of the checkpoint with dense attention instead of the data.
+    kept; 0: none. attention: None is the preset's. distill: fit velocities of the checkpoint as it was
+    instead of the data: "dense", with dense attention; "guidance", with guidance, which the result then needs no second pass for.
     checkpointing: compute blocks again for their gradients; None: where memory is limited. dtype: "bf16" or "fp32", of activations and of
     weights that are not trained; None: bf16 on CUDA. What is trained, its gradients and moments are fp32 always.
     """
@@ -61,7 +63,7 @@ class TrainConfig:
     drop: float = 0.5
     null_prompt: str = ""
     attention: str | None = None
-    distill: bool = False
+    distill: str | None = None
     checkpointing: bool | None = None
     seed: int = 0
     save_every: int = 100
@@ -93,5 +95,7 @@ class TrainConfig:
             raise ValueError(f"attention must be {' or '.join(ATTENTIONS)}, got {self.attention!r}; leave it out for the preset's own")
         if self.dtype not in (None, "bf16", "fp32"):
             raise ValueError(f"dtype must be bf16 or fp32, got {self.dtype!r}; leave it out for what suits the device")
-        if self.distill and self.attention == "dense":
+        if self.distill not in (None, *DISTILLATIONS):
+            raise ValueError(f"distill must be {' or '.join(DISTILLATIONS)}, got {self.distill!r}; leave it out to fit the data")
+        if self.distill == "dense" and self.attention == "dense":
             raise ValueError("distillation fits sparse attention to dense, got dense attention to train; leave attention out")

@@ -32,7 +32,7 @@ class Trained:
         full = config.lora is None
         numbers = sum(parameter.numel() for parameter in dit.parameters()) if full else sum(
             config.lora.rank * (layer.in_features + layer.out_features) for layer in targeted(dit, config.lora.targets).values())
-        return cls(numbers, full, config.ema > 0, full and config.distill)
+        return cls(numbers, full, config.ema > 0, full and config.distill is not None)
 
     @property
     def state(self) -> int:

@@ -26,7 +26,7 @@ from .parallel import processes
 from .pipeline import NABLA_FOR_DENSE, choose_device
 from .placement import Job, Weights, free_bytes
 from .plan import Plan, make_plan
-from .sampler import TIME_UNIT, model_input, with_frames
+from .sampler import TIME_UNIT, Conditioning, model_input, with_frames
 from .train_batches import Batch, Draws, Passes, draw
 from .train_cache import Cache, Sample, Wanted
 from .train_config import TrainConfig
@@ -71,6 +71,8 @@ class Run:
         self.data, self.out, self.config, self.rank, self.world = data, out, config, rank, world
         self.device, self.sources = choose_device(config.device), locate(config.model)
         self.preset = self.sources.preset
+        if config.distill == "guidance" and self.preset.guidance == 1:
+            raise ValueError(f"guidance is distilled from a checkpoint that uses it, but {self.preset.name} has none; choose another")
         self.dtype = torch.bfloat16 if (config.dtype or ("bf16" if self.device.type == "cuda" else "fp32")) == "bf16" else torch.float32
         self.place = out / "training" / STATE
         self.plans: dict[tuple, Plan] = {}
@@ -88,8 +90,9 @@ class Run:
         if resume:
             self._compare(about)
             self.state.load(self.place)
-        self.gallery = Gallery(self.out / "samples", self.sources, self.samples[: config.samples], self.device, config.sample_steps,
-                               config.seed)
+        shown = replace(self.preset, guidance=1.0) if config.distill == "guidance" else self.preset
+        self.gallery = Gallery(self.out / "samples", replace(self.sources, preset=shown), self.samples[: config.samples], self.device,
+                               config.sample_steps, config.seed)
         count = sum(parameter.numel() for parameter in self.parameters.values())
         self._tell("training %s numbers on %d samples in %d sizes, %d steps done", f"{count:,}", len(self.samples),
                    len(self.passes.buckets), self.state.step)
@@ -163,7 +166,7 @@ class Run:
     @property
     def nabla(self) -> NablaConfig | None:
         """The sparse attention that is trained, if any."""
-        wanted = self.config.attention or ("nabla" if self.preset.nabla or self.config.distill else "dense")
+        wanted = self.config.attention or ("nabla" if self.preset.nabla or self.config.distill == "dense" else "dense")
         return (self.preset.nabla or NABLA_FOR_DENSE) if wanted == "nabla" else None
 
     def plan(self, shape: tuple[int, int, int], dense: bool = False) -> Plan:
@@ -193,7 +196,8 @@ class Run:
 
     def drawn(self, index: int) -> Batch:
         """The samples of a pass, with their random numbers."""
-        how = Draws(self.config.seed, self.config.shift or SHIFTS.get(self.preset.task, 5.0), self.config.drop)
+        guided = self.config.distill == "guidance"  # of which a caption that is left out has none
+        how = Draws(self.config.seed, self.config.shift or SHIFTS.get(self.preset.task, 5.0), 0.0 if guided else self.config.drop, guided)
         return draw(self.passes[index], how, self.preset.task, self.device)
 
     def _losses(self, batch: Batch) -> Tensor:
@@ -201,13 +205,22 @@ class Run:
         frames = batch.given.frames
         x = model_input(self.network.dit, with_frames(batch.noisy, frames), batch.given)
         shape = tuple(x.shape[1:4])
-        words = batch.cond.embeds, batch.cond.pooled, TIME_UNIT * batch.times
-        wanted = batch.noise - batch.clean
-        if self.config.distill:
-            with torch.no_grad(), switched_off(self.teacher.dit):
-                wanted = self.teacher(x, *words, self.plan(shape, dense=True), batch.cond.lengths).float()
-        error = self.network(x, *words, self.plan(shape), batch.cond.lengths).float() - wanted
+        wanted = self._taught(x, batch) if self.config.distill else batch.noise - batch.clean
+        error = self._velocity(self.network, x, batch.times, batch.cond, self.plan(shape)) - wanted
         return error[:, len(frames) :].square().mean((1, 2, 3, 4))
+
+    def _velocity(self, network: TrainNetwork, x: Tensor, times: Tensor, text: Conditioning, plan: Plan) -> Tensor:
+        return network(x, text.embeds, text.pooled, TIME_UNIT * times, plan, text.lengths).float()
+
+    @torch.no_grad()
+    def _taught(self, x: Tensor, batch: Batch) -> Tensor:
+        """The velocity of the checkpoint as it was, with dense attention or with guidance."""
+        shape = tuple(x.shape[1:4])
+        with switched_off(self.teacher.dit):
+            if self.config.distill == "dense":
+                return self._velocity(self.teacher, x, batch.times, batch.cond, self.plan(shape, dense=True))
+            told, untold = (self._velocity(self.teacher, x, batch.times, text, self.plan(shape)) for text in (batch.cond, batch.null))
+        return untold + self.preset.guidance * (told - untold)
 
     def _add_up(self, total: Tensor) -> None:
         """The loss and the gradients of all processes, in each. The loss first: it waits longer for a process that draws samples."""

@@ -103,7 +103,7 @@ def test_all_weights_are_not_streamed():
     assert trained.numbers == 2_007_702_848 and trained.state == 4 * 4 * trained.numbers
     ways = list(ways_to_train(job, Weights.of(dit), trained))
     assert all(way.way.resident is None and way.weights == Weights.of(dit).total for way in ways)
-    distilled = list(ways_to_train(job, Weights.of(dit), Trained.of(dit, replace(config, distill=True))))
+    distilled = list(ways_to_train(job, Weights.of(dit), Trained.of(dit, replace(config, distill="dense"))))
     assert distilled[0].weights == 2 * ways[0].weights
 
 

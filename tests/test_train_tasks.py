@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from kandinsky_model import pipeline
 from kandinsky_model.geometry import Grid
 from kandinsky_model.plan import make_plan
+from kandinsky_model.sampler import model_input, with_frames
 from kandinsky_model.train_config import LoRAConfig, TrainConfig
 from kandinsky_model.train_lora import attach, save_lora, switched_off
 from kandinsky_model.train_network import TrainNetwork
@@ -96,7 +97,7 @@ def test_an_image_to_video_model_stays_one(models, datas, tmp_path):
 
 def test_distillation_fits_dense_attention(models, datas, tmp_path):
     """Without the adapter the student is the checkpoint under NABLA, and its loss the distance to the same under dense attention."""
-    run = Run(datas["i2v"], tmp_path / "out", config(models["i2v"], "i2v", sizes=((192, 192),), distill=True, rate=2e-4, ema=0.0))
+    run = Run(datas["i2v"], tmp_path / "out", config(models["i2v"], "i2v", sizes=((192, 192),), distill="dense", rate=2e-4, ema=0.0))
     run.begin(resume=False)
     batch = run.drawn(0)
     run.drawn = lambda _: batch
@@ -113,8 +114,37 @@ def test_distillation_fits_dense_attention(models, datas, tmp_path):
         assert run._losses(batch).max() == 0
 
 
+def test_distillation_of_guidance_needs_one_pass_for_two(models, datas, tmp_path):
+    """The student's first loss is the distance between guided and plain velocity; captions are never left out; then it falls."""
+    run = Run(datas["i2v"], tmp_path / "out", config(models["i2v"], "i2v", distill="guidance", rate=2e-4, ema=0.0, drop=1.0))
+    run.begin(resume=False)
+    batch = run.drawn(0)
+    told = load_file(run.passes[0][0][0].text)["embeds"]
+    assert torch.equal(batch.cond.embeds[0, : len(told)], told) and batch.null.embeds.shape[0] == 2
+    x = model_input(run.network.dit, with_frames(batch.noisy, batch.given.frames), batch.given)
+    plan = run.plan(tuple(x.shape[1:4]))
+    with torch.no_grad():
+        told, untold = (run.network.dit(x, text.embeds, text.pooled, 1000 * batch.times, plan, text.lengths)
+                        for text in (batch.cond, batch.null))
+    wanted = (run.preset.guidance - 1) * (told - untold)
+    loss = run._losses(batch)
+    assert torch.allclose(loss, wanted[:, 1:].square().mean((1, 2, 3, 4)), rtol=1e-4) and loss.min() > 0
+    run.drawn = lambda _: batch
+    for _ in range(6):
+        run.advance()
+    assert run._losses(batch).mean() < loss.mean()
+    assert run.gallery.sources.preset.guidance == 1 and run.preset.guidance > 1
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(distill="guided"), "distill must be dense or guidance"), (dict(distill="dense", attention="dense"), "fits sparse attention")])
+def test_impossible_distillations_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**changes)
+
+
 def test_distillation_of_all_weights_keeps_the_teacher(models, datas, tmp_path):
-    run = Run(datas["i2v"], tmp_path / "out", config(models["i2v"], "i2v", lora=None, distill=True, rate=1e-3))
+    run = Run(datas["i2v"], tmp_path / "out", config(models["i2v"], "i2v", lora=None, distill="dense", rate=1e-3))
     run.begin(resume=False)
     before = {name: tensor.clone() for name, tensor in run.teacher.dit.state_dict().items()}
     run.advance()
