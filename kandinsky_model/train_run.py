@@ -80,15 +80,16 @@ class Run:
 
     def begin(self, resume: bool) -> None:
         """Everything before the first step."""
-        about = self._check_state(resume)
+        self.about, about = asdict(self.config), self._check_state(resume)
+        self._compare(about)
         self.samples = self._samples()
+        self.about["data"] = [sample.latents.name + sample.text.name for sample in self.samples]
+        self._compare(about)
         self.passes = Passes(self.samples, self.config.batch, self.config.seed)
         self.network, self.parameters = self._network()
         config = self.config
         self.state = State(self.parameters, config.rate, config.betas, config.decay, config.ema)
-        self.about = asdict(config) | {"data": [sample.latents.name + sample.text.name for sample in self.samples]}
         if resume:
-            self._compare(about)
             self.state.load(self.place)
         shown = replace(self.preset, guidance=1.0) if config.distill == "guidance" else self.preset
         self.gallery = Gallery(self.out / "samples", replace(self.sources, preset=shown), self.samples[: config.samples], self.device,
@@ -108,9 +109,9 @@ class Run:
         return read_about(self.place) if resume else {}
 
     def _compare(self, about: dict) -> None:
-        """ValueError unless the state is of a run like this one."""
+        """ValueError unless the state, if there is one, is of a run like this one, as far as that is known by now."""
         now = json.loads(json.dumps(self.about))
-        for name in (name for name in now if name not in FREE and about.get(name) != now[name]):
+        for name in (name for name in now if about and name not in FREE and about.get(name) != now[name]):
             if name == "data":
                 raise ValueError(f"a training goes on with the data it began with, but {self.data} has changed; restore it, or begin anew")
             raise ValueError(f"a training goes on with the settings it began with, but {name} was {about.get(name)} and is {now[name]}; "
