@@ -123,11 +123,12 @@ class ConvolutionTile:
 
 
 def convolution(channels: int, out_channels: int, capability: tuple[int, int]) -> ConvolutionTile:
-    """The sums of 128 x 128 results take 64 registers of each of 256 threads, and a tile has 64 FLOPs for every byte it reads out of L2.
+    """The larger a tile, the fewer bytes it reads out of L2 for its FLOPs, which is what limits a program without multicast.
 
-    A depth of 64 is a row of 128 bytes, which the matrix units of sm_90 and sm_100 read best: three stages are 96 KiB, and two programs
-    fit. Elsewhere a depth of 32 and four stages, of which three are in memory, are 48 KiB: room for a second one where there are 99.
+    sm_90 and sm_100: 256 x 128 either way, 85 FLOPs for a byte; their sums take 128 registers of each of 256 threads or lie in tensor
+    memory, and four stages 192 KiB. A depth of 64 is a row of 128 bytes, which their matrix units read best. Elsewhere 128 x 128, 64 FLOPs
+    for a byte, and a depth of 32: four stages, of which three are in memory, are 48 KiB, room for a second program where there are 99.
     """
     roomy = capability[0] in (9, 10)
-    depth, columns = min(64 if roomy else 32, padded(channels, 16)), min(128, padded(out_channels, 16))
-    return ConvolutionTile(128, columns, depth, Launch(8, 3 if roomy else 4))
+    depth, columns = min(64 if roomy else 32, padded(channels, 16)), min(256 if roomy else 128, padded(out_channels, 16))
+    return ConvolutionTile(256 if roomy and columns == 128 else 128, columns, depth, Launch(8, 4))

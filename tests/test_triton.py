@@ -264,7 +264,8 @@ def test_products_use_the_matrix_units_of_their_architecture(cubins):
 def test_shared_memory_leaves_room_for_a_second_program(cubins):
     per_sm = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB, CUDA programming guide, table of technical specifications
     for row in cubins:
-        residents = 1 if row["kernel"].startswith(("block_sparse_attention-128", "frame_causal_attention-512")) else 2
+        alone = row["kernel"].startswith(("block_sparse_attention-128", "frame_causal_attention-512"))
+        residents = 1 if alone or "conv" in row["kernel"] and row["sm"] in (90, 100) else 2
         assert residents * (row["shared"] + 1024) <= per_sm[row["sm"]] << 10, row
 
 
