@@ -190,7 +190,7 @@ CONVOLUTIONS = {"whole": (64, 128, (2, 2, 1), (1, 1, 1)), "ragged": (24, 20, (3,
 
 
 def convolution(C, N, taps, stride, dtype):
-    """Inputs whose frames, rows and pixels lie apart in memory; results of two tiles of pixels, the second one ragged."""
+    """Inputs whose frames, rows and pixels lie apart in memory."""
     generator = torch.Generator().manual_seed(5)
     sizes = [(n - 1) * step + k for n, k, step in zip((2, 10, 13), taps, stride, strict=True)]
     x = torch.randn(2, sizes[0] + 1, sizes[1] + 2, sizes[2] + 3, C + 8, generator=generator)[:, 1:, 1:-1, 1:-2, :C]
@@ -209,12 +209,15 @@ def test_convolution(size, dtype):  # law 1
     assert _guard.disagreement(vae._launch_conv(*trial), vae._convolve(*(_guard._double(value) for value in trial))) is None
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
-def test_convolution_of_a_frame_does_not_depend_on_the_piece(capability, monkeypatch):  # law 12
-    tile = tuning.convolution(64, 128, capability)
-    monkeypatch.setattr(tuning, "convolution", lambda *_: tile)
-    x, weight, bias, stride = convolution(*CONVOLUTIONS["whole"], torch.float16)
+@pytest.mark.parametrize("size", ["whole", "ragged"])
+@pytest.mark.parametrize("tile", [(64, 32, 32), (128, 128, 32), (256, 128, 64)], ids=str)
+def test_convolution_of_every_tile(size, tile, monkeypatch):  # laws 1 and 12
+    """Several tiles, ragged ones too, and tiles beyond the result; a frame is bitwise what it is in another piece."""
+    monkeypatch.setattr(tuning, "convolution", lambda *_: tuning.ConvolutionTile(*tile, tuning.Launch(8, 2)))
+    x, weight, bias, stride = convolution(*CONVOLUTIONS[size], torch.float16)
     whole = vae._launch_conv(x, weight, bias, stride)
+    exact = vae._convolve(x.double(), weight.double(), bias.double(), stride)
+    assert_faithful(whole, exact, vae._convolve(x, weight, bias, stride))
     assert torch.equal(vae._launch_conv(x[1:, 1:], weight, bias, stride), whole[1:, 1:])
     x[0, -1, 3, 4, 5] = torch.nan
     assert torch.equal(vae._launch_conv(x, weight, bias, stride)[:, :-1], whole[:, :-1])
