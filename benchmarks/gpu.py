@@ -19,6 +19,7 @@ from torch import Tensor
 
 import kandinsky_kernels as ops
 from kandinsky_kernels import _library, tuning
+from kandinsky_kernels import vae as kernels_vae
 from kandinsky_model.config import LITE_DIT, PRO_DIT, NablaConfig
 from kandinsky_model.geometry import block_offsets, local_window
 from kandinsky_model.plan import make_plan
@@ -30,6 +31,12 @@ from .model import transformer, vae
 from .runs import memory
 
 WINDOW = (11, 3, 3)
+# channels in and out, Y, X, taps, and how many frames of it a decode of 10 s at 512 x 768 computes
+CONVOLUTIONS = ((16, 512, 64, 96, (3, 3, 3), 61), (512, 512, 64, 96, (3, 3, 3), 610), (512, 512, 64, 96, (3, 2, 2), 244),
+                (512, 512, 128, 192, (3, 3, 3), 366), (512, 512, 128, 192, (2, 2, 2), 484), (512, 256, 256, 384, (3, 3, 3), 121),
+                (256, 256, 256, 384, (3, 3, 3), 605), (256, 256, 256, 384, (2, 2, 2), 964), (256, 128, 512, 768, (3, 3, 3), 241),
+                (128, 128, 512, 768, (3, 3, 3), 1205), (128, 3, 512, 768, (3, 3, 3), 241))
+TOY_CONVOLUTIONS = ((16, 16, 3, 5, (3, 3, 3), 2), (16, 3, 3, 5, (2, 2, 2), 1))
 
 
 def norms(clock: Clock, size: Size, roof: dict) -> list[dict]:
@@ -164,22 +171,26 @@ def gradient_check(gradients: tuple, q: Tensor, k: Tensor, v: Tensor, grad: Tens
     """Largest error of the gradients of some random blocks against fp64, over the largest value. Raises AssertionError beyond bf16's."""
     out, lse = ops.block_sparse_attention(q, k, v, chosen, offsets, return_lse=True)
     kept, block = ops.unpack_selection(chosen, len(offsets) - 1), torch.repeat_interleave(offsets.diff(), output_size=q.shape[1])
-    worst, scale = 0.0, 1 / math.sqrt(q.shape[-1])
+    worst = 0.0
     for _ in range(6):
         head, i = int(torch.randint(q.shape[2], ())), int(torch.randint(len(offsets) - 1, ()))
-        own, (Q, K, V, O, G) = (block == i).nonzero()[:, 0], (x[0, :, head].double() for x in (q, k, v, out, grad))
-
-        def change(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-            share = (Q[rows] @ K[keys].T * scale - lse[0, head, rows, None]).exp()
-            return share, share * (G[rows] @ V[keys].T - (G[rows] * O[rows]).sum(-1, keepdim=True)) * scale
-
+        tensors = [x[0, :, head].double() for x in (q, k, v, out, grad)]
+        own = (block == i).nonzero()[:, 0]
         keys, rows = (kept[0, head].select(dim, i)[block].nonzero()[:, 0] for dim in (0, 1))
-        share, of_keys = change(rows, own)
-        exact = (change(own, keys)[1] @ K[keys], of_keys.T @ Q[rows], share.T @ G[rows])
+        (_, change), (share, change_of_keys) = (weights_and_changes(*tensors, lse[0, head], *pair) for pair in ((own, keys), (rows, own)))
+        exact = (change @ tensors[1][keys], change_of_keys.T @ tensors[0][rows], share.T @ tensors[4][rows])
         for gradient, wanted in zip(gradients, exact, strict=True):
             worst = max(worst, ((gradient[0, own, head] - wanted).abs().max() / (1e-3 + wanted.abs().max())).item())
     assert worst < 2**-4, f"the gradients of block_sparse_attention are off by {worst}"
     return worst
+
+
+def weights_and_changes(q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, lse: Tensor, rows: Tensor,
+                        keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax weights and scaled gradients of the logits of rows x keys of one head."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    share = (q[rows] @ k[keys].T * scale - lse[rows, None]).exp()
+    return share, share * (grad[rows] @ v[keys].T - (grad[rows] * out[rows]).sum(-1, keepdim=True)) * scale
 
 
 def norm_gradients(clock: Clock, size: Size, roof: dict) -> list[dict]:
@@ -267,8 +278,35 @@ def launches(clock: Clock, size: Size, roof: dict) -> list[dict]:
     return rows
 
 
-SECTIONS = {"norms": norms, "selection": selection, "attention": attention, "together": together, "transformer": transformer, "vae": vae,
-            "gradients": gradients, "norm_gradients": norm_gradients}
+@torch.no_grad()
+def convolutions(clock: Clock, size: Size, roof: dict) -> list[dict]:
+    """The decoder's convolutions, a frame at a time as it calls them: our kernel against cuDNN's best, and both for all of a decode."""
+    if size is FULL[1]:
+        return []
+    toy, rows = size is not FULL[0], []
+    ours = kernels_vae._launch_conv if clock.device.type == "cuda" else kernels_vae._convolve  # on a CPU this function is tested only
+    whole = {"ours": 0.0, "cudnn": 0.0}
+    for C, N, Y, X, taps, frames in TOY_CONVOLUTIONS if toy else CONVOLUTIONS:
+        make, sizes = dict(device=clock.device, dtype=torch.bfloat16), [n - 1 + k for n, k in zip((1, Y, X), taps, strict=True)]
+        weight = torch.randn(N, C, *taps, **make).div_(math.sqrt(C * math.prod(taps))).to(memory_format=torch.channels_last_3d)
+        args = torch.randn(1, *sizes, C, **make), weight, torch.randn(N, **make), (1, 1, 1)
+        exact = kernels_vae._convolve(*(x.float() for x in args[:3]), args[3])
+        off = (ours(*args).float() - exact).abs().max().item()
+        assert off < 2**-7 * exact.abs().max(), f"causal_conv3d is off by {off}"
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            times = clock.measure({"ours": lambda args=args: ours(*args), "cudnn": lambda args=args: kernels_vae._convolve(*args)})
+        tflop = 2 * Y * X * C * N * math.prod(taps) / 1e12
+        rows.append({"op": "causal_conv3d", "size": f"{C} to {N}, {Y}x{X}, taps {taps}", "ms": times, "largest_error": off,
+                     "useful_tflop_s": 1e3 * tflop / times["ours"], "floor_ms": 1e3 * tflop / roof["matmul_tflop_s"], **ratios(times)})
+        show(rows[-1])
+        whole = {name: ms + frames * times[name] for name, ms in whole.items()}
+    rows.append({"op": "causal_conv3d", "size": "toy" if toy else "10 s, all frames", "ms": whole, **ratios(whole)})
+    show(rows[-1])
+    return rows
+
+
+SECTIONS = {"norms": norms, "selection": selection, "attention": attention, "together": together, "convolutions": convolutions,
+            "transformer": transformer, "vae": vae, "gradients": gradients, "norm_gradients": norm_gradients}
 MORE = {"launches": launches, "memory": memory}  # run only when named: they take minutes
 
 

@@ -300,7 +300,7 @@ def _launch_gradients(query: Tensor, key: Tensor, value: Tensor, out: Tensor, ls
     from .triton import nabla as kernels
 
     B, S, H, D = query.shape
-    N, block, full = selection.shape[2], tuning.padded(D, 16), S == tuning.TOKENS * selection.shape[2]
+    N, block, (full,) = selection.shape[2], tuning.padded(D, 16), _gradients_kind(query, key, value, out, lse, selection)
     group, transposed, offsets = max(1, tuning.LIST_BYTES // (2 * N * N)), transpose_selection(selection), block_offsets.contiguous()
     out, lse, grad_out = out.contiguous(), lse.contiguous(), grad_out.contiguous()
     sums, common = lse if grad_lse is None else grad_lse.contiguous(), torch.empty_like(lse)

@@ -238,5 +238,5 @@ def frame_causal_attention(query: Tensor, key: Tensor, value: Tensor, first_fram
                 share = (logits - top).exp_()
                 total = share.sum(-1, keepdim=True)
                 out[b, t, start:start + rows] = (share @ v / total).to(query.dtype)
-                lse[b, t, start:start + rows] = (top + total.log())[:, 0]
+                lse[b, t, start:start + rows] = torch.where(top.isinf(), top, top + total.log())[:, 0]
     return out, lse

@@ -10,6 +10,7 @@ import torch
 
 VERIFIED: frozenset[str] = frozenset()  # operators with a GPU result in benchmarks/results
 CUDA_CPP: frozenset[str] = frozenset()  # operators whose CUDA C++ kernel a GPU has found right and faster than Triton's: they run it
+TRITON: frozenset[str] = frozenset()  # operators of PyTorch's whose Triton kernel a GPU has found right and over 15 % faster: they run it
 TOKENS = 64  # per block of NABLA, and per tile of everything that works on tokens
 LIST_BYTES = 64 << 20  # scratch for block lists per launch of attention; longer ones are cut by heads
 LIST_CHUNK = 1024
@@ -137,3 +138,25 @@ def frame_attention(block: int, capability: tuple[int, int]) -> AttentionTile:
     if capability[0] == 9 or capability == (8, 0):
         return AttentionTile(64, 32, depth, Launch(8, 2))
     return AttentionTile(32, 32, min(128, block), Launch(8, 2))
+
+
+@dataclass(frozen=True)
+class ConvolutionTile:
+    """Pixels, channels and depth of a product of `causal_conv3d`, and its launch."""
+
+    rows: int
+    columns: int
+    depth: int
+    launch: Launch
+
+
+def convolution(channels: int, out_channels: int, capability: tuple[int, int]) -> ConvolutionTile:
+    """The larger a tile, the fewer bytes it reads out of L2 for its FLOPs, which is what limits a program without multicast.
+
+    sm_90 and sm_100: 256 x 128 either way, 85 FLOPs for a byte; their sums take 128 registers of each of 256 threads or lie in tensor
+    memory, and four stages 192 KiB. A depth of 64 is a row of 128 bytes, which their matrix units read best. Elsewhere 128 x 128, 64 FLOPs
+    for a byte, and a depth of 32: four stages, of which three are in memory, are 48 KiB, room for a second program where there are 99.
+    """
+    roomy = capability[0] in (9, 10)
+    depth, columns = min(64 if roomy else 32, padded(channels, 16)), min(256 if roomy else 128, padded(out_channels, 16))
+    return ConvolutionTile(256 if roomy and columns == 128 else 128, columns, depth, Launch(8, 4))

@@ -23,6 +23,9 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 POINTERS = {"p_cos": "fp32", "p_sin": "fp32", "p_means": "fp32", "p_lse": "fp32", "p_scale": "fp32", "p_shift": "fp32", "p_gate": "fp32",
             "p_offsets": "i32", "p_positions": "i32", "p_count": "i32", "p_selection": "i32", "p_list": "i16", "p_logit": "fp32",
             "p_common": "fp32", "p_sums": "fp32", "p_grad_lse": "fp32", "p_mean": "fp64", "p_spread": "fp64", "p_moments": "fp64"}
+# channels in and out, taps and strides: the first and the usual convolutions of the VAE, an upsampling's phase, a downsampling, the last
+CONVOLUTIONS = ((16, 512, (3, 3, 3), (1, 1, 1)), (512, 512, (3, 3, 3), (1, 1, 1)), (256, 128, (3, 3, 3), (1, 1, 1)),
+                (256, 256, (2, 2, 2), (1, 1, 1)), (256, 256, (3, 3, 3), (2, 2, 2)), (128, 3, (3, 3, 3), (1, 1, 1)))
 UNITS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma", "tma": "cp.async.bulk.tensor"}
 DESCRIBED = {"block_sparse_attention_backward_key": ("p_query", "p_grad_out")}  # what descriptors are for, where not key and value
 FLOATS = ("eps", "scale", "scale_log2", "bound_log2", "root", "drop_high", "drop_middle", "drop_low")
@@ -76,6 +79,13 @@ def vae_kernels(capability):
     tile = tuning.frame_attention(512, capability)
     constants = {"PRECISION": "ieee", "WHOLE": True, "ROWS": tile.rows, "KEYS": tile.keys, "DEPTH": tile.depth, "BLOCK": 512}
     yield "frame_causal_attention-512", vae.frame_causal_attention, constants, tile.launch
+    for C, N, taps, stride in CONVOLUTIONS:
+        tile = tuning.convolution(C, N, capability)
+        constants = {"PRECISION": "ieee", "BIAS": True, "WHOLE": C % tile.depth == 0 and N % tile.columns == 0,
+                     **dict(zip(("KT", "KY", "KX", "ST", "SY", "SX"), (*taps, *stride), strict=True)),
+                     "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+        name = f"causal_conv3d-{C}-{N}-{''.join(map(str, taps))}{'-strided' if max(stride) > 1 else ''}"
+        yield name, vae.causal_conv3d, constants, tile.launch
 
 
 def compiled(kernel, constants, launch, architecture):
@@ -91,6 +101,7 @@ def compiled(kernel, constants, launch, architecture):
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
         multiple = re.search("_(batch|row|token|head|pixel)$|(x|q|front)_frame$", name) or name in ("D", "C")
+        multiple = multiple or name == "N" and constants.get("COLUMNS", 0) > 16
         if signature[name] != "constexpr" and (signature[name][0] == "*" or multiple):
             hints[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, hints)

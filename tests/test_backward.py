@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gradients of the operators: derived right, computed faithfully, by kernels, and the same bits every time."""
+import importlib.util
 import math
 import warnings
 
@@ -10,18 +11,23 @@ from torch.library import Library, opcheck
 from torch.profiler import ProfilerActivity, profile
 
 import kandinsky_kernels as ops
-from kandinsky_kernels import _library, nabla, norm, reference
+from kandinsky_kernels import _guard, _library, nabla, norm, reference, tuning
 from kandinsky_model.geometry import Grid
 
 from .backward import BACKWARDS, INPUTS, Backward
-from .cases import BF16, FP32, attention, heads, rows, tensors
+from .cases import BF16, FP32, OPERATORS, attention, heads, rows, tensors
 from .test_ops import NOT_ARITHMETIC, framed, permuted, same
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIBRARY = torch.ops.kandinsky_kernels
 ODD = {case.op: case for case in BACKWARDS if case.dtype == FP32 and case.size in ("odd", "ragged")}
 by_op = pytest.mark.parametrize("case", ODD.values(), ids=ODD.keys())
 COMPILED = ("block_sparse_attention_backward",)  # the others have their references on a CPU
 needs_extension = pytest.mark.skipif(_library.extension is None, reason="the compiled extension is not built")
+
+
+def kernel_of(case):
+    return case.op.replace("_means", "")
 
 
 @pytest.fixture
@@ -30,8 +36,9 @@ def references():
     library = Library("kandinsky_kernels", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that kernels are overridden
-        for op in {name for op in INPUTS for name in (op.removesuffix("_means"), f"{op.removesuffix('_means')}_backward")}:
-            library.impl(op, getattr(reference, op), "CPU", allow_override=True)
+        for case in ODD.values():
+            for op in {kernel_of(case), kernel_of(case.forward)}:
+                library.impl(op, getattr(reference, op), "CPU", allow_override=True)
     with pytest.MonkeyPatch.context() as patch:
         for module in (nabla, norm):
             patch.setattr(module, "in_double", lambda *_: False)
@@ -189,6 +196,29 @@ def test_extremes(scale, simd):  # law 10: from uniform weights to one-hot ones;
         assert (actual - wanted).abs().max() <= 2 * (other - wanted).abs().max() + rounding * wanted.abs().max()
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
+@pytest.mark.parametrize("D, full", [(64, True), (96, False)])
+def test_triton_of_strided_inputs_with_empty_rows_and_columns(D, full, monkeypatch):
+    """Two launches of one head each, by descriptors where blocks are full; the same bits again."""
+    monkeypatch.setattr(tuning, "LIST_BYTES", 1)
+    launch = tuning.Launch(4, 2, descriptors=full)
+    monkeypatch.setattr(tuning, "attention_backward", lambda *_: (launch, launch))
+    inputs = attention(1, 2, Grid(1, 8, 24) if full else Grid(1, 9, 20), D, 0.7)(torch.Generator().manual_seed(2))
+    packed = torch.stack([inputs[name] for name in ("query", "key", "value")], 2).to(DEVICE)  # [B, S, 3, H, D], as one projection gives
+    keep = torch.ones(1, 2, *[len(inputs["block_offsets"]) - 1] * 2, dtype=torch.bool)
+    keep[0, 1, 1], keep[0, 0, :, 2] = False, False
+    selection, offsets = ops.pack_selection(keep).to(DEVICE), inputs["block_offsets"].to(DEVICE)
+    out, lse = nabla.reference.block_sparse_attention(*packed.unbind(2), selection, offsets, 0.2)
+    args = (*packed.unbind(2), out, lse, selection, offsets, torch.randn_like(out), torch.randn_like(lse), 0.2)
+    gradients = nabla._launch_gradients(*args)
+    exact = nabla.reference.block_sparse_attention_backward(*(_guard._double(x) for x in args))
+    for actual, wanted in zip(gradients, exact, strict=True):
+        assert (actual - wanted).abs().max() <= 4e-6 * wanted.abs().max()
+    assert all(torch.equal(*pair) for pair in zip(gradients, nabla._launch_gradients(*args), strict=True))
+    empty, unseen = slice(*offsets[1:3].tolist()), slice(*offsets[2:4].tolist())
+    assert not gradients[0][:, empty, 1].any() and not any(gradient[:, unseen, 0].any() for gradient in gradients[1:])
+
+
 EMPTY = {"modulated_norm": rows(2, 0, 8), "gated_add_norm": rows(2, 0, 8, branch=True), "norm_rope": heads(2, 0, 3, 8)}
 
 
@@ -229,7 +259,7 @@ def backward_arguments(case, inputs):
     given |= {"grad": inputs["grad_0"], "grad_y": inputs["grad_0"], "grad_normed": inputs.get("grad_1")} | inputs
     if "attention" in case.op:
         given |= {"grad_out": inputs["grad_0"], "grad_lse": inputs.get("grad_1"), "scale": 0.125}
-    schema = getattr(LIBRARY, case.op.replace("_means", "")).default._schema
+    schema = getattr(LIBRARY, kernel_of(case)).default._schema
     return tuple(given[argument.name] for argument in schema.arguments)
 
 
@@ -239,7 +269,7 @@ def test_opcheck(case, layout):  # law 16
     inputs = case.inputs()
     if layout == "permuted":
         inputs |= {name: permuted(x) for name, x in tensors(inputs).items()}
-    operator = getattr(LIBRARY, case.op.replace("_means", "")).default
+    operator = getattr(LIBRARY, kernel_of(case)).default
     assert set(opcheck(operator, backward_arguments(case, inputs)).values()) == {"SUCCESS"}
 
 
@@ -247,10 +277,10 @@ def test_opcheck(case, layout):  # law 16
 def test_opcheck_of_what_is_differentiated(case):  # law 16
     inputs = case.inputs()
     leaves = {name: inputs[name].requires_grad_() for name in INPUTS[case.forward.op]}
-    names = [argument.name for argument in getattr(LIBRARY, case.forward.op.removesuffix("_means")).default._schema.arguments]
+    names = [argument.name for argument in getattr(LIBRARY, kernel_of(case.forward)).default._schema.arguments]
     given = {"cos": None, "sin": None, "positions": None, "pairs": (), "block_offsets": None, "eps": 1e-5, "logit_bound": math.inf}
     given |= inputs | leaves | ({"scale": 0.125} if "attention" in case.op else {})
-    operator = getattr(LIBRARY, case.forward.op.removesuffix("_means")).default
+    operator = getattr(LIBRARY, kernel_of(case.forward)).default
     assert set(opcheck(operator, tuple(given[name] for name in names)).values()) == {"SUCCESS"}
 
 
@@ -266,11 +296,10 @@ TRAINED = {
 def test_compiles_once_for_all_lengths(op):  # law 17
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    graphs = []
+    compiled, graphs = torch.compile(OPERATORS[op].call, fullgraph=True, dynamic=True, backend=counter), []
     for make in TRAINED[op]:
         case = Backward(f"{op}_backward", "compiled", make, FP32)
         inputs = case.inputs()
-        compiled = torch.compile(case.operator.call, fullgraph=True, dynamic=True, backend=counter) if not graphs else compiled
         with torch._functorch.config.patch(donated_buffer=False):  # the graph is kept
             same(case.ready(compiled, inputs)(), case.run(inputs))
         graphs.append(counter.frame_count)

@@ -96,28 +96,6 @@ def test_attention_reads_strided_inputs_and_forgives_empty_rows(bound, monkeypat
     assert not out[0, 128:, 1].any() and (lse[0, 1, 128:] == -torch.inf).all() and out[0, :128, 1].any()
 
 
-@pytest.mark.parametrize("D, full", [(64, True), (96, False)])
-def test_gradients_of_strided_inputs_with_empty_rows_and_columns(D, full, monkeypatch):
-    """Two launches of one head each, by descriptors where blocks are full; the same bits again."""
-    monkeypatch.setattr(tuning, "LIST_BYTES", 1)
-    launch = tuning.Launch(4, 2, descriptors=full)
-    monkeypatch.setattr(tuning, "attention_backward", lambda *_: (launch, launch))
-    inputs = attention(1, 2, Grid(1, 8, 24) if full else Grid(1, 9, 20), D, 0.7)(torch.Generator().manual_seed(2))
-    packed = torch.stack([inputs[name] for name in ("query", "key", "value")], 2).to(DEVICE)  # [B, S, 3, H, D], as one projection gives
-    keep = torch.ones(1, 2, *[len(inputs["block_offsets"]) - 1] * 2, dtype=torch.bool)
-    keep[0, 1, 1], keep[0, 0, :, 2] = False, False
-    selection, offsets = ops.pack_selection(keep).to(DEVICE), inputs["block_offsets"].to(DEVICE)
-    out, lse = nabla.reference.block_sparse_attention(*packed.unbind(2), selection, offsets, 0.2)
-    args = (*packed.unbind(2), out, lse, selection, offsets, torch.randn_like(out), torch.randn_like(lse), 0.2)
-    gradients = nabla._launch_gradients(*args)
-    exact = nabla.reference.block_sparse_attention_backward(*(_guard._double(x) for x in args))
-    for actual, wanted in zip(gradients, exact, strict=True):
-        assert (actual - wanted).abs().max() <= 4e-6 * wanted.abs().max()
-    assert all(torch.equal(*pair) for pair in zip(gradients, nabla._launch_gradients(*args), strict=True))
-    empty, unseen = slice(*offsets[1:3].tolist()), slice(*offsets[2:4].tolist())
-    assert not gradients[0][:, empty, 1].any() and not any(gradient[:, unseen, 0].any() for gradient in gradients[1:])
-
-
 @pytest.mark.parametrize("logit, base", [(30.0, -1), (-30.0, -1), (30.0, 1)])
 def test_a_bound_far_above_the_logits_loses_nothing(logit, base, monkeypatch):
     """Logits at the bound, at its negative and at both: shares between 1 and 2^-112, whose sum must not vanish."""
@@ -215,6 +193,62 @@ def test_frame_attention_of_every_tile(D, monkeypatch):
             assert_faithful(*triple)
 
 
+# channels in and out, taps, strides
+CONVOLUTIONS = {"whole": (64, 128, (2, 2, 1), (1, 1, 1)), "ragged": (24, 20, (3, 3, 3), (1, 1, 1)), "phase": (32, 16, (3, 2, 2), (1, 1, 1)),
+                "strided": (16, 48, (3, 3, 3), (2, 2, 2)), "strided in space": (16, 16, (3, 3, 3), (1, 2, 2)),
+                "last": (40, 3, (3, 3, 3), (1, 1, 1)), "single": (16, 16, (1, 1, 1), (1, 1, 1))}
+
+
+def convolution(C, N, taps, stride, dtype):
+    """Inputs whose frames, rows and pixels lie apart in memory."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = [(n - 1) * step + k for n, k, step in zip((2, 10, 13), taps, stride, strict=True)]
+    x = torch.randn(2, sizes[0] + 1, sizes[1] + 2, sizes[2] + 3, C + 8, generator=generator)[:, 1:, 1:-1, 1:-2, :C]
+    weight, bias = torch.randn(N, C, *taps, generator=generator) / math.sqrt(C * math.prod(taps)), torch.randn(N, generator=generator)
+    return *(t.to(DEVICE, dtype) for t in (x, weight, bias)), stride
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", CONVOLUTIONS)
+def test_convolution(size, dtype):  # law 1
+    x, weight, bias, stride = convolution(*CONVOLUTIONS[size], dtype)
+    for b in (bias, None):
+        exact = vae._convolve(x.double(), weight.double(), None if b is None else b.double(), stride)
+        assert_faithful(vae._launch_conv(x, weight, b, stride), exact, vae._convolve(x, weight, b, stride))
+    trial = vae._trial_conv(x, weight, bias, stride)
+    assert _guard.disagreement(vae._launch_conv(*trial), vae._convolve(*(_guard._double(value) for value in trial))) is None
+
+
+@pytest.mark.parametrize("size", ["whole", "ragged"])
+@pytest.mark.parametrize("tile", [(64, 32, 32), (128, 128, 32), (256, 128, 64)], ids=str)
+def test_convolution_of_every_tile(size, tile, monkeypatch):  # laws 1 and 12
+    """Several tiles, ragged ones too, and tiles beyond the result; a frame is bitwise what it is in another piece."""
+    monkeypatch.setattr(tuning, "convolution", lambda *_: tuning.ConvolutionTile(*tile, tuning.Launch(8, 2)))
+    x, weight, bias, stride = convolution(*CONVOLUTIONS[size], torch.float16)
+    whole = vae._launch_conv(x, weight, bias, stride)
+    exact = vae._convolve(x.double(), weight.double(), bias.double(), stride)
+    assert_faithful(whole, exact, vae._convolve(x, weight, bias, stride))
+    assert torch.equal(vae._launch_conv(x[1:, 1:], weight, bias, stride), whole[1:, 1:])
+    x[0, -1, 3, 4, 5] = torch.nan
+    assert torch.equal(vae._launch_conv(x, weight, bias, stride)[:, :-1], whole[:, :-1])
+
+
+def test_convolution_is_chosen_only_once_a_gpu_has_found_it_faster(monkeypatch):
+    assert tuning.TRITON <= tuning.VERIFIED
+    args, kinds = convolution(*CONVOLUTIONS["single"], torch.float16), []
+    monkeypatch.setattr(_guard, "trusted", lambda *args: kinds.append(args[-1]) or True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # a card as far as the choice can tell
+    monkeypatch.setattr(vae, "_launch_conv", lambda *_: "ours")
+    monkeypatch.setattr(vae, "_convolve", lambda *_: "PyTorch's")
+    assert ops.causal_conv3d(*args) == "PyTorch's" and not kinds
+    monkeypatch.setattr(tuning, "TRITON", frozenset({"causal_conv3d"}))
+    assert ops.causal_conv3d(*args) == "ours" and kinds == [((16, 16, 1, 1, 1), (1, 1, 1), False)]
+    assert ops.causal_conv3d(args[0], args[1].clone().requires_grad_(), *args[2:]) == "PyTorch's"
+    assert ops.causal_conv3d(*(x.float() for x in args[:3]), args[3]) == "PyTorch's" and len(kinds) == 1
+    monkeypatch.setattr(torch.Tensor, "is_cuda", False)
+    assert ops.causal_conv3d(*args) == "PyTorch's"
+
+
 # ---- binaries
 
 
@@ -227,14 +261,13 @@ def cubins():
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-# Bytes of local memory per thread, for want of a few registers.
 def test_no_kernel_spills_and_every_architecture_is_built(cubins):
     assert {row["sm"] for row in cubins} == {80, 86, 89, 90, 100, 120}
     assert [row for row in cubins if row["local"]] == []
 
 
-def test_attention_uses_the_matrix_units_of_its_architecture(cubins):
-    rows = [row for row in cubins if "attention" in row["kernel"]]
+def test_products_use_the_matrix_units_of_their_architecture(cubins):
+    rows = [row for row in cubins if "attention" in row["kernel"] or "conv" in row["kernel"]]
     wanted = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
     for row in rows:
         assert [unit for unit in ("wgmma", "mma", "tcgen05") if row[unit]] == [wanted[row["sm"]]], row
@@ -245,7 +278,8 @@ def test_attention_uses_the_matrix_units_of_its_architecture(cubins):
 def test_shared_memory_leaves_room_for_a_second_program(cubins):
     per_sm = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB, CUDA programming guide, table of technical specifications
     for row in cubins:
-        residents = 1 if re.match("block_sparse_attention.*-128|frame_causal_attention-512", row["kernel"]) else 2
+        alone = re.match("block_sparse_attention.*-128|frame_causal_attention-512", row["kernel"])
+        residents = 1 if alone or "conv" in row["kernel"] and row["sm"] in (90, 100) else 2
         assert residents * (row["shared"] + 1024) <= per_sm[row["sm"]] << 10, row
 
 
@@ -347,6 +381,8 @@ def test_refusals_say_why():
     assert vae._refuse_moments(q[..., :128], 4) is None
     assert "up to 4096 channels, got 5000" in vae._refuse_normed(torch.empty(1, 5000)) and "nothing" in vae._refuse_normed(q[:0])
     assert vae._refuse_normed(q) is None
+    assert "got float32" in vae._refuse_conv(q, q) and "nothing" in vae._refuse_conv(q[:0], q)
+    assert "input's dtype, got float32" in vae._refuse_conv(q.half(), q) and vae._refuse_conv(q.half(), q.half()) is None
 
 
 def test_kernels_tell_what_is_not_verified(monkeypatch):

@@ -17,13 +17,13 @@
 #include <vector>
 
 #include "../check.h"
+#include "blocks.h"
 #include "panel.h"
 #include "simd.h"
 
 namespace kandinsky {
 namespace {
 
-constexpr int64_t kMaxBlock = 64;
 constexpr int64_t kPair = kMaxBlock * kMaxBlock;  // floats that a pair of blocks leaves behind: [queries][kMaxBlock keys]
 constexpr int64_t kStripPairs = 1024;             // 16 MiB of them, or those of one block of keys
 constexpr int64_t kPackedBytes = 16 << 20;        // queries, keys, values and gradients packed at once: as many heads as fit, or one
@@ -271,23 +271,6 @@ void run_backward(Backward& backward, const Tensor& like) {
     run_on_all_threads(OfKeys{backward, starts[begin], column, &next_column});
     run_on_all_threads(OfQueries{backward, starts[begin], starts[column], &next_row});
   }
-}
-
-// Heads [first, first + count) of one sample of [B, S, H, D] as contiguous fp32 [count, S, D].
-Tensor pack(const Tensor& t, int64_t sample, int64_t first, int64_t count) {
-  Tensor heads = torch::stable::select(t, 0, sample);
-  return torch::stable::contiguous(to_float(torch::stable::transpose(torch::stable::narrow(heads, 1, first, count), 0, 1)));
-}
-
-void require_blocks(const Tensor& offsets, int64_t S) {
-  require(offsets.dim() == 1 && offsets.numel() > 0 && offsets.is_contiguous(), "block_offsets must be contiguous int32 [N + 1], got ",
-          shape_of(offsets), ".");
-  require_type(offsets, "block_offsets", ScalarType::Int);
-  const int32_t* p = data<int32_t>(offsets);
-  const int64_t N = offsets.numel() - 1;
-  bool fit = p[0] == 0 && p[N] == S;
-  for (int64_t i = 0; i < N; ++i) fit = fit && p[i] < p[i + 1] && p[i + 1] - p[i] <= kMaxBlock;
-  require(fit, "block_offsets must ascend from 0 to S = ", S, " in blocks of 1 to ", kMaxBlock, " tokens.");
 }
 
 std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(const Tensor& query, const Tensor& key, const Tensor& value,
