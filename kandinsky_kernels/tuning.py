@@ -51,6 +51,19 @@ def attention(block: int, dtype: torch.dtype, capability: tuple[int, int], full:
     return Launch(4, stages, descriptors=capability[0] >= 9 and dtype.itemsize == 2)
 
 
+def attention_backward(block: int, dtype: torch.dtype, capability: tuple[int, int], full: bool) -> tuple[Launch, Launch]:
+    """Of the gradient of queries, which sums up one tile, and of that of keys and values, which sums up two.
+
+    Registers decide. mma.sync keeps operands in registers too and takes eight warps for D = 128; so do the two sums where two of three
+    come together: that, D = 128 (250 of 255 registers on sm_90), and the masks of ragged blocks. The queries' third stage leaves room for
+    two more programs.
+    Descriptors on sm_90 and 100 alone: with them sm_120 spills. fp32 tiles are twice as large and get one stage.
+    """
+    wide, narrow, hopper = block > 64, dtype.itemsize == 2, capability[0] in (9, 10)
+    first = Launch(8 if wide and not hopper else 4, (2 if wide else 3) if narrow else 1, descriptors=hopper and full and narrow)
+    return first, Launch(8 if wide + (not full) + (not hopper) > 1 else 4, 2 if narrow else 1, descriptors=first.descriptors)
+
+
 def norm_rows(rows: int) -> int:
     """Rows per program: eight pay for loading the modulation, three fp32 vectors for rows of 16-bit numbers."""
     return 8 if rows >= FEW_ROWS else 1
@@ -61,6 +74,16 @@ def norm(block: int) -> Launch:
     return Launch(max(1, min(16, block // 512)), 1)
 
 
+def norm_backward_rows(rows: int) -> int:
+    """Rows per program: each leaves two or three fp32 rows of sums behind, which 64 rows make a twentieth of what is moved."""
+    return max(1, min(64, rows // 512))
+
+
+def norm_backward(block: int) -> Launch:
+    """About eight elements per thread: beside the row and its gradient there are up to three sums and three modulations."""
+    return Launch(max(1, min(16, block // 256)), 1)
+
+
 def rope_heads(heads: int) -> int:
     """Heads per program: all share their tokens' positions and angles, which the first brings into the L1 cache."""
     return next(count for count in (7, 8, 6, 5, 4, 3, 2, 1) if heads % count == 0)
@@ -69,6 +92,11 @@ def rope_heads(heads: int) -> int:
 def rope(block: int) -> Launch:
     """16 elements of a tile of 64 tokens per thread; with 32, and positions and angles beside them, some architectures spill."""
     return Launch(max(1, min(16, block // 8)), 1)
+
+
+def rope_backward(block: int) -> Launch:
+    """Eight elements per thread of each of two tiles of 64 tokens."""
+    return Launch(max(1, min(16, block // 4)), 1)
 
 
 def row(block: int) -> Launch:

@@ -51,17 +51,19 @@ def planted(**medians):
 def test_bars_are_judged_from_medians():
     rows = planted(**{"block_sparse_attention-10_percent-float32": {"ours": 10.0, "dense": 70.0},
                       "block_sparse_attention-100_percent-float32": {"ours": 100.0, "dense": 70.0},
-                      "select_blocks-128_blocks-float32": {"ours": 0.4}})
+                      "select_blocks-128_blocks-float32": {"ours": 0.4},
+                      "block_sparse_attention_backward-10_percent-float32": {"ours": 31.0}})
     judged = {bar["name"]: bar for bar in ops.bars(rows)}
-    assert len(judged) == 3  # nothing was measured at 20 %
-    sparse, dense, selection = judged.values()
+    assert len(judged) == 4  # nothing was measured at 20 %
+    sparse, dense, selection, gradient = judged.values()
     assert (sparse["measured"], sparse["holds"]) == (7.0, True)
     assert (dense["measured"], dense["holds"]) == (0.7, False)
     assert (selection["measured"], selection["holds"]) == (0.04, True)
+    assert (gradient["measured"], gradient["holds"]) == (3.1, False)
 
 
 def test_every_bar_has_its_case():
-    ids = [case.id for case in BENCHES]
+    ids = [case.id for case in ops.ROWS]
     for _, over, under, *_ in ops.BARS:
         assert all(sum(case in one for one in ids) == 1 for case, _ in (over, under))
     assert {case.op for case in BENCHES} == {case.op for case in CASES}
