@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The door for diffusers: `accelerate` makes a pipeline of theirs, its transformer or its video VAE run on our operators, in place."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from . import class_swap, diffusers_transformer
+
+TRANSFORMER, VAE = "Kandinsky5Transformer3DModel", "AutoencoderKLHunyuanVideo"
+
+
+@dataclass(eq=False)
+class Acceleration:
+    """What `accelerate` did. `undo` takes it back; so does leaving a `with` block. Its text says what was replaced, what not and why."""
+
+    replaced: dict[str, int] = field(default_factory=dict)  # class: how many
+    kept: dict[str, str] = field(default_factory=dict)  # what was left as it is: why
+    corrected: list[str] = field(default_factory=list)
+    _models: list[nn.Module] = field(default_factory=list)
+    _reports: set[str] = field(default_factory=set)
+    _undo: list[Callable[[], object]] = field(default_factory=list)
+
+    @property
+    def reports(self) -> list[str]:
+        """What has been computed by diffusers' own code since, and why."""
+        return sorted(self._reports)
+
+    def undo(self) -> None:
+        """Bring back what was there: results are again diffusers' own, bit for bit. What came after, such as adapters and hooks, stays."""
+        while self._undo:
+            self._undo.pop()()
+        for model in self._models:
+            for module in list(_things(model)):
+                if class_swap.stock_class(module):
+                    class_swap.restore(module)
+                vars(module).pop("_reports", None)
+        self._models.clear()
+
+    def __enter__(self) -> Acceleration:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.undo()
+
+    def __str__(self) -> str:
+        lines = ["accelerated" if self._models else "not accelerated"]
+        lines += [f"  replaced {count} x {name}" for name, count in sorted(self.replaced.items())]
+        lines += [f"  corrected {what}" for what in self.corrected]
+        lines += [f"  kept {name}: {why}" for name, why in self.kept.items()]
+        return "\n".join([*lines, *(f"  {report}" for report in self.reports)])
+
+    __repr__ = __str__
+
+
+def accelerate(target, vae: bool = True) -> Acceleration:
+    """Make diffusers' Kandinsky 5 run on our operators, in place.
+
+    target: a Kandinsky 5 pipeline (text or image to video or image), its transformer, or its video VAE. vae: whether a pipeline's
+    video VAE is accelerated too.
+
+    Parameters stay where they are, under their names: adapters, offloading, casting, quantisation, compilation, caches and saving work
+    as before, whether they were set up before or after. NABLA runs at once, at every size whose sides are multiples of 16, without an
+    attention backend and without compiling.
+    Rotated queries and keys are not rounded to bfloat16 in passing, as diffusers does even in float32; other differences are rounding.
+    A pass that our operators must not do (gradients, other dtypes, a model split over devices, NABLA with an attention backend set)
+    runs as diffusers wrote it, with one line in the log.
+    Returns the `Acceleration`. Raises TypeError for anything else.
+    """
+    handle = Acceleration()
+    parts = _parts(target)
+    for name, module in parts.items():
+        kind, why = type(module).__name__, None
+        if kind == TRANSFORMER:
+            why = _replace(module, diffusers_transformer.SWAPS, handle)
+        elif kind != VAE:
+            why = "there is nothing here to make it faster"
+        if why:
+            handle.kept[f"{name} ({kind})"] = why
+    return handle
+
+
+def _parts(target) -> dict[str, nn.Module]:
+    """The transformer and the VAE of a pipeline, or the module itself, freed of torch.compile's wrapper."""
+    parts = {name: getattr(target, name, None) for name in ("transformer", "vae")}
+    parts = {name: part for name, part in parts.items() if isinstance(part, nn.Module)} or {"module": target}
+    parts = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}
+    if not {type(part).__name__ for part in parts.values()} & {TRANSFORMER, VAE}:
+        raise TypeError(f"target must be a Kandinsky 5 pipeline of diffusers, its {TRANSFORMER} or its {VAE}, got "
+                        f"{type(target).__name__}; load one with from_pretrained.")
+    return parts
+
+
+def _things(model: nn.Module):
+    """Its modules and their attention processors."""
+    for module in model.modules():
+        yield module
+        if hasattr(module, "processor"):
+            yield module.processor
+
+
+def _replace(model: nn.Module, swaps: dict[str, type], handle: Acceleration) -> str | None:
+    """Give everything in `model` its faster class, or say why not."""
+    if class_swap.stock_class(model):
+        return "it is accelerated already"
+    things = [thing for thing in dict.fromkeys(_things(model)) if type(thing).__name__ in swaps]
+    for thing in things:
+        class_swap.swap(thing, swaps[type(thing).__name__])
+        if isinstance(thing, nn.Module):
+            thing._reports = handle._reports
+    handle._models.append(model)
+    handle.replaced = dict(Counter(handle.replaced) + Counter(type(thing).__name__ for thing in things))
+    return None
