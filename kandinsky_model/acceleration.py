@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from . import class_swap, diffusers_transformer
+from . import class_swap, diffusers_transformer, diffusers_vae
 
-TRANSFORMER, VAE = "Kandinsky5Transformer3DModel", "AutoencoderKLHunyuanVideo"
+RULES = {"Kandinsky5Transformer3DModel": diffusers_transformer, "AutoencoderKLHunyuanVideo": diffusers_vae}
 
 
 @dataclass(eq=False)
@@ -71,15 +71,16 @@ def accelerate(target, vae: bool = True) -> Acceleration:
     Returns the `Acceleration`. Raises TypeError for anything else.
     """
     handle = Acceleration()
-    parts = _parts(target)
-    for name, module in parts.items():
-        kind, why = type(module).__name__, None
-        if kind == TRANSFORMER:
-            why = _replace(module, diffusers_transformer.SWAPS, handle)
-        elif kind != VAE:
-            why = "there is nothing here to make it faster"
+    for name, module in _parts(target).items():
+        kind, rules = type(module).__name__, RULES.get(type(module).__name__)
+        if name == "vae" and not vae:
+            why = "vae=False was asked for"
+        elif rules is None:
+            why = "there is nothing here that would make it faster"
+        else:
+            why = _replace(module, rules, handle)
         if why:
-            handle.kept[f"{name} ({kind})"] = why
+            handle.kept[f"{name}, {kind}"] = why
     return handle
 
 
@@ -88,9 +89,9 @@ def _parts(target) -> dict[str, nn.Module]:
     parts = {name: getattr(target, name, None) for name in ("transformer", "vae")}
     parts = {name: part for name, part in parts.items() if isinstance(part, nn.Module)} or {"module": target}
     parts = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}
-    if not {type(part).__name__ for part in parts.values()} & {TRANSFORMER, VAE}:
-        raise TypeError(f"target must be a Kandinsky 5 pipeline of diffusers, its {TRANSFORMER} or its {VAE}, got "
-                        f"{type(target).__name__}; load one with from_pretrained.")
+    if not {type(part).__name__ for part in parts.values()} & set(RULES):
+        raise TypeError(f"target must be a Kandinsky 5 pipeline of diffusers, or its {' or '.join(RULES)}, got {type(target).__name__}; "
+                        "load one with from_pretrained.")
     return parts
 
 
@@ -102,13 +103,15 @@ def _things(model: nn.Module):
             yield module.processor
 
 
-def _replace(model: nn.Module, swaps: dict[str, type], handle: Acceleration) -> str | None:
-    """Give everything in `model` its faster class, or say why not."""
-    if class_swap.stock_class(model):
+def _replace(model: nn.Module, rules, handle: Acceleration) -> str | None:
+    """Give everything in `model` that `rules` know its faster class, or say why not."""
+    if any(class_swap.stock_class(module) for module in model.modules()):
         return "it is accelerated already"
-    things = [thing for thing in dict.fromkeys(_things(model)) if type(thing).__name__ in swaps]
+    if why := rules.obstacle(model):
+        return why
+    things = [thing for thing in dict.fromkeys(_things(model)) if type(thing).__name__ in rules.SWAPS]
     for thing in things:
-        class_swap.swap(thing, swaps[type(thing).__name__])
+        class_swap.swap(thing, rules.SWAPS[type(thing).__name__])
         if isinstance(thing, nn.Module):
             thing._reports = handle._reports
     handle._models.append(model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterable
 from functools import cache
 from types import MethodType
 
@@ -64,6 +65,12 @@ def _assume(thing: object, wanted: type) -> None:
             held = vars(holder).get(name)
             if getattr(held, "__self__", None) is thing and held.__func__ is old.forward:
                 setattr(holder, name, MethodType(wanted.forward, thing))
+
+
+def unexpected(wanted: type, modules: Iterable[nn.Module]) -> str | None:
+    """Which of the modules has been put in place of a `wanted`, or None."""
+    other = next((type(module).__name__ for module in modules if type(module) is not wanted), None)
+    return other and f"it has a {other} in place of a {wanted.__name__}"
 
 
 def recorded(module: nn.Module, *inputs: Tensor) -> bool:

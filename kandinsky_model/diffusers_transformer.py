@@ -21,7 +21,7 @@ from kandinsky_kernels import (
 )
 
 from . import geometry
-from .class_swap import falls_back, recorded, refusal, report
+from .class_swap import falls_back, recorded, refusal, report, unexpected
 
 NO_ROTATION = ()
 
@@ -161,7 +161,8 @@ class Transformer:
             return "sparse attention without tiles is not NABLA" if sparse else refusal(self, *inputs)
         backend = next((processor._attention_backend for processor in visual if processor._attention_backend is not None), None)
         if backend is not None:
-            return f"NABLA uses the attention backend that was set, {getattr(backend, 'value', backend)}; reset_attention_backend() brings ours back"
+            name = getattr(backend, "value", backend)
+            return f"NABLA uses the attention backend that was set, {name}; reset_attention_backend() brings ours back"
         if sparse.get("sta_mask") is not None and None in self._window(sparse):
             return "the local window is known as a mask only"
         if recorded(self, *inputs):  # diffusers' own code cannot run without a backend for it
@@ -189,3 +190,9 @@ def _vectors(modulation: nn.Module, time: Tensor, batch: int, count: int) -> tup
 SWAPS = {"Kandinsky5Transformer3DModel": Transformer, "Kandinsky5TransformerEncoderBlock": TextBlock,
          "Kandinsky5TransformerDecoderBlock": VisualBlock, "Kandinsky5OutLayer": OutLayer, "Kandinsky5RoPE1D": TextPositions,
          "Kandinsky5RoPE3D": VisualPositions, "Kandinsky5AttnProcessor": Processor, "RMSNorm": HeadNorm}
+
+
+def obstacle(transformer: nn.Module) -> str | None:
+    """What would be computed wrongly here, or None."""
+    norms = [norm for m in transformer.modules() if type(m).__name__ == "Kandinsky5Attention" for norm in (m.query_norm, m.key_norm)]
+    return unexpected(nn.RMSNorm, norms)
