@@ -5,6 +5,7 @@ import functools
 import logging
 
 import pytest
+import tiny_models
 import torch
 from .plain_dit import plain_forward, random_state
 
@@ -94,3 +95,40 @@ def accelerated(monkeypatch, **options):
     model = stock(monkeypatch, **options)
     accelerate(model)
     return model
+
+
+NAMES = {"t2v": "Kandinsky5T2VPipeline", "i2v": "Kandinsky5I2VPipeline", "t2i": "Kandinsky5T2IPipeline", "i2i": "Kandinsky5I2IPipeline"}
+
+
+def pipeline(task, monkeypatch, nabla=None, shift=5.0):
+    """One of their pipelines without text encoders; see `run`."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(2)
+    dit = diffusers_of(tiny_models.random_dit(64, 32, task != "t2i"), True, monkeypatch).requires_grad_(False)
+    if nabla:
+        w_t, w_y, w_x = nabla.window
+        dit.register_to_config(attention_type="nabla", attention_P=nabla.keep_mass, attention_wT=w_t, attention_wH=w_y, attention_wW=w_x)
+    vae = tiny_models.diffusers_video_vae(tiny_models.random_vae()) if task in ("t2v", "i2v") else tiny_models.random_image_vae()
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = getattr(diffusers, NAMES[task])(transformer=dit, vae=vae.requires_grad_(False), **parts,
+                                           scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe, size=(64, 96), steps=3, guidance=4.0, output="latent", **options):
+    """What a pipeline makes of two fixed texts; videos of 9 frames, and of 25 from images, whose first frames get statistics of later ones."""
+    generator, arguments = torch.Generator().manual_seed(4), {}
+    for prefix, length in (("", 9), ("negative_", 6)):
+        arguments |= {f"{prefix}prompt_embeds_qwen": torch.randn(1, length, 64, generator=generator),
+                      f"{prefix}prompt_embeds_clip": torch.randn(1, 32, generator=generator),
+                      f"{prefix}prompt_cu_seqlens": torch.tensor([0, length], dtype=torch.int32)}
+    name = type(pipe).__name__
+    if "2V" in name:
+        arguments["num_frames"] = 25 if "I2V" in name else 9
+    if "I2" in name.removesuffix("Pipeline"):
+        image = pytest.importorskip("PIL.Image")
+        arguments["image"] = image.fromarray((torch.rand(*size, 3, generator=generator) * 255).byte().numpy())
+    pipe.resolutions = [size[::-1]]
+    return pipe(height=size[0], width=size[1], num_inference_steps=steps, guidance_scale=guidance, generator=generator, output_type=output,
+                return_dict=False, **arguments, **options)[0]
