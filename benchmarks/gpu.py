@@ -25,6 +25,7 @@ from kandinsky_model.plan import make_plan
 from tests.cases import gated_add_norm_peer, head_first, modulated_norm_peer, norm_rope_per_token
 
 from .device import FULL, SMALL, Clock, Size, block_mask, card, ceilings, compile_once, masks, peak_memory, ratios, show
+from .door import door
 from .model import transformer, vae
 from .runs import memory
 
@@ -185,7 +186,8 @@ def launches(clock: Clock, size: Size, roof: dict) -> list[dict]:
     return rows
 
 
-SECTIONS = {"norms": norms, "selection": selection, "attention": attention, "together": together, "transformer": transformer, "vae": vae}
+SECTIONS = {"norms": norms, "selection": selection, "attention": attention, "together": together, "transformer": transformer,
+            "vae": vae, "door": door}
 MORE = {"launches": launches, "memory": memory}  # run only when named: they take minutes
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`accelerate` on whole pipelines of diffusers, and what the corrections of their pipelines are worth."""
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,3 +138,38 @@ def test_corrections_are_of_pipelines(monkeypatch):
     with pytest.raises(ValueError, match="exact_time and cache_contexts must be asked of a pipeline"):
         accelerate(pipe.transformer, exact_time=True, cache_contexts=True)
     assert not hasattr(type(pipe.transformer), "_stock_class")
+
+
+class Texts:
+    """Qwen's processor, of which pipelines without pictures use the tokenizer only."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, text=None, images=None, videos=None, **options):
+        return self.tokenizer(text, **options)
+
+
+def test_the_readme_can_be_copied(text_parts, monkeypatch, capsys):
+    """Its five lines, run with a tiny pipeline in place of the one they would download, and at a size to match."""
+    diffusers = pytest.importorskip("diffusers")
+    pipe, (qwen, tokenizer, clip, clip_tokenizer) = pipeline("t2v", monkeypatch), text_parts
+    pipe.register_modules(text_encoder=qwen, tokenizer=Texts(tokenizer), text_encoder_2=clip, tokenizer_2=clip_tokenizer)
+    pipe.prompt_template, pipe.prompt_template_encode_start_idx = "<|im_start|>user\n{}<|im_end|>", 1
+
+    class Tiny(type(pipe)):
+        def __call__(self, prompt, **options):
+            assert options == dict(height=512, width=768, num_frames=241)
+            return super().__call__(prompt, height=64, width=80, num_frames=5, num_inference_steps=2)
+
+        def to(self, device):
+            return self
+
+    pipe.__class__ = Tiny
+    monkeypatch.setattr(diffusers.Kandinsky5T2VPipeline, "from_pretrained", lambda name, torch_dtype: pipe)
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = readme.partition("## Use it from diffusers")[2].partition("```python\n")[2].partition("```")[0]
+    scope = {}
+    exec(code, scope)
+    assert len(code.strip().splitlines()) == 5 and len(scope["frames"]) == 5
+    assert "replaced 2 x Kandinsky5TransformerDecoderBlock" in capsys.readouterr().out
