@@ -30,7 +30,7 @@ class HeadNorm:
     """torch.nn.RMSNorm of queries and keys."""
 
     def forward(self, x: Tensor, *fused: Rotary | Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-        """fused = (rotary, block_offsets), each of which may be None: norm and rotation of x [B, S, H, D], with offsets also block means."""
+        """fused = (rotary, block_offsets), either may be None: norm and rotation of x [B, S, H, D], with offsets also block means."""
         if not fused:
             return super().forward(x)
         rotary, offsets = fused

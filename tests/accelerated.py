@@ -7,13 +7,13 @@ import logging
 import pytest
 import tiny_models
 import torch
-from .plain_dit import plain_forward, random_state
 
 from kandinsky_model import accelerate
 from kandinsky_model.config import DiTConfig, NablaConfig
 from kandinsky_model.geometry import Grid
 
 from .diffusers_dit import diffusers_of
+from .plain_dit import plain_forward, random_state
 
 CONFIG = DiTConfig(in_visual_dim=4, out_visual_dim=4, in_text_dim=24, in_text_dim2=16, time_dim=32, model_dim=128, ff_dim=256,
                    num_text_blocks=1, num_visual_blocks=2, axes_dims=(16, 24, 24), visual_cond=True)
@@ -117,7 +117,7 @@ def pipeline(task, monkeypatch, nabla=None, shift=5.0):
 
 
 def run(pipe, size=(64, 96), steps=3, guidance=4.0, output="latent", **options):
-    """What a pipeline makes of two fixed texts; videos of 9 frames, and of 25 from images, whose first frames get statistics of later ones."""
+    """What a pipeline makes of two fixed texts; videos of 9 frames, from images of 25, whose first ones take later ones' statistics."""
     generator, arguments = torch.Generator().manual_seed(4), {}
     for prefix, length in (("", 9), ("negative_", 6)):
         arguments |= {f"{prefix}prompt_embeds_qwen": torch.randn(1, length, 64, generator=generator),

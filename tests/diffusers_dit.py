@@ -9,7 +9,7 @@ import torch
 
 
 def dense_mask(block_lists):
-    """For `nablaT_v2`, as which block_lists is given: its lists as a mask [B, H, S, S], which uncompiled attention honours, unlike lists."""
+    """In place of `nablaT_v2`, which is block_lists: its lists as a mask [B, H, S, S], which uncompiled attention does not ignore."""
     block_lists = getattr(block_lists, "stock", block_lists)
 
     def mask_of(query, key, sta, thr):

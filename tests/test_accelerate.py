@@ -5,10 +5,11 @@ import inspect
 
 import pytest
 import torch
-from .accelerated import CONFIG, IN_FP32, RAGGED, ROUNDING, WHOLE, accelerated, exact, inputs, off, stock, told, velocity
-from .compare import assert_faithful
 
 from kandinsky_model import accelerate
+
+from .accelerated import CONFIG, IN_FP32, RAGGED, ROUNDING, WHOLE, accelerated, exact, inputs, off, stock, told, velocity
+from .compare import assert_faithful
 
 MODES = {"dense": False, "nabla": True}
 

@@ -108,7 +108,8 @@ def group_offload(kind, folder):
         from diffusers.hooks import apply_group_offloading
 
         blocks = dict(offload_type="block_level", num_blocks_per_group=1)
-        options = {"leaf": dict(offload_type="leaf_level"), "block": blocks, "disk": dict(offload_type="leaf_level", offload_to_disk_path=str(folder))}
+        leaves = dict(offload_type="leaf_level")
+        options = {"leaf": leaves, "block": blocks, "disk": leaves | dict(offload_to_disk_path=str(folder))}
         with mock.patch.object(torch.accelerator, "current_accelerator", lambda *_: CPU):  # diffusers up to 0.40 insists on one
             apply_group_offloading(model, onload_device=CPU, offload_device=CPU, **options[kind])
     return change
