@@ -27,6 +27,7 @@ from tests.backward import derived
 from tests.cases import gated_add_norm_peer, head_first, modulated_norm_peer, norm_rope_per_token
 
 from .device import FULL, SMALL, Clock, Size, block_mask, card, ceilings, compile_once, masks, peak_memory, ratios, show
+from .door import door
 from .model import transformer, vae
 from .runs import memory
 
@@ -306,7 +307,7 @@ def convolutions(clock: Clock, size: Size, roof: dict) -> list[dict]:
 
 
 SECTIONS = {"norms": norms, "selection": selection, "attention": attention, "together": together, "convolutions": convolutions,
-            "transformer": transformer, "vae": vae, "gradients": gradients, "norm_gradients": norm_gradients}
+            "transformer": transformer, "vae": vae, "door": door, "gradients": gradients, "norm_gradients": norm_gradients}
 MORE = {"launches": launches, "memory": memory}  # run only when named: they take minutes
 
 

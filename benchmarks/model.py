@@ -70,13 +70,17 @@ def diffusers_transformer(dit: DiffusionTransformer3D, inputs: tuple[Tensor, ...
     model.load_state_dict(dit.state_dict())
     model.set_attention_backend("flex")
     blocks = block_mask(chosen, plan.grid.blocks)
-    module.nablaT_v2 = lambda *_, **__: blocks
     if x.device.type == "cuda":
         model.compile_repeated_blocks(fullgraph=True)
     positions = [torch.arange(n, device=x.device) for n in (plan.grid.T, plan.grid.Y, plan.grid.X)]
-    sparse = {"sta_mask": None, "P": 0.9, "to_fractal": True}
-    return lambda: model(x.to(dit.dtype), text.to(dit.dtype), time, pooled.to(dit.dtype), positions,
+    sparse, given = {"sta_mask": None, "P": 0.9, "to_fractal": True}, lambda *_, **__: blocks
+
+    def call() -> Tensor:
+        with mock.patch.object(module, "nablaT_v2", given):
+            return model(x.to(dit.dtype), text.to(dit.dtype), time, pooled.to(dit.dtype), positions,
                          torch.arange(text.shape[1], device=x.device), SCALE, sparse, return_dict=False)
+
+    return call
 
 
 @torch.no_grad()

@@ -121,12 +121,12 @@ def markdown(result: dict) -> str:
     return "\n\n".join((machine_line(result), operators_table(result), bars_table(result)))
 
 
-def insert(text: str, figures: str) -> str:
+def insert(text: str, figures: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """``text`` with everything between the two markers replaced. Raises ValueError where they are missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not begin or not end:
-        raise ValueError(f"the file must hold the markers {BEGIN} and {END}, in this order; add them where the figures belong.")
+        raise ValueError(f"the file must hold the markers {' and '.join(markers)}, in this order; add them where the figures belong.")
     return f"{before}{begin}\n{figures}\n{end}{after}"
 
 

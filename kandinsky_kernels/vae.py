@@ -165,9 +165,9 @@ def _convolve(x_padded: Tensor, weight: Tensor, bias: Tensor | None, stride: tup
     """`causal_conv3d` by PyTorch, its meaning: in fp64 where the inputs are."""
     x, step, B, taps = x_padded.permute(0, 4, 1, 2, 3), stride[0], x_padded.shape[0], weight.shape[2:]  # [B, C, T + 2, Y + 2, X + 2]
     frames = (x.shape[2] - taps[0]) // step + 1
-    area = math.prod((x.shape[axis] - taps[axis - 2]) // stride[axis - 2] + 1 for axis in (3, 4))
+    rows, columns = ((x.shape[axis] - taps[axis - 2]) // stride[axis - 2] + 1 for axis in (3, 4))
     inputs = INDEXABLE // max(1, B * math.prod(x_padded.shape[2:]))  # frames that one call may read
-    most = max(1, min(INDEXABLE // max(1, B * weight.shape[0] * area), (inputs - taps[0]) // step + 1))
+    most = max(1, min(INDEXABLE // max(1, B * weight.shape[0] * rows * columns), (inputs - taps[0]) // step + 1))
     narrow = x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16)  # without units for them oneDNN is 100 times slower
     dtype = torch.float32 if narrow else x.dtype
     weight, bias, pieces = weight.to(dtype), None if bias is None else bias.to(dtype), []
@@ -178,11 +178,15 @@ def _convolve(x_padded: Tensor, weight: Tensor, bias: Tensor | None, stride: tup
 
 
 def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
-    """F.conv3d, but always through oneDNN where it can be: PyTorch's choice for small inputs is up to seven times slower."""
+    """F.conv3d, but always through oneDNN where it can be: PyTorch's choice for small inputs is up to seven times slower.
+
+    Under torch.compile, which cannot trace the call to oneDNN, the choice is the compiler's.
+    """
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and not grad:
-        return torch.mkldnn_convolution(x, weight, bias, [0, 0, 0], stride, [1, 1, 1], 1)
-    return F.conv3d(x, weight, bias, stride)
+    other = grad or torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32
+    if other or not torch.backends.mkldnn.is_available():
+        return F.conv3d(x, weight, bias, stride)
+    return torch.mkldnn_convolution(x, weight, bias, [0, 0, 0], stride, [1, 1, 1], 1)
 
 
 # ---- on GPUs

@@ -7,7 +7,8 @@
 """
 
 _HOMES = {"Kandinsky5": "pipeline", "Kandinsky5VideoLite": "pipeline", "Kandinsky5VideoPro": "pipeline",
-          "Kandinsky5ImageLite": "pipeline", "Video": "clip", "load": "pipeline", "PRESETS": "config", "get_preset": "config"}
+          "Kandinsky5ImageLite": "pipeline", "Video": "clip", "accelerate": "acceleration", "load": "pipeline", "PRESETS": "config",
+          "get_preset": "config"}
 __all__ = sorted(_HOMES)
 
 

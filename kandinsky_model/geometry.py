@@ -56,12 +56,15 @@ def unpatchify(tokens: Tensor, grid: Grid, patch_size: tuple[int, int, int]) -> 
     return rearrange(tokens, "b (t y x) (c o p q) -> b (t o) (y p) (x q) c", t=grid.T, y=grid.Y, x=grid.X, o=o, p=p, q=q)
 
 
-def tile_order(grid: Grid) -> Tensor:
+def tile_order(grid: Grid, device: torch.device | str | None = None) -> Tensor:
     """int64 [S]: the raster index of the i-th token in tile order, so `x_tiled = x_raster[tile_order(grid)]`."""
-    index = torch.arange(grid.tokens).view(grid.T, grid.Y, grid.X)
-    index = F.pad(index, (0, -grid.X % TILE, 0, -grid.Y % TILE), value=-1)
-    index = rearrange(index, "t (yb y) (xb x) -> (t yb xb y x)", y=TILE, x=TILE)
-    return index[index >= 0]
+    index = torch.arange(grid.tokens, device=device)
+    frame, index = index // (grid.Y * grid.X), index % (grid.Y * grid.X)
+    top, index = TILE * (index // (TILE * grid.X)), index % (TILE * grid.X)  # only the last row of tiles may be lower
+    height = (grid.Y - top).clamp(max=TILE)
+    left, index = TILE * (index // (TILE * height)), index % (TILE * height)  # only the last tile of a row may be narrower
+    width = (grid.X - left).clamp(max=TILE)
+    return (frame * grid.Y + top + index // width) * grid.X + left + index % width
 
 
 def inverse_order(order: Tensor) -> Tensor:
@@ -71,11 +74,11 @@ def inverse_order(order: Tensor) -> Tensor:
     return inverse
 
 
-def block_offsets(grid: Grid) -> Tensor:
+def block_offsets(grid: Grid, device: torch.device | str | None = None) -> Tensor:
     """int32 [N + 1]: block i owns the tokens offsets[i] .. offsets[i + 1] of the tile order (1 to 64 of them)."""
     _, tiles_y, tiles_x = grid.tiles
-    rows = (grid.Y - TILE * torch.arange(tiles_y)).clamp(max=TILE)
-    columns = (grid.X - TILE * torch.arange(tiles_x)).clamp(max=TILE)
+    rows = (grid.Y - TILE * torch.arange(tiles_y, device=device)).clamp(max=TILE)
+    columns = (grid.X - TILE * torch.arange(tiles_x, device=device)).clamp(max=TILE)
     sizes = (rows[:, None] * columns).flatten().repeat(grid.T)  # [N]
     return F.pad(sizes.cumsum(0), (1, 0)).to(torch.int32)
 

@@ -117,12 +117,8 @@ class Upsample(nn.Module):
         self.conv = CausalConv3d(channels, channels)
 
     def folded(self) -> dict[tuple[int, int, int], Tensor]:
-        """The convolution's weights for every phase of the output, summed in fp32 or better and rounded once."""
-        weight = self.conv.conv.weight
-        result = {(): weight.to(torch.promote_types(weight.dtype, torch.float32))}
-        for dim, factor in enumerate(self.factors, start=2):
-            result = {(*phase, i): part for phase, wide in result.items() for i, part in enumerate(_fold(wide, dim, factor))}
-        return {phase: wide.to(weight.dtype).contiguous(memory_format=torch.channels_last_3d) for phase, wide in result.items()}
+        """The convolution's weights for every phase of the output."""
+        return fold(self.conv.conv.weight, self.factors)
 
     def forward(self, x: Tensor) -> Tensor:
         (time, up, across), (frames, height, width) = self.factors, x.shape[2:]
@@ -133,6 +129,17 @@ class Upsample(nn.Module):
                 window = padded[:, :, t:, y : y + height + 3 - up, z : z + width + 3 - across]
                 out[:, :, t::time, y::up, z::across] = F.conv3d(window, weight, self.conv.conv.bias)
         return out  # [B, C, f (T - 1) + 1, 2Y, 2X]
+
+
+def fold(weight: Tensor, factors: tuple[int, int, int]) -> dict[tuple[int, int, int], Tensor]:
+    """The kernels [C', C, ...] of 2 or 3 taps that `weight` becomes for every phase of an output enlarged by `factors`.
+
+    Taps that meet the same input are added, in fp32 or better, and rounded once.
+    """
+    result = {(): weight.to(torch.promote_types(weight.dtype, torch.float32))}
+    for dim, factor in enumerate(factors, start=2):
+        result = {(*phase, i): part for phase, wide in result.items() for i, part in enumerate(_fold(wide, dim, factor))}
+    return {phase: wide.to(weight.dtype).contiguous(memory_format=torch.channels_last_3d) for phase, wide in result.items()}
 
 
 def _fold(weight: Tensor, dim: int, factor: int) -> list[Tensor]:

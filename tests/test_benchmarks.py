@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import clock, gpu, memory, ops, report, vae
+from benchmarks import clock, door, gpu, memory, ops, report, vae
 from kandinsky_model import vae_stages
 from kandinsky_model.config import VAEConfig
+from kandinsky_model.geometry import Grid
 from kandinsky_model.vae import HunyuanVideoVAE
 
 from .cases import BENCHES, CASES
@@ -157,3 +158,22 @@ def test_the_readme_shows_the_schemes_as_they_are_accounted():
 
 def test_the_readme_shows_what_runs_need():
     assert memory.table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_diffusers_is_compared_with_itself(monkeypatch):
+    """Ours and NABLA by a mask are the same up to diffusers' rounding to bf16; as installed it is another function."""
+    monkeypatch.setattr(clock, "WARM_UP_S", 0.0)
+    transformer = door.transformer_row("a transformer", door.TINY, Grid(2, 16, 16), 0.0)
+    config = VAEConfig(latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
+    decoder = door.vae_row("a decoder", config, (2, 3, 3), 0.0)
+    errors = transformer["errors"]
+    assert errors["ours"] < 5e-6 < errors["mask"] < 5e-4 < 5e-3 < errors["dense"] and 0.2 < transformer["density"] < 0.6
+    assert max(decoder["errors"].values()) < 1e-5
+    table = door.table({"machine": clock.machine(), "rows": [transformer, decoder]})
+    assert "| a transformer, 512 tokens |" in table and "| a decoder | - |" in table and json.loads(json.dumps(transformer)) == transformer
+
+
+def test_the_readme_shows_diffusers_as_measured():
+    results = [json.loads(path.read_text()) for path in sorted(ROOT.glob("benchmarks/results/door-*.json"))]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert results and all(door.table(result) in readme for result in results)
