@@ -17,12 +17,16 @@ INPUTS = {  # the gradients that a row is about
 }
 
 
+def without_gradients(inputs: dict) -> dict:
+    """What the forward pass takes of a row's inputs: all but ``grad_i``, the gradient of the i-th output."""
+    return {name: x for name, x in inputs.items() if not name.startswith("grad_")}
+
+
 def derived(function: Callable, names: tuple[str, ...], inputs: dict) -> Callable[[], tuple[Tensor, ...]]:
-    """Runs the forward pass; calling what it returns runs the backward pass, as often as wanted. ``grad_i``: of the i-th output."""
+    """Runs the forward pass; calling what it returns runs the backward pass, as often as wanted."""
     grads = [x for name, x in inputs.items() if name.startswith("grad_")]
     leaves = {name: inputs[name].detach().requires_grad_() for name in names if name in inputs}
-    given = {name: x for name, x in inputs.items() if not name.startswith("grad_")} | leaves
-    outputs = as_tuple(function(**given))
+    outputs = as_tuple(function(**without_gradients(inputs) | leaves))
     return lambda: torch.autograd.grad(outputs, list(leaves.values()), grads, retain_graph=True)
 
 
