@@ -178,7 +178,7 @@ def gradient_check(gradients: tuple, q: Tensor, k: Tensor, v: Tensor, grad: Tens
         tensors = [x[0, :, head].double() for x in (q, k, v, out, grad)]
         own = (block == i).nonzero()[:, 0]
         keys, rows = (kept[0, head].select(dim, i)[block].nonzero()[:, 0] for dim in (0, 1))
-        (_, change), (share, change_of_keys) = (weights_and_changes(*tensors, lse[0, head], *pair) for pair in ((own, keys), (rows, own)))
+        (_, change), (share, change_of_keys) = (weights_and_changes(tensors, lse[0, head], *pair) for pair in ((own, keys), (rows, own)))
         exact = (change @ tensors[1][keys], change_of_keys.T @ tensors[0][rows], share.T @ tensors[4][rows])
         for gradient, wanted in zip(gradients, exact, strict=True):
             worst = max(worst, ((gradient[0, own, head] - wanted).abs().max() / (1e-3 + wanted.abs().max())).item())
@@ -186,9 +186,9 @@ def gradient_check(gradients: tuple, q: Tensor, k: Tensor, v: Tensor, grad: Tens
     return worst
 
 
-def weights_and_changes(q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, lse: Tensor, rows: Tensor,
-                        keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax weights and scaled gradients of the logits of rows x keys of one head."""
+def weights_and_changes(tensors: list[Tensor], lse: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax weights and scaled gradients of the logits of rows x keys of one head's q, k, v, out and its gradient."""
+    q, k, v, out, grad = tensors
     scale = 1 / math.sqrt(q.shape[-1])
     share = (q[rows] @ k[keys].T * scale - lse[rows, None]).exp()
     return share, share * (grad[rows] @ v[keys].T - (grad[rows] * out[rows]).sum(-1, keepdim=True)) * scale

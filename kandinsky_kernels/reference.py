@@ -37,11 +37,10 @@ def gated_add_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None
 
 def _layer_norm_backward(x: Tensor, scale: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x [B, S, C], scale and shift [B, C] of `modulated_norm`, before any is rounded."""
-    centred = _wide(x) - _wide(x).mean(-1, keepdim=True)
-    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    normed, grad = centred * inverse, _wide(grad)
+    wide, grad, shape = _wide(x), _wide(grad), x.shape[-1:]
+    normed, mean, inverse = torch.native_layer_norm(wide, shape, None, None, eps)
     inner = grad * (1 + _wide(scale)[:, None])
-    inner_x = inverse * (inner - inner.mean(-1, keepdim=True) - normed * (inner * normed).mean(-1, keepdim=True))
+    inner_x = torch.ops.aten.native_layer_norm_backward(inner, wide, shape, mean, inverse, None, None, [True, False, False])[0]
     return inner_x, (grad * normed).sum(1), grad.sum(1)
 
 

@@ -110,17 +110,16 @@ struct OfKeys : Backward {
   std::atomic<int64_t>* next_task;
 
   struct State {
-    float *key, *value, *grad_key, *grad_value;  // [D][P], a key in each lane; `key` times scale * log2(e): products are logits in base 2
+    float *key, *value, *grad_key, *grad_value;  // [D][P], a key in each lane; `key` times scale, so that products are logits
   };
 
   template <int W>
   KANDINSKY_INLINE void begin(const State& state, int64_t row, int64_t count) const {
     constexpr int P = kPanel<W>;
-    const float factor = scale * std::numbers::log2e_v<float>;
     std::fill(state.key, state.key + 4 * D * P, 0.0f);
     transpose<W>(key + row * D, D, count, D, state.key, P);
     transpose<W>(value + row * D, D, count, D, state.value, P);
-    for (int64_t i = 0; i < D * P; ++i) state.key[i] *= factor;
+    for (int64_t i = 0; i < D * P; ++i) state.key[i] *= scale;
   }
 
   // One pair of blocks: queries [row, row + rows) and the keys of one panel, whose changes also go to `left`. `ahead`: the row from which
@@ -136,9 +135,8 @@ struct OfKeys : Backward {
         __builtin_prefetch(query + (ahead + i) * D + d, 0, 2);
         __builtin_prefetch(grad_out + (ahead + i) * D + d, 0, 2);
       }
-      const float top = lse[row + i] * std::numbers::log2e_v<float>;
-      store<W>(weights + i * P, exp2_of_negative(capped(low - top)));
-      store<W>(weights + i * P + W, exp2_of_negative(capped(high - top)));
+      store<W>(weights + i * P, share(low - lse[row + i]));
+      store<W>(weights + i * P + W, share(high - lse[row + i]));
     });
     product<W>(g, D, 1, state.value, D, rows, [&](int64_t i, const F& low, const F& high) __attribute__((always_inline)) {
       const F x = load<W>(weights + i * P) * (low - common[row + i]), y = load<W>(weights + i * P + W) * (high - common[row + i]);
@@ -151,9 +149,9 @@ struct OfKeys : Backward {
     add<W>(q, change, rows, state.grad_key);
   }
 
-  // A logit may exceed its row's log-sum-exp by no more than rounding.
+  // e^t. A logit may exceed its row's log-sum-exp by no more than rounding.
   template <class F>
-  KANDINSKY_INLINE static F capped(const F& t) { return t > 0.0f ? F{} : t; }
+  KANDINSKY_INLINE static F share(const F& t) { return exp2_of_negative((t > 0.0f ? F{} : t) * std::numbers::log2e_v<float>); }
 
   template <int W>
   KANDINSKY_INLINE void add(const float* a, const float* panel, int64_t rows, float* sums) const {
