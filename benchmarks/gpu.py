@@ -19,9 +19,11 @@ from torch import Tensor
 
 import kandinsky_kernels as ops
 from kandinsky_kernels import _library, tuning
+from kandinsky_kernels import vae as kernels_vae
 from kandinsky_model.config import LITE_DIT, PRO_DIT, NablaConfig
 from kandinsky_model.geometry import block_offsets, local_window
 from kandinsky_model.plan import make_plan
+from tests.backward import derived
 from tests.cases import gated_add_norm_peer, head_first, modulated_norm_peer, norm_rope_per_token
 
 from .device import FULL, SMALL, Clock, Size, block_mask, card, ceilings, compile_once, masks, peak_memory, ratios, show
@@ -30,6 +32,12 @@ from .model import transformer, vae
 from .runs import memory
 
 WINDOW = (11, 3, 3)
+# channels in and out, Y, X, taps, and how many frames of it a decode of 10 s at 512 x 768 computes
+CONVOLUTIONS = ((16, 512, 64, 96, (3, 3, 3), 61), (512, 512, 64, 96, (3, 3, 3), 610), (512, 512, 64, 96, (3, 2, 2), 244),
+                (512, 512, 128, 192, (3, 3, 3), 366), (512, 512, 128, 192, (2, 2, 2), 484), (512, 256, 256, 384, (3, 3, 3), 121),
+                (256, 256, 256, 384, (3, 3, 3), 605), (256, 256, 256, 384, (2, 2, 2), 964), (256, 128, 512, 768, (3, 3, 3), 241),
+                (128, 128, 512, 768, (3, 3, 3), 1205), (128, 3, 512, 768, (3, 3, 3), 241))
+TOY_CONVOLUTIONS = ((16, 16, 3, 5, (3, 3, 3), 2), (16, 3, 3, 5, (2, 2, 2), 1))
 
 
 def norms(clock: Clock, size: Size, roof: dict) -> list[dict]:
@@ -127,6 +135,91 @@ def attention(clock: Clock, size: Size, roof: dict) -> list[dict]:
     return rows
 
 
+def gradients(clock: Clock, size: Size, roof: dict) -> list[dict]:
+    """The backward pass of block_sparse_attention against compiled FlexAttention's and dense attention's; useful FLOPs only."""
+    rows, names = [], ("query", "key", "value")
+    N, offsets = size.grid.blocks, block_offsets(size.grid).to(clock.device)
+    *qkv, bound = normed_heads(size, clock.device)
+    grad, compiled = torch.randn_like(qkv[2]), compile_once(clock.device)
+    ours, heads = (dict(zip((*names, "grad_0"), tensors, strict=True)) for tensors in ((*qkv, grad), head_first(*qkv, grad)))
+    dense = clock.measure({"dense": derived(F.scaled_dot_product_attention, names, heads)})
+    for family, chosen in masks(size, 0.1, clock.device).items():
+        def attend(query, key, value, chosen=chosen):
+            return ops.block_sparse_attention(query, key, value, chosen, offsets, logit_bound=bound)
+
+        real, backward = ops.selection_density(chosen, N), derived(attend, names, ours)
+        off = gradient_check(backward(), *qkv, grad, chosen, offsets)
+        calls = {"ours": backward}
+        if clock.device.type == "cuda":  # FlexAttention has no backward pass on a CPU
+            flex = lambda query, key, value, chosen=chosen: flex_call(compiled, (query, key, value), chosen, N)()  # noqa: E731
+            calls["flex"] = lazily(lambda flex=flex: derived(flex, names, heads))
+        times = clock.measure(calls) | dense
+        tflop = 10 * 64 * 64 * size.D * real * N * N * size.H / 1e12
+        rows.append({"op": "block_sparse_attention_backward", "size": size.name, "mask": family, "density": real, "ms": times,
+                     "useful_tflop_s": 1e3 * tflop / times["ours"], "largest_error": off,
+                     "floor_ms": 1e3 * tflop / roof["matmul_tflop_s"], **ratios(times)})
+        show(rows[-1])
+    return rows
+
+
+def lazily(prepare: Callable) -> Callable:
+    """What `prepare` returns, prepared by its first call: a peer that cannot run is found out there, and left out."""
+    made = []
+    return lambda: (made or made.append(prepare()) or made)[0]()
+
+
+def gradient_check(gradients: tuple, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, chosen: Tensor, offsets: Tensor) -> float:
+    """Largest error of the gradients of some random blocks against fp64, over the largest value. Raises AssertionError beyond bf16's."""
+    out, lse = ops.block_sparse_attention(q, k, v, chosen, offsets, return_lse=True)
+    kept, block = ops.unpack_selection(chosen, len(offsets) - 1), torch.repeat_interleave(offsets.diff(), output_size=q.shape[1])
+    worst = 0.0
+    for _ in range(6):
+        head, i = int(torch.randint(q.shape[2], ())), int(torch.randint(len(offsets) - 1, ()))
+        tensors = [x[0, :, head].double() for x in (q, k, v, out, grad)]
+        own = (block == i).nonzero()[:, 0]
+        keys, rows = (kept[0, head].select(dim, i)[block].nonzero()[:, 0] for dim in (0, 1))
+        (_, change), (share, change_of_keys) = (weights_and_changes(*tensors, lse[0, head], *pair) for pair in ((own, keys), (rows, own)))
+        exact = (change @ tensors[1][keys], change_of_keys.T @ tensors[0][rows], share.T @ tensors[4][rows])
+        for gradient, wanted in zip(gradients, exact, strict=True):
+            worst = max(worst, ((gradient[0, own, head] - wanted).abs().max() / (1e-3 + wanted.abs().max())).item())
+    assert worst < 2**-4, f"the gradients of block_sparse_attention are off by {worst}"
+    return worst
+
+
+def weights_and_changes(q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, lse: Tensor, rows: Tensor,
+                        keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax weights and scaled gradients of the logits of rows x keys of one head."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    share = (q[rows] @ k[keys].T * scale - lse[rows, None]).exp()
+    return share, share * (grad[rows] @ v[keys].T - (grad[rows] * out[rows]).sum(-1, keepdim=True)) * scale
+
+
+def norm_gradients(clock: Clock, size: Size, roof: dict) -> list[dict]:
+    """The backward passes of the norms against those of the plain expressions, eager and compiled; achieved GB/s over the copy's."""
+    rows = []
+    S, C, make = size.grid.tokens, size.H * size.D, dict(device=clock.device, dtype=torch.bfloat16)
+    x, branch, grad, more = (torch.randn(1, S, C, **make) for _ in range(4))
+    vectors = {name: torch.randn(1, C, device=clock.device) for name in ("gate", "scale", "shift")}
+    plan = make_plan(PRO_DIT if size.D == 128 else LITE_DIT, size.grid, (1.0, 2.0, 2.0), NablaConfig(0.9), clock.device)
+    angles = torch.rand(S, size.D // 2, device=clock.device)
+    heads = {"x": x.view(1, S, size.H, size.D), "weight": torch.rand(size.D, device=clock.device)}
+    for name, tensors, ours, peer, inputs in (
+        ("modulated_norm", 3, ops.modulated_norm, modulated_norm_peer, {"x": x, "scale": vectors["scale"], "shift": vectors["shift"]}),
+        ("gated_add_norm", 6, ops.gated_add_norm, gated_add_norm_peer, {"x": x, "branch": branch, **vectors}),
+        ("norm_rope", 3, lambda x, weight: ops.norm_rope(x, weight, plan.rotary),
+         lambda x, weight: norm_rope_per_token(x, weight, angles.cos(), angles.sin()), heads),
+    ):
+        names, moved = tuple(inputs), tensors * 2 * S * C
+        inputs = inputs | {"grad_0": grad.view_as(inputs["x"])} | ({"grad_1": more} if "branch" in inputs else {})
+        compiled = compile_once(clock.device)(peer)
+        times = clock.measure({"ours": derived(ours, names, inputs), "eager": derived(peer, names, inputs),
+                               "compiled": lazily(lambda f=compiled, names=names, inputs=inputs: derived(f, names, inputs))})
+        rows.append({"op": f"{name}_backward", "size": size.name, "ms": times, "floor_ms": moved / 1e6 / roof["copy_gb_s"],
+                     "of_copy": moved / 1e6 / times["ours"] / roof["copy_gb_s"], **ratios(times)})
+        show(rows[-1])
+    return rows
+
+
 def spot_check(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, offsets: Tensor, bound: float, rows: int = 24) -> float:
     """Largest error of some random blocks of queries against fp64. Raises AssertionError beyond bf16's."""
     out, worst = ops.block_sparse_attention(q, k, v, chosen, offsets, logit_bound=bound), 0.0
@@ -186,8 +279,35 @@ def launches(clock: Clock, size: Size, roof: dict) -> list[dict]:
     return rows
 
 
-SECTIONS = {"norms": norms, "selection": selection, "attention": attention, "together": together, "transformer": transformer,
-            "vae": vae, "door": door}
+@torch.no_grad()
+def convolutions(clock: Clock, size: Size, roof: dict) -> list[dict]:
+    """The decoder's convolutions, a frame at a time as it calls them: our kernel against cuDNN's best, and both for all of a decode."""
+    if size is FULL[1]:
+        return []
+    toy, rows = size is not FULL[0], []
+    ours = kernels_vae._launch_conv if clock.device.type == "cuda" else kernels_vae._convolve  # on a CPU this function is tested only
+    whole = {"ours": 0.0, "cudnn": 0.0}
+    for C, N, Y, X, taps, frames in TOY_CONVOLUTIONS if toy else CONVOLUTIONS:
+        make, sizes = dict(device=clock.device, dtype=torch.bfloat16), [n - 1 + k for n, k in zip((1, Y, X), taps, strict=True)]
+        weight = torch.randn(N, C, *taps, **make).div_(math.sqrt(C * math.prod(taps))).to(memory_format=torch.channels_last_3d)
+        args = torch.randn(1, *sizes, C, **make), weight, torch.randn(N, **make), (1, 1, 1)
+        exact = kernels_vae._convolve(*(x.float() for x in args[:3]), args[3])
+        off = (ours(*args).float() - exact).abs().max().item()
+        assert off < 2**-7 * exact.abs().max(), f"causal_conv3d is off by {off}"
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            times = clock.measure({"ours": lambda args=args: ours(*args), "cudnn": lambda args=args: kernels_vae._convolve(*args)})
+        tflop = 2 * Y * X * C * N * math.prod(taps) / 1e12
+        rows.append({"op": "causal_conv3d", "size": f"{C} to {N}, {Y}x{X}, taps {taps}", "ms": times, "largest_error": off,
+                     "useful_tflop_s": 1e3 * tflop / times["ours"], "floor_ms": 1e3 * tflop / roof["matmul_tflop_s"], **ratios(times)})
+        show(rows[-1])
+        whole = {name: ms + frames * times[name] for name, ms in whole.items()}
+    rows.append({"op": "causal_conv3d", "size": "toy" if toy else "10 s, all frames", "ms": whole, **ratios(whole)})
+    show(rows[-1])
+    return rows
+
+
+SECTIONS = {"norms": norms, "selection": selection, "attention": attention, "together": together, "convolutions": convolutions,
+            "transformer": transformer, "vae": vae, "door": door, "gradients": gradients, "norm_gradients": norm_gradients}
 MORE = {"launches": launches, "memory": memory}  # run only when named: they take minutes
 
 
@@ -204,6 +324,7 @@ def main() -> None:
     clock = Clock(device, 0.01 if options.small else options.budget)
     roof = ceilings(clock, options.small)
     result = {"machine": card(device), "ceilings": roof, "kernels": ops.kernels(), "rows": {}, "failed": {}}
+    torch._functorch.config.donated_buffer = False  # a peer's backward pass is run again and again
     print(json.dumps(result["machine"]), json.dumps(roof), flush=True)
     for name in options.only.split(","):
         print(f"== {name}", flush=True)

@@ -30,7 +30,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
     echo "memcheck: compute-sanitizer is not here, not run"
 fi
-timeout 330 "$PYTHON" -m benchmarks.gpu --out "$OUT/gate.json" 2>&1 | tee "$OUT/benchmarks.log" | cut -c1-400
+timeout 390 "$PYTHON" -m benchmarks.gpu --out "$OUT/gate.json" 2>&1 | tee "$OUT/benchmarks.log" | cut -c1-400
 [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
 # whole runs within memory budgets: needs about 60 GB of host memory, most of it pinned
 step memory 300 "$PYTHON" -m benchmarks.gpu --out "$OUT/memory.json" --only memory

@@ -16,41 +16,51 @@ import torch
 
 import kandinsky_kernels
 from kandinsky_kernels import reference
+from tests.backward import BACKWARD_BENCHES
 from tests.cases import BENCHES, Case, bytes_moved
 
 from .clock import keep_memory, machine, measure, roofs
 from .report import markdown
 
 RESULTS = Path(__file__).parent / "results"
+ROWS = [*BENCHES, *BACKWARD_BENCHES]
 # What is judged: a name, the medians (case, provider) of numerator and denominator, the wanted and the hoped-for ratio, and
 # whether less is better.
 BARS = [
-    *((f"block_sparse_attention, {percent} % of the blocks: times faster than dense", (f"-{percent}_percent", "dense"),
-       (f"-{percent}_percent", "ours"), wanted, hoped, False)
+    *((f"block_sparse_attention, {percent} % of the blocks: times faster than dense", (f"attention-{percent}_percent", "dense"),
+       (f"attention-{percent}_percent", "ours"), wanted, hoped, False)
       for percent, wanted, hoped in ((10, 6.0, 8.0), (20, 3.5, 4.2), (100, 0.8, None))),
-    ("select_blocks over block_sparse_attention at 10 %", ("select_blocks-128_blocks", "ours"), ("-10_percent", "ours"), 0.05, None, True),
+    ("select_blocks over block_sparse_attention at 10 %", ("select_blocks-128_blocks", "ours"), ("attention-10_percent", "ours"), 0.05,
+     None, True),
+    ("gradient of block_sparse_attention over block_sparse_attention at 10 %", ("attention_backward-10_percent", "ours"),
+     ("attention-10_percent", "ours"), 3.0, 2.5, True),
 ]
+
+
+def kernel_of(case: Case) -> str:
+    """The operator that a case times."""
+    return case.op.replace("_means", "")
 
 
 def reference_call(case: Case, inputs: dict) -> Callable:
     """The operator with its reference in the kernel's place, on the same inputs."""
-    name = case.op.removesuffix("_means")
+    name, run = kernel_of(case), case.ready(case.operator.call, inputs)
     families = (kandinsky_kernels.norm, kandinsky_kernels.nabla, kandinsky_kernels.vae)
     module = next(family for family in families if hasattr(family, f"_{name}"))
 
     def call():
         with mock.patch.object(module, f"_{name}", getattr(reference, name)):
-            return case.run(inputs)
+            return run()
     return call
 
 
 def providers(case: Case, inputs: dict, compiled: bool) -> dict[str, Callable]:
     operator = case.operator
-    calls = {"ours": lambda: case.run(inputs), "reference": reference_call(case, inputs), "torch": lambda: operator.peer(**inputs)}
-    if compiled and "norm" in case.op:
+    calls = {"ours": case.ready(operator.call, inputs), "reference": reference_call(case, inputs),
+             "torch": case.ready(operator.peer, inputs)}
+    if compiled and "norm" in case.op and case in BENCHES:
         torch._dynamo.reset()
-        faster = torch.compile(operator.peer)
-        calls["compiled"] = lambda: faster(**inputs)
+        calls["compiled"] = case.ready(torch.compile(operator.peer), inputs)
     if operator.dense:
         calls["dense"] = operator.dense(**inputs)
     return calls
@@ -64,8 +74,8 @@ def row(case: Case, roof: dict[str, float], compiled: bool) -> dict:
     timings = measure(providers(case, inputs, compiled))
     ours, flops = timings["ours"].median_ms, case.operator.flops(inputs)
     gb_s, gflop_s = bytes_moved(inputs, outputs) / 1e6 / ours, flops / 1e6 / ours
-    op = case.op.removesuffix("_means")
-    return {"case": case.id, "kernel": kandinsky_kernels.kernels()[op]["cpu"], "gb_s": round(gb_s, 3), "gflop_s": round(gflop_s, 2),
+    return {"case": case.id, "kernel": kandinsky_kernels.kernels()[kernel_of(case)]["cpu"],
+            "gb_s": round(gb_s, 3), "gflop_s": round(gflop_s, 2),
             "of_roof": round(gflop_s / roof["matmul_gflop_s"] if flops else gb_s / roof["copy_gb_s"], 3),
             "timings": {name: timing.record() for name, timing in timings.items()}}
 
@@ -103,7 +113,7 @@ def main() -> None:
     keep_memory()
     roof = roofs()
     rows = []
-    for case in BENCHES:
+    for case in ROWS:
         if options.only in case.id:
             print(f"timing {case.id}", flush=True)
             rows.append(row(case, roof, not options.no_compile))
@@ -117,7 +127,7 @@ def main() -> None:
 
 
 @pytest.mark.parametrize("provider", ["ours", "reference", "torch"])
-@pytest.mark.parametrize("case", BENCHES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: case.id)
 def test_speed(benchmark, case, provider):
     inputs = case.inputs()
     if provider == "ours":

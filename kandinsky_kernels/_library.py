@@ -42,6 +42,22 @@ def declare(schema: str, reference: Callable, fake: Callable | None = None) -> C
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def differentiate(name: str, keep: Callable, backward: Callable) -> None:
+    """Register the gradient of the declared op ``name``, whose own operator ``backward`` calls: kernels run in both directions.
+
+    keep(ctx, inputs, output) saves what backward(ctx, *gradients of the outputs) reads; one is None where its output was not used.
+    """
+    def setup(ctx, inputs: tuple, output) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.inputs = len(inputs)
+        keep(ctx, inputs, output)
+
+    def gradients(ctx, *grads: torch.Tensor | None) -> tuple:
+        return backward(ctx, *grads) if any(grad is not None for grad in grads) else (None,) * ctx.inputs
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", gradients, setup_context=setup, lib=_library)
+
+
 def triton_absence() -> str | None:
     """Why no Triton kernel can run, or None."""
     if REFERENCE_ONLY:
@@ -96,12 +112,14 @@ def load_extension() -> None:
         _log.info("%s", extension_absence)
 
 
+def in_double(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call is in the oracle's precision, which kernels do not have: PyTorch runs, and differentiates, the reference."""
+    return any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+
+
 def needs_reference(*tensors: torch.Tensor | None) -> bool:
-    """True when a call must run the reference: gradients are recorded, or the inputs are fp64 (the oracle's precision)."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    if any(tensor.dtype == torch.float64 for tensor in given):
-        return True
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    """`in_double`, and for operators without a gradient of their own also whether one is recorded."""
+    return in_double(*tensors) or torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def kernels() -> dict[str, dict[str, str]]:

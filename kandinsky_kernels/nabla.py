@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, tuning
-from ._library import attach, declare, needs_reference, on
+from ._library import attach, declare, differentiate, in_double, on
 
 
 def _empty_selection(query_means: Tensor, *_) -> Tensor:
@@ -28,12 +28,20 @@ def _empty_attention(query: Tensor, *_) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty((B, H, S), dtype=lse_dtype)
 
 
+def _empty_gradients(query: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
+
+
 _select_blocks = declare(
     "select_blocks(Tensor query_means, Tensor key_means, float keep_mass, int[] tiles, int[] window, str ties) -> Tensor",
     reference.select_blocks, _empty_selection)
 _block_sparse_attention = declare(
     "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor selection, Tensor block_offsets, float scale,"
     " float logit_bound) -> (Tensor, Tensor)", reference.block_sparse_attention, _empty_attention)
+_block_sparse_attention_backward = declare(
+    "block_sparse_attention_backward(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor selection,"
+    " Tensor block_offsets, Tensor grad_out, Tensor? grad_lse, float scale) -> (Tensor, Tensor, Tensor)",
+    reference.block_sparse_attention_backward, _empty_gradients)
 
 
 def _check_alike(**tensors: Tensor) -> None:
@@ -78,7 +86,7 @@ def select_blocks(query_means: Tensor, key_means: Tensor, keep_mass: float, tile
         raise ValueError(f"tiles must be three numbers with product N = {query_means.shape[2]} and window three widths from 1 "
                          f"on, got {tiles} and {window}.")
     with torch.no_grad():  # the choice has no gradient
-        op = reference.select_blocks if needs_reference(query_means) else _select_blocks
+        op = reference.select_blocks if in_double(query_means) else _select_blocks
         return op(query_means, key_means, keep_mass, tiles, window, ties)
 
 
@@ -106,10 +114,7 @@ def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, selection:
     if not logit_bound >= 0.0:
         raise ValueError(f"logit_bound must be a number from 0 on, got {logit_bound}; leave it out when none is known.")
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        op = reference.masked_attention
-    else:
-        op = reference.block_sparse_attention if needs_reference(query) else _block_sparse_attention
+    op = reference.block_sparse_attention if in_double(query) else _block_sparse_attention
     out, lse = op(query, key, value, selection, block_offsets, scale, logit_bound)
     return (out, lse) if return_lse else out
 
@@ -136,6 +141,25 @@ def transpose_selection(selection: Tensor) -> Tensor:
         swapped = ((low >> width) ^ high) & mask
         bits = torch.stack((low ^ (swapped << width), high ^ swapped), -3).flatten(-4, -2)
     return bits.transpose(-3, -1).flatten(-3, -2)[..., :N, :].contiguous()
+
+
+# ---- gradients
+
+
+def _keep_attention(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, _ = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _attention_gradients(ctx, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple:
+    query, key, value, selection, block_offsets, out, lse = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    gradients = _block_sparse_attention_backward(query, key, value, out, lse, selection, block_offsets, grad_out, grad_lse, ctx.scale)
+    return *gradients, None, None, None, None
+
+
+differentiate("block_sparse_attention", _keep_attention, _attention_gradients)
 
 
 # ---- on GPUs
@@ -231,6 +255,19 @@ def _describe(x: Tensor, block: int):
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, tuning.TOKENS, 1, block])
 
 
+def _list_blocks(selection: Tensor, first: int, pairs: int) -> tuple[Tensor, Tensor]:
+    """What the rows of so many (batch, head) pairs keep, in ascending order: int16 [pairs * N, N] and their numbers int32 [pairs * N]."""
+    from .triton import nabla as kernels
+
+    N, words = selection.shape[2:]
+    rows = selection.reshape(-1, words)[first * N:]
+    lists = torch.empty(pairs * N, N, dtype=torch.int16, device=selection.device)
+    counts = torch.empty(pairs * N, dtype=torch.int32, device=selection.device)
+    kernels.list_blocks[(pairs * N,)](rows, lists, counts, N, words, CHUNK=min(tuning.LIST_CHUNK, tuning.padded(N)),
+                                      num_warps=tuning.LIST.num_warps)
+    return lists, counts
+
+
 def _launch_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor, scale: float,
                       logit_bound: float) -> tuple[Tensor, Tensor]:
     """Heads are taken in groups whose block lists fit into `tuning.LIST_BYTES`."""
@@ -238,10 +275,7 @@ def _launch_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tens
 
     B, S, H, D = query.shape
     N, block = selection.shape[2], tuning.padded(D, 16)
-    group = min(B * H, max(1, tuning.LIST_BYTES // (2 * N * N)))
-    rows, block_offsets = selection.contiguous().view(B * H * N, -1), block_offsets.contiguous()
-    lists = torch.empty(group * N, N, dtype=torch.int16, device=query.device)
-    counts = torch.empty(group * N, dtype=torch.int32, device=query.device)
+    group, block_offsets = max(1, tuning.LIST_BYTES // (2 * N * N)), block_offsets.contiguous()
     out, lse = query.new_empty(B, S, H, D), query.new_empty((B, H, S), dtype=torch.float32)
     strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
     full, bounded = _attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
@@ -252,14 +286,45 @@ def _launch_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tens
     with on(query):
         for first in range(0, B * H, group):
             pairs = min(group, B * H - first)
-            kernels.list_blocks[(pairs * N,)](
-                rows[first * N:], lists, counts, N, rows.shape[1], CHUNK=min(tuning.LIST_CHUNK, tuning.padded(N)),
-                num_warps=tuning.LIST.num_warps)
+            lists = _list_blocks(selection, first, pairs)
             kernels.block_sparse_attention[(N, pairs)](
-                query, *(tiles if descriptors else (key, value)), lists, counts, block_offsets, out, lse, first, S, H, N, D, *strides,
+                query, *(tiles if descriptors else (key, value)), *lists, block_offsets, out, lse, first, S, H, N, D, *strides,
                 scale / math.log(2), logit_bound / math.log(2) if bounded else 0.0, FULL=full, BOUNDED=bounded, TMA=descriptors,
                 PRECISION="ieee", BLOCK=block, TOKENS=tuning.TOKENS, num_warps=launch.num_warps, num_stages=launch.num_stages)
     return out, lse
+
+
+def _launch_gradients(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, selection: Tensor, block_offsets: Tensor,
+                      grad_out: Tensor, grad_lse: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Seven products for a kept pair of blocks, in two kernels, and no sum that two programs add to: the same bits every time."""
+    from .triton import nabla as kernels
+
+    B, S, H, D = query.shape
+    N, block, (full,) = selection.shape[2], tuning.padded(D, 16), _gradients_kind(query, key, value, out, lse, selection)
+    group, transposed, offsets = max(1, tuning.LIST_BYTES // (2 * N * N)), transpose_selection(selection), block_offsets.contiguous()
+    out, lse, grad_out = out.contiguous(), lse.contiguous(), grad_out.contiguous()
+    sums, common = lse if grad_lse is None else grad_lse.contiguous(), torch.empty_like(lse)
+    gradients = [query.new_empty(B, S, H, D) for _ in range(3)]
+    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
+    of_queries, of_keys = tuning.attention_backward(block, query.dtype, capability, full)
+    described = [[_describe(x, block) for x in pair] if of.descriptors else [None]
+                 for of, pair in ((of_queries, (key, value)), (of_keys, (query, grad_out)))]
+    by_tma = [None not in tiles for tiles in described]
+    keys, queries = (tiles if tma else pair for tiles, tma, pair in zip(described, by_tma, ((key, value), (query, grad_out)), strict=True))
+    sizes = [S, H, N, D, *(stride for x in (query, key, value) for stride in x.stride()[:3]), scale, scale / math.log(2)]
+    constants = {"FULL": full, "PRECISION": "ieee", "BLOCK": block, "TOKENS": tuning.TOKENS}
+    with on(query):
+        for first in range(0, B * H, group):
+            pairs = min(group, B * H - first)
+            lists = _list_blocks(selection, first, pairs)
+            kernels.block_sparse_attention_backward_query[(N, pairs)](
+                query, *keys, out, grad_out, lse, sums, *lists, offsets, common, gradients[0], first, *sizes, TMA=by_tma[0],
+                LSE=grad_lse is not None, **constants, num_warps=of_queries.num_warps, num_stages=of_queries.num_stages)
+            lists = _list_blocks(transposed, first, pairs)
+            kernels.block_sparse_attention_backward_key[(N, pairs)](
+                queries[0], key, value, queries[1], lse, common, *lists, offsets, *gradients[1:], first,
+                *sizes, TMA=by_tma[1], **constants, num_warps=of_keys.num_warps, num_stages=of_keys.num_stages)
+    return tuple(gradients)
 
 
 def _trial_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor, scale: float,
@@ -276,5 +341,25 @@ def _trial_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tenso
     return query, key, value, keep, offsets, scale, logit_bound
 
 
+def _refuse_gradients(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, selection: Tensor, *_) -> str | None:
+    """Why the Triton kernels cannot take this call, or None."""
+    return _refuse_attention(query, key, value, selection)
+
+
+def _gradients_kind(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, selection: Tensor, *_) -> tuple[bool]:
+    """Whether every block is full."""
+    return (query.shape[1] == tuning.TOKENS * selection.shape[2],)
+
+
+def _trial_gradients(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, selection: Tensor, block_offsets: Tensor,
+                     grad_out: Tensor, grad_lse: Tensor | None, scale: float) -> tuple:
+    """The blocks of `_trial_attention`, its results as the reference has them, and random gradients of these."""
+    *tensors, _ = _trial_attention(query, key, value, selection, block_offsets, scale, math.inf)
+    out, lse = reference.block_sparse_attention(*tensors)
+    grads = torch.randn_like(out), None if grad_lse is None else torch.randn_like(lse)
+    return *tensors[:3], out, lse, *tensors[3:5], *grads, scale
+
+
 attach("select_blocks", _launch_selection, _refuse_selection, _trial_selection, refuse_compiled=_refuse_compiled_selection)
 attach("block_sparse_attention", _launch_attention, _refuse_attention, _trial_attention, _attention_kind)
+attach("block_sparse_attention_backward", _launch_gradients, _refuse_gradients, _trial_gradients, _gradients_kind)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Norms fused with what surrounds them in a diffusion transformer: modulation, gate and residual, rotary embedding."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference, tuning
-from ._library import attach, declare, needs_reference, on
+from ._library import attach, declare, differentiate, in_double, on
 
 LAYER_NORM_EPS = 1e-5
 MOST_AXES = 3
@@ -20,6 +21,15 @@ _gated_add_norm = declare(
 _norm_rope = declare(
     "norm_rope(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, Tensor? positions, int[] pairs, Tensor? block_offsets, float eps)"
     " -> (Tensor, Tensor)", reference.norm_rope)
+_modulated_norm_backward = declare(
+    "modulated_norm_backward(Tensor x, Tensor scale, Tensor grad, float eps) -> (Tensor, Tensor, Tensor)",
+    reference.modulated_norm_backward)
+_gated_add_norm_backward = declare(
+    "gated_add_norm_backward(Tensor y, Tensor branch, Tensor gate, Tensor scale, Tensor? grad_y, Tensor grad_normed, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)", reference.gated_add_norm_backward)
+_norm_rope_backward = declare(
+    "norm_rope_backward(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, Tensor? positions, int[] pairs, Tensor grad, float eps)"
+    " -> (Tensor, Tensor)", reference.norm_rope_backward)
 
 
 class Rotary(NamedTuple):
@@ -69,7 +79,7 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = LAYER_N
     Raises ValueError on other shapes and strides, TypeError on tensors that are not floats.
     """
     _check_rows(x, scale=scale, shift=shift)
-    op = reference.modulated_norm if needs_reference(x, scale, shift) else _modulated_norm
+    op = reference.modulated_norm if in_double(x, scale, shift) else _modulated_norm
     return op(x, scale, shift, eps)
 
 
@@ -90,7 +100,7 @@ def gated_add_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None
     _check_layout("branch", branch)
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must be given together, got only one of them.")
-    op = reference.gated_add_norm if needs_reference(x, branch, gate, scale, shift) else _gated_add_norm
+    op = reference.gated_add_norm if in_double(x, branch, gate, scale, shift) else _gated_add_norm
     y, normed = op(x, branch, gate, scale, shift, eps)
     return y, None if scale is None else normed
 
@@ -125,7 +135,7 @@ def norm_rope(x: Tensor, weight: Tensor, rotary: Rotary | None = None, eps: floa
     TypeError on other dtypes, RuntimeError on a CPU for positions outside of the tables.
     """
     _check_heads(x, weight, rotary)
-    op = reference.norm_rope if needs_reference(x, weight) else _norm_rope
+    op = reference.norm_rope if in_double(x, weight) else _norm_rope
     return op(x, weight, *(rotary or (None, None, None, ())), None, eps)[0]
 
 
@@ -140,8 +150,60 @@ def norm_rope_means(x: Tensor, weight: Tensor, rotary: Rotary | None, block_offs
     _check_heads(x, weight, rotary)
     if block_offsets.dim() != 1 or block_offsets.dtype != torch.int32:
         raise ValueError(f"block_offsets must be int32 [N + 1], got {block_offsets.dtype} {list(block_offsets.shape)}.")
-    op = reference.norm_rope if needs_reference(x, weight) else _norm_rope
+    op = reference.norm_rope if in_double(x, weight) else _norm_rope
     return op(x, weight, *(rotary or (None, None, None, ())), block_offsets, eps)
+
+
+# ---- gradients
+
+
+def _keep_modulated_norm(ctx, inputs: tuple, _) -> None:
+    x, scale, shift, ctx.eps = inputs
+    ctx.save_for_backward(x, scale)
+    ctx.dtypes = scale.dtype, shift.dtype
+
+
+def _modulated_norm_gradients(ctx, grad: Tensor) -> tuple:
+    grad_x, *vectors = _modulated_norm_backward(*ctx.saved_tensors, grad.contiguous(), ctx.eps)
+    return grad_x, *(vector.to(dtype) for vector, dtype in zip(vectors, ctx.dtypes, strict=True)), None
+
+
+def _keep_gated_add_norm(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    _, branch, gate, scale, shift, ctx.eps = inputs
+    ctx.save_for_backward(output[0], branch, gate, scale)
+    ctx.dtypes = [gate.dtype, *(vector.dtype for vector in (scale, shift) if vector is not None)]
+
+
+def _gated_add_norm_gradients(ctx, grad_y: Tensor | None, grad_normed: Tensor | None) -> tuple:
+    y, branch, gate, scale = ctx.saved_tensors
+    if grad_normed is None:  # nothing follows the sum
+        wide = torch.promote_types(y.dtype, torch.float32)
+        grad_branch = (gate.to(wide)[:, None] * grad_y).to(y.dtype)
+        return grad_y, grad_branch, (branch.to(wide) * grad_y).sum(1).to(gate.dtype), None, None, None
+    grad_y = None if grad_y is None else grad_y.contiguous()
+    grad_x, grad_branch, *vectors = _gated_add_norm_backward(y, branch, gate, scale, grad_y, grad_normed.contiguous(), ctx.eps)
+    return grad_x, grad_branch, *(vector.to(dtype) for vector, dtype in zip(vectors, ctx.dtypes, strict=True)), None
+
+
+def _keep_norm_rope(ctx, inputs: tuple, _) -> None:
+    *tensors, ctx.pairs, block_offsets, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, block_offsets)
+
+
+def _norm_rope_gradients(ctx, grad_y: Tensor | None, grad_means: Tensor | None) -> tuple:
+    x, weight, cos, sin, positions, block_offsets = ctx.saved_tensors
+    grad = x.new_zeros(x.shape) if grad_y is None else grad_y
+    if grad_means is not None and block_offsets is not None:  # every token has its share of its block's
+        lengths = block_offsets.diff()
+        shares = (grad_means / lengths[:, None]).transpose(1, 2)  # [B, N, H, D]
+        grad = (grad + shares.repeat_interleave(lengths, 1, output_size=x.shape[1])).to(x.dtype)
+    grad_x, grad_weight = _norm_rope_backward(x, weight, cos, sin, positions, ctx.pairs, grad.contiguous(), ctx.eps)
+    return grad_x, grad_weight.to(weight.dtype), None, None, None, None, None, None
+
+
+differentiate("modulated_norm", _keep_modulated_norm, _modulated_norm_gradients)
+differentiate("gated_add_norm", _keep_gated_add_norm, _gated_add_norm_gradients)
+differentiate("norm_rope", _keep_norm_rope, _norm_rope_gradients)
 
 
 # ---- on GPUs
@@ -203,6 +265,53 @@ def _launch_norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor
     return y, means
 
 
+def _launch_modulated_norm_backward(x: Tensor, scale: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of vectors are sums of sums over `tuning.norm_backward_rows` tokens: the same bits every time."""
+    from .triton import norm as kernels
+
+    B, S, C = x.shape
+    block, rows, grad = tuning.padded(C), tuning.norm_backward_rows(S), grad.contiguous()
+    grad_x, launch = x.new_empty(B, S, C), tuning.norm_backward(block)
+    sums = x.new_empty((B, -(-S // rows), 2, C), dtype=torch.float32)
+    with on(x):
+        kernels.modulated_norm_backward[(sums.shape[1], B)](
+            x, scale, grad, grad_x, sums, S, C, x.stride(0), x.stride(1), scale.stride(0), eps, ROWS=rows, BLOCK=block,
+            num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return grad_x, *(sums[:, :, i].sum(1) for i in range(2))
+
+
+def _launch_gated_add_norm_backward(y: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, grad_y: Tensor | None, grad_normed: Tensor,
+                                    eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from .triton import norm as kernels
+
+    B, S, C = y.shape
+    block, rows, grad_normed = tuning.padded(C), tuning.norm_backward_rows(S), grad_normed.contiguous()
+    grad_x, grad_branch, launch = y.new_empty(B, S, C), y.new_empty(B, S, C), tuning.norm_backward(block)
+    sums = y.new_empty((B, -(-S // rows), 3, C), dtype=torch.float32)
+    with on(y):
+        kernels.gated_add_norm_backward[(sums.shape[1], B)](
+            y, branch, gate, scale, grad_normed if grad_y is None else grad_y.contiguous(), grad_normed, grad_x, grad_branch, sums, S, C,
+            y.stride(0), y.stride(1), branch.stride(0), branch.stride(1), gate.stride(0), scale.stride(0), eps,
+            ADD=grad_y is not None, ROWS=rows, BLOCK=block, num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return grad_x, grad_branch, *(sums[:, :, i].sum(1) for i in range(3))
+
+
+def _launch_norm_rope_backward(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None,
+                               pairs: list[int], grad: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from .triton import norm as kernels
+
+    B, S, H, D = x.shape
+    grad_x, heads, launch = x.new_empty(B, S, H, D), tuning.rope_heads(H), tuning.rope_backward(tuning.padded(D))
+    grid, weight, axes = (-(-S // tuning.TOKENS), -(-H // heads), B), weight.contiguous(), 0 if cos is None else len(pairs)
+    cos, sin, positions = (weight if tensor is None else tensor.contiguous() for tensor in (cos, sin, positions))
+    sums, (first, second) = x.new_empty((math.prod(grid), D), dtype=torch.float32), (sum(pairs[:count]) for count in (1, 2))
+    with on(x):
+        kernels.norm_rope_backward[grid](
+            x, weight, cos, sin, positions, grad.contiguous(), grad_x, sums, S, H, D, first, second, *x.stride()[:3], eps,
+            AXES=axes, HEADS=heads, TOKENS=tuning.TOKENS, BLOCK=tuning.padded(D), num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return grad_x, sums.sum(0)
+
+
 def _trial_norm(x: Tensor, *args) -> tuple:
     """Three rows of the caller's width, one sample: random vectors, its eps."""
     *vectors, eps = args
@@ -222,6 +331,15 @@ def _trial_norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor 
             None if angles is None else angles.cos(), None if angles is None else angles.sin(), places, pairs, offsets, eps)
 
 
+def _trial_norm_rope_backward(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, pairs: list[int],
+                              grad: Tensor, eps: float) -> tuple:
+    *case, _, eps = _trial_norm_rope(x, weight, cos, sin, positions, pairs, None, eps)
+    return *case, torch.randn_like(case[0]), eps
+
+
 attach("modulated_norm", _launch_modulated_norm, _refuse_norm, _trial_norm)
 attach("gated_add_norm", _launch_gated_add_norm, _refuse_norm, _trial_norm)
 attach("norm_rope", _launch_norm_rope, _refuse_norm, _trial_norm_rope)
+attach("modulated_norm_backward", _launch_modulated_norm_backward, _refuse_norm, _trial_norm)
+attach("gated_add_norm_backward", _launch_gated_add_norm_backward, _refuse_norm, _trial_norm)
+attach("norm_rope_backward", _launch_norm_rope_backward, _refuse_norm, _trial_norm_rope_backward)

@@ -35,6 +35,31 @@ def gated_add_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None
     return y, modulated_norm(y, scale, shift, eps)
 
 
+def _layer_norm_backward(x: Tensor, scale: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x [B, S, C], scale and shift [B, C] of `modulated_norm`, before any is rounded."""
+    centred = _wide(x) - _wide(x).mean(-1, keepdim=True)
+    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    normed, grad = centred * inverse, _wide(grad)
+    inner = grad * (1 + _wide(scale)[:, None])
+    inner_x = inverse * (inner - inner.mean(-1, keepdim=True) - normed * (inner * normed).mean(-1, keepdim=True))
+    return inner_x, (grad * normed).sum(1), grad.sum(1)
+
+
+def modulated_norm_backward(x: Tensor, scale: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x in its dtype and of scale and shift, at least fp32."""
+    grad_x, grad_scale, grad_shift = _layer_norm_backward(x, scale, grad, eps)
+    return grad_x.to(x.dtype).contiguous(), grad_scale, grad_shift
+
+
+def gated_add_norm_backward(y: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, grad_y: Tensor | None, grad_normed: Tensor,
+                            eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and branch in their dtype, and of gate, scale and shift, at least fp32. y: what the forward pass returned."""
+    grad, grad_scale, grad_shift = _layer_norm_backward(y, scale, grad_normed, eps)
+    grad = grad if grad_y is None else grad + _wide(grad_y)
+    grad_branch, grad_gate = grad * _wide(gate)[:, None], (grad * _wide(branch)).sum(1)
+    return grad.to(y.dtype).contiguous(), grad_branch.to(y.dtype).contiguous(), grad_gate, grad_scale, grad_shift
+
+
 def block_means(x: Tensor, block_offsets: Tensor) -> Tensor:
     """Mean over each block's tokens. x [B, S, H, D], block_offsets int32 [N + 1] -> [B, H, N, D], at least fp32."""
     lengths = block_offsets.diff()
@@ -45,20 +70,37 @@ def block_means(x: Tensor, block_offsets: Tensor) -> Tensor:
     return (sums / lengths.to(wide.dtype)[:, None, None]).transpose(1, 2).contiguous()  # [B, H, N, D]
 
 
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, pairs: list[int], sign: int) -> Tensor:
+    """Turn adjacent pairs of x [B, S, H, D] by sign times the angles of the tables."""
+    axes = [(slice(sum(pairs[:i]), sum(pairs[: i + 1])), positions[:, i].long()) for i in range(len(pairs))]
+    cos, sin = (torch.cat([table[rows, columns] for columns, rows in axes], -1) for table in (cos, sin))  # [S, D/2]
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # [B, S, H, D/2] each
+    cos, sin = cos.to(x.dtype)[:, None], sign * sin.to(x.dtype)[:, None]  # [S, 1, D/2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
 def norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, pairs: list[int],
               block_offsets: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """RMSNorm over D, then rotate adjacent pairs; also the block means of the result when offsets are given."""
     wide = _wide(x)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
     if cos is not None and sin is not None and positions is not None:
-        axes = [(slice(sum(pairs[:i]), sum(pairs[: i + 1])), positions[:, i].long()) for i in range(len(pairs))]
-        cos, sin = (torch.cat([table[rows, columns] for columns, rows in axes], -1) for table in (cos, sin))  # [S, D/2]
-        even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)  # [B, S, H, D/2] each
-        cos, sin = cos.to(wide.dtype)[:, None], sin.to(wide.dtype)[:, None]  # [S, 1, D/2]
-        y = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+        y = _rotate(y, cos, sin, positions, pairs, 1)
     y = y.to(x.dtype).contiguous()
     means = wide.new_empty(0) if block_offsets is None else block_means(y, block_offsets)
     return y, means
+
+
+def norm_rope_backward(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, pairs: list[int],
+                       grad: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of x in its dtype and of weight, at least fp32; the angles are constants. grad: of the rotated tensor."""
+    wide, grad = _wide(x), _wide(grad)
+    if cos is not None and sin is not None and positions is not None:
+        grad = _rotate(grad, cos, sin, positions, pairs, -1)
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed, inner = wide * inverse, grad * weight.to(wide.dtype)
+    grad_x = inverse * (inner - normed * (inner * normed).mean(-1, keepdim=True))
+    return grad_x.to(x.dtype).contiguous(), (grad * normed).sum((0, 1, 2))
 
 
 def pack_selection(keep: Tensor) -> Tensor:
@@ -120,35 +162,42 @@ def select_blocks(query_means: Tensor, key_means: Tensor, keep_mass: float, tile
 def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor,
                            scale: float, logit_bound: float = math.inf) -> tuple[Tensor, Tensor]:
     """Softmax attention over the kept blocks: out [B, S, H, D] in query's dtype, natural log-sum-exp [B, H, S]."""
-    B, S, H, _ = query.shape
-    starts = block_offsets.tolist()
+    B, S, H, D = query.shape
+    starts, block_of_token = block_offsets.tolist(), torch.repeat_interleave(block_offsets.diff(), output_size=S)
     keep = unpack_selection(selection, len(starts) - 1)
-    block_of_token = torch.repeat_interleave(block_offsets.diff(), output_size=S)
-    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.full((B, H, S), -math.inf, dtype=_wide(query[:0]).dtype, device=query.device)
+    outs, sums = [query.new_empty(0, D)], [_wide(query).new_empty(0)]  # row by row of blocks
     for batch in range(B):
         for head in range(H):
             q, k, v = (_wide(x[batch, :, head]) for x in (query, key, value))  # [S, D]
             for block, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
                 kept = keep[batch, head, block][block_of_token].nonzero()[:, 0]
                 logits = q[start:stop] @ k[kept].T * scale  # [rows, kept tokens]
-                if len(kept):
-                    out[batch, start:stop, head] = (logits.softmax(-1) @ v[kept]).to(query.dtype)
-                    lse[batch, head, start:stop] = logits.logsumexp(-1)
-    return out, lse
+                outs.append((logits.softmax(-1) @ v[kept]).to(query.dtype))  # a product over no tokens is zero
+                sums.append(logits.logsumexp(-1))
+    return torch.cat(outs).view(B, H, S, D).transpose(1, 2).contiguous(), torch.cat(sums).view(B, H, S)
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor,
-                     scale: float, logit_bound: float = math.inf) -> tuple[Tensor, Tensor]:
-    """The same through one dense boolean mask: differentiable and quick for short sequences, quadratic in memory."""
-    wide = [_wide(x).transpose(1, 2) for x in (query, key, value)]  # [B, H, S, D]
-    keep = unpack_selection(selection, block_offsets.shape[0] - 1)
-    block_of_token = torch.repeat_interleave(block_offsets.diff(), output_size=query.shape[1])
-    mask = keep[:, :, block_of_token][..., block_of_token]  # [B, H, S, S]
-    logits = (wide[0] @ wide[1].transpose(-1, -2) * scale).masked_fill(~mask, -math.inf)
-    weights = logits.softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.0)  # rows that keep nothing give zeros
-    out = weights @ wide[2]
-    return out.transpose(1, 2).to(query.dtype).contiguous(), logits.logsumexp(-1)
+def block_sparse_attention_backward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, selection: Tensor,
+                                    block_offsets: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
+                                    scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value (arXiv 2205.14135, appendix B.2). The selection has none: it is a choice."""
+    B, S, H, _ = query.shape
+    starts, block_of_token = block_offsets.tolist(), torch.repeat_interleave(block_offsets.diff(), output_size=S)
+    keep = unpack_selection(selection, len(starts) - 1)
+    grad_query, grad_key, grad_value = (torch.zeros_like(_wide(query), memory_format=torch.contiguous_format) for _ in range(3))
+    for batch in range(B):
+        for head in range(H):
+            q, k, v, o, g = (_wide(x[batch, :, head]) for x in (query, key, value, out, grad_out))  # [S, D]
+            common = (o * g).sum(-1, keepdim=True)  # of a row: what its softmax takes off every logit's gradient
+            common = common if grad_lse is None else common - grad_lse[batch, head, :, None]
+            for block, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+                rows, kept = slice(start, stop), keep[batch, head, block][block_of_token].nonzero()[:, 0]
+                share = (q[rows] @ k[kept].T * scale - lse[batch, head, rows, None]).exp()  # [rows, kept tokens]
+                change = share * (g[rows] @ v[kept].T - common[rows]) * scale
+                grad_query[batch, rows, head] = change @ k[kept]
+                grad_key[batch, :, head].index_add_(0, kept, change.T @ q[rows])
+                grad_value[batch, :, head].index_add_(0, kept, share.T @ g[rows])
+    return grad_query.to(query.dtype), grad_key.to(query.dtype), grad_value.to(query.dtype)
 
 
 def group_moments(x: Tensor, groups: int) -> Tensor:
@@ -189,5 +238,5 @@ def frame_causal_attention(query: Tensor, key: Tensor, value: Tensor, first_fram
                 share = (logits - top).exp_()
                 total = share.sum(-1, keepdim=True)
                 out[b, t, start:start + rows] = (share @ v / total).to(query.dtype)
-                lse[b, t, start:start + rows] = (top + total.log())[:, 0]
+                lse[b, t, start:start + rows] = torch.where(top.isinf(), top, top + total.log())[:, 0]
     return out, lse

@@ -10,6 +10,7 @@ import torch
 
 VERIFIED: frozenset[str] = frozenset()  # operators with a GPU result in benchmarks/results
 CUDA_CPP: frozenset[str] = frozenset()  # operators whose CUDA C++ kernel a GPU has found right and faster than Triton's: they run it
+TRITON: frozenset[str] = frozenset()  # operators of PyTorch's whose Triton kernel a GPU has found right and over 15 % faster: they run it
 TOKENS = 64  # per block of NABLA, and per tile of everything that works on tokens
 LIST_BYTES = 64 << 20  # scratch for block lists per launch of attention; longer ones are cut by heads
 LIST_CHUNK = 1024
@@ -50,6 +51,19 @@ def attention(block: int, dtype: torch.dtype, capability: tuple[int, int], full:
     return Launch(4, stages, descriptors=capability[0] >= 9 and dtype.itemsize == 2)
 
 
+def attention_backward(block: int, dtype: torch.dtype, capability: tuple[int, int], full: bool) -> tuple[Launch, Launch]:
+    """Of the gradient of queries, which sums up one tile, and of that of keys and values, which sums up two.
+
+    Registers decide. mma.sync keeps operands in registers too and takes eight warps for D = 128; so do the two sums where two of three
+    come together: that, D = 128 (250 of 255 registers on sm_90), and the masks of ragged blocks. The queries' third stage leaves room for
+    two more programs.
+    Descriptors on sm_90 and 100 alone: with them sm_120 spills. fp32 tiles are twice as large and get one stage.
+    """
+    wide, narrow, hopper = block > 64, dtype.itemsize == 2, capability[0] in (9, 10)
+    first = Launch(8 if wide and not hopper else 4, (2 if wide else 3) if narrow else 1, descriptors=hopper and full and narrow)
+    return first, Launch(8 if wide + (not full) + (not hopper) > 1 else 4, 2 if narrow else 1, descriptors=first.descriptors)
+
+
 def norm_rows(rows: int) -> int:
     """Rows per program: eight pay for loading the modulation, three fp32 vectors for rows of 16-bit numbers."""
     return 8 if rows >= FEW_ROWS else 1
@@ -60,6 +74,16 @@ def norm(block: int) -> Launch:
     return Launch(max(1, min(16, block // 512)), 1)
 
 
+def norm_backward_rows(rows: int) -> int:
+    """Rows per program: each leaves two or three fp32 rows of sums behind, which 64 rows make a twentieth of what is moved."""
+    return max(1, min(64, rows // 512))
+
+
+def norm_backward(block: int) -> Launch:
+    """About eight elements per thread: beside the row and its gradient there are up to three sums and three modulations."""
+    return Launch(max(1, min(16, block // 256)), 1)
+
+
 def rope_heads(heads: int) -> int:
     """Heads per program: all share their tokens' positions and angles, which the first brings into the L1 cache."""
     return next(count for count in (7, 8, 6, 5, 4, 3, 2, 1) if heads % count == 0)
@@ -68,6 +92,11 @@ def rope_heads(heads: int) -> int:
 def rope(block: int) -> Launch:
     """16 elements of a tile of 64 tokens per thread; with 32, and positions and angles beside them, some architectures spill."""
     return Launch(max(1, min(16, block // 8)), 1)
+
+
+def rope_backward(block: int) -> Launch:
+    """Eight elements per thread of each of two tiles of 64 tokens."""
+    return Launch(max(1, min(16, block // 4)), 1)
 
 
 def row(block: int) -> Launch:
@@ -109,3 +138,25 @@ def frame_attention(block: int, capability: tuple[int, int]) -> AttentionTile:
     if capability[0] == 9 or capability == (8, 0):
         return AttentionTile(64, 32, depth, Launch(8, 2))
     return AttentionTile(32, 32, min(128, block), Launch(8, 2))
+
+
+@dataclass(frozen=True)
+class ConvolutionTile:
+    """Pixels, channels and depth of a product of `causal_conv3d`, and its launch."""
+
+    rows: int
+    columns: int
+    depth: int
+    launch: Launch
+
+
+def convolution(channels: int, out_channels: int, capability: tuple[int, int]) -> ConvolutionTile:
+    """The larger a tile, the fewer bytes it reads out of L2 for its FLOPs, which is what limits a program without multicast.
+
+    sm_90 and sm_100: 256 x 128 either way, 85 FLOPs for a byte; their sums take 128 registers of each of 256 threads or lie in tensor
+    memory, and four stages 192 KiB. A depth of 64 is a row of 128 bytes, which their matrix units read best. Elsewhere 128 x 128, 64 FLOPs
+    for a byte, and a depth of 32: four stages, of which three are in memory, are 48 KiB, room for a second program where there are 99.
+    """
+    roomy = capability[0] in (9, 10)
+    depth, columns = min(64 if roomy else 32, padded(channels, 16)), min(256 if roomy else 128, padded(out_channels, 16))
+    return ConvolutionTile(256 if roomy and columns == 128 else 128, columns, depth, Launch(8, 4))

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference, tuning
-from ._library import attach, declare, needs_reference, on
+from . import _guard, reference, tuning
+from ._library import attach, declare, needs_reference, on, triton_absence
 
 GROUP_NORM_EPS = 1e-6
 INDEXABLE = 2**31 - 1  # elements of one operand of a convolution: cuDNN counts them in 32 bits
@@ -149,14 +149,21 @@ def causal_conv3d(x_padded: Tensor, weight: Tensor, bias: Tensor | None = None, 
 
     x_padded: [B, T + kT - 1, Y + kY - 1, X + kX - 1, C], as `group_norm_silu` returns it. weight: [C', C, kT, kY, kX] of its dtype.
     Returns a contiguous [B, T', Y', X', C'] in x_padded's dtype with T' = (T - 1) // stride + 1 and so on. Frames go in several calls
-    where one would have an operand of 2^31 elements. Raises ValueError on other shapes.
+    where one would have an operand of 2^31 elements. A Triton kernel takes cuDNN's place once `tuning.TRITON` names this operator.
+    Raises ValueError on other shapes.
     """
     _check_floats("x_padded", x_padded, "B, T, Y, X, C")
     taps, sizes = weight.shape[2:], x_padded.shape[1:4]
     if weight.dim() != 5 or weight.shape[1] != x_padded.shape[-1] or any(n < k for n, k in zip(sizes, taps, strict=True)):
         raise ValueError(f"weight must have shape [C', C, kT, kY, kX] with C = {x_padded.shape[-1]} and fit into x_padded, "
                          f"got {list(weight.shape)} for {list(x_padded.shape)}.")
-    x, step, B = x_padded.permute(0, 4, 1, 2, 3), stride[0], x_padded.shape[0]  # [B, C, T + 2, Y + 2, X + 2]
+    op = _launch_conv if _chosen_conv(x_padded, weight, bias, stride) else _convolve
+    return op(x_padded, weight, bias, stride)
+
+
+def _convolve(x_padded: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
+    """`causal_conv3d` by PyTorch, its meaning: in fp64 where the inputs are."""
+    x, step, B, taps = x_padded.permute(0, 4, 1, 2, 3), stride[0], x_padded.shape[0], weight.shape[2:]  # [B, C, T + 2, Y + 2, X + 2]
     frames = (x.shape[2] - taps[0]) // step + 1
     rows, columns = ((x.shape[axis] - taps[axis - 2]) // stride[axis - 2] + 1 for axis in (3, 4))
     inputs = INDEXABLE // max(1, B * math.prod(x_padded.shape[2:]))  # frames that one call may read
@@ -275,6 +282,48 @@ def _trial_attention(query: Tensor, key: Tensor, value: Tensor, first_frame: int
     """Two frames of 70 queries after an earlier frame, frames of 37 keys."""
     D, like = query.shape[-1], {"dtype": query.dtype, "device": query.device}
     return torch.randn(1, 2, 70, D, **like), torch.randn(1, 3, 37, D, **like), torch.randn(1, 3, 37, D, **like), 1, scale
+
+
+def _chosen_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> bool:
+    """Whether the Triton kernel takes this call: opt-in, because PyTorch's is the one to beat."""
+    if "causal_conv3d" not in tuning.TRITON or not x.is_cuda or triton_absence() or torch.compiler.is_compiling():
+        return False
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    args = x, weight, bias, stride
+    return not grad and _refuse_conv(*args) is None and _guard.trusted(
+        "causal_conv3d", _launch_conv, _convolve, _trial_conv, args, (tuple(weight.shape), tuple(stride), bias is None))
+
+
+def _refuse_conv(x: Tensor, weight: Tensor, *_) -> str | None:
+    """Why the Triton kernel cannot take this call, or None."""
+    if not x.numel() or not weight.numel():
+        return "there is nothing to compute"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"its matrix products take float16 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
+    return None if weight.dtype == x.dtype else f"it takes weights of the input's dtype, got {str(weight.dtype).removeprefix('torch.')}"
+
+
+def _launch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
+    from .triton import vae as kernels
+
+    (B, *sizes, C), (N, _, *taps) = x.shape, weight.shape
+    T, Y, X = ((n - k) // step + 1 for n, k, step in zip(sizes, taps, stride, strict=True))
+    out, weight = x.new_empty(B, T, Y, X, N), weight.permute(0, 2, 3, 4, 1).contiguous()  # as it lies where it is channels-last
+    tile = tuning.convolution(C, N, torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0))
+    with on(x):
+        kernels.causal_conv3d[(-(-Y * X // tile.rows) * -(-N // tile.columns), T, B)](
+            x, weight, weight if bias is None else bias, out, Y, X, C, N, *x.stride()[:4], PRECISION="ieee", BIAS=bias is not None,
+            WHOLE=C % tile.depth == 0 and N % tile.columns == 0, KT=taps[0], KY=taps[1], KX=taps[2], ST=stride[0], SY=stride[1],
+            SX=stride[2], ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.launch.num_warps,
+            num_stages=tile.launch.num_stages)
+    return out
+
+
+def _trial_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> tuple:
+    """Two frames of 9 x 17 pixels, more than a tile, through weights like the caller's."""
+    sizes = ((n - 1) * step + k for n, k, step in zip((2, 9, 17), weight.shape[2:], stride, strict=True))
+    x, weight = torch.randn(1, *sizes, x.shape[-1], dtype=x.dtype, device=x.device), torch.randn_like(weight) / math.sqrt(weight[0].numel())
+    return x, weight, None if bias is None else torch.randn_like(bias), stride
 
 
 attach("group_moments", _launch_moments, _refuse_moments, _trial_moments)

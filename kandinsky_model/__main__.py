@@ -15,6 +15,7 @@ import sys
 
 from . import commands
 from .config import CACHES, QUANTIZATIONS
+from .train_config import DISTILLATIONS, TrainConfig
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,6 +46,24 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prompts", metavar="FILE", help="one prompt on each line instead; under torchrun they are spread over processes")
     command.add_argument("-o", "--output", help=".mp4, .gif or .png (default: out.mp4, pictures out.png); several frames as png: "
                          "<name>_000.png, ...")
+    command.add_argument("--attention", choices=("nabla", "dense"), help="default: what the model was trained with")
+    command.add_argument("--cache", choices=CACHES, help="reuse what the blocks did at earlier steps (default: none)")
+    command.add_argument("--strip", metavar="FILE.png", help="also write some frames side by side")
+    _sampling_arguments(command)
+    _decoding_arguments(command)
+
+
+def _inspect_arguments(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(vae_policy=None, attention="nabla", cache=None)
+    command.add_argument("prompt")
+    command.add_argument("-o", "--output", default="inspection", metavar="FOLDER", help="default: inspection")
+    command.add_argument("--keep-mass", type=float, help="the probability to keep, in 0..1 (default: what the model was trained with)")
+    command.add_argument("--maps", type=int, nargs="*", metavar="STEP", help="steps to draw maps of (default: first, middle and last)")
+    _sampling_arguments(command)
+    _device_arguments(command)
+
+
+def _sampling_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", default="tiny", help="a preset (kandinsky presets), a local path or a hub repository (default: tiny)")
     command.add_argument("--revision", help="commit, branch or tag of the hub repository")
     length = command.add_mutually_exclusive_group()
@@ -56,9 +75,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--scheduler-scale", type=float, help="above 1, more of the steps go to the noisy end")
     command.add_argument("--seed", type=int, help="the same seed gives the same video (default: random, and printed)")
     command.add_argument("--negative", metavar="PROMPT", help="what to steer away from (default: the model's own)")
-    command.add_argument("--attention", choices=("nabla", "dense"), help="default: what the model was trained with")
     command.add_argument("--precision", choices=("fp32", "reference"), help="of the latents; reference rounds as the official code does")
-    command.add_argument("--cache", choices=CACHES, help="reuse what the blocks did at earlier steps (default: none)")
     command.add_argument("--image", metavar="FILE", help="the first frame, or the picture to edit, for checkpoints that take one")
     command.add_argument("--last-image", metavar="FILE", help="the last frame, for image-to-video checkpoints (untrained)")
     command.add_argument("--lora", type=commands.scaled_path, action="append", default=[], metavar="PATH[:SCALE]",
@@ -68,8 +85,6 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--expand", action="store_true", help="let the text encoder's language model rewrite the prompt in detail first")
     command.add_argument("--no-text-cache", dest="text_cache", action="store_false", help="neither use nor keep embedded prompts on disk")
     command.add_argument("--offload", action="store_true", help="keep on the GPU only the part that is working")
-    command.add_argument("--strip", metavar="FILE.png", help="also write some frames side by side")
-    _decoding_arguments(command)
 
 
 def _resume_arguments(command: argparse.ArgumentParser) -> None:
@@ -112,6 +127,42 @@ def _download_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--revision", help="commit, branch or tag of the hub repository")
 
 
+def _train_arguments(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(chatty=True)
+    command.add_argument("data", help="a folder of clips or pictures, each with a caption in a .txt of its name, or in captions.jsonl")
+    command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where all that comes of it goes")
+    command.add_argument("--model", default="tiny", help="a preset, a local path or a hub repository (default: tiny)")
+    what = command.add_mutually_exclusive_group()
+    what.add_argument("--lora-rank", type=int, default=32, metavar="R", help="train a LoRA of this rank, and alpha (default: 32)")
+    what.add_argument("--full", action="store_true", help="train all weights instead")
+    command.add_argument("--trigger", default="", help="words that call the LoRA: put before every caption, and later every prompt")
+    command.add_argument("--resume", action="store_true", help="go on with the training in the folder, to the same bits")
+    command.add_argument("--size", type=_size, action="append", metavar="WxH", help="cut each clip to the nearest of these; may be "
+                         "repeated (default: the preset's)")
+    command.add_argument("--frames", type=int, action="append", metavar="N", help="cut each clip to the longest of these that it has, "
+                         "4k + 1; may be repeated (default: the preset's)")
+    for name, kind, text in (
+        ("steps", int, "of the optimizer"), ("batch", int, "samples of a pass"),
+        ("passes", int, "of a step, whose gradients are added up; torchrun's processes share them"), ("rate", float, "of learning"),
+        ("warmup", int, "steps until the full rate"), ("ema", float, "decay of the weights' average, which is what is kept; 0: none"),
+        ("drop", float, "how often a caption is left out"), ("seed", int, "of all random numbers"),
+        ("save-every", int, "steps"), ("sample-every", int, "steps; 0: no samples"),
+    ):
+        command.add_argument(f"--{name}", type=kind, help=f"{text} (default: {getattr(TrainConfig, name.replace('-', '_'))})")
+    command.add_argument("--attention", choices=("nabla", "dense"), help="default: what the model was trained with")
+    command.add_argument("--distill", nargs="?", const="dense", choices=DISTILLATIONS, help="fit what the same weights do with dense "
+                         "attention (the default of this option), or with guidance, in one pass")
+    command.add_argument("--bad-data", choices=("stop", "skip"), help="at a file that cannot be used (default: stop)")
+    command.add_argument("--cache", metavar="FOLDER", help="of latents and embeddings (default: training/cache in the output)")
+    _device_arguments(command)
+
+
+def _draw_clips_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", help="a new or empty folder")
+    command.add_argument("--count", type=int, default=64, help="default: 64")
+    command.add_argument("--seed", type=int, default=0)
+
+
 def _train_tiny_arguments(command: argparse.ArgumentParser) -> None:
     command.set_defaults(chatty=True)
     command.add_argument("-o", "--output", default="tiny", metavar="FOLDER", help="where the model goes (default: tiny)")
@@ -127,7 +178,7 @@ def _check_tiny_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--steps", type=int)
     command.add_argument("--guidance", type=float)
     command.add_argument("--quantize", choices=QUANTIZATIONS, help="also compare with the unquantised model")
-    command.add_argument("--count", type=int, help="only the first of the 48 prompts")
+    command.add_argument("--count", type=int, default=48, help="how many prompts (default: 48); after 48 they come again, with other noise")
     command.add_argument("--json", metavar="FILE", help="also write every verdict")
 
 
@@ -143,7 +194,12 @@ def parser() -> argparse.ArgumentParser:
         (commands.download, _download_arguments, "fetch what a preset needs into the hub library's cache; afterwards no network is needed"),
         (commands.quantize, _quantize_arguments, "write a transformer with its large weights in 8 bits, and what that does to them"),
         (commands.verify, lambda command: command.add_argument("path"), "say what a file or folder of weights is, and whether it is whole"),
+        (commands.comfyui, lambda command: command.add_argument("path", help="the folder that holds ComfyUI's main.py"),
+         "put the nodes and example workflows into a ComfyUI"),
         (commands.doctor, None, "show what this machine offers, and what runs for each operator"),
+        (commands.inspect, _inspect_arguments, "draw which blocks of attention a model keeps while it samples a prompt"),
+        (commands.train, _train_arguments, "fit a LoRA, or all weights, to a folder of clips or pictures with captions"),
+        (commands.draw_clips, _draw_clips_arguments, "draw clips of simple shapes with captions, to try training on"),
         (commands.train_tiny, _train_tiny_arguments, "train the bundled model from nothing"),
         (commands.check_tiny, _check_tiny_arguments, "measure how often the bundled model draws what is asked"),
     ):

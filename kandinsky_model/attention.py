@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,7 @@ class Attention(nn.Module):
         self.query_norm = HeadNorm(head_dim)
         self.key_norm = HeadNorm(head_dim)
         self.out_layer = Linear(model_dim, model_dim)
+        self.watch: Callable[[Tensor, Tensor, Tensor], None] | None = None  # told block means of queries and keys, and NABLA's choice
         self.forget()
 
     def forget(self) -> None:
@@ -169,6 +171,8 @@ class Attention(nn.Module):
             query, key = _round(query, plan.rope_cast), _round(key, plan.rope_cast)
             query_means, key_means = block_means(query, plan.block_offsets), block_means(key, plan.block_offsets)
         selection = select_blocks(query_means.detach(), key_means.detach(), plan.nabla.keep_mass, plan.grid.tiles, plan.nabla.window)
+        if self.watch is not None:
+            self.watch(query_means, key_means, selection)
         return block_sparse_attention(query, key, value, selection, plan.block_offsets, logit_bound=self.logit_bound).flatten(-2)
 
 

@@ -23,9 +23,10 @@ def draw(combinations, folder=TINY, seed=0, batch=8, quantize=None, **settings):
 def check_tiny(folder=TINY, seed=0, steps=None, guidance=None, combinations=None, quantize=None):
     """Sample held-out prompts and judge them: {"prompts", "color", "background", "shape", "motion", "samples"}; shares of 1.
 
-    combinations: all 48 held-out ones unless given. A share counts clips whose word is right; "color_and_background" and "all" count
-    clips where those words are right together. Logs one line per clip. quantize: a mode of `QUANTIZATIONS`; the model is then also run
-    without, from the same noise: "unquantized" holds its shares, and "psnr" of each sample how near its frames come, in dB.
+    combinations: all 48 held-out ones unless given; one that comes again is drawn from other noise. A share counts clips whose word is
+    right; "color_and_background" and "all" count clips where those words are right together. Logs one line per clip. quantize: a mode
+    of `QUANTIZATIONS`; the model is then also run without, from the same noise: "unquantized" holds its shares, and "psnr" of each
+    sample how near its frames come, in dB.
     """
     combinations = shapes.held_out() if combinations is None else combinations
     settings = {"num_inference_steps": steps, "guidance_scale": guidance}
@@ -33,16 +34,17 @@ def check_tiny(folder=TINY, seed=0, steps=None, guidance=None, combinations=None
     runs = [draw(combinations, folder, seed, quantize=mode, **settings) for mode in modes]
     samples, plain = [], []
     for (combination, prompt, clip), *others in zip(*runs, strict=True):
-        samples.append(_judged(combination, prompt, clip))
+        samples.append(judged(combination, prompt, clip))
         for *_, other in others:
-            plain.append(_judged(combination, f"unquantised: {prompt}", other))
-            samples[-1]["psnr"] = round(_psnr(clip.frames, other.frames), 2)
+            plain.append(judged(combination, f"unquantised: {prompt}", other))
+            samples[-1]["psnr"] = round(psnr(clip.frames, other.frames), 2)
     used = {"seed": seed, "steps": clip.settings.num_inference_steps, "guidance": clip.settings.guidance_scale}
-    compared = {"quantize": quantize, "unquantized": _shares(plain)} if quantize else {}
-    return {"prompts": len(samples), **_shares(samples), **used, **compared, "samples": samples}
+    compared = {"quantize": quantize, "unquantized": shares(plain)} if quantize else {}
+    return {"prompts": len(samples), **shares(samples), **used, **compared, "samples": samples}
 
 
-def _judged(combination, prompt, clip):
+def judged(combination, prompt, clip):
+    """What a clip of a prompt shows and which of its words are right; logs a line."""
     verdict = shapes.judge(clip.frames)
     right = shapes.marks(verdict, combination)
     seen = {word: getattr(verdict, word) for word in WORDS}
@@ -50,14 +52,15 @@ def _judged(combination, prompt, clip):
     return {"prompt": prompt, "seen": seen, "right": right, "travel": [round(x, 1) for x in verdict.travel]}
 
 
-def _shares(samples):
+def shares(samples):
+    """How many of the samples are right, in 0..1, by word."""
     share = {word: sum(s["right"][word] for s in samples) / len(samples) for word in WORDS}
     share["color_and_background"] = sum(s["right"]["color"] and s["right"]["background"] for s in samples) / len(samples)
     share["all"] = sum(all(s["right"].values()) for s in samples) / len(samples)
     return share
 
 
-def _psnr(frames, others):
+def psnr(frames, others):
     """Of two uint8 videos, in dB; at most that of one pixel one level apart."""
     error = (frames.double() - others.double()).square().sum().clamp_min(1.0) / frames.numel()
     return 10 * math.log10(255**2 / error.item())

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from . import video as files
 from .caching import make_cache
-from .config import CACHES, Preset
+from .config import ATTENTIONS, CACHES, Preset
 from .geometry import Grid
 from .sampler import PRECISIONS
 from .vae import POLICIES
 from .weights import read_headers
 
-ATTENTIONS = ("nabla", "dense")
 PIXELS_PER_TOKEN = 16
 METADATA_KEY = "kandinsky"
 # Above this many elements of the widest activation (256 channels at full size), clips are decoded in the official tiles. A function of

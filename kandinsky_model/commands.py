@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle, islice
 from pathlib import Path
 
 from .config import PRESETS, SIZES_HD, SIZES_SD
@@ -104,12 +105,36 @@ def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | No
     if outputs is None:
         args.output = "out.png" if sources.preset.vae is None else "out.mp4"
         outputs = _outputs(args, count)
+    return _loaded(args, sources, device), outputs
+
+
+def _loaded(args, sources, device):
+    from . import pipeline
+
     model = pipeline.Kandinsky5.from_sources(sources, device, text_cache=args.text_cache, quantize=args.quantize)
     for path, scale in args.lora:
         model.lora.load(path, scale=scale)
     if args.offload:
         model.enable_model_cpu_offload()
-    return model, outputs
+    return model
+
+
+def inspect(args) -> None:
+    from . import clip, pipeline
+    from .inspection import inspect
+    from .locate import locate
+
+    settings = _settings(args)
+    clip.check_settings(args.prompt, **settings)
+    device = pipeline.choose_device(args.device)
+    model = _loaded(args, locate(args.model, args.revision, parts=("text", "dit", "vae") if args.image else ("text", "dit")), device)
+    del settings["attention"]
+    with Progress() as progress:
+        watch = inspect(model, args.prompt, args.output, args.keep_mass, args.maps, callback=progress, image=args.image,
+                        last_image=args.last_image, memory_budget=args.memory_budget, expand_prompt=args.expand, **settings)
+    for layer, (density, mass) in enumerate(zip(watch.density.mean((1, 2, 3)), watch.mass.mean((1, 2, 3)), strict=True)):
+        print(f"layer {layer:2}: {density:6.1%} of the blocks hold {mass:6.1%} of the probability")
+    print(f"all layers: {watch.density.mean():.1%} of the blocks; pictures in {args.output}")
 
 
 def resume(args) -> None:
@@ -225,6 +250,13 @@ def download(args) -> None:
             print(f"{name.replace('_', ' '):14} {getattr(sources, name)}")
 
 
+def comfyui(args) -> None:
+    from .comfyui_install import WORKFLOWS, install
+
+    folder = install(args.path)
+    print(f"{folder}\n{folder / WORKFLOWS}\nrestart ComfyUI to see the nodes, under Kandinsky 5")
+
+
 def presets(args) -> None:
     rows = [list(next(preset_rows())), *(list(row.values()) for row in preset_rows())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -246,6 +278,39 @@ def preset_rows() -> Iterator[dict[str, str]]:
             "weights file": preset.filename or "bundled", "repository": preset.repo or "this package"}
 
 
+def train(args) -> None:
+    from .train_config import LoRAConfig, TrainConfig
+    from .train_run import train
+
+    if args.full and args.trigger:
+        raise ValueError("a trigger calls a LoRA, so it does not go with --full; leave one of them out")
+    names = ("model", "steps", "batch", "passes", "rate", "warmup", "ema", "drop", "seed", "save_every", "sample_every", "attention",
+             "distill", "bad_data", "cache", "memory_budget", "device")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = TrainConfig(lora=None if args.full else LoRAConfig(args.lora_rank, trigger=args.trigger), lengths=args.frames,
+                         sizes=args.size and [(height, width) for width, height in args.size], **given)
+    try:
+        print(train(args.data, args.output, config, args.resume))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("after the last state that was saved; go on with the same command and --resume") from None
+
+
+def draw_clips(args) -> None:
+    import random
+
+    from . import shapes, video
+
+    folder, generator = Path(args.folder), random.Random(args.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ValueError(f"clips are drawn into a new or empty folder, but {folder} holds something; choose another")
+    for i in range(args.count):
+        scene = shapes.training_scene(generator.randrange(10**6), generator)
+        (folder / f"clip{i:04}.txt").write_text(shapes.prompt(scene.combination, i % shapes.FULL) + "\n", encoding="utf-8")
+        video.save(shapes.draw(scene), folder / f"clip{i:04}.mp4")
+    print(f"{args.count} clips with captions in {folder}")
+
+
 def train_tiny(args) -> None:
     from .train_tiny import train_tiny
 
@@ -257,7 +322,8 @@ def check_tiny(args) -> None:
     from .locate import TINY
     from .shapes import held_out
 
-    result = check_tiny(args.folder or TINY, args.seed, args.steps, args.guidance, held_out()[: args.count], args.quantize)
+    combinations = tuple(islice(cycle(held_out()), args.count))
+    result = check_tiny(args.folder or TINY, args.seed, args.steps, args.guidance, combinations, args.quantize)
     print(f"{result['prompts']} prompts of combinations that were never in training")
     for word in ("color", "background", "color_and_background", "shape", "motion", "all"):
         before = f", unquantised {result['unquantized'][word]:6.1%}" if args.quantize else ""

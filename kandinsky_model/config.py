@@ -63,6 +63,7 @@ class VAEConfig:
 
 
 QUANTIZATIONS = ("int8", "fp8", "int8-dynamic", "fp8-dynamic")  # ways to store and multiply large weights in 8 bits: see quant.py
+ATTENTIONS = ("nabla", "dense")
 CACHES = ("none", "mag", "first-block")  # ways to reuse what the blocks did at earlier steps: see caching.py
 
 

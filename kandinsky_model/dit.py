@@ -4,8 +4,8 @@
 Every sub-layer is `x + gate * f(modulated_norm(x))`. The residual sum of one sub-layer and the norm of the next are one fused pass
 (`gated_add_norm`), so the networks below hand on pairs: the residual stream `x` and its norm for whoever comes next.
 
-Parameter names and shapes are those of the published checkpoints. Activations have the dtype of `visual_embeddings.in_layer.weight`;
-the time embedding and every modulation are computed in fp32 whatever the weights are stored in. All of it is differentiable.
+Parameter names and shapes are those of the published checkpoints. Activations have the network's `dtype`; the time embedding
+and every modulation are computed in fp32 whatever the weights are stored in. All of it is differentiable.
 """
 from __future__ import annotations
 
@@ -148,23 +148,28 @@ class VisualBlock(nn.Module):
         attended, keys_values = self.self_attention.attend(normed, plan), self.cross_attention.read(text)
         size = max(1, plan.chunks.tokens // x.shape[0])
         if x.shape[1] <= size or _records(self, x, normed, text):
-            return self._rest(x, attended, keys_values, modulation, following, key_mask)
+            return self.after_attention(x, attended, keys_values, modulation, following, key_mask)
         for start in range(0, x.shape[1], size):
             part = slice(start, start + size)
-            x[:, part], normed[:, part] = self._rest(x[:, part], attended[:, part], keys_values, modulation, following, key_mask)
+            x[:, part], normed[:, part] = self.after_attention(x[:, part], attended[:, part], keys_values, modulation, following, key_mask)
         return x, normed
 
-    def _rest(self, x: Tensor, attended: Tensor, keys_values: tuple[Tensor, Tensor], modulation: tuple[Tensor, ...],
-              following: tuple[Tensor, ...], key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What follows self-attention, which does every token by itself."""
+    def after_attention(self, x: Tensor, attended: Tensor, keys_values: tuple[Tensor, Tensor], modulation: tuple[Tensor, ...],
+                        following: tuple[Tensor, ...] | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What follows self-attention, which does every token by itself; without `following` no norm is made for a next block."""
         _, _, gate, shift_cross, scale_cross, gate_cross, shift_ff, scale_ff, gate_ff = modulation
         x, normed = gated_add_norm(x, self.self_attention.out_layer(attended), gate, scale_cross, shift_cross)
         x, normed = gated_add_norm(x, self.cross_attention.look_up(normed, keys_values, key_mask), gate_cross, scale_ff, shift_ff)
-        return gated_add_norm(x, self.feed_forward(normed), gate_ff, following[1], following[0])
+        return gated_add_norm(x, self.feed_forward(normed), gate_ff, *(following[1::-1] if following else ()))
 
 
 def _records(module: nn.Module, *inputs: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *module.parameters()))
+    """Whether autograd would record what `module` makes of the inputs. Adapters in training are no parameters of it, but count."""
+    if not torch.is_grad_enabled():
+        return False
+    additions = (layer.additions for layer in module.modules() if isinstance(layer, Linear) and layer.additions is not None)
+    added = (matrix for addition in additions for pair in addition.matrices.values() for matrix in pair)
+    return any(tensor.requires_grad for tensor in chain(inputs, module.parameters(), added))
 
 
 class OutLayer(nn.Module):
@@ -187,7 +192,7 @@ class DiffusionTransformer3D(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.config = config
+        self.config, self.compute_dtype = config, None
         patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         self.time_embeddings = TimeEmbedding(config.model_dim, config.time_dim)
         self.text_embeddings = TextEmbedding(config.in_text_dim, config.model_dim)
@@ -199,8 +204,8 @@ class DiffusionTransformer3D(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations."""
-        return self.visual_embeddings.in_layer.weight.dtype
+        """The dtype of activations: that of the weights, unless training on fp32 weights asks for another in `compute_dtype`."""
+        return self.compute_dtype or self.visual_embeddings.in_layer.weight.dtype
 
     def prepare(self) -> DiffusionTransformer3D:
         """Ready for inference: see `Attention.prepare`. To be called once the weights are loaded."""

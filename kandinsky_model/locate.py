@@ -32,6 +32,7 @@ SHARED_REPOS = {
     "text_encoder": ("Qwen/Qwen2.5-VL-7B-Instruct", PATTERNS),
     "text_encoder_2": ("openai/clip-vit-large-patch14", PATTERNS),
 }
+PRESET_KEY = "kandinsky_preset"  # of the config.json of a transformer that was trained here
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -122,9 +123,12 @@ def recognise(path: Path) -> Preset | None:
 
 
 def _like(path: Path) -> Preset | None:
-    """The first preset whose network has the sizes of what lies at `path`: a file may have any name."""
+    """The preset that what lies at `path` was trained from here, or the first whose network has its sizes: a file may have any name."""
     try:
         files, folder = find_weights(path, "transformer")
+        known = PRESETS.get(_read_json(folder / "config.json").get(PRESET_KEY))
+        if known is not None:
+            return known
         config = read_dit_config(folder)[0] or infer_dit_config(read_headers(files))
     except (OSError, ValueError):
         return None  # whoever loads it says what is wrong

@@ -169,8 +169,8 @@ class Store:
 class LayerStream:
     """Layers that take turns in two buffers on the device: while one computes, the next one's weights are copied, and so round and round.
 
-    Works on layers as they are called, by hooks. A layer out of turn is fetched when it is called. Nothing waits on the host: events
-    order the stream of copies and the computing one.
+    Works on layers as they are called, by hooks; without `layers` its owner calls `enter` and `leave`. A layer out of turn is fetched when
+    it is called. Nothing waits on the host: events order the stream of copies and the computing one.
     """
 
     def __init__(self, layers: Sequence[nn.Module], stores: Sequence[Store], device: torch.device):
@@ -186,11 +186,11 @@ class LayerStream:
         self.handles = []
         for i, layer in enumerate(layers):
             self.handles.append(layer.register_forward_pre_hook(partial(self._enter, i)))
-            self.handles.append(layer.register_forward_hook(self._leave))
+            self.handles.append(layer.register_forward_hook(self.leave))
 
     def close(self) -> None:
         """Leave the layers in host memory, as they were, and give the buffers back."""
-        self._leave()
+        self.leave()
         for handle in self.handles:
             handle.remove()
         if self.copies:
@@ -198,15 +198,21 @@ class LayerStream:
         self.buffers.clear()
 
     def _enter(self, i: int, *_) -> None:
-        self._leave()  # whichever layer was interrupted
+        self.enter(i, (i + 1) % len(self.stores))
+
+    def enter(self, i: int, following: int | None) -> None:
+        """Use layer i on the device, and begin to copy the one that will be `following` it, if any."""
+        self.leave()  # whichever layer was interrupted
         self._fetch(i)
         self.slot, self.active = self.holds.index(i), i
         if self.copies:
             torch.cuda.current_stream(self.device).wait_event(self.filled[self.slot])
         self.stores[i].enter(self.buffers[self.slot])
-        self._fetch((i + 1) % len(self.stores))
+        if following is not None:
+            self._fetch(following)
 
-    def _leave(self, *_) -> None:
+    def leave(self, *_) -> None:
+        """Nothing computes with a layer any more."""
         if self.active is not None:
             self.stores[self.active].leave()
             self._record(self.free[self.slot])

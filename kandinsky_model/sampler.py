@@ -134,7 +134,7 @@ def sample(dit: DiffusionTransformer3D, initial: Tensor, cond: Conditioning, pla
     passes = [(branch, text, dit.modulate(every_time, text.pooled)) for branch, text in zip(branches, texts, strict=True)]
     for step in range(sampling.start, sampling.steps):
         x = with_frames(x, given.frames)
-        velocity = _velocity(passes, x, _model_input(dit, x, given), (step, every_time[step]), plan, sampling.guidance)
+        velocity = _velocity(passes, x, model_input(dit, x, given), (step, every_time[step]), plan, sampling.guidance)
         x = x + (times[step + 1] - times[step]).to(x.device) * velocity
         del velocity
         if step == sampling.steps - 1:
@@ -148,11 +148,11 @@ def sample(dit: DiffusionTransformer3D, initial: Tensor, cond: Conditioning, pla
         _log.info("%d of %d passes were computed, %d reused an earlier one", computed, computed + skipped, skipped)
 
 
-def _velocity(passes: list[tuple], x: Tensor, model_input: Tensor, time: tuple[int, Tensor], plan: Plan, guidance: float) -> Tensor:
+def _velocity(passes: list[tuple], x: Tensor, read: Tensor, time: tuple[int, Tensor], plan: Plan, guidance: float) -> Tensor:
     """Of x at this time, with guidance where there are two passes: (network, text, modulations) with the prompt, and without."""
     step, now = time
     shared = len(passes) == 2 and plan is not None and plan.ranks is not None and plan.ranks.passes == 2
-    velocities = [branch(model_input, text.embeds, text.pooled, now, plan, text.lengths, modulations.step(step)).to(x.dtype)
+    velocities = [branch(read, text.embeds, text.pooled, now, plan, text.lengths, modulations.step(step)).to(x.dtype)
                   for branch, text, modulations in (passes[plan.ranks.index:][:1] if shared else passes)]
     if shared:
         velocities = plan.ranks.both(*velocities)
@@ -175,7 +175,7 @@ def with_frames(x: Tensor, frames: Mapping[int, Tensor]) -> Tensor:
     return x
 
 
-def _model_input(dit: DiffusionTransformer3D, x: Tensor, given: Given) -> Tensor:
+def model_input(dit: DiffusionTransformer3D, x: Tensor, given: Given) -> Tensor:
     """[latents | condition | mask] where the model has conditioning channels.
 
     Given frames are in the latents, where the mask is 1, and their condition stays zero; an edited picture is the condition.

@@ -99,6 +99,7 @@ _FULL = (
     "on a {background} background {a} {color} {shape} is {verb}",
     "{a} {color} {shape} in front of a {background} background, {verb}",
 )
+FULL = len(_FULL)  # templates that name all four words come first
 _PARTIAL = ("{a} {color} {shape} {verb}", "{a} {color} {shape} on a {background} background", "{a} {color} {shape}")
 
 
@@ -113,8 +114,8 @@ def prompt(combination, template=0):
 def random_prompt(combination, generator):
     """A random wording; one in eight leaves something open. `generator` is a random.Random."""
     if generator.random() < 0.125:
-        return prompt(combination, len(_FULL) + generator.randrange(len(_PARTIAL)))
-    return prompt(combination, generator.randrange(len(_FULL)))
+        return prompt(combination, FULL + generator.randrange(len(_PARTIAL)))
+    return prompt(combination, generator.randrange(FULL))
 
 
 def random_scene(combination, generator):

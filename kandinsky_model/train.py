@@ -106,11 +106,15 @@ class Average:
     def __init__(self, module, decay):
         self.module, self.decay = copy.deepcopy(module).requires_grad_(False).eval(), decay
 
-    @torch.no_grad()
     def update(self, module, step):
-        decay = min(self.decay, (step + 1) / (step + 10))
         for mine, theirs in zip(self.module.parameters(), module.parameters(), strict=True):
-            mine.lerp_(theirs, 1 - decay)
+            average_into(mine, theirs, self.decay, step)
+
+
+@torch.no_grad()
+def average_into(mine, theirs, decay, step):
+    """Move the average `mine` towards `theirs` at the `step`-th time, from 0 on."""
+    mine.lerp_(theirs, 1 - min(decay, (step + 1) / (step + 10)))
 
 
 @contextlib.contextmanager

@@ -160,7 +160,8 @@ class FlowPlan:
     """How text encoder and transformer are trained. `phases` = (steps, clips, latent frames, sparse attention).
 
     boost: see `Optimizer`. drop, unknown: how often a prompt is left out, and a word replaced by the unknown one. compile: fuse the
-    visual blocks with torch.compile, which needs a C++ compiler on the CPU.
+    visual blocks with torch.compile, which needs a C++ compiler on the CPU. minutes: training ends then at the latest, the learning
+    rate with it.
     """
 
     rate: float = 2e-3
@@ -171,6 +172,7 @@ class FlowPlan:
     drop: float = 0.1
     unknown: float = 0.02
     compile: bool = True
+    minutes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -199,11 +201,10 @@ def pool_scenes(copies, seed):
 def encode_pool(vae, scenes):
     """Draw and encode scenes, four at a time."""
     device = vae.quant_conv.weight.device
-    latents, dtype = [], training_dtype(device)
+    latents = []
     for start in range(0, len(scenes), 4):
         clips = torch.stack([shapes.draw(scene) for scene in scenes[start : start + 4]])
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            mean, _ = vae.encode(to_video(clips).to(device))
+        mean, _ = vae.encode(to_video(clips).to(device))
         latents.append(mean.movedim(1, -1).half().cpu())  # [4, T, h, w, C]
         if start % 100 == 0:
             logger.info("encoded %d of %d clips", start, len(scenes))
@@ -292,12 +293,15 @@ def train_flow(networks, pool, plan, preset, seed, on_average=None):
     generator, device = random.Random(seed), next(networks.parameters()).device
     dtype = training_dtype(device)
     schedule = [phase[1:] for phase in plan.phases for _ in range(phase[0])]
-    optimizer, average, clock = Optimizer(networks, boost=plan.boost), Average(networks, plan.average), Clock(len(schedule))
+    optimizer, average = Optimizer(networks, boost=plan.boost), Average(networks, plan.average)
+    clock = Clock(len(schedule), plan.minutes)
     plans, recent = {}, []
     dit = networks["transformer"]
     if plan.compile:  # after the average was copied, so that it stays an ordinary module
         dit.blocks = torch.compile(dit.blocks, dynamic=True)
     for step, (clips, frames, sparse) in enumerate(schedule):
+        if clock.progress(step) == 1:
+            break
         if (frames, sparse) not in plans:
             grid = Grid(frames, shapes.HEIGHT // 16, shapes.WIDTH // 16)
             plans[frames, sparse] = make_plan(preset.dit, grid, preset.scale_factor, preset.nabla if sparse else None, device)

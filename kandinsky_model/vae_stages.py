@@ -174,7 +174,8 @@ class Attend(Stage):
             if keys is None:
                 keys, values = (tokens.new_empty(batch, frames, tokens.shape[2], channels) for _ in range(2))
             keys[:, first:last], values[:, first:last] = layer.to_k(tokens), layer.to_v(tokens)
-            out = ops.frame_causal_attention(layer.to_q(tokens), keys[:, :last], values[:, :last], first)  # [B, f, P, C]
+            # autocast gives queries of another dtype than the keys that are kept
+            out = ops.frame_causal_attention(layer.to_q(tokens).to(keys.dtype), keys[:, :last], values[:, :last], first)  # [B, f, P, C]
             chunk.x = layer.to_out[0](out).view_as(x).add_(x)
             first = last
             del x, tokens, out

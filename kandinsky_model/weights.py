@@ -26,6 +26,7 @@ from .config import DiTConfig, NablaConfig, VAEConfig
 from .dit import DiffusionTransformer3D
 from .quant import check_mode, kind_of, mode_of, pack, replace_layers
 from .vae import HunyuanVideoVAE
+from .video import replacing
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAMES = (f"{WEIGHTS_NAME}.index.json", "model.safetensors.index.json")  # of shards, as diffusers and transformers write them
@@ -128,11 +129,17 @@ def save_vae(vae: HunyuanVideoVAE, folder: str | Path) -> None:
 
 def save_module(module: nn.Module, folder: str | Path, config: Mapping, metadata: dict[str, str] | None = None) -> None:
     """Write `config` as config.json and the module's tensors, in their dtypes, into `folder` (made when missing)."""
+    save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}, folder, config, metadata)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], folder: str | Path, config: Mapping, metadata: dict[str, str] | None = None) -> None:
+    """`save_module` of contiguous tensors on the CPU. Each of the two files is written whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS_NAME, metadata)
+    with replacing(folder / CONFIG_NAME) as target:
+        target.write_text(json.dumps(config, indent=2) + "\n")
+    with replacing(folder / WEIGHTS_NAME) as target:
+        save_file(dict(tensors), target, metadata)
 
 
 def find_weights(path: str | Path, subfolder: str) -> tuple[list[Path], Path]:
@@ -287,7 +294,7 @@ def _load(module: _Module, entries: Mapping[str, Entry], dtype: torch.dtype | No
                 if quantize and layer != name and kind_of(layer):
                     state |= pack(layer, tensor, quantize)
                 elif name not in quantized:
-                    state[name] = _cast(name, tensor, dtype)
+                    state[name] = cast(name, tensor, dtype)
                 elif tensor.dtype == quantized[name]:
                     state[name] = tensor
                 else:
@@ -310,7 +317,8 @@ def opened(path: Path, device: torch.device | str = "cpu") -> Iterator[safe_open
         raise ValueError(f"{path} must be a valid safetensors file, got {error}; download it again") from error
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A weight in the dtype that `load_dit` gives it."""
     if dtype is None:
         return tensor
     return tensor.to(torch.promote_types(dtype, torch.float32) if any(part in name for part in FP32_NAMES) else dtype)

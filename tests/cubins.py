@@ -22,9 +22,13 @@ from kandinsky_kernels.triton import nabla, norm, vae
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 POINTERS = {"p_cos": "fp32", "p_sin": "fp32", "p_means": "fp32", "p_lse": "fp32", "p_scale": "fp32", "p_shift": "fp32", "p_gate": "fp32",
             "p_offsets": "i32", "p_positions": "i32", "p_count": "i32", "p_selection": "i32", "p_list": "i16", "p_logit": "fp32",
-            "p_mean": "fp64", "p_spread": "fp64", "p_moments": "fp64"}
+            "p_common": "fp32", "p_sums": "fp32", "p_grad_lse": "fp32", "p_mean": "fp64", "p_spread": "fp64", "p_moments": "fp64"}
+# channels in and out, taps and strides: the first and the usual convolutions of the VAE, an upsampling's phase, a downsampling, the last
+CONVOLUTIONS = ((16, 512, (3, 3, 3), (1, 1, 1)), (512, 512, (3, 3, 3), (1, 1, 1)), (256, 128, (3, 3, 3), (1, 1, 1)),
+                (256, 256, (2, 2, 2), (1, 1, 1)), (256, 256, (3, 3, 3), (2, 2, 2)), (128, 3, (3, 3, 3), (1, 1, 1)))
 UNITS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma", "tma": "cp.async.bulk.tensor"}
-FLOATS = ("eps", "scale_log2", "bound_log2", "root", "drop_high", "drop_middle", "drop_low")
+DESCRIBED = {"block_sparse_attention_backward_key": ("p_query", "p_grad_out")}  # what descriptors are for, where not key and value
+FLOATS = ("eps", "scale", "scale_log2", "bound_log2", "root", "drop_high", "drop_middle", "drop_low")
 
 
 def kernels(capability):
@@ -39,12 +43,28 @@ def kernels(capability):
         yield f"gated_add_norm-{C}", norm.gated_add_norm, {"NORM": True, **rows}, tuning.norm(block)
         rope = {"AXES": 3, "MEANS": True, "HEADS": tuning.rope_heads(28 if D == 64 else 32), "TOKENS": tuning.TOKENS, "BLOCK": D}
         yield f"norm_rope-{D}", norm.norm_rope, rope, tuning.rope(D)
+        rows = {"ROWS": tuning.norm_backward_rows(93696), "BLOCK": tuning.padded(C)}
+        yield f"modulated_norm_backward-{C}", norm.modulated_norm_backward, rows, tuning.norm_backward(block)
+        yield f"gated_add_norm_backward-{C}", norm.gated_add_norm_backward, {"ADD": True, **rows}, tuning.norm_backward(block)
+        rope = {name: x for name, x in rope.items() if name != "MEANS"}
+        yield f"norm_rope_backward-{D}", norm.norm_rope_backward, rope, tuning.rope_backward(D)
         for full, bounded in itertools.product((True, False), (True, False)):
             launch = tuning.attention(D, torch.bfloat16, capability, full)
             constants = {"FULL": full, "BOUNDED": bounded, "TMA": launch.descriptors, "PRECISION": "ieee", "BLOCK": D,
                          "TOKENS": tuning.TOKENS}
             name = f"block_sparse_attention-{D}{'' if full else '-ragged'}{'-bounded' if bounded else ''}"
             yield name, nabla.block_sparse_attention, constants, launch
+        for full in (True, False):
+            yield from gradient_kernels(D, capability, full)
+
+
+def gradient_kernels(D, capability, full):
+    """The same for the gradients of block_sparse_attention."""
+    launches = tuning.attention_backward(D, torch.bfloat16, capability, full)
+    for kernel, launch, options in zip((nabla.block_sparse_attention_backward_query, nabla.block_sparse_attention_backward_key), launches,
+                                       ({"LSE": False}, {}), strict=True):
+        constants = {"FULL": full, "TMA": launch.descriptors, "PRECISION": "ieee", "BLOCK": D, "TOKENS": tuning.TOKENS, **options}
+        yield f"{kernel.__name__}-{D}{'' if full else '-ragged'}", kernel, constants, launch
 
 
 def vae_kernels(capability):
@@ -59,6 +79,13 @@ def vae_kernels(capability):
     tile = tuning.frame_attention(512, capability)
     constants = {"PRECISION": "ieee", "WHOLE": True, "ROWS": tile.rows, "KEYS": tile.keys, "DEPTH": tile.depth, "BLOCK": 512}
     yield "frame_causal_attention-512", vae.frame_causal_attention, constants, tile.launch
+    for C, N, taps, stride in CONVOLUTIONS:
+        tile = tuning.convolution(C, N, capability)
+        constants = {"PRECISION": "ieee", "BIAS": True, "WHOLE": C % tile.depth == 0 and N % tile.columns == 0,
+                     **dict(zip(("KT", "KY", "KX", "ST", "SY", "SX"), (*taps, *stride), strict=True)),
+                     "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+        name = f"causal_conv3d-{C}-{N}-{''.join(map(str, taps))}{'-strided' if max(stride) > 1 else ''}"
+        yield name, vae.causal_conv3d, constants, tile.launch
 
 
 def compiled(kernel, constants, launch, architecture):
@@ -67,13 +94,14 @@ def compiled(kernel, constants, launch, architecture):
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif constants.get("TMA") and name in ("p_key", "p_value"):
+        elif constants.get("TMA") and name in DESCRIBED.get(kernel.__name__, ("p_key", "p_value")):
             signature[name] = f"tensordesc<bf16[1,{tuning.TOKENS},1,{constants['BLOCK']}]>"
         elif name.startswith("p_"):
             signature[name] = "*" + POINTERS.get(name, "bf16")
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
         multiple = re.search("_(batch|row|token|head|pixel)$|(x|q|front)_frame$", name) or name in ("D", "C")
+        multiple = multiple or name == "N" and constants.get("COLUMNS", 0) > 16
         if signature[name] != "constexpr" and (signature[name][0] == "*" or multiple):
             hints[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, hints)

@@ -4,14 +4,17 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import clock, door, gpu, memory, ops, report, vae
+from kandinsky_model import vae_stages
 from kandinsky_model.config import VAEConfig
 from kandinsky_model.geometry import Grid
+from kandinsky_model.vae import HunyuanVideoVAE
 
 from .cases import BENCHES, CASES
 
@@ -49,17 +52,19 @@ def planted(**medians):
 def test_bars_are_judged_from_medians():
     rows = planted(**{"block_sparse_attention-10_percent-float32": {"ours": 10.0, "dense": 70.0},
                       "block_sparse_attention-100_percent-float32": {"ours": 100.0, "dense": 70.0},
-                      "select_blocks-128_blocks-float32": {"ours": 0.4}})
+                      "select_blocks-128_blocks-float32": {"ours": 0.4},
+                      "block_sparse_attention_backward-10_percent-float32": {"ours": 31.0}})
     judged = {bar["name"]: bar for bar in ops.bars(rows)}
-    assert len(judged) == 3  # nothing was measured at 20 %
-    sparse, dense, selection = judged.values()
+    assert len(judged) == 4  # nothing was measured at 20 %
+    sparse, dense, selection, gradient = judged.values()
     assert (sparse["measured"], sparse["holds"]) == (7.0, True)
     assert (dense["measured"], dense["holds"]) == (0.7, False)
     assert (selection["measured"], selection["holds"]) == (0.04, True)
+    assert (gradient["measured"], gradient["holds"]) == (3.1, False)
 
 
 def test_every_bar_has_its_case():
-    ids = [case.id for case in BENCHES]
+    ids = [case.id for case in ops.ROWS]
     for _, over, under, *_ in ops.BARS:
         assert all(sum(case in one for one in ids) == 1 for case, _ in (over, under))
     assert {case.op for case in BENCHES} == {case.op for case in CASES}
@@ -94,13 +99,41 @@ def test_gpu_bars_are_judged_by_the_worst_row():
                           {"op": "select_blocks", "size": "lite 10 s", "ms": {"ours": 0.3}},
                           {"op": "select_blocks", "size": "pro 10 s", "ms": {"ours": 0.9, "published": 90.0}, "over_published": 100.0}],
             "attention": [{"op": "block_sparse_attention", "size": "lite 10 s", "ms": {"ours": 1.0}, "useful_tflop_s": 400.0},
-                          {"op": "block_sparse_attention", "size": "lite 10 s", "ms": {"ours": 1.0}, "useful_tflop_s": 299.0}]}
+                          {"op": "block_sparse_attention", "size": "lite 10 s", "ms": {"ours": 1.0}, "useful_tflop_s": 299.0}],
+            "convolutions": [{"op": "causal_conv3d", "size": "one layer", "ms": {"ours": 1.0, "cudnn": 0.9}, "over_cudnn": 0.9},
+                             {"op": "causal_conv3d", "size": "10 s, all frames", "ms": {"ours": 1.0, "cudnn": 1.1}, "over_cudnn": 1.1}]}
     judged = [(bar["name"], bar["measured"], bar["holds"]) for bar in report.gpu_bars({"rows": rows})]
     assert judged == [
         ("select_blocks, lite 10 s, ms", 0.4, True), ("select_blocks, pro 10 s, ms", 0.9, False),
         ("select_blocks, times faster than the published recipe", 20.0, False),
         ("block_sparse_attention, lite 10 s, useful TFLOP/s", 299.0, False),
+        ("causal_conv3d, 10 s, all frames, times faster than cuDNN", 1.1, False),
     ]
+
+
+def test_the_convolutions_are_the_decoders(monkeypatch):
+    """Counted in decodes of one and of two latent frames, of a sixteenth of the channels and of the sides: both grow as they do."""
+    config = VAEConfig(block_out_channels=(8, 16, 32, 32), norm_num_groups=4)
+    decoder, convolve = HunyuanVideoVAE(config).bfloat16().requires_grad_(False), vae_stages.ops.causal_conv3d
+
+    def frames(latent_frames):
+        counts = Counter()
+
+        def count(x, weight, *rest):
+            out = convolve(x, weight, *rest)
+            (N, C, *taps), (_, T, Y, X, _) = weight.shape, out.shape
+            counts[C, N, Y, X, tuple(taps)] += T
+            return out
+
+        monkeypatch.setattr(vae_stages.ops, "causal_conv3d", count)
+        decoder.decode(torch.randn(1, 16, latent_frames, 4, 6).bfloat16())
+        monkeypatch.undo()
+        return counts
+
+    one, two = frames(1), frames(2)
+    grown = {key: one[key] + 60 * (two[key] - one[key]) for key in two if key[-1] != (1, 1, 1)}
+    scaled = {(C if C == 16 else C // 16, N if N == 3 else N // 16, Y // 16, X // 16, taps): n for C, N, Y, X, taps, n in gpu.CONVOLUTIONS}
+    assert grown == scaled
 
 
 def test_vaes_are_compared_on_equal_results(monkeypatch):

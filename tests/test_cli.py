@@ -13,7 +13,7 @@ import torch
 from tiny_models import SMALL_ARGS
 
 import kandinsky_kernels
-from kandinsky_model import clip, commands, pipeline, video
+from kandinsky_model import clip, commands, pipeline, shapes, video
 from kandinsky_model.__main__ import main, parser
 from kandinsky_model.locate import TINY
 
@@ -47,7 +47,7 @@ def frames_of(path):
     import av
 
     with av.open(str(path)) as container:
-        comment = container.metadata["comment"]
+        comment = container.metadata.get("comment")
         return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]), comment
 
 
@@ -256,6 +256,16 @@ def test_commands_of_the_readme_exist():
         assert parser().parse_args(shlex.split(line or inline, comments=True)[1:]).run
 
 
+def test_drawn_clips_can_be_trained_on(run, tmp_path):
+    status, out, err = run("draw-clips", "clips", "--count", "2")
+    assert (status, err) == (0, "") and "2 clips" in out
+    assert {path.name for path in (tmp_path / "clips").iterdir()} == {f"clip000{i}{end}" for i in (0, 1) for end in (".mp4", ".txt")}
+    verdict = shapes.judge(frames_of(tmp_path / "clips" / "clip0001.mp4")[0])
+    caption = (tmp_path / "clips" / "clip0001.txt").read_text()
+    assert all(word in caption for word in (verdict.color, verdict.shape, verdict.background))
+    assert run("draw-clips", "clips")[0] == 2
+
+
 def test_train_and_check_hand_their_arguments_on(run, monkeypatch, tmp_path):
     import kandinsky_model.check_tiny
     import kandinsky_model.train_tiny
@@ -268,4 +278,6 @@ def test_train_and_check_hand_their_arguments_on(run, monkeypatch, tmp_path):
     assert run("train-tiny", "-o", "here", "--seed", "4") == (0, "here\n", "")
     status, out, _ = run("check-tiny", "here", "--count", "3", "--json", "r.json")
     assert status == 0 and out.count("50.0%") == 6 and json.loads((tmp_path / "r.json").read_text())["prompts"] == 3
-    assert calls == [(("here",), {"seed": 4, "resume": False, "device": "cpu"}), ("here", 0, None, None, held_out()[:3], None)]
+    assert run("check-tiny", "here", "--count", "50")[0] == 0  # more than there are: they come again
+    assert calls == [(("here",), {"seed": 4, "resume": False, "device": "cpu"}), ("here", 0, None, None, held_out()[:3], None),
+                     ("here", 0, None, None, held_out() + held_out()[:2], None)]

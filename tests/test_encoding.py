@@ -197,3 +197,12 @@ def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
     assert [line.split()[3].rstrip(",") for line in told] == names[:3]
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == 2 and all("memory ran out while encoding" in line and "\n" not in line for line in lines)
+
+
+def test_autocast_costs_digits_only():
+    vae, video, latents = small_vae(), video_of((5, 16, 24)), torch.randn(1, 4, 2, 3, 4)
+    plain = vae.encode(video)[0], vae.decode(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = vae.encode(video)[0], vae.decode(latents)
+    for ours, exact in zip(rounded, plain, strict=True):
+        assert 1e-4 < rel_l2(ours.float(), exact) <= 4e-2  # 2**-8 over a dozen layers

@@ -17,6 +17,7 @@ from kandinsky_model.placement import Job, Weights, sampling_bytes
 from kandinsky_model.plan import Chunks, make_plan
 from kandinsky_model.sampler import Conditioning, Sampling, noise, sample
 
+from .backward import INPUTS, Backward
 from .cases import OPERATORS, Case, attention, frames, heads, means, normed, rows, tensors, video
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -29,7 +30,9 @@ SMALL = {
     "group_moments": video(2, 3, 9, 17, 128, 32), "group_norm_silu": normed(2, 3, 9, 17, 128),
     "frame_causal_attention": frames(2, 3, 70, 128),
 }
-by_op = pytest.mark.parametrize("case", [Case(op, "gpu", make, BF16) for op, make in SMALL.items()], ids=lambda case: case.op)
+FORWARD = [Case(op, "gpu", make, BF16) for op, make in SMALL.items()]
+by_op = pytest.mark.parametrize("case", FORWARD + [Backward(f"{op}_backward", "gpu", SMALL[op], BF16) for op in INPUTS],
+                                ids=lambda case: case.op)
 
 
 def on_gpu(case, seed=0):
@@ -51,7 +54,7 @@ def test_the_kernel_runs_and_not_the_reference(case):  # law 2
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         case.run(inputs)
         torch.cuda.synchronize()
-    op = case.op.removesuffix("_means")
+    op = case.op.replace("_means", "")
     assert kernels()[op]["cuda"].startswith("triton"), kernels()[op]["cuda"]
     kernel = {"group_moments": "slab_moments"}.get(op, op)
     assert any(event.key.startswith(kernel) for event in profile.key_averages()), [event.key for event in profile.key_averages()]
@@ -110,7 +113,7 @@ def test_nothing_waits_for_the_gpu(case):  # law 18
         torch.cuda.set_sync_debug_mode("default")
 
 
-@by_op
+@pytest.mark.parametrize("case", FORWARD, ids=lambda case: case.op)
 def test_compiles_into_one_graph(case):  # law 17
     inputs = on_gpu(case)
     torch._dynamo.reset()

@@ -43,6 +43,10 @@ def dense_peer(query, key, value, mask=None, scale=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
+def lse_peer(query, key, mask):
+    return (query.transpose(1, 2) @ key.permute(0, 2, 3, 1) / math.sqrt(query.shape[-1])).masked_fill(~mask, -math.inf).logsumexp(-1)
+
+
 def same(actual, expected):
     assert torch.equal(actual.nan_to_num(1e30), expected.nan_to_num(1e30))
 
@@ -56,7 +60,7 @@ def test_equals_dense_attention_under_the_expanded_mask(kind, grid, simd):  # la
     out, lse = ops.block_sparse_attention(q, k, v, selection, offsets, return_lse=True)
     exact, exact_lse = dense_oracle(q, k, v, mask)
     assert_faithful(out, exact, dense_peer(q, k, v, mask).nan_to_num(0.0))
-    assert_faithful(lse, exact_lse, (q.transpose(1, 2) @ k.permute(0, 2, 3, 1) / 8.0).masked_fill(~mask, -math.inf).logsumexp(-1))
+    assert_faithful(lse, exact_lse, lse_peer(q, k, mask))
     if kind == "empty rows":
         alone = ~mask.any(-1)
         assert alone.any() and (out.transpose(1, 2)[alone] == 0).all() and (lse[alone] == -math.inf).all()
@@ -236,7 +240,7 @@ def test_extremes(scale, simd):  # law 10: from uniform weights to one-hot ones,
     out, lse = ops.block_sparse_attention(q, k, v, selection, offsets, return_lse=True)
     exact, exact_lse = dense_oracle(q, k, v, mask)
     assert_faithful(out, exact, dense_peer(q, k, v, mask))
-    assert (lse - exact_lse).abs().max() <= 4e-7 * (1 + exact_lse.abs().max())
+    assert_faithful(lse, exact_lse, lse_peer(q, k, mask))
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 0.3])
@@ -331,18 +335,6 @@ def test_selection_needs_rows_and_not_the_map():  # law 19
     ops.select_blocks(query[:, :, :64], key[:, :, :64], 0.9)  # threads start before the count does
     grown = peak_growth(lambda: ops.select_blocks(query, key, 0.9))
     assert grown < N * N // 8 + 32 * torch.get_num_threads() * N * 4 + (8 << 20), f"{grown >> 20} MiB"
-
-
-def test_gradients_go_through_the_masked_reference():
-    grid = Grid(2, 2, 9)  # four blocks, of 16 and 2 tokens
-    inputs = [torch.randn(1, grid.tokens, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    keep = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [1, 0, 0, 1]], dtype=torch.bool)[None, None]
-    selection, offsets = ops.pack_selection(keep), block_offsets(grid)
-    assert torch.autograd.gradcheck(lambda *x: ops.block_sparse_attention(*x, selection, offsets), inputs)
-    out, lse = ops.block_sparse_attention(*inputs, selection, offsets, return_lse=True)
-    plain, plain_lse = ops.block_sparse_attention(*(x.detach() for x in inputs), selection, offsets, return_lse=True)
-    assert (out - plain).abs().max() < 1e-12 and torch.equal(lse.isinf(), plain_lse.isinf())
-    assert not ops.select_blocks(*(x.transpose(1, 2) for x in inputs[:2]), 0.5).requires_grad
 
 
 @pytest.mark.parametrize("N", [1, 31, 32, 33, 100])

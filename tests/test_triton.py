@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,8 @@ import kandinsky_kernels as ops
 from kandinsky_kernels import _guard, _library, kernels, nabla, norm, tuning, vae
 from kandinsky_model.geometry import Grid
 
-from .cases import CASES, Case, attention, frames, heads, means, normed, video
+from .backward import BACKWARDS
+from .cases import CASES, Case, attention, block_sparse_attention_peer, frames, heads, means, normed, video
 from .compare import assert_faithful
 
 triton = pytest.importorskip("triton", reason="needs Triton")
@@ -27,14 +29,21 @@ LAUNCHERS = {
     "select_blocks": (nabla, nabla._launch_selection), "block_sparse_attention": (nabla, nabla._launch_attention),
     "group_moments": (vae, vae._launch_moments), "group_norm_silu": (vae, vae._launch_normed),
     "frame_causal_attention": (vae, vae._launch_attention),
+    "modulated_norm_backward": (norm, norm._launch_modulated_norm_backward),
+    "gated_add_norm_backward": (norm, norm._launch_gated_add_norm_backward),
+    "norm_rope_backward": (norm, norm._launch_norm_rope_backward), "norm_rope_means_backward": (norm, norm._launch_norm_rope_backward),
+    "block_sparse_attention_backward": (nabla, nabla._launch_gradients),
 }
-# The interpreter multiplies the bit patterns of bf16 numbers, adds up a mean of 64 tokens one after the other, and takes seconds for a
-# hundred rows of the block map. Refused are channels that are no power of two.
-SLOW_OR_UNLIKE = ("norm_rope_means-lite-float32", "select_blocks-peaked-float32", "select_blocks-flat-float32",
+# The interpreter multiplies the bit patterns of bf16 numbers, adds up 64 tokens one after the other and a row in another order than its
+# products do (which shows where a block attends to a token alone), and takes seconds for a hundred rows of the block map. Refused are
+# channels that are no power of two.
+SLOW_OR_UNLIKE = ("norm_rope_means-lite-float32", "norm_rope_means_backward-odd-float32", "block_sparse_attention_backward-one-float32",
+                  "block_sparse_attention_backward-ragged-float32", "select_blocks-peaked-float32", "select_blocks-flat-float32",
                   "select_blocks-everything-float32", "select_blocks-stable-float32")
+ALL = [*CASES, *BACKWARDS]
 REFUSED = {case.id for case in CASES if case.op == "group_moments" and vae._refuse_moments(**case.inputs())}
-SKIPPED = REFUSED | {case.id for case in CASES if DEVICE == "cpu" and (case.dtype == torch.bfloat16 or case.id in SLOW_OR_UNLIKE)}
-TRITON_CASES = [case for case in CASES if case.op in LAUNCHERS and case.id not in SKIPPED]
+SKIPPED = REFUSED | {case.id for case in ALL if DEVICE == "cpu" and (case.dtype == torch.bfloat16 or case.id in SLOW_OR_UNLIKE)}
+TRITON_CASES = [case for case in ALL if case.op in LAUNCHERS and case.id not in SKIPPED]
 
 
 def on_device(inputs):
@@ -44,7 +53,7 @@ def on_device(inputs):
 def launched(case, inputs, monkeypatch):
     """The public function with the launcher in the dispatcher's place."""
     module, launch = LAUNCHERS[case.op]
-    monkeypatch.setattr(module, f"_{case.op.removesuffix('_means')}", launch)
+    monkeypatch.setattr(module, f"_{case.op.replace('_means', '')}", launch)
     outputs = case.run(on_device(inputs))
     monkeypatch.undo()
     return tuple(x.cpu() for x in outputs)
@@ -65,12 +74,11 @@ def test_attention_of_every_head_size_in_groups_of_heads(D, grid, monkeypatch):
     launch = dataclasses.replace(tuning.attention(D, torch.float32, (9, 0), full), descriptors=full and (DEVICE == "cpu" or D <= 64))
     monkeypatch.setattr(tuning, "attention", lambda *_: launch)
     inputs = attention(2, 2, grid, D, 0.5)(torch.Generator().manual_seed(1))
-    args = [inputs[name].to(DEVICE) for name in ("query", "key", "value", "selection", "block_offsets")]
-    out, lse = nabla._launch_attention(*args, 0.3, math.inf)
-    exact, exact_lse = nabla.reference.block_sparse_attention(*(x.double() if x.is_floating_point() else x for x in args), 0.3)
-    peer, peer_lse = nabla.reference.masked_attention(*args, 0.3)
-    assert_faithful(out, exact, peer)
-    assert_faithful(lse, exact_lse, peer_lse)
+    outputs = nabla._launch_attention(*on_device(inputs).values(), 0.3, math.inf)
+    exact = nabla.reference.block_sparse_attention(*(x.double() if x.is_floating_point() else x for x in inputs.values()), 0.3)
+    peer = block_sparse_attention_peer(**inputs | {"query": inputs["query"] * 0.3 * math.sqrt(D)}, return_lse=True)
+    for actual, *others in zip(outputs, exact, peer, strict=True):
+        assert_faithful(actual.cpu(), *others)
 
 
 @pytest.mark.parametrize("bound", [math.inf, 20.0], ids=["online", "bounded"])
@@ -142,12 +150,14 @@ def test_a_double_is_the_sum_of_three_floats(x):
     assert sum(parts[::-1]) == x and all(torch.tensor(part).double().item() == part for part in parts)
 
 
-def test_rows_beyond_one_program(monkeypatch):
-    """The configuration for long inputs: several rows per program, the last program with fewer."""
-    monkeypatch.setattr(tuning, "FEW_ROWS", 1)
-    case = next(case for case in TRITON_CASES if case.id == "gated_add_norm-edge-float32")
+@pytest.mark.parametrize("name", ["gated_add_norm-edge", "gated_add_norm_backward-edge", "modulated_norm_backward-past"])
+def test_rows_beyond_one_program(name, monkeypatch):
+    """The configurations for long inputs: several rows per program, the last program with fewer."""
+    monkeypatch.setattr(tuning, "norm_rows", lambda _: 5)
+    monkeypatch.setattr(tuning, "norm_backward_rows", lambda _: 5)
+    case = next(case for case in TRITON_CASES if case.id == f"{name}-float32")
     inputs = case.inputs()
-    assert inputs["x"].shape[1] % tuning.norm_rows(1)
+    assert inputs["x"].shape[1] % 5
     case.check(launched(case, inputs, monkeypatch), inputs)
 
 
@@ -183,6 +193,62 @@ def test_frame_attention_of_every_tile(D, monkeypatch):
             assert_faithful(*triple)
 
 
+# channels in and out, taps, strides
+CONVOLUTIONS = {"whole": (64, 128, (2, 2, 1), (1, 1, 1)), "ragged": (24, 20, (3, 3, 3), (1, 1, 1)), "phase": (32, 16, (3, 2, 2), (1, 1, 1)),
+                "strided": (16, 48, (3, 3, 3), (2, 2, 2)), "strided in space": (16, 16, (3, 3, 3), (1, 2, 2)),
+                "last": (40, 3, (3, 3, 3), (1, 1, 1)), "single": (16, 16, (1, 1, 1), (1, 1, 1))}
+
+
+def convolution(C, N, taps, stride, dtype):
+    """Inputs whose frames, rows and pixels lie apart in memory."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = [(n - 1) * step + k for n, k, step in zip((2, 10, 13), taps, stride, strict=True)]
+    x = torch.randn(2, sizes[0] + 1, sizes[1] + 2, sizes[2] + 3, C + 8, generator=generator)[:, 1:, 1:-1, 1:-2, :C]
+    weight, bias = torch.randn(N, C, *taps, generator=generator) / math.sqrt(C * math.prod(taps)), torch.randn(N, generator=generator)
+    return *(t.to(DEVICE, dtype) for t in (x, weight, bias)), stride
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", CONVOLUTIONS)
+def test_convolution(size, dtype):  # law 1
+    x, weight, bias, stride = convolution(*CONVOLUTIONS[size], dtype)
+    for b in (bias, None):
+        exact = vae._convolve(x.double(), weight.double(), None if b is None else b.double(), stride)
+        assert_faithful(vae._launch_conv(x, weight, b, stride), exact, vae._convolve(x, weight, b, stride))
+    trial = vae._trial_conv(x, weight, bias, stride)
+    assert _guard.disagreement(vae._launch_conv(*trial), vae._convolve(*(_guard._double(value) for value in trial))) is None
+
+
+@pytest.mark.parametrize("size", ["whole", "ragged"])
+@pytest.mark.parametrize("tile", [(64, 32, 32), (128, 128, 32), (256, 128, 64)], ids=str)
+def test_convolution_of_every_tile(size, tile, monkeypatch):  # laws 1 and 12
+    """Several tiles, ragged ones too, and tiles beyond the result; a frame is bitwise what it is in another piece."""
+    monkeypatch.setattr(tuning, "convolution", lambda *_: tuning.ConvolutionTile(*tile, tuning.Launch(8, 2)))
+    x, weight, bias, stride = convolution(*CONVOLUTIONS[size], torch.float16)
+    whole = vae._launch_conv(x, weight, bias, stride)
+    exact = vae._convolve(x.double(), weight.double(), bias.double(), stride)
+    assert_faithful(whole, exact, vae._convolve(x, weight, bias, stride))
+    assert torch.equal(vae._launch_conv(x[1:, 1:], weight, bias, stride), whole[1:, 1:])
+    x[0, -1, 3, 4, 5] = torch.nan
+    assert torch.equal(vae._launch_conv(x, weight, bias, stride)[:, :-1], whole[:, :-1])
+
+
+def test_convolution_is_chosen_only_once_a_gpu_has_found_it_faster(monkeypatch):
+    assert tuning.TRITON <= tuning.VERIFIED
+    args, kinds = convolution(*CONVOLUTIONS["single"], torch.float16), []
+    monkeypatch.setattr(_guard, "trusted", lambda *args: kinds.append(args[-1]) or True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # a card as far as the choice can tell
+    monkeypatch.setattr(vae, "_launch_conv", lambda *_: "ours")
+    monkeypatch.setattr(vae, "_convolve", lambda *_: "PyTorch's")
+    assert ops.causal_conv3d(*args) == "PyTorch's" and not kinds
+    monkeypatch.setattr(tuning, "TRITON", frozenset({"causal_conv3d"}))
+    assert ops.causal_conv3d(*args) == "ours" and kinds == [((16, 16, 1, 1, 1), (1, 1, 1), False)]
+    assert ops.causal_conv3d(args[0], args[1].clone().requires_grad_(), *args[2:]) == "PyTorch's"
+    assert ops.causal_conv3d(*(x.float() for x in args[:3]), args[3]) == "PyTorch's" and len(kinds) == 1
+    monkeypatch.setattr(torch.Tensor, "is_cuda", False)
+    assert ops.causal_conv3d(*args) == "PyTorch's"
+
+
 # ---- binaries
 
 
@@ -195,24 +261,25 @@ def cubins():
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-# Bytes of local memory per thread, for want of a few registers.
 def test_no_kernel_spills_and_every_architecture_is_built(cubins):
     assert {row["sm"] for row in cubins} == {80, 86, 89, 90, 100, 120}
     assert [row for row in cubins if row["local"]] == []
 
 
-def test_attention_uses_the_matrix_units_of_its_architecture(cubins):
-    rows = [row for row in cubins if "attention" in row["kernel"]]
+def test_products_use_the_matrix_units_of_their_architecture(cubins):
+    rows = [row for row in cubins if "attention" in row["kernel"] or "conv" in row["kernel"]]
     wanted = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
     for row in rows:
         assert [unit for unit in ("wgmma", "mma", "tcgen05") if row[unit]] == [wanted[row["sm"]]], row
-        assert row["tma"] == (row["sm"] >= 90 and "block_sparse" in row["kernel"] and "ragged" not in row["kernel"]), row
+        described = row["sm"] in (90, 100) or row["sm"] == 120 and "backward" not in row["kernel"]
+        assert row["tma"] == (described and "block_sparse" in row["kernel"] and "ragged" not in row["kernel"]), row
 
 
 def test_shared_memory_leaves_room_for_a_second_program(cubins):
     per_sm = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB, CUDA programming guide, table of technical specifications
     for row in cubins:
-        residents = 1 if row["kernel"].startswith(("block_sparse_attention-128", "frame_causal_attention-512")) else 2
+        alone = re.match("block_sparse_attention.*-128|frame_causal_attention-512", row["kernel"])
+        residents = 1 if alone or "conv" in row["kernel"] and row["sm"] in (90, 100) else 2
         assert residents * (row["shared"] + 1024) <= per_sm[row["sm"]] << 10, row
 
 
@@ -278,10 +345,19 @@ def test_trials_agree(op, guard, monkeypatch):
         "group_norm_silu": [(*list(normed(1, 1, 2, 3, 24)(torch.Generator()).values()), front, pad, silu)
                             for front, pad, silu in ((None, True, True), (torch.empty(0), True, True), (None, False, False))],
         "frame_causal_attention": [(*frames(1, 1, 2, D)(torch.Generator()).values(), 0, 0.1) for D in (40, 128)],
+        "modulated_norm_backward": [(torch.randn(2, 5, 40), torch.randn(2, 40), torch.randn(2, 5, 40), 1e-5)],
+        "gated_add_norm_backward": [(*(torch.randn(2, 5, 40),) * 2, *(torch.randn(2, 40),) * 2, grad_y, torch.randn(2, 5, 40), 1e-5)
+                                    for grad_y in (torch.randn(2, 5, 40), None)],
+        "norm_rope_backward": [(*heads(1, 9, 1, 22, rotate)(torch.Generator()).values(), *(() if rotate else (None, None, None, ())),
+                                torch.randn(1, 9, 1, 22), 1e-6) for rotate in (True, False)],
+        "block_sparse_attention_backward": [(*(torch.empty(1, grid.tokens, 1, 64),) * 4, torch.empty(1, 1, grid.tokens),
+                                             torch.empty(1, 1, 1, 1), None, None, grad_lse, 0.1)
+                                            for grid in (Grid(1, 8, 8), Grid(1, 9, 7)) for grad_lse in (None, torch.empty(0))],
     }
     trials = {"norm_rope": norm._trial_norm_rope, "select_blocks": nabla._trial_selection,
               "block_sparse_attention": nabla._trial_attention, "group_moments": vae._trial_moments,
-              "group_norm_silu": vae._trial_normed, "frame_causal_attention": vae._trial_attention}
+              "group_norm_silu": vae._trial_normed, "frame_causal_attention": vae._trial_attention,
+              "norm_rope_backward": norm._trial_norm_rope_backward, "block_sparse_attention_backward": nabla._trial_gradients}
     monkeypatch.setattr(nabla, "_attention_kind", lambda *args: (args[0].shape[1] == 64, args[-1] < math.inf))
     for args in kinds[op]:
         args = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args]
@@ -305,6 +381,8 @@ def test_refusals_say_why():
     assert vae._refuse_moments(q[..., :128], 4) is None
     assert "up to 4096 channels, got 5000" in vae._refuse_normed(torch.empty(1, 5000)) and "nothing" in vae._refuse_normed(q[:0])
     assert vae._refuse_normed(q) is None
+    assert "got float32" in vae._refuse_conv(q, q) and "nothing" in vae._refuse_conv(q[:0], q)
+    assert "input's dtype, got float32" in vae._refuse_conv(q.half(), q) and vae._refuse_conv(q.half(), q.half()) is None
 
 
 def test_kernels_tell_what_is_not_verified(monkeypatch):

@@ -58,7 +58,7 @@ def test_non_finite_stays_in_its_group(value, place, simd):  # law 9
     inputs = case.inputs()
     clean = ops.group_moments(**inputs)
     inputs["x"][0, 1, place[0], place[1], 5] = value
-    dirty, (exact,) = ops.group_moments(**inputs), case.operator.exact(inputs)
+    dirty, (exact,) = ops.group_moments(**inputs), case.exact(inputs)
     assert torch.equal(dirty.isnan(), exact.isnan()) and torch.equal(dirty.isinf(), exact.isinf()) and not dirty[0, 1, 1].isfinite().all()
     dirty[0, 1, 1] = clean[0, 1, 1]
     assert torch.equal(dirty, clean)
@@ -124,7 +124,7 @@ def test_empty():  # law 8
         assert out.shape == shape and lse.shape == shape[:3]
 
 
-def test_attention_merges_ranges_of_keys():
+def test_attention_merges_ranges_of_keys(simd):
     """Frames 2 to 4 of five: earlier frames seen whole, as one long frame, and their own causally; together the whole prefix."""
     inputs = made(frames(2, 3, 7, 16, first_frame=2))
     query, key, value = (inputs[name] for name in ("query", "key", "value"))
@@ -139,18 +139,65 @@ def test_attention_merges_ranges_of_keys():
     torch.testing.assert_close(out, whole)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 512])
-def test_attention_frames_do_not_depend_on_the_piece(rows, monkeypatch):  # law 12
-    monkeypatch.setattr(reference, "_QUERIES", rows)
-    inputs = made(frames(1, 4, 11, 24))
-    query, key, value = (inputs[name] for name in ("query", "key", "value"))
-    whole, lse = ops.frame_causal_attention(query, key, value, return_lse=True)
-    for t in range(4):
-        out, part = ops.frame_causal_attention(query[:, t:t + 1], key, value, first_frame=t, return_lse=True)
+def check_pieces(attention, query, key, value):
+    """Every frame alone is bitwise what it is among the others, and a later frame's values reach no earlier one."""
+    whole, lse = attention(query, key, value, 0, 0.2)
+    for t in range(query.shape[1]):
+        out, part = attention(query[:, t:t + 1], key, value, t, 0.2)
         assert torch.equal(out, whole[:, t:t + 1]) and torch.equal(part, lse[:, t:t + 1])
     value[:, 2] = math.nan
-    out = ops.frame_causal_attention(query, key, value)
+    out, _ = attention(query, key, value, 0, 0.2)
     assert torch.equal(out[:, :2], whole[:, :2]) and out[:, 2:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("P", [11, 70, 300])
+def test_attention_frames_do_not_depend_on_the_piece(P, dtype, simd):  # law 12
+    """Blocks of keys that end inside frames, frames of several tasks."""
+    inputs = made(frames(1, 4, P, 24), dtype)
+    check_pieces(torch.ops.kandinsky_kernels.frame_causal_attention, *inputs.values())
+
+
+@pytest.mark.parametrize("rows", [1, 5, 512])
+def test_reference_attention_frames_do_not_depend_on_the_piece(rows, monkeypatch):  # law 12
+    monkeypatch.setattr(reference, "_QUERIES", rows)
+    check_pieces(reference.frame_causal_attention, *made(frames(1, 4, 11, 24)).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_of_several_tasks(dtype, simd):  # law 1
+    """Three tasks a frame, the last one short, and keys of several blocks; tokens apart in memory, as one projection gives them."""
+    case = Case("frame_causal_attention", "tasks", frames(2, 2, 530, 24, lse=True), dtype)
+    inputs = case.inputs()
+    packed = torch.stack([inputs[name] for name in ("query", "key", "value")], 3)  # [B, T, P, 3, D]
+    inputs |= dict(zip(("query", "key", "value"), packed.unbind(3), strict=True))
+    case.check(case.run(inputs), inputs)
+
+
+@pytest.mark.parametrize("poison", ["query", "key", "value"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_attention_of_non_finite_numbers(poison, value, simd):  # law 9
+    """In a query they stay in its row; in a key or value they reach its frame and later ones as in the oracle."""
+    case = Case("frame_causal_attention", "non_finite", frames(1, 3, 70, 24, lse=True), FP32)
+    inputs = case.inputs()
+    clean = case.run(inputs)
+    inputs[poison][0, 1, 33, 5] = value
+    dirty, exact = case.run(inputs), case.operator.exact(inputs)
+    touched = torch.zeros(1, 3, 70, dtype=torch.bool)
+    touched[0, 1, 33 if poison == "query" else slice(None)] = True
+    touched[0, 2] = poison != "query"
+    for ours, oracle, before in zip(dirty, exact, clean, strict=True):
+        assert torch.equal(ours.isnan(), oracle.isnan()) and torch.equal(ours.isinf(), oracle.isinf())
+        assert torch.equal(ours[~touched], before[~touched])
+    assert not dirty[0][touched].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 30.0, 1e4])
+def test_attention_of_extremes(scale, simd):  # law 10: from uniform weights to one-hot ones, without overflow
+    case = Case("frame_causal_attention", "extreme", frames(1, 2, 70, 24, lse=True), FP32)
+    inputs = case.inputs()
+    inputs["query"] *= scale
+    case.check(case.run(inputs), inputs)
 
 
 def test_gradients_go_through_the_reference():
@@ -204,6 +251,8 @@ MISUSE = [
     (lambda: ops.causal_conv3d(X[:, :2], torch.zeros(4, 8, 3, 3, 3)), ValueError, "fit into x_padded"),
     (lambda: torch.ops.kandinsky_kernels.group_norm_silu(X, V, V, X, True, True), RuntimeError, r"front must have shape \[2, 2, 6, 7, 8\]"),
     (lambda: torch.ops.kandinsky_kernels.group_moments(X, 3), RuntimeError, "groups must divide the 8 channels"),
+    (lambda: torch.ops.kandinsky_kernels.frame_causal_attention(Q, Q, Q[:, :, :2], 0, 1.0), RuntimeError, "value must have shape"),
+    (lambda: torch.ops.kandinsky_kernels.frame_causal_attention(Q, Q, Q, 1, 1.0), RuntimeError, "got 2 frames for 2 and 1"),
 ]
 
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the NABLA kernels compute with: a panel is float [depth][P] with one query in each of its P lanes. Every query has
+// What the attention kernels compute with: a panel is float [depth][P] with one query in each of its P lanes. Every query has
 // its own lane from the first product to the last sum, so nothing is ever reduced across lanes, keys and values are read
 // as they lie, and a query's result cannot depend on its neighbours.
 #pragma once

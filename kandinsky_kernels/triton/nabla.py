@@ -144,3 +144,108 @@ def block_sparse_attention(p_query, p_key, p_value, p_list, p_count, p_offsets, 
     p_o = p_out + ((i_batch * S + o_query[:, None]) * H + i_head) * D + o_d[None]
     tl.store(p_o, b_out.to(p_out.dtype.element_ty), m_query)
     tl.store(p_lse + (i_batch.to(tl.int64) * H + i_head) * S + o_query, b_lse, o_t < length)
+
+
+@triton.jit
+def block_sparse_attention_backward_query(
+        p_query, p_key, p_value, p_out, p_grad_out, p_lse, p_grad_lse, p_list, p_count, p_offsets, p_common, p_grad_query,
+        first, S, H, N, D, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, scale, scale_log2,
+        FULL: tl.constexpr, TMA: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
+    """The gradient of a block of queries; and of every row of it the dot product of out and its gradient, less that of lse, for the keys.
+
+    Grid, lists, FULL and TMA as in `block_sparse_attention`; out, its gradient and what is written are contiguous. LSE: lse has a gradient.
+    """
+    i_block, i_pair = tl.program_id(0), tl.program_id(1)
+    i_batch, i_head = (first + i_pair) // H, (first + i_pair) % H
+    o_t, o_d = tl.arange(0, TOKENS), tl.arange(0, BLOCK)
+    m_d = (o_d < D)[None]
+    start, length = i_block * TOKENS, TOKENS
+    if not FULL:
+        start = tl.load(p_offsets + i_block)
+        length = tl.load(p_offsets + i_block + 1) - start
+    o_query, m_token = (start + o_t).to(tl.int64), o_t < length
+    m_query = m_token[:, None] & m_d
+    p_q = p_query + i_batch.to(tl.int64) * q_batch + i_head.to(tl.int64) * q_head
+    b_query = tl.load(p_q + o_query[:, None] * q_token + o_d[None], m_query, 0.0)
+    o_row = ((i_batch * S + o_query[:, None]) * H + i_head) * D + o_d[None]
+    b_grad_out = tl.load(p_grad_out + o_row, m_query, 0.0)
+    b_common = tl.sum(tl.load(p_out + o_row, m_query, 0.0).to(tl.float32) * b_grad_out.to(tl.float32), 1)
+    o_sum = (i_batch.to(tl.int64) * H + i_head) * S + o_query
+    if LSE:
+        b_common -= tl.load(p_grad_lse + o_sum, m_token, 0.0)
+    tl.store(p_common + o_sum, b_common, m_token)
+    b_lse = tl.load(p_lse + o_sum, m_token, 0.0) * 1.4426950408889634
+    if not TMA:
+        p_key += i_batch.to(tl.int64) * k_batch + i_head.to(tl.int64) * k_head
+        p_value += i_batch.to(tl.int64) * v_batch + i_head.to(tl.int64) * v_head
+
+    b_grad = tl.zeros([TOKENS, BLOCK], tl.float32)
+    i_row = i_pair.to(tl.int64) * N + i_block
+    p_list += i_row * N
+    for i in range(tl.load(p_count + i_row)):
+        i_key = tl.load(p_list + i).to(tl.int32) & 0xFFFF
+        i_first, m_key = i_key * TOKENS, m_d
+        if not FULL:
+            i_first = tl.load(p_offsets + i_key)
+            b_inside = o_t < tl.load(p_offsets + i_key + 1) - i_first
+            m_key = b_inside[:, None] & m_d
+        b_key = _tile(p_key, i_first, k_token, o_t, o_d, m_key, TMA, i_batch, i_head, TOKENS, BLOCK)
+        b_value = _tile(p_value, i_first, v_token, o_t, o_d, m_key, TMA, i_batch, i_head, TOKENS, BLOCK)
+        b_logit = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)  # [queries, keys]
+        b_share = tl.exp2(b_logit * scale_log2 - b_lse[:, None])
+        if not FULL:
+            b_share = tl.where(b_inside[None], b_share, 0.0)
+        b_change = b_share * (tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION) - b_common[:, None])
+        b_grad = tl.dot(b_change.to(b_key.dtype), b_key, b_grad, input_precision=PRECISION)
+    tl.store(p_grad_query + o_row, (b_grad * scale).to(p_grad_query.dtype.element_ty), m_query)
+
+
+@triton.jit
+def block_sparse_attention_backward_key(
+        p_query, p_key, p_value, p_grad_out, p_lse, p_common, p_list, p_count, p_offsets, p_grad_key, p_grad_value,
+        first, S, H, N, D, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, scale, scale_log2,
+        FULL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
+    """The gradients of a block of keys and its values, over the listed blocks of queries, those that keep it.
+
+    Grid and the rest as above, with keys and queries in each other's places; TMA: query and grad_out are tensor descriptors.
+    """
+    i_block, i_pair = tl.program_id(0), tl.program_id(1)
+    i_batch, i_head = (first + i_pair) // H, (first + i_pair) % H
+    o_t, o_d = tl.arange(0, TOKENS), tl.arange(0, BLOCK)
+    m_d = (o_d < D)[None]
+    start, length = i_block * TOKENS, TOKENS
+    if not FULL:
+        start = tl.load(p_offsets + i_block)
+        length = tl.load(p_offsets + i_block + 1) - start
+    o_key = (start + o_t).to(tl.int64)[:, None]
+    m_key = (o_t < length)[:, None] & m_d
+    p_k = p_key + i_batch.to(tl.int64) * k_batch + i_head.to(tl.int64) * k_head
+    p_v = p_value + i_batch.to(tl.int64) * v_batch + i_head.to(tl.int64) * v_head
+    b_key = tl.load(p_k + o_key * k_token + o_d[None], m_key, 0.0)
+    b_value = tl.load(p_v + o_key * v_token + o_d[None], m_key, 0.0)
+    o_sums = (i_batch.to(tl.int64) * H + i_head) * S
+    if not TMA:
+        p_query += i_batch.to(tl.int64) * q_batch + i_head.to(tl.int64) * q_head
+        p_grad_out += (i_batch.to(tl.int64) * S * H + i_head) * D
+
+    b_grad_key, b_grad_value = tl.zeros([TOKENS, BLOCK], tl.float32), tl.zeros([TOKENS, BLOCK], tl.float32)
+    i_row = i_pair.to(tl.int64) * N + i_block
+    p_list += i_row * N
+    for i in range(tl.load(p_count + i_row)):
+        i_query = tl.load(p_list + i).to(tl.int32) & 0xFFFF
+        i_first, m_token, m_query = i_query * TOKENS, o_t < TOKENS, m_d
+        if not FULL:
+            i_first = tl.load(p_offsets + i_query)
+            m_token = o_t < tl.load(p_offsets + i_query + 1) - i_first
+            m_query = m_token[:, None] & m_d
+        b_query = _tile(p_query, i_first, q_token, o_t, o_d, m_query, TMA, i_batch, i_head, TOKENS, BLOCK)
+        b_grad_out = _tile(p_grad_out, i_first, H * D, o_t, o_d, m_query, TMA, i_batch, i_head, TOKENS, BLOCK)
+        b_lse = tl.load(p_lse + o_sums + i_first + o_t, m_token, 0.0) * 1.4426950408889634
+        b_common = tl.load(p_common + o_sums + i_first + o_t, m_token, 0.0)  # rows that are not there add zeros, as their tensors are zero
+        b_share = tl.exp2(tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION) * scale_log2 - b_lse[None])  # [keys, queries]
+        b_grad_value = tl.dot(b_share.to(b_grad_out.dtype), b_grad_out, b_grad_value, input_precision=PRECISION)
+        b_change = b_share * (tl.dot(b_value, tl.trans(b_grad_out), input_precision=PRECISION) - b_common[None])
+        b_grad_key = tl.dot(b_change.to(b_query.dtype), b_query, b_grad_key, input_precision=PRECISION)
+    o_row = ((i_batch * S + o_key) * H + i_head) * D + o_d[None]
+    tl.store(p_grad_key + o_row, (b_grad_key * scale).to(p_grad_key.dtype.element_ty), m_key)
+    tl.store(p_grad_value + o_row, b_grad_value.to(p_grad_value.dtype.element_ty), m_key)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The video VAE on GPUs: group norm in two passes over memory, and attention over whole earlier frames.
+"""The video VAE on GPUs: group norm in two passes over memory, attention over whole earlier frames, and convolution.
 
 Locals: i_ an index, o_ offsets, m_ a mask, p_ a pointer, b_ a block of values.
 """
@@ -156,3 +156,40 @@ def frame_causal_attention(p_query, p_key, p_value, p_out, p_lse, T, P, keys, fi
     m_out = m_row[:, None] if WHOLE else m_row[:, None] & (o_d < D)[None]
     tl.store(p_out + i_out * D + (o_row[:, None] * D + o_d[None]), b_out.to(p_out.dtype.element_ty), m_out)
     tl.store(p_lse + i_out + o_row, (b_max + tl.log2(b_sum)) * 0.6931471805599453, m_row)
+
+
+@triton.jit
+def causal_conv3d(p_x, p_weight, p_bias, p_out, Y, X, C, N, x_batch, x_frame, x_row, x_pixel, PRECISION: tl.constexpr,
+                  BIAS: tl.constexpr, WHOLE: tl.constexpr, KT: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, ST: tl.constexpr,
+                  SY: tl.constexpr, SX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+    """Convolution of x [B, T + KT - 1, ., ., C] with weight [N, KT, KY, KX, C] as a product of matrices: out [B, T', Y, X, N].
+
+    A row is a pixel of the result, a column one of its channels; the sum runs over taps and, DEPTH at a time, their channels, in one
+    loop, so that the next operands are under way whatever tap they belong to. Grid (tiles of ROWS x COLUMNS, T', B), tiles of one row
+    of pixels after each other, which read the same input. WHOLE: DEPTH divides C and COLUMNS divides N.
+    """
+    columns = tl.cdiv(N, COLUMNS)
+    i_frame, i_batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    o_row = tl.program_id(0) // columns * ROWS + tl.arange(0, ROWS)
+    o_n, o_c = tl.program_id(0) % columns * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    m_row, m_n = o_row < Y * X, o_n < N
+    o_x = (o_row // X * SY).to(tl.int64) * x_row + (o_row % X * SX).to(tl.int64) * x_pixel
+    p_x += i_batch * x_batch + i_frame * ST * x_frame
+    p_in, p_w = p_x + o_x[:, None] + o_c[None], p_weight + o_n.to(tl.int64)[None] * (KT * KY * KX * C) + o_c[:, None]
+
+    b_out = tl.zeros([ROWS, COLUMNS], tl.float32)
+    parts = tl.cdiv(C, DEPTH)
+    for i in range(0, KT * KY * KX * parts):
+        i_tap, i_c = i // parts, i % parts * DEPTH
+        o_tap = (i_tap // (KY * KX)).to(tl.int64) * x_frame + (i_tap // KX % KY).to(tl.int64) * x_row + (i_tap % KX).to(tl.int64) * x_pixel
+        m_c = o_c < C - i_c
+        m_in = m_row[:, None] if WHOLE else m_row[:, None] & m_c[None]
+        b_x = tl.load(p_in + (o_tap + i_c), m_in, 0.0)
+        b_weight = tl.load(p_w + (i_tap * C + i_c)) if WHOLE else tl.load(p_w + (i_tap * C + i_c), m_c[:, None] & m_n[None], 0.0)
+        b_out = tl.dot(b_x, b_weight, b_out, input_precision=PRECISION)
+
+    if BIAS:
+        b_out += tl.load(p_bias + o_n, m_n, 0.0).to(tl.float32)[None]
+    T = tl.num_programs(1)
+    p_o = p_out + ((i_batch * T + i_frame) * Y * X + o_row)[:, None] * N + o_n[None]
+    tl.store(p_o, b_out.to(p_out.dtype.element_ty), m_row[:, None] if WHOLE else m_row[:, None] & m_n[None])

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The door for ComfyUI: the nodes in both of its conventions.
+
+`kandinsky comfyui PATH` writes a folder under `custom_nodes` that imports the names below. ComfyUI reads `NODE_CLASS_MAPPINGS` where
+there is one and asks `comfy_entrypoint` otherwise, so a version that knows only one of the two finds it. Importing this imports neither
+torch nor ComfyUI.
+"""
+from __future__ import annotations
+
+from .comfyui_nodes import NODES, Node
+
+NODE_CLASS_MAPPINGS: dict[str, type[Node]] = dict(NODES)
+NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {name: node.TITLE for name, node in NODES.items()}
+
+_KINDS = {"INT": "Int", "FLOAT": "Float", "STRING": "String", "BOOLEAN": "Boolean", "IMAGE": "Image", "LATENT": "Latent", "MODEL": "Model"}
+
+
+async def comfy_entrypoint():
+    """The nodes as an extension of ComfyUI's current convention."""
+    from comfy_api.latest import ComfyExtension, io
+
+    nodes = [_current(name, node, io) for name, node in NODES.items()]
+
+    class Kandinsky(ComfyExtension):
+        async def get_node_list(self):
+            return nodes
+
+    return Kandinsky()
+
+
+def _current(name: str, node: type[Node], io) -> type:
+    """A node class of the current convention that runs `node`."""
+    def define_schema(cls):
+        inputs = [_input(io, key, kind, key in node.OPTIONAL) for part in node.INPUT_TYPES().values() for key, kind in part.items()]
+        outputs = [_kind(io, kind).Output(f"out_{label}", display_name=label)
+                   for kind, label in zip(node.RETURN_TYPES, node.RETURN_NAMES, strict=True)]
+        return io.Schema(node_id=name, display_name=node.TITLE, category=node.CATEGORY, description=node.__doc__, inputs=inputs,
+                         outputs=outputs)
+
+    def execute(cls, **inputs):
+        return io.NodeOutput(*node().run(**inputs))
+
+    return type(name, (io.ComfyNode,), {"define_schema": classmethod(define_schema), "execute": classmethod(execute)})
+
+
+def _input(io, key: str, kind: tuple, optional: bool):
+    options = {"optional": optional, **(kind[1] if len(kind) > 1 else {})}
+    if isinstance(kind[0], list):
+        return io.Combo.Input(key, options=kind[0], **options)
+    return _kind(io, kind[0]).Input(key, **options)
+
+
+def _kind(io, kind: str):
+    return getattr(io, _KINDS[kind]) if kind in _KINDS else io.Custom(kind)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transformer as training runs it: visual blocks are computed again for their gradients, and their weights may be streamed.
+
+Between the forward and the backward pass a block keeps nothing but its input, on the device or in host memory. Its backward computes
+self-attention again for all tokens, and all else for some tokens at a time, so that the wide activations never exist together. While it
+lasts the block's weights stay where they are: that is why this is no job for PyTorch's checkpointing, which would have let them go.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky_kernels import modulated_norm
+
+from .dit import DiffusionTransformer3D, Modulations, ModulationTable
+from .offload import LayerStream, Store, streamed_layers
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a pass is computed. checkpoint: blocks are computed again, else everything is kept. host: what they begin with waits in host
+    memory. resident: how many visual blocks stay on the device, the others being streamed; None: all. tokens: at a time, of all samples
+    together."""
+
+    checkpoint: bool = True
+    host: bool = False
+    resident: int | None = None
+    tokens: int = 16384
+
+
+class TrainNetwork:
+    """Called as the transformer is, with the same result: see `DiffusionTransformer3D.forward`. The transformer moves to `device`.
+
+    Streamed weights are frozen ones. Adapters that are trained are on the device before and stay there.
+    """
+
+    def __init__(self, dit: DiffusionTransformer3D, device: torch.device, way: Way = Way()):
+        self.dit, self.device, self.way = dit, device, way
+        self.blocks = list(dit.visual_transformer_blocks)
+        self.anchor = torch.zeros((), device=device, requires_grad=True)  # lets autograd record blocks whose inputs need no gradient
+        self.inputs: dict[int, Tensor] = {}  # of blocks, in host memory
+        self.streamed, self.stream = {}, None
+        if way.resident is None or way.resident >= len(self.blocks):
+            dit.to(device)
+        else:
+            self._stream(way.resident)
+
+    @property
+    def config(self):
+        return self.dit.config
+
+    def modulate(self, time: Tensor, pooled: Tensor) -> ModulationTable:
+        return self.dit.modulate(time, pooled)
+
+    def _stream(self, resident: int) -> None:
+        """Bring to the device what stays there, and let the other blocks take turns. Modulations are computed in host memory."""
+        pinned = self.device.type == "cuda"
+        chosen = streamed_layers(len(self.blocks), resident)
+        self.streamed = {i: place for place, i in enumerate(chosen)}
+        layers = [self.blocks[i] for i in chosen]
+        stay = Store([self.dit], [*layers, *self.dit.once], pinned=False)
+        stay.refresh()
+        self.there = torch.empty(stay.size, dtype=torch.uint8, device=self.device)
+        stay.copy_to(self.there)
+        stay.enter(self.there)
+        stores = [Store([layer], self.dit.once, pinned) for layer in layers]
+        for store in stores:
+            store.refresh()
+        self.stream = LayerStream((), stores, self.device)
+
+    @contextmanager
+    def placed(self, i: int, step: int) -> Iterator[nn.Module]:
+        """Block i with its weights on the device; meanwhile the next streamed one in the direction of `step` is fetched."""
+        if i not in self.streamed:
+            yield self.blocks[i]
+            return
+        place = self.streamed[i]
+        self.stream.enter(place, place + step if 0 <= place + step < len(self.streamed) else None)
+        try:
+            yield self.blocks[i]
+        finally:
+            self.stream.leave()
+
+    def __call__(self, x: Tensor, text: Tensor, pooled: Tensor, time: Tensor, plan: Plan, text_lengths: Tensor | None = None,
+                 modulations: Modulations | None = None) -> Tensor:
+        if not self.way.checkpoint:
+            return self.dit(x, text, pooled, time, plan, text_lengths, modulations)
+        modulations = self.dit.modulate(time[None], pooled).step(0) if modulations is None else modulations
+        x, text, key_mask = self.dit.begin(x, text, plan, text_lengths, modulations)
+        recorded = torch.is_grad_enabled()
+        for i in range(len(self.blocks)):
+            x = _Block.apply(self.anchor, self, i, (plan, key_mask, recorded), x, text, *modulations.visual[i])
+        return self.dit.finish(self.dit.norm_for(-1, x, modulations.visual), plan)
+
+    def parts(self, x: Tensor) -> list[slice]:
+        """The tokens of x [B, S, C] that are done together."""
+        size = max(1, self.way.tokens // x.shape[0])
+        return [slice(start, start + size) for start in range(0, x.shape[1], size)]
+
+    def keep(self, i: int, x: Tensor) -> Tensor:
+        """x, or with `host` a copy of it in memory that is used for this block again and again."""
+        if not self.way.host:
+            return x
+        if i not in self.inputs or self.inputs[i].shape != x.shape:
+            self.inputs[i] = torch.empty(x.shape, dtype=x.dtype, pin_memory=self.device.type == "cuda")
+        return self.inputs[i].copy_(x, non_blocking=True)
+
+
+class _Block(torch.autograd.Function):
+    """A visual block from x [B, S, C] to the next x."""
+
+    @staticmethod
+    def forward(ctx, anchor, network, i, context, x, text, *modulation):
+        ctx.network, ctx.i, ctx.context = network, i, context
+        plan, key_mask, recorded = context
+        if recorded:
+            ctx.save_for_backward(network.keep(i, x), text, *modulation)
+        out = torch.empty_like(x)
+        with network.placed(i, 1) as block:
+            attended = block.self_attention.attend(modulated_norm(x, modulation[1], modulation[0]), plan)
+            keys_values = block.cross_attention.read(text)
+            for part in network.parts(x):
+                out[:, part] = block.after_attention(x[:, part], attended[:, part], keys_values, modulation, None, key_mask)[0]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        network, (plan, key_mask, _) = ctx.network, ctx.context
+        saved = [tensor.to(network.device, non_blocking=True) for tensor in ctx.saved_tensors]
+        x, text, *modulation = leaves = [x.detach().requires_grad_(need) for x, need in zip(saved, ctx.needs_input_grad[4:], strict=True)]
+        with network.placed(ctx.i, -1) as block, torch.enable_grad():
+            attended = block.self_attention.attend(modulated_norm(x, modulation[1], modulation[0]), plan)
+            keys_values = block.cross_attention.read(text)
+            read = [_leaf(tensor) for tensor in keys_values]
+            through, direct = torch.empty_like(attended), torch.empty_like(x)
+            for part in network.parts(x):
+                own, seen = _leaf(x[:, part]), _leaf(attended[:, part])
+                out = block.after_attention(own, seen, read, modulation, None, key_mask)[0]
+                if out.requires_grad:
+                    out.backward(grad[:, part])
+                through[:, part], direct[:, part] = _gradient(seen), _gradient(own)
+            roots = [(tensor, gradient) for tensor, gradient in zip((attended, *keys_values), (through, *map(_gradient, read)), strict=True)
+                     if tensor.requires_grad]
+            if roots:
+                torch.autograd.backward(*map(list, zip(*roots, strict=True)))
+        if x.requires_grad:
+            x.grad = direct if x.grad is None else x.grad.add_(direct)
+        return None, None, None, None, *(leaf.grad for leaf in leaves)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """The same numbers as the beginning of a graph of its own, for a gradient where x has one."""
+    return x.detach().requires_grad_(x.requires_grad)
+
+
+def _gradient(x: Tensor) -> Tensor | float:
+    return 0.0 if x.grad is None else x.grad
