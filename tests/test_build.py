@@ -135,6 +135,7 @@ def test_functions_are_short(path):
             allowed = 8 if node.name == "block_sparse_attention" else 7  # what attention takes everywhere, the blocks, and the bound
             allowed += path.name == "reference.py"  # whose functions take what the schemas have: a gradient's the results of the forward too
             allowed += 2 * (path.name == "reference.py" and node.name.endswith("_backward"))
+            allowed += 2 * (path.name == "diffusers_transformer.py")  # whose forward takes what the one it stands for does
             assert public <= allowed or kernels, f"{name(path)}:{node.lineno} {node.name} takes {public} arguments"
 
 
