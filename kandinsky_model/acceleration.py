@@ -63,15 +63,12 @@ def accelerate(target, vae: bool = True, exact_time: bool = False, official_sigm
     target: a Kandinsky 5 pipeline (text or image to video or image), its transformer, or its video VAE. vae: whether a pipeline's
     video VAE is accelerated too.
 
-    Parameters stay where they are, under their names: adapters, offloading, casting, quantisation, compilation, caches and saving work
-    as before, whether they were set up before or after. NABLA runs at once, at every size whose sides are multiples of 16, without an
-    attention backend and without compiling.
+    Parameters keep their places and names, so adapters, offloading, casting, quantisation, compilation, caches and saving work as before,
+    set up before or after. NABLA runs at every size whose sides are multiples of 16, without an attention backend and without compiling.
     Rotated queries and keys are not rounded to bfloat16 in passing, as diffusers does even in float32; other differences are rounding.
     A pass that our operators must not do (gradients, other dtypes, a model split over devices, NABLA with an attention backend set)
     runs as diffusers wrote it, with one line in the log.
-
-    The rest corrects a pipeline towards the official code, and changes results; the effects are as tests/test_accelerate_pipelines.py
-    measures them on tiny random models:
+    The rest corrects a pipeline towards the official code, with the effects that tests/test_accelerate_pipelines.py measures:
     exact_time: the transformer gets the time in float32 instead of the weights' dtype. 10 steps in bfloat16: the latents' distance to
     the float32 run falls from 1.6 % to 0.7 %.
     official_sigmas: times are shifted once, not twice. It moves them by up to 0.07 of 1 at 50 steps with shift 5, 0.23 at 16 steps.
@@ -80,22 +77,15 @@ def accelerate(target, vae: bool = True, exact_time: bool = False, official_sigm
 
     Returns the `Acceleration`. Raises TypeError for another target, ValueError for corrections of what is not a pipeline.
     """
-    wanted = [name for name, yes in (("exact_time", exact_time), ("official_sigmas", official_sigmas), ("cache_contexts", cache_contexts))
-              if yes]
-    parts = _parts(target)
+    handle, parts = Acceleration(), _parts(target)
+    wanted = {"exact_time": exact_time, "official_sigmas": official_sigmas, "cache_contexts": cache_contexts}
+    wanted = [name for name, yes in wanted.items() if yes]
     if wanted and not (hasattr(target, "scheduler") and "transformer" in parts):
         raise ValueError(f"{' and '.join(wanted)} must be asked of a pipeline, got {type(target).__name__}; pass the pipeline itself.")
-    handle = Acceleration()
     for name, module in parts.items():
-        kind, rules = type(module).__name__, RULES.get(type(module).__name__)
-        if name == "vae" and not vae:
-            why = "vae=False was asked for"
-        elif rules is None:
-            why = "there is nothing here that would make it faster"
-        else:
-            why = _replace(module, rules, handle)
+        why = "vae=False was asked for" if name == "vae" and not vae else _replace(module, handle)
         if why:
-            handle.kept[f"{name}, {kind}"] = why
+            handle.kept[f"{name}, {type(module).__name__}"] = why
     for name in wanted:
         handle._undo += getattr(diffusers_corrections, name)(target, parts["transformer"])
         handle.corrected.append(name)
@@ -121,8 +111,11 @@ def _things(model: nn.Module):
             yield module.processor
 
 
-def _replace(model: nn.Module, rules, handle: Acceleration) -> str | None:
-    """Give everything in `model` that `rules` know its faster class, or say why not."""
+def _replace(model: nn.Module, handle: Acceleration) -> str | None:
+    """Give everything in `model` that its rules know a faster class, or say why not."""
+    rules = RULES.get(type(model).__name__)
+    if rules is None:
+        return "there is nothing here that would make it faster"
     if any(class_swap.stock_class(module) for module in model.modules()):
         return "it is accelerated already"
     if why := rules.obstacle(model):

@@ -165,8 +165,8 @@ class Transformer:
             return f"NABLA uses the attention backend that was set, {name}; reset_attention_backend() brings ours back"
         if sparse.get("sta_mask") is not None and None in self._window(sparse):
             return "the local window is known as a mask only"
-        if recorded(self, *inputs):  # diffusers' own code cannot run without a backend for it
-            report(self, "records gradients through NABLA's reference, which is slow")
+        if recorded(self, *inputs):
+            report(self, "records NABLA's gradients by our operators, because diffusers' own code needs a backend for them")
         return None
 
     def _window(self, sparse: dict) -> tuple[int | None, ...]:

@@ -172,7 +172,7 @@ def test_a_backend_that_was_set_is_used(monkeypatch, caplog):
 
 
 def test_nabla_has_gradients(monkeypatch, caplog):
-    """Slow ones, but diffusers' own code has none without FlexAttention."""
+    """Of ours, because diffusers' own code has none without FlexAttention."""
     model = accelerated(monkeypatch)
     model.visual_transformer_blocks[0].feed_forward.in_layer.requires_grad_()
     wanted = velocity(model, RAGGED, nabla=True)
