@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo   writes demo.mp4 from PROMPT          make bench  times the operators on this machine
-# make test   runs the tests                       make clean  forgets everything that was built
+# make test   runs the tests, JOBS at a time       make clean  forgets everything that was built
 # All of them set up .venv first where it is missing: PYTHON=... chooses the interpreter, TORCH=... the torch to install.
 
 VENV := .venv
 PY := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 PROMPT ?= a red circle moving right on a blue background
 SUITABLE := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -20,7 +21,7 @@ demo: $(VENV)/.built
 	$(VENV)/bin/kandinsky generate "$(PROMPT)" -o demo.mp4 --strip demo.png --seed 7
 
 test: $(VENV)/.built $(VENV)/.test
-	$(PY) -m pytest -q $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 bench: $(VENV)/.built $(VENV)/.test
 	$(PY) -m benchmarks.ops

@@ -93,5 +93,5 @@ def diffusers_folder(tmp_path_factory, text_parts):
 
 def pytest_configure(config):
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(2)
+        torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation.*:UserWarning")
