@@ -178,6 +178,7 @@ def _check_tiny_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--steps", type=int)
     command.add_argument("--guidance", type=float)
     command.add_argument("--quantize", choices=QUANTIZATIONS, help="also compare with the unquantised model")
+    command.add_argument("--lora", metavar="PATH", help="an adapter to draw with")
     command.add_argument("--count", type=int, default=48, help="how many prompts (default: 48); after 48 they come again, with other noise")
     command.add_argument("--json", metavar="FILE", help="also write every verdict")
 

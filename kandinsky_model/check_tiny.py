@@ -11,27 +11,29 @@ logger = logging.getLogger(__name__)
 WORDS = ("color", "background", "shape", "motion")
 
 
-def draw(combinations, folder=TINY, seed=0, batch=8, quantize=None, **settings):
+def draw(combinations, folder=TINY, seed=0, batch=8, quantize=None, lora=None, **settings):
     """Yield (combination, prompt, video) for each; the i-th uses seed + i. `settings` as `Kandinsky5.generate` takes them."""
     model = pipeline.load(folder, quantize=quantize)
+    if lora:
+        model.lora.load(lora)
     for start in range(0, len(combinations), batch):
         wanted = combinations[start : start + batch]
         prompts = [shapes.prompt(c) for c in wanted]
         yield from zip(wanted, prompts, model.generate(prompts, seed=seed + start, **settings), strict=True)
 
 
-def check_tiny(folder=TINY, seed=0, steps=None, guidance=None, combinations=None, quantize=None):
+def check_tiny(folder=TINY, seed=0, steps=None, guidance=None, combinations=None, quantize=None, lora=None):
     """Sample held-out prompts and judge them: {"prompts", "color", "background", "shape", "motion", "samples"}; shares of 1.
 
     combinations: all 48 held-out ones unless given; one that comes again is drawn from other noise. A share counts clips whose word is
     right; "color_and_background" and "all" count clips where those words are right together. Logs one line per clip. quantize: a mode
     of `QUANTIZATIONS`; the model is then also run without, from the same noise: "unquantized" holds its shares, and "psnr" of each
-    sample how near its frames come, in dB.
+    sample how near its frames come, in dB. lora: an adapter to draw with.
     """
     combinations = shapes.held_out() if combinations is None else combinations
     settings = {"num_inference_steps": steps, "guidance_scale": guidance}
     modes = [quantize, None] if quantize else [None]
-    runs = [draw(combinations, folder, seed, quantize=mode, **settings) for mode in modes]
+    runs = [draw(combinations, folder, seed, quantize=mode, lora=lora, **settings) for mode in modes]
     samples, plain = [], []
     for (combination, prompt, clip), *others in zip(*runs, strict=True):
         samples.append(judged(combination, prompt, clip))

@@ -323,7 +323,7 @@ def check_tiny(args) -> None:
     from .shapes import held_out
 
     combinations = tuple(islice(cycle(held_out()), args.count))
-    result = check_tiny(args.folder or TINY, args.seed, args.steps, args.guidance, combinations, args.quantize)
+    result = check_tiny(args.folder or TINY, args.seed, args.steps, args.guidance, combinations, args.quantize, args.lora)
     print(f"{result['prompts']} prompts of combinations that were never in training")
     for word in ("color", "background", "color_and_background", "shape", "motion", "all"):
         before = f", unquantised {result['unquantized'][word]:6.1%}" if args.quantize else ""

@@ -278,6 +278,6 @@ def test_train_and_check_hand_their_arguments_on(run, monkeypatch, tmp_path):
     assert run("train-tiny", "-o", "here", "--seed", "4") == (0, "here\n", "")
     status, out, _ = run("check-tiny", "here", "--count", "3", "--json", "r.json")
     assert status == 0 and out.count("50.0%") == 6 and json.loads((tmp_path / "r.json").read_text())["prompts"] == 3
-    assert run("check-tiny", "here", "--count", "50")[0] == 0  # more than there are: they come again
-    assert calls == [(("here",), {"seed": 4, "resume": False, "device": "cpu"}), ("here", 0, None, None, held_out()[:3], None),
-                     ("here", 0, None, None, held_out() + held_out()[:2], None)]
+    assert run("check-tiny", "here", "--count", "50", "--lora", "some")[0] == 0  # more than there are: they come again
+    assert calls == [(("here",), {"seed": 4, "resume": False, "device": "cpu"}), ("here", 0, None, None, held_out()[:3], None, None),
+                     ("here", 0, None, None, held_out() + held_out()[:2], None, "some")]
