@@ -52,7 +52,7 @@ def test_tiles_stay_those_of_diffusers():
     z, x = latents(7, 6, 6), video(21, 48, 48)
     wanted = both(vae, z, x)
     accelerate(vae)
-    assert all(off(ours, one) <= 2 * ROUNDING for ours, one in zip(both(vae, z, x), wanted, strict=True))
+    assert all(off(ours, one) <= 3 * ROUNDING for ours, one in zip(both(vae, z, x), wanted, strict=True))
 
 
 def test_builds_neither_masks_nor_enlarged_copies(monkeypatch):
@@ -128,7 +128,7 @@ def test_weights_may_come_and_go(order, change, tmp_path):
     handle = accelerate(vae)
     if order == "after":
         change(vae, tmp_path)
-    assert all(off(ours, one) <= 2 * ROUNDING for ours, one in zip(both(vae, z, x), wanted, strict=True))
+    assert all(off(ours, one) <= 3 * ROUNDING for ours, one in zip(both(vae, z, x), wanted, strict=True))
     handle.undo()
     assert all(off(theirs, one) <= ROUNDING for theirs, one in zip(both(vae, z, x), wanted, strict=True))
 
