@@ -22,7 +22,7 @@ from kandinsky_model.inspection import Watch
 from kandinsky_model.locate import TINY
 
 RESULTS = Path(__file__).with_name("results")
-MASSES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+MASSES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 BATCH = 8
 LUMA = (0.299, 0.587, 0.114)
 
