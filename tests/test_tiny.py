@@ -249,3 +249,9 @@ def test_bundle_loads_strictly_and_equals_the_preset():
 def test_bundle_draws_a_held_out_prompt():
     report = check_tiny(steps=8, combinations=shapes.held_out()[:1])
     assert report["color_and_background"] == 1, report
+
+
+def test_bundled_adapter_draws_a_held_out_prompt_without_guidance():
+    asked = dict(steps=8, guidance=1.0, combinations=shapes.held_out()[1:2])
+    report = check_tiny(lora=BUNDLE / "nocfg", **asked)
+    assert report["color_and_background"] == 1 and report["guidance"] == 1, report
