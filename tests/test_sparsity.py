@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The measurement of what sparsity costs: its yardsticks, and a small run of it."""
+import json
+
 import pytest
 import torch
 
@@ -34,3 +36,8 @@ def test_the_result_is_shown(result):
     lines = sparsity.table(result)
     assert len(lines) == 5 and lines[3].startswith("| 1 | 100.0% |") and lines[-1].startswith("| dense |")
     assert sparsity.picture(result).size == (4 * 420, 320)
+
+
+def test_the_readme_shows_what_was_measured():
+    measured = json.loads((sparsity.RESULTS / "tiny_sparsity.json").read_text())
+    assert "\n".join(sparsity.table(measured)) in (sparsity.RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
