@@ -10,10 +10,12 @@ from test_vae_stream import DEEP, FLAT
 
 from kandinsky_model import vae_pairs, vae_stages, vae_stream
 from kandinsky_model.config import VAEConfig
+from kandinsky_model.locate import TINY
 from kandinsky_model.memory import Accounting, ladder
 from kandinsky_model.vae import encode_plan
 from kandinsky_model.vae_stages import shrinking_lengths
 from kandinsky_model.vae_stream import encoding, stream
+from kandinsky_model.weights import load_vae
 
 SIZES = [(1, 24, 40), (5, 16, 56), (13, 24, 16), (17, 8, 24)]  # video F, H, W
 SECONDS = {"5 s SD": (1, 3, 121, 512, 768), "10 s SD": (1, 3, 241, 512, 768), "5 s HD": (1, 3, 121, 768, 1280),
@@ -200,7 +202,9 @@ def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
 
 
 def test_autocast_costs_digits_only():
-    vae, video, latents = small_vae(), video_of((5, 16, 24)), torch.randn(1, 4, 2, 3, 4)
+    """On the bundled VAE, whose attention is given fp32 by what stands before it and makes bf16 of it."""
+    vae, video = load_vae(TINY / "vae", dtype=torch.float32), video_of((5, 32, 48))
+    latents = torch.randn(1, vae.config.latent_channels, 2, 4, 6)
     plain = vae.encode(video)[0], vae.decode(latents)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = vae.encode(video)[0], vae.decode(latents)
