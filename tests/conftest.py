@@ -75,6 +75,14 @@ def empty_text_caches(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def empty_inductor_cache(tmp_path_factory):
+    """Code that Inductor keeps on disk is wrong, or crashes, on a processor of another instruction set (torch 2.13: not in its key)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def text_parts():
     """Tiny text encoders, to be left as they are."""
