@@ -159,9 +159,9 @@ def center_latents(vae, generator, clips=24):
 class FlowPlan:
     """How text encoder and transformer are trained. `phases` = (steps, clips, latent frames, sparse attention).
 
-    boost: see `Optimizer`. drop, unknown: how often a prompt is left out, and a word replaced by the unknown one. compile: fuse the
-    visual blocks with torch.compile, which needs a C++ compiler on the CPU. minutes: training ends then at the latest, the learning
-    rate with it.
+    boost: see `Optimizer`. drop, unknown: how often a prompt is left out, and a word replaced by the unknown one. stars: how many
+    times as often as any other shape a star is shown, the last one whose outline is learned. compile: fuse the visual blocks with
+    torch.compile, which needs a C++ compiler on the CPU. minutes: training ends then at the latest, the learning rate with it.
     """
 
     rate: float = 2e-3
@@ -171,6 +171,7 @@ class FlowPlan:
     phases: tuple = ((2800, 32, 1, False), (2600, 8, 5, False), (700, 8, 5, True))
     drop: float = 0.1
     unknown: float = 0.02
+    stars: float = 1.0
     compile: bool = True
     minutes: float | None = None
 
@@ -182,12 +183,13 @@ class Pool:
     latents: torch.Tensor
     scenes: list
 
-    def batch(self, count, frames, generator):
-        """Random clips cut to `frames` latent frames (the VAE is causal, so a prefix is a shorter clip).
+    def batch(self, count, frames, generator, stars=1.0):
+        """Random clips cut to `frames` latent frames (the VAE is causal, so a prefix is a shorter clip), stars `stars` times as often.
 
         Returns latents fp32 [count, frames, h, w, C] and their combinations.
         """
-        rows = [generator.randrange(len(self.scenes)) for _ in range(count)]
+        weights = [stars if scene.combination.shape == "star" else 1.0 for scene in self.scenes]
+        rows = generator.choices(range(len(self.scenes)), weights, k=count)
         return self.latents[rows, :frames].float(), [self.scenes[i].combination for i in rows]
 
 
@@ -305,7 +307,7 @@ def train_flow(networks, pool, plan, preset, seed, on_average=None):
         if (frames, sparse) not in plans:
             grid = Grid(frames, shapes.HEIGHT // 16, shapes.WIDTH // 16)
             plans[frames, sparse] = make_plan(preset.dit, grid, preset.scale_factor, preset.nabla if sparse else None, device)
-        clean, words = pool.batch(clips, frames, generator)
+        clean, words = pool.batch(clips, frames, generator, plan.stars)
         prompts = [shapes.random_prompt(c, generator) for c in words]
         times = sample_times(clips, preset.scheduler_scale).to(device)
         with short_attention(device):

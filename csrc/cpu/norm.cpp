@@ -4,128 +4,22 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "../check.h"
-#include "lanes.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace kandinsky {
 namespace {
 
-constexpr int64_t kGrainElements = 1 << 15;  // less work than this is not worth a second thread
-
-// Calls step.operator()<W>(i) over [0, n) in strides of W and the rest in strides of Tail.
-template <int W, int Tail, class Step>
-KANDINSKY_INLINE void sweep(int64_t n, const Step& step) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) step.template operator()<W>(i);
-  for (; i + Tail <= n; i += Tail) step.template operator()<Tail>(i);
-}
-
-template <int W, class T>
-KANDINSKY_INLINE const float* widened(const T* row, int64_t n, float* scratch) {
-  if constexpr (std::is_same_v<T, float>) {
-    return row;
-  } else {
-    sweep<W, 1>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) { store<V>(scratch + i, load<V>(row + i)); });
-    return scratch;
-  }
-}
-
-// Power of two that brings the largest magnitude of the row near one; 1 for rows with an infinity or NaN.
-KANDINSKY_INLINE float taming_scale(const float* row, int64_t n) {
-  float largest = 0;
-  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::fabs(row[i]));
-  int exponent = 0;
-  std::frexp(largest, &exponent);
-  return std::isfinite(largest) ? std::ldexp(1.0f, -exponent) : 1.0f;
-}
-
-// normalised = ((x * scale - mean) - offset) * inverse. `offset` is what rounding left out of `mean`, so that a constant
-// row gives exact zeros; `scale` is 1 unless the squares of the row would overflow.
-struct Moments {
-  float scale, mean, offset, inverse;
-};
-
-struct Sums {
-  double values = 0, squares = 0;
-};
-
-// Sums of map.operator()<V>(i) and of its square over [0, n). Four chains of additions hide their latency, and none is
-// longer than 16 before it joins the total: rounding grows with the chain, and narrow lanes make long ones.
-template <int W, class Map>
-KANDINSKY_INLINE Sums reduce(int64_t n, const Map& map) {
-  Sums sums;
-  float rest = 0, rest_squares = 0;
-  int64_t i = 0;
-  while (i + 4 * W <= n) {
-    typename Lanes<W>::F values[4]{}, squares[4]{};
-    for (const int64_t stop = std::min(n - 4 * W, i + 60 * W); i <= stop; i += 4 * W) {
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const auto x = map.template operator()<W>(i + j * W);
-        values[j] += x;
-        squares[j] += x * x;
-      }
-    }
-    sums.values += sum_lanes<W>((values[0] + values[1]) + (values[2] + values[3]));
-    sums.squares += sum_lanes<W>((squares[0] + squares[1]) + (squares[2] + squares[3]));
-  }
-  typename Lanes<W>::F values{}, squares{};
-  for (; i + W <= n; i += W) {
-    const auto x = map.template operator()<W>(i);
-    values += x;
-    squares += x * x;
-  }
-  for (; i < n; ++i) {
-    const float x = map.template operator()<1>(i)[0];
-    rest += x;
-    rest_squares += x * x;
-  }
-  sums.values += sum_lanes<W>(values) + rest;
-  sums.squares += sum_lanes<W>(squares) + rest_squares;
-  return sums;
-}
-
-template <int W>
-KANDINSKY_INLINE Moments moments(const float* row, int64_t n, float scale, double eps) {
-  const Sums first = reduce<W>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) { return load<V>(row + i) * scale; });
-  const float mean = float(first.values / double(n));
-  const Sums second = reduce<W>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) { return load<V>(row + i) * scale - mean; });
-  const double offset = second.values / double(n), variance = std::max(second.squares / double(n) - offset * offset, 0.0);
-  const double inverse = std::min(1.0 / std::sqrt(variance + eps * scale * scale), 3e38);  // finite for a huge constant
-  return {scale, mean, float(offset), float(inverse)};
-}
-
-template <int W>
-KANDINSKY_INLINE Moments safe_moments(const float* row, int64_t n, double eps) {
-  const Moments plain = moments<W>(row, n, 1.0f, eps);
-  if (plain.inverse > 0) return plain;  // 0 or NaN: the sum of the row or of its squares overflowed
-  return moments<W>(row, n, taming_scale(row, n), eps);
-}
-
 template <int W, class T>
 KANDINSKY_INLINE void modulate(const float* row, const Moments& m, const float* scale, const float* shift, int64_t n, T* out) {
   sweep<W, 1>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) {
-    const auto normed = ((load<V>(row + i) * m.scale - m.mean) - m.offset) * m.inverse;
-    store<V>(out + i, normed * load<V>(scale + i) + load<V>(shift + i));
+    store<V>(out + i, m.centred<V>(row + i) * m.inverse * load<V>(scale + i) + load<V>(shift + i));
   });
 }
-
-// A [B, S, C] tensor whose rows are contiguous.
-template <class T>
-struct Rows {
-  T* base;
-  int64_t S, batch_stride, stride;
-
-  explicit Rows(const Tensor& t) : base(mutable_data<T>(t)), S(t.size(1)), batch_stride(t.stride(0)), stride(t.stride(1)) {}
-  KANDINSKY_INLINE T* operator[](int64_t row) const { return base + row / S * batch_stride + row % S * stride; }
-};
 
 template <class T>
 struct ModulatedNorm {
@@ -173,50 +67,26 @@ template <class T>
 struct NormRope {
   const T* x;
   T* y;
-  const float *weight, *cos, *sin;  // [D], [P, D/2], [P, D/2]; cos and sin null: no rotation
-  const int32_t* positions;         // [S, axes]: a token's row of the tables for the pairs of each axis
-  const std::vector<int64_t>& pairs;
-  const int32_t* offsets;           // [N + 1], or null: then a unit of work is one token
-  float* means;                     // [B, H, N, D]
+  const float* weight;     // [D]
+  Angles angles;
+  const int32_t* offsets;  // [N + 1], or null: then a unit of work is one token
+  float* means;            // [B, H, N, D]
   int64_t S, H, D, N;
-  int64_t batch_stride, token_stride, head_stride, cos_stride, sin_stride;
+  int64_t batch_stride, token_stride, head_stride;
   double eps;
-
-  template <int W>
-  KANDINSKY_INLINE float inverse_rms(const float* row) const {
-    const Sums sums = reduce<W>(D, [&]<int V>(int64_t i) __attribute__((always_inline)) { return load<V>(row + i); });
-    const float inverse = float(1.0 / std::sqrt(sums.squares / double(D) + eps));
-    if (inverse > 0 || inverse != inverse) return inverse;
-    double squares = 0;  // fp32 squares overflowed
-    for (int64_t i = 0; i < D; ++i) squares += double(row[i]) * row[i];
-    return float(1.0 / std::sqrt(squares / double(D) + eps));
-  }
-
-  // Every angle twice, sines with the sign that belongs to the even and the odd element of a pair.
-  KANDINSKY_INLINE void spread_angles(int64_t token, float* twice_cos, float* signed_sin) const {
-    const int64_t axes = int64_t(pairs.size());
-    for (int64_t axis = 0, i = 0, stop = 0; axis < axes; ++axis) {
-      const int64_t position = positions[token * axes + axis];
-      for (stop += pairs[axis]; i < stop; ++i) {
-        twice_cos[2 * i] = twice_cos[2 * i + 1] = cos[position * cos_stride + i];
-        signed_sin[2 * i + 1] = sin[position * sin_stride + i];
-        signed_sin[2 * i] = -signed_sin[2 * i + 1];
-      }
-    }
-  }
 
   template <int W>
   KANDINSKY_INLINE void token(int64_t batch, int64_t token, float* scratch, float* sums) const {
     float *twice_cos = scratch + D, *signed_sin = scratch + 2 * D;
-    if (cos) spread_angles(token, twice_cos, signed_sin);
+    if (angles.cos) angles.spread(token, twice_cos, signed_sin);
     for (int64_t head = 0; head < H; ++head) {
       const float* row = widened<W>(x + batch * batch_stride + token * token_stride + head * head_stride, D, scratch);
       T* out = y + ((batch * S + token) * H + head) * D;
       float* sum = sums + head * D;
-      const float inverse = inverse_rms<W>(row);
+      const float inverse = inverse_rms<W>(row, D, eps);
       sweep<W, 2>(D, [&]<int V>(int64_t i) __attribute__((always_inline)) {
         auto v = load<V>(row + i) * inverse * load<V>(weight + i);
-        if (cos) v = v * load<V>(twice_cos + i) + swap_pairs<V>(v) * load<V>(signed_sin + i);
+        if (angles.cos) v = v * load<V>(twice_cos + i) + swap_pairs<V>(v) * load<V>(signed_sin + i);
         store<V>(out + i, v);
         if (offsets) store<V>(sum + i, load<V>(sum + i) + load<V>(out + i));
       });
@@ -245,25 +115,6 @@ struct NormRope {
     }
   }
 };
-
-template <class Kernel>
-void run_parallel(const Kernel& kernel, int64_t units, int64_t elements_per_unit) {
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements_per_unit));
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { run_simd(kernel, begin, end); });
-}
-
-// [B, C] or [D] in any float type as contiguous fp32, plus a constant.
-std::vector<float> vectors(const Tensor& t, const char* name, float plus = 0) {
-  require_rows(t, name);
-  const int64_t C = t.size(t.dim() - 1), rows = t.dim() == 2 ? t.size(0) : 1, stride = t.dim() == 2 ? t.stride(0) : 0;
-  std::vector<float> wide(rows * C);
-  dispatch_float(t, name, [&](auto type) {
-    const auto* source = data<decltype(type)>(t);
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t i = 0; i < C; ++i) wide[row * C + i] = plus + float(source[row * stride + i]);
-  });
-  return wide;
-}
 
 Tensor modulated_norm(const Tensor& x, const Tensor& scale, const Tensor& shift, double eps) {
   require(x.dim() == 3, "x must have shape [B, S, C], got ", shape_of(x), ".");
@@ -320,29 +171,6 @@ void require_offsets(const Tensor& offsets, int64_t S) {
   require(ascending, "block_offsets must ascend from 0 to the number of tokens ", S, " without empty blocks.");
 }
 
-const float* table_of(const Tensor& table, const char* name, int64_t P, int64_t D) {
-  require_shape(table, name, {P, D / 2});
-  require_type(table, name, ScalarType::Float);
-  require_rows(table, name);
-  return data<float>(table);
-}
-
-const int32_t* positions_of(const Tensor& positions, int64_t S, const std::vector<int64_t>& pairs, int64_t P, int64_t D) {
-  int64_t sum = 0;
-  for (const int64_t count : pairs) {
-    require(count >= 0, "pairs must not be negative, got ", count, ".");
-    sum += count;
-  }
-  require(sum == D / 2, "pairs must have the sum D / 2 = ", D / 2, ", got ", sum, ".");
-  require_shape(positions, "positions", {S, int64_t(pairs.size())});
-  require_type(positions, "positions", ScalarType::Int);
-  require(positions.is_contiguous(), "positions must be contiguous; call .contiguous() first.");
-  const int32_t* p = data<int32_t>(positions);
-  const bool inside = std::all_of(p, p + positions.numel(), [&](int32_t row) { return 0 <= row && row < P; });
-  require(inside, "positions must lie in the tables' rows 0 to ", P - 1, ".");
-  return p;
-}
-
 std::tuple<Tensor, Tensor> norm_rope(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& cos,
                                      const std::optional<Tensor>& sin, const std::optional<Tensor>& positions,
                                      const std::vector<int64_t>& pairs, const std::optional<Tensor>& offsets, double eps) {
@@ -350,11 +178,7 @@ std::tuple<Tensor, Tensor> norm_rope(const Tensor& x, const Tensor& weight, cons
   const int64_t B = x.size(0), S = x.size(1), H = x.size(2), D = x.size(3);
   require_rows(x, "x");
   require_shape(weight, "weight", {D});
-  require(cos.has_value() == sin.has_value() && cos.has_value() == positions.has_value(),
-          "cos, sin and positions must be given together, got only some of them.");
-  const int64_t P = cos && cos->dim() ? cos->size(0) : 0;
-  const float *cos_data = cos ? table_of(*cos, "cos", P, D) : nullptr, *sin_data = sin ? table_of(*sin, "sin", P, D) : nullptr;
-  const int32_t* position_data = positions ? positions_of(*positions, S, pairs, P, D) : nullptr;
+  const Angles angles = angles_of(cos, sin, positions, pairs, S, D);
   if (offsets) require_offsets(*offsets, S);
   const int64_t N = offsets ? offsets->numel() - 1 : 0;
   Tensor y = torch::stable::new_empty(x, std::vector<int64_t>{B, S, H, D});
@@ -363,9 +187,8 @@ std::tuple<Tensor, Tensor> norm_rope(const Tensor& x, const Tensor& weight, cons
   const auto wide_weight = vectors(weight, "weight");
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
-    const NormRope<T> kernel{data<T>(x), mutable_data<T>(y), wide_weight.data(), cos_data, sin_data, position_data, pairs,
-                             offsets ? data<int32_t>(*offsets) : nullptr, mutable_data<float>(means), S, H, D, N,
-                             x.stride(0), x.stride(1), x.stride(2), cos ? cos->stride(0) : 0, sin ? sin->stride(0) : 0, eps};
+    const NormRope<T> kernel{data<T>(x), mutable_data<T>(y), wide_weight.data(), angles, offsets ? data<int32_t>(*offsets) : nullptr,
+                             mutable_data<float>(means), S, H, D, N, x.stride(0), x.stride(1), x.stride(2), eps};
     run_parallel(kernel, offsets ? B * N : B * S, offsets ? S / std::max<int64_t>(1, N) * H * D : H * D);
   });
   return {y, means};
