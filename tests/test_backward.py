@@ -328,10 +328,12 @@ X, HEADS_4, VECTOR = torch.zeros(1, 3, 8), torch.zeros(1, 3, 2, 4), torch.zeros(
 @needs_extension
 @pytest.mark.parametrize(("op", "change", "text"), [
     ("modulated_norm", {"scale": VECTOR[:, 1:]}, r"scale must have shape \[1, 8\], got \[1, 7\]"),
-    ("modulated_norm", {"grad": X[:, 1:]}, r"grad must have shape \[1, 3, 8\]"), ("modulated_norm", {"grad": X.half()}, "grad must have the dtype"),
+    ("modulated_norm", {"grad": X[:, 1:]}, r"grad must have shape \[1, 3, 8\]"),
+    ("modulated_norm", {"grad": X.half()}, "grad must have the dtype"),
     ("modulated_norm", {"x": X.mT.contiguous().mT}, "x must be contiguous in its last dimension"),
     ("gated_add_norm", {"branch": X[..., 1:]}, "branch must have shape"), ("gated_add_norm", {"gate": VECTOR[0]}, "gate must have shape"),
-    ("gated_add_norm", {"grad_y": X.double()}, "grad_y must have the dtype of y"), ("gated_add_norm", {"y": X[0]}, r"y must have shape \[B, S, C\]"),
+    ("gated_add_norm", {"grad_y": X.double()}, "grad_y must have the dtype of y"),
+    ("gated_add_norm", {"y": X[0]}, r"y must have shape \[B, S, C\]"),
     ("norm_rope", {"weight": VECTOR[0]}, r"weight must have shape \[4\]"), ("norm_rope", {"grad": HEADS_4[:, :2]}, "grad must have shape"),
     ("norm_rope", {"positions": torch.full((3, 1), 5, dtype=torch.int32)}, "positions must lie in the tables' rows 0 to 4"),
     ("norm_rope", {"sin": None}, "must be given together"),
