@@ -152,6 +152,8 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--attention", choices=("nabla", "dense"), help="default: what the model was trained with")
     command.add_argument("--distill", nargs="?", const="dense", choices=DISTILLATIONS, help="fit what the same weights do with dense "
                          "attention (the default of this option), or with guidance, in one pass")
+    command.add_argument("--dtype", choices=("bf16", "fp32"), help="of activations and of weights that are not trained (default: bf16 on "
+                         "CUDA)")
     command.add_argument("--bad-data", choices=("stop", "skip"), help="at a file that cannot be used (default: stop)")
     command.add_argument("--cache", metavar="FOLDER", help="of latents and embeddings (default: training/cache in the output)")
     _device_arguments(command)

@@ -285,7 +285,7 @@ def train(args) -> None:
     if args.full and args.trigger:
         raise ValueError("a trigger calls a LoRA, so it does not go with --full; leave one of them out")
     names = ("model", "steps", "batch", "passes", "rate", "warmup", "ema", "drop", "seed", "save_every", "sample_every", "attention",
-             "distill", "bad_data", "cache", "memory_budget", "device")
+             "distill", "dtype", "bad_data", "cache", "memory_budget", "device")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = TrainConfig(lora=None if args.full else LoRAConfig(args.lora_rank, trigger=args.trigger), lengths=args.frames,
                          sizes=args.size and [(height, width) for width, height in args.size], **given)

@@ -202,8 +202,7 @@ def pool_scenes(copies, seed):
 @torch.no_grad()
 def encode_pool(vae, scenes):
     """Draw and encode scenes, four at a time."""
-    device = vae.quant_conv.weight.device
-    latents = []
+    device, latents = vae.quant_conv.weight.device, []
     for start in range(0, len(scenes), 4):
         clips = torch.stack([shapes.draw(scene) for scene in scenes[start : start + 4]])
         mean, _ = vae.encode(to_video(clips).to(device))

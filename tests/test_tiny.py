@@ -193,6 +193,17 @@ def test_folding_time_keeps_stills_and_undoes_delay():
         torch.testing.assert_close(conv(video)[:, :, 3], conv(video[:, :, 3:4])[:, :, 0], rtol=1e-4, atol=1e-5)
 
 
+def test_stars_are_shown_as_often_as_asked():
+    scenes = train_tiny.pool_scenes(1, 0)
+    pool = train_tiny.Pool(torch.arange(len(scenes) * 2.0).view(-1, 2, 1, 1, 1), scenes)
+    for stars in (1.0, 3.0):
+        latents, shown = pool.batch(3000, 1, random.Random(0), stars)
+        assert [scenes[int(row) // 2].combination for row in latents.flatten()] == shown
+        share = sum(combination.shape == "star" for combination in shown) / len(shown)
+        expected = sum(stars for scene in scenes if scene.combination.shape == "star")
+        assert abs(share - expected / (expected + sum(scene.combination.shape != "star" for scene in scenes))) < 0.03
+
+
 def test_sample_times_cover_the_schedule():
     times = train_tiny.sample_times(64, 3.0)
     assert times.min() > 0 and times.max() < 1 and abs(times.median() - 0.75) < 0.05
