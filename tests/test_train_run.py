@@ -71,6 +71,15 @@ def test_a_lora_from_the_command_line(data, cache, tmp_path, capsys):
                  "-o", str(tmp_path / "a.gif")]) == 0
 
 
+def test_settings_on_the_command_line(monkeypatch):
+    import kandinsky_model.train_run
+
+    seen = []
+    monkeypatch.setattr(kandinsky_model.train_run, "train", lambda *arguments: seen.append(arguments))
+    assert main(["train", "clips", "-o", "out", "--dtype", "bf16", "--distill", "guidance", "--lora-rank", "8", "--passes", "1"]) == 0
+    assert seen == [("clips", "out", TrainConfig(lora=LoRAConfig(8), dtype="bf16", distill="guidance", passes=1), False)]
+
+
 def test_all_weights_from_the_command_line(data, cache, tmp_path, capsys):
     arguments = [str(data), "-o", str(tmp_path / "out"), *SMALL, "--device", "cpu", "--cache", str(cache)]
     arguments = [word for word in arguments if word not in ("--lora-rank", "4")] + ["--rate", "1e-4", "--ema", "0"]
