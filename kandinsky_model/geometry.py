@@ -98,8 +98,12 @@ def local_window(tiles: tuple[int, int, int], window: tuple[int, int, int]) -> T
 
 
 def frequencies(count: int, device: torch.device | str | None = None) -> Tensor:
-    """fp32 [count]: 10000^(-i / count), the geometric ladder shared by the time embedding and the rotary angles."""
-    return torch.exp(-math.log(10000.0) * torch.arange(count, dtype=torch.float32, device=device) / count)
+    """fp32 [count]: 10000^(-i / count), the geometric ladder shared by the time embedding and the rotary angles.
+
+    The exponent is rounded to fp32, as in the official code; its power is exact to the last bit, for the same angles on every processor.
+    """
+    exponent = -math.log(10000.0) * torch.arange(count, dtype=torch.float32, device=device) / count
+    return torch.exp(exponent.double()).float()
 
 
 def positions(grid: Grid) -> Tensor:

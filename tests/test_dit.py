@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transformer against three others: the published list of tensors, a plain rewriting of it, and diffusers' (plus golden files)."""
+import copy
 import json
 import math
 from dataclasses import replace
@@ -341,10 +342,12 @@ def test_golden(mode):
     data = (io["x"][None], io["text"], io["pooled"], io["time"], plan)
     exact = io[f"{mode}_fp32"]
     error = rel_l2(dit(*data)[0], exact)
+    truth = copy.deepcopy(dit).double()(*(tensor.double() for tensor in data[:4]), plan)[0]
+    assert rel_l2(dit(*data)[0], truth) <= 2 * rel_l2(exact, truth)
     for name, parameter in dit.named_parameters():
         if "modulation" not in name and "time_embeddings" not in name:
             parameter.data = parameter.data.bfloat16()
     errors = {"fp32": error, "bf16": rel_l2(dit(*data)[0], exact), "golden bf16": rel_l2(io[f"{mode}_bf16"], exact)}
     print(mode, errors)
-    assert errors["fp32"] <= 1e-6
+    assert errors["fp32"] <= 2e-6  # exp's last bit, which differs between processors, turns angles of up to 1000 by 6e-5
     assert errors["bf16"] <= 1.25 * errors["golden bf16"]
