@@ -77,7 +77,7 @@ def empty_text_caches(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def empty_inductor_cache(tmp_path_factory):
-    """Code that Inductor keeps on disk is wrong, or crashes, on a processor of another instruction set (torch 2.13: not in its key)."""
+    """Code that Inductor keeps on disk computes NaN under another instruction set, which is not in its key (torch 2.13)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield

@@ -10,6 +10,7 @@ from kandinsky_model.config import PRESETS
 from kandinsky_model.geometry import (
     Grid,
     block_offsets,
+    frequencies,
     inverse_order,
     local_window,
     patchify,
@@ -117,6 +118,12 @@ def test_first_frequencies():
         assert rotary_angles(2, (dim,), (1.0,))[1, :len(values)].tolist() == pytest.approx(values, abs=1e-6)
     assert rotary_angles(1200, (64,), (1.0,)).shape == (1200, 32)  # no table to run out of
     assert math.isclose(rotary_angles(8, (64,), (1.0,))[7, 0].item(), 7.0)
+
+
+@pytest.mark.parametrize("count", [8, 12, 32, 64, 256])
+def test_frequencies_are_exact_powers_of_rounded_exponents(count):
+    exponents = [-math.log(10000.0) * torch.tensor(float(i)) / count for i in range(count)]  # fp32, each
+    assert torch.equal(frequencies(count), torch.tensor([math.exp(exponent.item()) for exponent in exponents]))
 
 
 def test_empty_grid_is_refused():

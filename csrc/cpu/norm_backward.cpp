@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gradients of modulated_norm, gated_add_norm and norm_rope on the CPU. With n the normalised row, g the gradient of n and C its length,
 // the row's own gradient is (g - mean(g) - n mean(g n)) / deviation; without mean(g) for a root mean square.
-// Vectors that all rows share get sums over rows: 8 rows, or a token's heads, in one chain of fp32, the chains of a chunk of rows in fp64,
-// and so its chunks. A chunk is one task, and which rows it has depends on nothing but their number: so do all bits, for any threads.
+// Vectors that all rows share get sums over rows: 8 rows, or a token's heads, in one chain of fp32; the chains of a chunk of rows in fp64,
+// then the chunks in fp64. A chunk is one task whose rows do not depend on the number of threads, nor does any bit of the result.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
