@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the compiled kernels; everything else about the packages is in pyproject.toml.
 
-KANDINSKY_KERNELS_BUILD chooses what to build: ``auto`` (default) the CPU kernels, and the CUDA ones where torch and nvcc
-allow it; ``cpu`` or ``cuda``, failing when impossible; ``none`` a pure Python package whose operators run references.
+KANDINSKY_KERNELS_BUILD chooses what to build: ``auto`` (default) the CPU kernels, and the CUDA ones
+where torch and nvcc allow it; ``cpu`` or ``cuda``, failing when impossible; ``none`` a pure Python
+package whose operators run references.
 """
 
 import os
@@ -35,7 +36,10 @@ def why_no_extension() -> str | None:
     try:
         import torch.utils.cpp_extension  # noqa: F401
     except ImportError as error:
-        return f"torch cannot be imported ({error}); install torch, then use pip install --no-build-isolation ."
+        return (
+            f"torch cannot be imported ({error}); install torch, then use pip install "
+            "--no-build-isolation ."
+        )
     return None
 
 
@@ -50,24 +54,32 @@ def why_no_cuda() -> str | None:
         return f"torch {torch.__version__} is built without CUDA"
     if not CUDA_HOME:
         return "nvcc is not found; set CUDA_HOME"
-    told = subprocess.run([str(Path(CUDA_HOME, "bin", "nvcc")), "--version"], capture_output=True, text=True).stdout
+    told = subprocess.run(
+        [str(Path(CUDA_HOME, "bin", "nvcc")), "--version"], capture_output=True, text=True
+    ).stdout
     found = re.search(r"release (\d+)\.", told)
-    if not found or found[1] != torch.version.cuda.partition(".")[0]:  # torch refuses to build with another major version
+    # torch refuses to build with another major version
+    if not found or found[1] != torch.version.cuda.partition(".")[0]:
         ours = f"of CUDA {found[1]}" if found else "not usable"
         return f"nvcc is {ours}, torch of CUDA {torch.version.cuda}; set CUDA_HOME to that version"
     return None
 
 
 def set_architectures() -> None:
-    """Without a choice of the user's: the visible card's architecture, or all that the kernels are for and this nvcc knows."""
+    """Without a choice of the user's: the visible card's architecture, or all that the kernels are
+    for and this nvcc knows."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
     if "TORCH_CUDA_ARCH_LIST" in os.environ or torch.cuda.is_available():
         return  # torch compiles for the visible cards
-    known = subprocess.run([str(Path(CUDA_HOME, "bin", "nvcc")), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    known = subprocess.run(
+        [str(Path(CUDA_HOME, "bin", "nvcc")), "--list-gpu-arch"], capture_output=True, text=True
+    ).stdout.split()
     wanted = [arch for arch in ARCHITECTURES if f"compute_{arch.replace('.', '')}" in known]
-    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(wanted[:-1] + [f"{arch}+PTX" for arch in wanted[-1:]])
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(
+        wanted[:-1] + [f"{arch}+PTX" for arch in wanted[-1:]]
+    )
 
 
 def extension_arguments() -> dict:
@@ -85,17 +97,36 @@ def extension_arguments() -> dict:
     no_cuda = "KANDINSKY_KERNELS_BUILD=cpu" if MODE == "cpu" else why_no_cuda()
     if no_cuda and MODE == "cuda":
         sys.exit(f"KANDINSKY_KERNELS_BUILD=cuda cannot be satisfied: {no_cuda}.")
-    print(f"kandinsky_kernels: building CPU kernels{f', no CUDA kernels: {no_cuda}' if no_cuda else ' and CUDA kernels'}",
-          file=sys.stderr)
+    print(
+        "kandinsky_kernels: building CPU "
+        f"kernels{f', no CUDA kernels: {no_cuda}' if no_cuda else ' and CUDA kernels'}",
+        file=sys.stderr,
+    )
     if not no_cuda:
         set_architectures()
     files = sources("*.cpp") + sources("cpu/*.cpp") + ([] if no_cuda else sources("cuda/*.cu"))
-    defines = [("TORCH_TARGET_VERSION", STABLE_ABI), ("KANDINSKY_WITH_CUDA", "0" if no_cuda else "1")]
-    return {"cmdclass": {"build_ext": BuildExtension}, "ext_modules": [(CppExtension if no_cuda else CUDAExtension)(
-        "kandinsky_kernels._C", files, include_dirs=[str(ROOT / "csrc")], define_macros=defines,
-        depends=sources("**/*.h") + sources("**/*.cuh") + sources("**/*.cu"),  # a source distribution takes these along too
-        extra_compile_args={"cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", *WARNINGS],
-                            "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA"]})]}  # USE_CUDA: the headers then have streams
+    defines = [
+        ("TORCH_TARGET_VERSION", STABLE_ABI),
+        ("KANDINSKY_WITH_CUDA", "0" if no_cuda else "1"),
+    ]
+    return {
+        "cmdclass": {"build_ext": BuildExtension},
+        "ext_modules": [
+            (CppExtension if no_cuda else CUDAExtension)(
+                "kandinsky_kernels._C",
+                files,
+                include_dirs=[str(ROOT / "csrc")],
+                define_macros=defines,
+                # a source distribution takes these along too
+                depends=sources("**/*.h") + sources("**/*.cuh") + sources("**/*.cu"),
+                extra_compile_args={
+                    "cxx": ["-O3", "-std=c++20", "-fvisibility=hidden", *WARNINGS],
+                    # USE_CUDA: the headers then have streams
+                    "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA"],
+                },
+            )
+        ],
+    }
 
 
 setup(**extension_arguments())

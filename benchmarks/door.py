@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""diffusers' models as installed and accelerated, side by side in one process: ``python -m benchmarks.door`` on the CPU.
+"""diffusers' models as installed and accelerated, side by side in one process: ``python -m
+benchmarks.door`` on the CPU.
 
-NABLA as installed needs a compiled FlexAttention, which PyTorch cannot compile for CPUs, and uncompiled attends to everything. So it is
-represented here by its own block lists as a mask for dense attention; on a GPU (`benchmarks.gpu --only door`) by the compiled one.
+NABLA as installed needs a compiled FlexAttention, which PyTorch cannot compile for CPUs, and
+uncompiled attends to everything. So it is represented here by its own block lists as a mask for
+dense attention; on a GPU (`benchmarks.gpu --only door`) by the compiled one.
 """
+
 import argparse
 import copy
 import json
@@ -28,25 +31,52 @@ from .ops import results_file
 from .report import insert
 from .vae import diffusers_peer
 
-# Random weights spread attention evenly, so that the share of blocks kept is nearly the share of mass asked for
+# Random weights spread attention evenly, so that the share of blocks kept is nearly the share of
+# mass asked for
 KEEP_MASS, WINDOW, SCALE = 0.25, (3, 1, 1), (1.0, 2.0, 2.0)
-TINY = DiTConfig(in_text_dim=64, in_text_dim2=32, time_dim=64, model_dim=128, ff_dim=512, num_text_blocks=1, num_visual_blocks=2,
-                 visual_cond=True)
-TRANSFORMERS = {"tiny model": (TINY, Grid(5, 32, 32)),
-                "one block of Lite": (replace(LITE_DIT, num_text_blocks=0, num_visual_blocks=1), Grid(2, 32, 48))}
+TINY = DiTConfig(
+    in_text_dim=64,
+    in_text_dim2=32,
+    time_dim=64,
+    model_dim=128,
+    ff_dim=512,
+    num_text_blocks=1,
+    num_visual_blocks=2,
+    visual_cond=True,
+)
+TRANSFORMERS = {
+    "tiny model": (TINY, Grid(5, 32, 32)),
+    "one block of Lite": (
+        replace(LITE_DIT, num_text_blocks=0, num_visual_blocks=1),
+        Grid(2, 32, 48),
+    ),
+}
 MARKERS = ("<!-- door: begin -->", "<!-- door: end -->")
 VAES = {"VAE, full size, decoding latents 2x16x16": (VAEConfig(), (2, 16, 16))}
 
 
 def random_model(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Their transformer with NABLA, every parameter random: untrained modulations are zero and would switch every block off."""
+    """Their transformer with NABLA, every parameter random: untrained modulations are zero and
+    would switch every block off."""
     from diffusers import Kandinsky5Transformer3DModel
 
-    names = {key: getattr(config, key) for key in config.__dataclass_fields__ if key != "instruct_type"}
+    names = {
+        key: getattr(config, key) for key in config.__dataclass_fields__ if key != "instruct_type"
+    }
     w_t, w_y, w_x = WINDOW
     with torch.device(device):
-        model = Kandinsky5Transformer3DModel(**names, attention_type="nabla", attention_P=KEEP_MASS, attention_wT=w_t, attention_wH=w_y,
-                                             attention_wW=w_x).eval().requires_grad_(False)
+        model = (
+            Kandinsky5Transformer3DModel(
+                **names,
+                attention_type="nabla",
+                attention_P=KEEP_MASS,
+                attention_wT=w_t,
+                attention_wH=w_y,
+                attention_wW=w_x,
+            )
+            .eval()
+            .requires_grad_(False)
+        )
     for name, parameter in model.named_parameters():
         parameter.normal_(float(name.endswith("norm.weight")), 0.05)
         if not any(part in name for part in model._keep_in_fp32_modules):
@@ -54,19 +84,36 @@ def random_model(config: DiTConfig, device: torch.device, dtype: torch.dtype) ->
     return model
 
 
-def arguments(config: DiTConfig, grid: Grid, device: torch.device, dtype: torch.dtype) -> tuple[dict, dict]:
+def arguments(
+    config: DiTConfig, grid: Grid, device: torch.device, dtype: torch.dtype
+) -> tuple[dict, dict]:
     """What a pipeline gives the transformer, and what it adds for NABLA."""
     from diffusers import Kandinsky5T2VPipeline
 
     make = dict(device=device, dtype=dtype)
     shape = (1, grid.T, 2 * grid.Y, 2 * grid.X, config.in_channels)
-    data = dict(hidden_states=torch.randn(shape, **make), encoder_hidden_states=torch.randn(1, 64, config.in_text_dim, **make),
-                pooled_projections=torch.randn(1, config.in_text_dim2, **make), timestep=torch.tensor([700.0], device=device),
-                visual_rope_pos=[torch.arange(n, device=device) for n in (grid.T, grid.Y, grid.X)],
-                text_rope_pos=torch.arange(64, device=device), scale_factor=SCALE, return_dict=False)
-    near = Kandinsky5T2VPipeline.fast_sta_nabla(grid.T, grid.Y // 8, grid.X // 8, *WINDOW, device=device)
+    data = dict(
+        hidden_states=torch.randn(shape, **make),
+        encoder_hidden_states=torch.randn(1, 64, config.in_text_dim, **make),
+        pooled_projections=torch.randn(1, config.in_text_dim2, **make),
+        timestep=torch.tensor([700.0], device=device),
+        visual_rope_pos=[torch.arange(n, device=device) for n in (grid.T, grid.Y, grid.X)],
+        text_rope_pos=torch.arange(64, device=device),
+        scale_factor=SCALE,
+        return_dict=False,
+    )
+    near = Kandinsky5T2VPipeline.fast_sta_nabla(
+        grid.T, grid.Y // 8, grid.X // 8, *WINDOW, device=device
+    )
     w_t, w_y, w_x = WINDOW
-    return data, {"sta_mask": near[None, None], "to_fractal": True, "P": KEEP_MASS, "wT": w_t, "wH": w_y, "wW": w_x}
+    return data, {
+        "sta_mask": near[None, None],
+        "to_fractal": True,
+        "P": KEEP_MASS,
+        "wT": w_t,
+        "wH": w_y,
+        "wW": w_x,
+    }
 
 
 def density(call: Callable) -> float:
@@ -88,17 +135,26 @@ def relative(actual: Tensor, wanted: Tensor) -> float:
 
 @torch.no_grad()
 def transformer_row(name: str, config: DiTConfig, grid: Grid, budget_s: float) -> dict:
-    """Dense, NABLA by a mask, ours; errors relative to NABLA by a mask without diffusers' rounding of queries and keys to bf16."""
+    """Dense, NABLA by a mask, ours; errors relative to NABLA by a mask without diffusers' rounding
+    of queries and keys to bf16."""
     from diffusers.models.transformers import transformer_kandinsky as module
 
     torch.manual_seed(0)
     theirs = random_model(config, torch.device("cpu"), torch.float32)
-    ours, (data, sparse) = copy.deepcopy(theirs), arguments(config, grid, torch.device("cpu"), torch.float32)
+    ours, (data, sparse) = (
+        copy.deepcopy(theirs),
+        arguments(config, grid, torch.device("cpu"), torch.float32),
+    )
     accelerate(ours)
     with mock.patch.object(module, "nablaT_v2", dense_mask(module.nablaT_v2)):
-        calls = {"dense": lambda: theirs(**data), "mask": lambda: theirs(**data, sparse_params=sparse),
-                 "ours": lambda: ours(**data, sparse_params=sparse)}
-        with mock.patch.object(module.Kandinsky5AttnProcessor, "__call__", without_cast(module.Kandinsky5AttnProcessor)):
+        calls = {
+            "dense": lambda: theirs(**data),
+            "mask": lambda: theirs(**data, sparse_params=sparse),
+            "ours": lambda: ours(**data, sparse_params=sparse),
+        }
+        with mock.patch.object(
+            module.Kandinsky5AttnProcessor, "__call__", without_cast(module.Kandinsky5AttnProcessor)
+        ):
             wanted = calls["mask"]()
         errors = {who: relative(call(), wanted) for who, call in calls.items()}
         row = {"case": name, "tokens": grid.tokens, "density": density(calls["ours"])}
@@ -109,28 +165,52 @@ def transformer_row(name: str, config: DiTConfig, grid: Grid, budget_s: float) -
 def vae_row(name: str, config: VAEConfig, latent: tuple[int, int, int], budget_s: float) -> dict:
     """Errors relative to diffusers' in fp64."""
     torch.manual_seed(0)
-    theirs, z = diffusers_peer(HunyuanVideoVAE(config).requires_grad_(False)), torch.randn(1, config.latent_channels, *latent)
+    theirs, z = (
+        diffusers_peer(HunyuanVideoVAE(config).requires_grad_(False)),
+        torch.randn(1, config.latent_channels, *latent),
+    )
     ours, wanted = copy.deepcopy(theirs), copy.deepcopy(theirs).double().decode(z.double()).sample
     accelerate(ours)
     calls = {"dense": lambda: theirs.decode(z).sample, "ours": lambda: ours.decode(z).sample}
-    return {"case": name} | timed(calls, {who: relative(call(), wanted) for who, call in calls.items()}, budget_s)
+    return {"case": name} | timed(
+        calls, {who: relative(call(), wanted) for who, call in calls.items()}, budget_s
+    )
 
 
 def timed(calls: dict[str, Callable], errors: dict[str, float], budget_s: float) -> dict:
     timings = measure(calls, budget_s)
-    faster = {who: round(timing.median_ms / timings["ours"].median_ms, 2) for who, timing in timings.items() if who != "ours"}
-    return {"errors": errors, "times_faster": faster, "timings": {who: timing.record() for who, timing in timings.items()}}
+    faster = {
+        who: round(timing.median_ms / timings["ours"].median_ms, 2)
+        for who, timing in timings.items()
+        if who != "ours"
+    }
+    return {
+        "errors": errors,
+        "times_faster": faster,
+        "timings": {who: timing.record() for who, timing in timings.items()},
+    }
 
 
 def table(result: dict) -> str:
     """The machine, and medians with the errors behind them."""
     m = result["machine"]
-    lines = [f"{m['cpu']}, threads: {m['threads']}, {m['simd']}, torch {m['torch']}, commit {m['commit']}.", "",
-             "| case | blocks kept | as installed, ms | by a mask, ms | accelerated, ms | times faster | errors: installed, mask, ours |",
-             "|---|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        f"{m['cpu']}, threads: {m['threads']}, {m['simd']}, torch {m['torch']}, commit "
+        f"{m['commit']}.",
+        "",
+        "| case | blocks kept | as installed, ms | by a mask, ms | accelerated, ms | times "
+        "faster | errors: installed, mask, ours |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
     for row in result["rows"]:
-        times = [f"{row['timings'][who]['median_ms']:.0f}" if who in row["timings"] else "-" for who in ("dense", "mask", "ours")]
-        errors = ", ".join(f"{row['errors'][who]:.1e}" if who in row["errors"] else "-" for who in ("dense", "mask", "ours"))
+        times = [
+            f"{row['timings'][who]['median_ms']:.0f}" if who in row["timings"] else "-"
+            for who in ("dense", "mask", "ours")
+        ]
+        errors = ", ".join(
+            f"{row['errors'][who]:.1e}" if who in row["errors"] else "-"
+            for who in ("dense", "mask", "ours")
+        )
         faster = " / ".join(f"{value:.2f}" for value in row["times_faster"].values())
         kept = f"{row['density']:.0%}" if "density" in row else "-"
         case = f"{row['case']}, {row['tokens']:,} tokens" if "tokens" in row else row["case"]
@@ -140,31 +220,50 @@ def table(result: dict) -> str:
 
 @torch.no_grad()
 def door(clock: Clock, size: Size, _: dict) -> list[dict]:
-    """For `benchmarks.gpu`: Lite as installed, dense and by compiled FlexAttention, and accelerated; selections are made by each."""
+    """For `benchmarks.gpu`: Lite as installed, dense and by compiled FlexAttention, and
+    accelerated; selections are made by each."""
     if size is FULL[1]:
         return []
     toy = size is not FULL[0]
     config, dtype = (TINY, torch.float32) if toy else (LITE_DIT, torch.bfloat16)
     ours = random_model(config, clock.device, dtype)
     dense, flex = copy.deepcopy(ours), copy.deepcopy(ours)
-    flex.set_attention_backend("flex")  # for all models without one of their own, until the next line
+    # for all models without one of their own, until the next line
+    flex.set_attention_backend("flex")
     dense.set_attention_backend("native")
     if not toy:
         flex.compile_repeated_blocks(fullgraph=True)
     accelerate(ours)
     data, sparse = arguments(config, size.grid, clock.device, dtype)
-    calls = {"ours": lambda: ours(**data, sparse_params=sparse), "dense": lambda: dense(**data),
-             "flex": lambda: flex(**data, sparse_params=sparse)}
-    row = {"op": "diffusers, accelerated", "size": size.name, "density": density(calls["ours"]), "ms": clock.measure(calls)}
+    calls = {
+        "ours": lambda: ours(**data, sparse_params=sparse),
+        "dense": lambda: dense(**data),
+        "flex": lambda: flex(**data, sparse_params=sparse),
+    }
+    row = {
+        "op": "diffusers, accelerated",
+        "size": size.name,
+        "density": density(calls["ours"]),
+        "ms": clock.measure(calls),
+    }
     row |= ratios(row["ms"])
     show(row)
     return [row]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times diffusers' models and writes benchmarks/results/door-<machine>.json.")
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds for each provider of a case (default: 20)")
-    parser.add_argument("--into", type=Path, help=f"also put the table between {' and '.join(MARKERS)} of this file")
+    parser = argparse.ArgumentParser(
+        description="Times diffusers' models and writes benchmarks/results/door-<machine>.json."
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=20.0,
+        help="seconds for each provider of a case (default: 20)",
+    )
+    parser.add_argument(
+        "--into", type=Path, help=f"also put the table between {' and '.join(MARKERS)} of this file"
+    )
     options = parser.parse_args()
     keep_memory()
     result = {"machine": machine(), "roofs": roofs(), "rows": []}

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs of the released checkpoints are predicted to need on a GPU, by the accounting that `kandinsky generate --memory` plans with.
+"""What runs of the released checkpoints are predicted to need on a GPU, by the accounting that
+`kandinsky generate --memory` plans with.
 
-``python -m benchmarks.memory`` prints a table; ``python -m benchmarks.memory --budget 12GB t2v-pro-sft-5s`` the plan of one run. Nothing is
-measured: the networks have shapes and dtypes only.
+``python -m benchmarks.memory`` prints a table; ``python -m benchmarks.memory --budget 12GB
+t2v-pro-sft-5s`` the plan of one run. Nothing is measured: the networks have shapes and dtypes only.
 """
+
 import argparse
 from functools import cache
 
@@ -18,12 +20,23 @@ from kandinsky_model.placement import Job, RunPlan, Stage, Weights, plan_run, wa
 from kandinsky_model.vae import HunyuanVideoVAE
 from kandinsky_model.weights import FP32_NAMES
 
-# Qwen2.5-VL-7B in bf16 without its head and vision part (28 decoder layers, the table of tokens), and CLIP-L's text model in fp32.
+# Qwen2.5-VL-7B in bf16 without its head and vision part (28 decoder layers, the table of tokens),
+# and CLIP-L's text model in fp32.
 QWEN_LAYERS, QWEN_TABLE, CLIP = (2 * 233_057_792,) * 28, 2 * 152_064 * 3584, 4 * 123_060_480
 FLUX_VAE = 2 * 83_819_683
 BUDGETS = ("8GB", "12GB", "24GB")
-ROWS = [(f"t2v-{name}", policy) for name in ("lite-sft-5s", "lite-sft-10s", "pro-sft-5s", "pro-sft-10s", "pro-sft-5s-hd", "pro-sft-10s-hd")
-        for policy in ("official", "global")] + [("t2i-lite-sft", "global"), ("i2i-lite-sft", "global")]
+ROWS = [
+    (f"t2v-{name}", policy)
+    for name in (
+        "lite-sft-5s",
+        "lite-sft-10s",
+        "pro-sft-5s",
+        "pro-sft-10s",
+        "pro-sft-5s-hd",
+        "pro-sft-10s-hd",
+    )
+    for policy in ("official", "global")
+] + [("t2i-lite-sft", "global"), ("i2i-lite-sft", "global")]
 
 
 @cache
@@ -44,17 +57,33 @@ def video_vae(config: VAEConfig) -> HunyuanVideoVAE:
 
 def networks(preset: Preset) -> dict[str, Weights]:
     vae = Weights.of(video_vae(preset.vae)) if preset.vae else Weights(rest=FLUX_VAE)
-    return {"text": Weights(QWEN_LAYERS, QWEN_TABLE, CLIP), "dit": dit_weights(preset.dit), "vae": vae}
+    return {
+        "text": Weights(QWEN_LAYERS, QWEN_TABLE, CLIP),
+        "dit": dit_weights(preset.dit),
+        "vae": vae,
+    }
 
 
 def ways(preset: Preset, policy: str | None = None) -> dict[str, list[Stage]]:
     """Those of a preset's default run."""
     height, width = preset.sizes[0]
     grid = Grid((preset.frames - 1) // 4 + 1, height // 16, width // 16)
-    job = Job(preset.dit, grid, steps=preset.steps, guided=preset.guidance != 1, nabla=preset.nabla is not None,
-              text_tokens=preset.text_max_length)
+    job = Job(
+        preset.dit,
+        grid,
+        steps=preset.steps,
+        guided=preset.guidance != 1,
+        nabla=preset.nabla is not None,
+        text_tokens=preset.text_max_length,
+    )
     policy = policy or default_policy(preset.frames, height, width)
-    return ways_to_run(networks(preset), job, preset.vae and video_vae(preset.vae), policy, pictures=preset.task in ("i2v", "i2i"))
+    return ways_to_run(
+        networks(preset),
+        job,
+        preset.vae and video_vae(preset.vae),
+        policy,
+        pictures=preset.task in ("i2v", "i2i"),
+    )
 
 
 def plan(preset: Preset, budget: int, policy: str | None = None) -> RunPlan:
@@ -68,12 +97,18 @@ def host_bytes(preset: Preset) -> int:
 
 def table() -> str:
     """In Markdown."""
-    lines = [f"| run, decoding | least | weights in host memory | {' | '.join(BUDGETS)} |", "|---|---:|---:|" + "---|" * len(BUDGETS)]
+    lines = [
+        f"| run, decoding | least | weights in host memory | {' | '.join(BUDGETS)} |",
+        "|---|---:|---:|" + "---|" * len(BUDGETS),
+    ]
     for name, policy in ROWS:
         preset, stages = PRESETS[name], ways(PRESETS[name], policy)
         least = max(min(stage.peak_bytes for stage in one) for one in stages.values())
         cells = [cell(preset, parse_bytes(budget), policy) for budget in BUDGETS]
-        lines.append(f"| {name}, {policy} | {least / 1e9:.1f} GB | {host_bytes(preset) / 1e9:.1f} GB | {' | '.join(cells)} |")
+        lines.append(
+            f"| {name}, {policy} | {least / 1e9:.1f} GB | {host_bytes(preset) / 1e9:.1f} "
+            f"GB | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 
@@ -85,18 +120,43 @@ def cell(preset: Preset, budget: int, policy: str) -> str:
     sampling, count = chosen.stages["sampling"], len(dit_weights(preset.dit).layers)
     if chosen.together:
         return f"{chosen.peak_bytes / 1e9:.1f} GB, nothing moves"
-    layers = "all resident" if sampling.resident == count else f"{count - sampling.resident} of {count} streamed"
-    decoding, scheme = chosen.stages["decoding"], chosen.stages["decoding"].how.removesuffix(" for each tile")
-    return f"{sampling.peak_bytes / 1e9:.1f} GB, {layers}; {decoding.peak_bytes / 1e9:.1f} GB, {scheme}"
+    layers = (
+        "all resident"
+        if sampling.resident == count
+        else (f"{count - sampling.resident} of {count} streamed")
+    )
+    decoding, scheme = (
+        chosen.stages["decoding"],
+        chosen.stages["decoding"].how.removesuffix(" for each tile"),
+    )
+    return (
+        f"{sampling.peak_bytes / 1e9:.1f} GB, {layers}; {decoding.peak_bytes / 1e9:.1f} GB, "
+        f"{scheme}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("preset", nargs="?", choices=[name for name in PRESETS if name != "tiny"], help="default: a table of several")
-    parser.add_argument("--budget", type=parse_bytes, default=12 * 10**9, metavar="SIZE", help="of one preset's plan (default: 12GB)")
-    parser.add_argument("--policy", choices=("global", "official"), help="of decoding (default: by the clip's size)")
+    parser.add_argument(
+        "preset",
+        nargs="?",
+        choices=[name for name in PRESETS if name != "tiny"],
+        help="default: a table of several",
+    )
+    parser.add_argument(
+        "--budget",
+        type=parse_bytes,
+        default=12 * 10**9,
+        metavar="SIZE",
+        help="of one preset's plan (default: 12GB)",
+    )
+    parser.add_argument(
+        "--policy", choices=("global", "official"), help="of decoding (default: by the clip's size)"
+    )
     options = parser.parse_args()
-    print(plan(PRESETS[options.preset], options.budget, options.policy) if options.preset else table())
+    print(
+        plan(PRESETS[options.preset], options.budget, options.policy) if options.preset else table()
+    )
 
 
 if __name__ == "__main__":

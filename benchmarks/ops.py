@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators against their references and against plain PyTorch, over the benchmark rows of the table of cases.
+"""The operators against their references and against plain PyTorch, over the benchmark rows of the
+table of cases.
 
-``python -m benchmarks.ops`` prints the side-by-side table and writes benchmarks/results/<machine>.json;
-``pytest benchmarks/ops.py`` runs the same rows under pytest-benchmark. Both check a row's outputs before they time it.
+``python -m benchmarks.ops`` prints the side-by-side table and writes
+benchmarks/results/<machine>.json; ``pytest benchmarks/ops.py`` runs the same rows under
+pytest-benchmark. Both check a row's outputs before they time it.
 """
+
 import argparse
 import json
 import re
@@ -24,16 +27,36 @@ from .report import markdown
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = [*BENCHES, *BACKWARD_BENCHES]
-# What is judged: a name, the medians (case, provider) of numerator and denominator, the wanted and the hoped-for ratio, and
-# whether less is better.
+# What is judged: a name, the medians (case, provider) of numerator and denominator, the wanted and
+# the hoped-for ratio, and whether less is better.
 BARS = [
-    *((f"block_sparse_attention, {percent} % of the blocks: times faster than dense", (f"attention-{percent}_percent", "dense"),
-       (f"attention-{percent}_percent", "ours"), wanted, hoped, False)
-      for percent, wanted, hoped in ((10, 6.0, 8.0), (20, 3.5, 4.2), (100, 0.8, None))),
-    ("select_blocks over block_sparse_attention at 10 %", ("select_blocks-128_blocks", "ours"), ("attention-10_percent", "ours"), 0.05,
-     None, True),
-    ("gradient of block_sparse_attention over the forward pass at 10 %, in turns", ("attention_backward-10_percent", "ours"),
-     ("attention_backward-10_percent", "forward"), 3.0, 2.5, True),
+    *(
+        (
+            f"block_sparse_attention, {percent} % of the blocks: times faster than dense",
+            (f"attention-{percent}_percent", "dense"),
+            (f"attention-{percent}_percent", "ours"),
+            wanted,
+            hoped,
+            False,
+        )
+        for percent, wanted, hoped in ((10, 6.0, 8.0), (20, 3.5, 4.2), (100, 0.8, None))
+    ),
+    (
+        "select_blocks over block_sparse_attention at 10 %",
+        ("select_blocks-128_blocks", "ours"),
+        ("attention-10_percent", "ours"),
+        0.05,
+        None,
+        True,
+    ),
+    (
+        "gradient of block_sparse_attention over the forward pass at 10 %, in turns",
+        ("attention_backward-10_percent", "ours"),
+        ("attention_backward-10_percent", "forward"),
+        3.0,
+        2.5,
+        True,
+    ),
 ]
 
 
@@ -51,13 +74,17 @@ def reference_call(case: Case, inputs: dict) -> Callable:
     def call():
         with mock.patch.object(module, f"_{name}", getattr(reference, name)):
             return run()
+
     return call
 
 
 def providers(case: Case, inputs: dict, compiled: bool) -> dict[str, Callable]:
     operator = case.operator
-    calls = {"ours": case.ready(operator.call, inputs), "reference": reference_call(case, inputs),
-             "torch": case.ready(operator.peer, inputs)}
+    calls = {
+        "ours": case.ready(operator.call, inputs),
+        "reference": reference_call(case, inputs),
+        "torch": case.ready(operator.peer, inputs),
+    }
     if compiled and "norm" in case.op and case in BENCHES:
         torch._dynamo.reset()
         calls["compiled"] = case.ready(torch.compile(operator.peer), inputs)
@@ -76,14 +103,21 @@ def row(case: Case, roof: dict[str, float], compiled: bool) -> dict:
     timings = measure(providers(case, inputs, compiled))
     ours, flops = timings["ours"].median_ms, case.operator.flops(inputs)
     gb_s, gflop_s = bytes_moved(inputs, outputs) / 1e6 / ours, flops / 1e6 / ours
-    return {"case": case.id, "kernel": kandinsky_kernels.kernels()[kernel_of(case)]["cpu"],
-            "gb_s": round(gb_s, 3), "gflop_s": round(gflop_s, 2),
-            "of_roof": round(gflop_s / roof["matmul_gflop_s"] if flops else gb_s / roof["copy_gb_s"], 3),
-            "timings": {name: timing.record() for name, timing in timings.items()}}
+    return {
+        "case": case.id,
+        "kernel": kandinsky_kernels.kernels()[kernel_of(case)]["cpu"],
+        "gb_s": round(gb_s, 3),
+        "gflop_s": round(gflop_s, 2),
+        "of_roof": round(
+            gflop_s / roof["matmul_gflop_s"] if flops else gb_s / roof["copy_gb_s"], 3
+        ),
+        "timings": {name: timing.record() for name, timing in timings.items()},
+    }
 
 
 def bars(rows: list[dict]) -> list[dict]:
     """The issue's limits, from medians of this run."""
+
     def median(case: str, provider: str) -> float:
         return next(row["timings"][provider]["median_ms"] for row in rows if case in row["case"])
 
@@ -93,22 +127,41 @@ def bars(rows: list[dict]) -> list[dict]:
             measured = median(*over) / median(*under)
         except StopIteration:  # this run left the case out
             continue
-        judged.append({"name": what, "measured": round(measured, 4), "wanted": wanted, "hoped": hoped,
-                       "holds": measured <= wanted if smaller else measured >= wanted})
+        judged.append(
+            {
+                "name": what,
+                "measured": round(measured, 4),
+                "wanted": wanted,
+                "hoped": hoped,
+                "holds": measured <= wanted if smaller else measured >= wanted,
+            }
+        )
     return judged
 
 
 def results_file(record: dict) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{record['cpu']} {record['threads']} threads {record['simd']}".lower()).strip("-")
+    slug = re.sub(
+        r"[^a-z0-9]+", "-", f"{record['cpu']} {record['threads']} threads {record['simd']}".lower()
+    ).strip("-")
     return RESULTS / f"{slug}.json"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times the operators and writes benchmarks/results/<machine>.json.")
-    parser.add_argument("--only", default="", help="run the cases whose id contains this, and write nothing")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the plain expressions")
-    parser.add_argument("--simd", help="restrict our kernels to scalar, avx2 or avx512; torch's own listen to ATEN_CPU_CAPABILITY=avx2 "
-                                       "MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2")
+    parser = argparse.ArgumentParser(
+        description="Times the operators and writes benchmarks/results/<machine>.json."
+    )
+    parser.add_argument(
+        "--only", default="", help="run the cases whose id contains this, and write nothing"
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out torch.compile of the plain expressions"
+    )
+    parser.add_argument(
+        "--simd",
+        help="restrict our kernels to scalar, avx2 or avx512; torch's "
+        "own listen to ATEN_CPU_CAPABILITY=avx2 "
+        "MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2",
+    )
     options = parser.parse_args()
     if options.simd:
         kandinsky_kernels._library.extension.set_simd(options.simd)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What NABLA's sparsity costs on learned weights: the tiny checkpoint at several keep_mass beside dense attention, from the same noise.
+"""What NABLA's sparsity costs on learned weights: the tiny checkpoint at several keep_mass beside
+dense attention, from the same noise.
 
-    python -m benchmarks.sparsity [--count 96] [--steps 16] [--folder FOLDER] [--json FILE] [--picture FILE]
+    python -m benchmarks.sparsity [--count 96] [--steps 16] [--folder FOLDER] [--json FILE]
+    [--picture FILE]
 
-Written: of every keep_mass the kept share of blocks by layer and step, PSNR and SSIM of the frames to those of dense attention, and how
-many prompts each follows.
+Written: of every keep_mass the kept share of blocks by layer and step, PSNR and SSIM of the frames
+to those of dense attention, and how many prompts each follows.
 """
 
 import argparse
@@ -28,8 +30,12 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def ssim(frames, others):
-    """Mean structural similarity of two uint8 videos [F, H, W, 3] (Wang et al. 2004): luma, 11 x 11 Gaussian window of deviation 1.5."""
-    x, y = (torch.tensordot(video.double(), torch.tensor(LUMA, dtype=torch.float64), 1)[:, None] for video in (frames, others))
+    """Mean structural similarity of two uint8 videos [F, H, W, 3] (Wang et al. 2004): luma, 11 x 11
+    Gaussian window of deviation 1.5."""
+    x, y = (
+        torch.tensordot(video.double(), torch.tensor(LUMA, dtype=torch.float64), 1)[:, None]
+        for video in (frames, others)
+    )
     line = torch.exp(-torch.arange(-5, 6, dtype=torch.float64).square() / (2 * 1.5**2))
     window = torch.outer(line, line)[None, None] / line.sum() ** 2
 
@@ -39,17 +45,25 @@ def ssim(frames, others):
     mx, my = mean(x), mean(y)
     vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
     a, b = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return ((2 * mx * my + a) * (2 * cov + b) / ((mx * mx + my * my + a) * (vx + vy + b))).mean().item()
+    return (
+        ((2 * mx * my + a) * (2 * cov + b) / ((mx * mx + my * my + a) * (vx + vy + b)))
+        .mean()
+        .item()
+    )
 
 
 def run(model, combinations, keep_mass, steps, seed=0):
-    """(samples as `judged`, frames of each, kept share of blocks [layer][step] or None) at a keep_mass, or with dense attention at None."""
+    """(samples as `judged`, frames of each, kept share of blocks [layer][step] or None) at a
+    keep_mass, or with dense attention at None."""
     preset = model.preset
     nabla = replace(preset.nabla, keep_mass=keep_mass or 1.0)
-    model.preset, settings = replace(preset, nabla=nabla), dict(num_inference_steps=steps, attention="nabla" if keep_mass else "dense")
+    model.preset, settings = (
+        replace(preset, nabla=nabla),
+        dict(num_inference_steps=steps, attention="nabla" if keep_mass else "dense"),
+    )
     samples, clips, densities = [], [], []
     for start in range(0, len(combinations), BATCH):
-        wanted = combinations[start:start + BATCH]
+        wanted = combinations[start : start + BATCH]
         prompts = [shapes.prompt(c) for c in wanted]
         with Watch(model.dit, 2) as watch:
             videos = model.generate(prompts, seed=seed + start, **settings)
@@ -62,7 +76,8 @@ def run(model, combinations, keep_mass, steps, seed=0):
 
 
 def measure(folder=TINY, count=96, steps=16, masses=MASSES, seed=0):
-    """{"prompts", "steps", "dense": shares, "rows": one for each keep_mass}, and the folder's name."""
+    """{"prompts", "steps", "dense": shares, "rows": one for each keep_mass}, and the folder's
+    name."""
     model = pipeline.load(folder)
     combinations = list(islice(cycle(shapes.held_out()), count))
     dense, reference, _ = run(model, combinations, None, steps, seed)
@@ -71,24 +86,48 @@ def measure(folder=TINY, count=96, steps=16, masses=MASSES, seed=0):
         samples, clips, density = run(model, combinations, mass, steps, seed)
         near = [psnr(clip, other) for clip, other in zip(clips, reference, strict=True)]
         alike = [ssim(clip, other) for clip, other in zip(clips, reference, strict=True)]
-        rows.append({"keep_mass": mass, **shares(samples), "psnr": sorted(near)[len(near) // 2], "psnr_worst": min(near),
-                     "ssim": sum(alike) / len(alike), "density": density.mean().item(), "density_by_layer_and_step": density.tolist()})
-    return {"prompts": count, "steps": steps, "guidance": model.preset.guidance, "seed": seed,
-            "window": list(model.preset.nabla.window), "dense": shares(dense), "rows": rows}
+        rows.append(
+            {
+                "keep_mass": mass,
+                **shares(samples),
+                "psnr": sorted(near)[len(near) // 2],
+                "psnr_worst": min(near),
+                "ssim": sum(alike) / len(alike),
+                "density": density.mean().item(),
+                "density_by_layer_and_step": density.tolist(),
+            }
+        )
+    return {
+        "prompts": count,
+        "steps": steps,
+        "guidance": model.preset.guidance,
+        "seed": seed,
+        "window": list(model.preset.nabla.window),
+        "dense": shares(dense),
+        "rows": rows,
+    }
 
 
 def table(result):
     """The result as lines of a Markdown table."""
-    lines = ["| keep_mass | kept blocks | PSNR to dense, median / worst | SSIM to dense | shape | motion | colours | all four words |",
-             "|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| keep_mass | kept blocks | PSNR to dense, median / worst | SSIM to dense | shape | "
+        "motion | colours | all four words |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     for row in result["rows"]:
-        lines.append(f"| {row['keep_mass']:g} | {row['density']:.1%} | {row['psnr']:.1f} / {row['psnr_worst']:.1f} dB | {row['ssim']:.3f} "
-                     f"| {_words(row)} |")
+        lines.append(
+            f"| {row['keep_mass']:g} | {row['density']:.1%} | {row['psnr']:.1f} / "
+            f"{row['psnr_worst']:.1f} dB | {row['ssim']:.3f} "
+            f"| {_words(row)} |"
+        )
     return [*lines, f"| dense | - | - | - | {_words(result['dense'])} |"]
 
 
 def _words(row):
-    return " | ".join(f"{row[word]:.1%}" for word in ("shape", "motion", "color_and_background", "all"))
+    return " | ".join(
+        f"{row[word]:.1%}" for word in ("shape", "motion", "color_and_background", "all")
+    )
 
 
 def picture(result):
@@ -99,22 +138,57 @@ def picture(result):
     def over_mass(value):
         return [(row["keep_mass"], value(row)) for row in rows]
 
-    by_layer = {f"layer {i}": over_mass(lambda row, i=i: sum(row["density_by_layer_and_step"][i]) / result["steps"]) for i in layers}
+    by_layer = {
+        f"layer {i}": over_mass(
+            lambda row, i=i: sum(row["density_by_layer_and_step"][i]) / result["steps"]
+        )
+        for i in layers
+    }
     by_step = {f"layer {i}": list(enumerate(own["density_by_layer_and_step"][i])) for i in layers}
-    words = {word: over_mass(lambda row, word=word: row[word]) for word in ("color", "shape", "motion", "all")}
+    words = {
+        word: over_mass(lambda row, word=word: row[word])
+        for word in ("color", "shape", "motion", "all")
+    }
     size = (420, 320)
-    return chart.beside([
-        chart.lines(by_layer, chart.Axes("Kept blocks", "keep_mass", "share of all blocks", y_range=(0, 1)), size),
-        chart.lines(by_step, chart.Axes(f"Kept blocks at keep_mass {own['keep_mass']:g}", "step", "share of all blocks"), size),
-        chart.lines({"SSIM": over_mass(lambda row: row["ssim"])},
-                    chart.Axes("Frames beside those of dense attention", "keep_mass", "SSIM"), size),
-        chart.lines(words, chart.Axes("Prompts followed", "keep_mass", "share of prompts", y_range=(0, 1)), size)])
+    return chart.beside(
+        [
+            chart.lines(
+                by_layer,
+                chart.Axes("Kept blocks", "keep_mass", "share of all blocks", y_range=(0, 1)),
+                size,
+            ),
+            chart.lines(
+                by_step,
+                chart.Axes(
+                    f"Kept blocks at keep_mass {own['keep_mass']:g}", "step", "share of all blocks"
+                ),
+                size,
+            ),
+            chart.lines(
+                {"SSIM": over_mass(lambda row: row["ssim"])},
+                chart.Axes("Frames beside those of dense attention", "keep_mass", "SSIM"),
+                size,
+            ),
+            chart.lines(
+                words,
+                chart.Axes("Prompts followed", "keep_mass", "share of prompts", y_range=(0, 1)),
+                size,
+            ),
+        ]
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=TINY)
-    parser.add_argument("--count", type=int, default=96, help="prompts that training never saw; after 48 they come again")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=96,
+        help="prompts that training never saw; after 48 they come again",
+    )
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--json", type=Path, default=RESULTS / "tiny_sparsity.json")
     parser.add_argument("--picture", type=Path, default=RESULTS / "tiny_sparsity.png")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample twelve held-out prompts with the bundled tiny checkpoint and lay five frames of each side by side, caption above.
+"""Sample twelve held-out prompts with the bundled tiny checkpoint and lay five frames of each side
+by side, caption above.
 
     python -m benchmarks.tiny_contact_sheet [-o sheet.png] [--seed 0] [--bundle folder]
 """
@@ -16,12 +17,16 @@ FRAMES, SIDE, CAPTION = (0, 4, 8, 12, 16), 96, 18
 
 
 def strip(clip, text):
-    """Five frames of a clip [F, H, W, 3] in a row under a caption: uint8 [SIDE + CAPTION, 5 * SIDE + 8, 3]."""
+    """Five frames of a clip [F, H, W, 3] in a row under a caption: uint8 [SIDE + CAPTION, 5 * SIDE
+    + 8, 3]."""
     from PIL import Image, ImageDraw
 
     picture = Image.new("RGB", (len(FRAMES) * SIDE + 8, SIDE + CAPTION), (255, 255, 255))
     for i, frame in enumerate(FRAMES):
-        picture.paste(Image.fromarray(clip[frame].numpy()).resize((SIDE - 2, SIDE - 2), Image.LANCZOS), (i * SIDE, CAPTION))
+        picture.paste(
+            Image.fromarray(clip[frame].numpy()).resize((SIDE - 2, SIDE - 2), Image.LANCZOS),
+            (i * SIDE, CAPTION),
+        )
     ImageDraw.Draw(picture).text((2, 3), text, fill=(0, 0, 0))
     return picture
 
@@ -44,7 +49,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bundle", type=Path, default=TINY)
     options = parser.parse_args()
-    drawn = [(text, video.frames) for _, text, video in draw(shapes.held_out()[::4], options.bundle, options.seed)]
+    drawn = [
+        (text, video.frames)
+        for _, text, video in draw(shapes.held_out()[::4], options.bundle, options.seed)
+    ]
     sheet(*zip(*drawn, strict=True), options.output)
 
 

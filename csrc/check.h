@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every launcher needs: checks of what would corrupt memory, and dispatch over the float types.
+// What every launcher needs: checks of what would corrupt memory, and dispatch over the float
+// types.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -31,11 +32,13 @@ void require(bool holds, const Parts&... parts) {
 
 inline std::string shape_of(const Tensor& tensor) {
   std::string text = "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    text += (i ? ", " : "") + std::to_string(tensor.size(i));
   return text + "]";
 }
 
-inline void require_shape(const Tensor& tensor, const char* name, const std::vector<int64_t>& wanted) {
+inline void require_shape(const Tensor& tensor, const char* name,
+                          const std::vector<int64_t>& wanted) {
   bool same = tensor.dim() == static_cast<int64_t>(wanted.size());
   for (int64_t i = 0; same && i < tensor.dim(); ++i) same = tensor.size(i) == wanted[i];
   if (same) return;
@@ -45,8 +48,8 @@ inline void require_shape(const Tensor& tensor, const char* name, const std::vec
 }
 
 inline void require_type(const Tensor& tensor, const char* name, ScalarType wanted) {
-  require(tensor.scalar_type() == wanted, name, " must be ", torch::headeronly::toString(wanted), ", got ",
-          torch::headeronly::toString(tensor.scalar_type()), "; cast it first.");
+  require(tensor.scalar_type() == wanted, name, " must be ", torch::headeronly::toString(wanted),
+          ", got ", torch::headeronly::toString(tensor.scalar_type()), "; cast it first.");
 }
 
 // The kernels read whole rows: the last dimension must be contiguous, the other strides are free.
@@ -67,19 +70,23 @@ T* mutable_data(const Tensor& tensor) {
 }
 
 inline Tensor to_float(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float);
+  return tensor.scalar_type() == ScalarType::Float ? tensor
+                                                   : torch::stable::to(tensor, ScalarType::Float);
 }
 
 // Calls body(T{}) with the C++ type of a float32, bfloat16 or float16 tensor.
 template <class Body>
 void dispatch_float(const Tensor& tensor, const char* name, Body&& body) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return body(float{});
-    case ScalarType::BFloat16: return body(BFloat16{});
-    case ScalarType::Half: return body(Half{});
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::BFloat16:
+      return body(BFloat16{});
+    case ScalarType::Half:
+      return body(Half{});
     default:
-      require(false, name, " must be float32, bfloat16 or float16, got ", torch::headeronly::toString(tensor.scalar_type()),
-              "; cast it first.");
+      require(false, name, " must be float32, bfloat16 or float16, got ",
+              torch::headeronly::toString(tensor.scalar_type()), "; cast it first.");
   }
 }
 

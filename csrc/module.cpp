@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module `kandinsky_kernels._C`. Importing it runs the registrations of every kernel linked into it; what it
-// exports only describes the build and chooses the instruction set.
+// The Python module `kandinsky_kernels._C`. Importing it runs the registrations of every kernel
+// linked into it; what it exports only describes the build and chooses the instruction set.
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
@@ -24,7 +24,8 @@ pybind11::dict build_info() {
   pybind11::dict info;
   info["compiler"] = compiler();
   info["torch"] = TORCH_VERSION;
-  info["stable_abi"] = std::to_string(TORCH_TARGET_VERSION >> 56) + "." + std::to_string((TORCH_TARGET_VERSION >> 48) & 0xff);
+  info["stable_abi"] = std::to_string(TORCH_TARGET_VERSION >> 56) + "." +
+                       std::to_string((TORCH_TARGET_VERSION >> 48) & 0xff);
 #if defined(__x86_64__)
   info["simd"] = pybind11::make_tuple("scalar", "avx2", "avx512");
 #else
@@ -38,8 +39,13 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled kernels of kandinsky_kernels.";
-  module.def("build_info", &build_info, "Compiler, torch version, stable ABI floor, SIMD levels and CUDA of this build.");
-  module.def("simd", [] { return std::string(kandinsky::simd_level()); }, "The instruction set in use: scalar, avx2 or avx512.");
-  module.def("set_simd", [](const std::string& name) { kandinsky::set_simd_level(name.c_str()); }, pybind11::arg("name"),
-             "Use this instruction set from now on; ValueError when the processor or the build lacks it.");
+  module.def("build_info", &build_info,
+             "Compiler, torch version, stable ABI floor, SIMD levels and CUDA of this build.");
+  module.def(
+      "simd", [] { return std::string(kandinsky::simd_level()); },
+      "The instruction set in use: scalar, avx2 or avx512.");
+  module.def(
+      "set_simd", [](const std::string& name) { kandinsky::set_simd_level(name.c_str()); },
+      pybind11::arg("name"),
+      "Use this instruction set from now on; ValueError when the processor or the build lacks it.");
 }

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators of the Kandinsky 5.0 family, each with one meaning (`reference`) and at most one kernel per device."""
+"""Operators of the Kandinsky 5.0 family, each with one meaning (`reference`) and at most one kernel
+per device."""
 
 from ._library import kernels, load_extension
 from .nabla import block_sparse_attention, select_blocks, selection_density, transpose_selection
@@ -11,7 +12,22 @@ load_extension()
 
 __version__ = "0.1.0"
 __all__ = [
-    "Rotary", "block_means", "block_sparse_attention", "causal_conv3d", "frame_causal_attention", "gated_add_norm", "group_affine",
-    "group_moments", "group_norm_silu", "kernels", "modulated_norm", "norm_rope", "norm_rope_means", "pack_selection", "select_blocks",
-    "selection_density", "transpose_selection", "unpack_selection",
+    "Rotary",
+    "block_means",
+    "block_sparse_attention",
+    "causal_conv3d",
+    "frame_causal_attention",
+    "gated_add_norm",
+    "group_affine",
+    "group_moments",
+    "group_norm_silu",
+    "kernels",
+    "modulated_norm",
+    "norm_rope",
+    "norm_rope_means",
+    "pack_selection",
+    "select_blocks",
+    "selection_density",
+    "transpose_selection",
+    "unpack_selection",
 ]

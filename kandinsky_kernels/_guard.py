@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Before a GPU kernel is first used on a card it must agree with its reference on a small case, or the reference runs instead.
+"""Before a GPU kernel is first used on a card it must agree with its reference on a small case, or
+the reference runs instead.
 
-Once per process, operator, dtype and width; agreement is remembered on disk per version of everything that could change it.
+Once per process, operator, dtype and width; agreement is remembered on disk per version of
+everything that could change it.
 """
 
 import hashlib
@@ -15,15 +17,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Steps of the largest value that an agreeing kernel may be off. What is kept in fp64 was computed in fp32, with 2^29 times the step.
+# Steps of the largest value that an agreeing kernel may be off. What is kept in fp64 was computed
+# in fp32, with 2^29 times the step.
 ROUNDINGS = {torch.float64: 64 << 29, torch.float32: 64, torch.float16: 4, torch.bfloat16: 4}
 
 _log = logging.getLogger(__name__)
 _verdicts: dict[tuple, str | None] = {}  # None: agrees
 
 
-def trusted(name: str, launch: Callable, reference: Callable, trial: Callable[..., tuple], args: tuple, kind: tuple = ()) -> bool:
-    """Whether ``launch`` agrees with ``reference`` on trial(*args); decided once per op, kind, dtype, last dimension and device."""
+def trusted(
+    name: str,
+    launch: Callable,
+    reference: Callable,
+    trial: Callable[..., tuple],
+    args: tuple,
+    kind: tuple = (),
+) -> bool:
+    """Whether ``launch`` agrees with ``reference`` on trial(*args); decided once per op, kind,
+    dtype, last dimension and device."""
     x = args[0]
     key = (name, kind, x.dtype, x.shape[-1], x.device)
     if key not in _verdicts:
@@ -35,18 +46,28 @@ def trusted(name: str, launch: Callable, reference: Callable, trial: Callable[..
 
 def failure(name: str) -> str | None:
     """Why ``name`` has fallen back to its reference in this process, or None."""
-    return next((verdict for (op, *_), verdict in _verdicts.items() if op == name and verdict), None)
+    return next(
+        (verdict for (op, *_), verdict in _verdicts.items() if op == name and verdict), None
+    )
 
 
-def _judge(name: str, launch: Callable, reference: Callable, case: tuple, kind: tuple) -> str | None:
+def _judge(
+    name: str, launch: Callable, reference: Callable, case: tuple, kind: tuple
+) -> str | None:
     x = case[0]
-    known, entry = _remembered(), f"{name} {kind} {x.dtype} {x.shape[-1]} {_card(x.device)} {_version()}"
+    known, entry = (
+        _remembered(),
+        (f"{name} {kind} {x.dtype} {x.shape[-1]} {_card(x.device)} {_version()}"),
+    )
     if entry in known:
         return None
     try:
         verdict = disagreement(launch(*case), reference(*(_double(value) for value in case)))
     except Exception as error:  # compilers and drivers raise all kinds
-        verdict = f"it failed with {type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+        verdict = (
+            f"it failed with {type(error).__name__}: "
+            f"{(str(error).strip().splitlines() or ['no message'])[0]}"
+        )
     if verdict is None:
         _remember([*known, entry])
         return None
@@ -56,7 +77,8 @@ def _judge(name: str, launch: Callable, reference: Callable, case: tuple, kind: 
 
 
 def disagreement(outputs, exact) -> str | None:
-    """How ``outputs`` (a tensor or several) differ from the fp64 ``exact`` by more than `ROUNDINGS` allows, integers at all; or None."""
+    """How ``outputs`` (a tensor or several) differ from the fp64 ``exact`` by more than `ROUNDINGS`
+    allows, integers at all; or None."""
     pairs = zip(outputs, exact, strict=True) if isinstance(outputs, tuple) else [(outputs, exact)]
     for index, (actual, wanted) in enumerate(pairs):
         if actual.shape != wanted.shape:
@@ -66,7 +88,9 @@ def disagreement(outputs, exact) -> str | None:
         off = (actual.double() - wanted).abs().max().item()
         allowed = 0.0
         if actual.is_floating_point():
-            allowed = ROUNDINGS[actual.dtype] * torch.finfo(actual.dtype).eps * wanted.abs().max().item()
+            allowed = (
+                ROUNDINGS[actual.dtype] * torch.finfo(actual.dtype).eps * wanted.abs().max().item()
+            )
         if not off <= allowed:  # so that NaN disagrees
             return f"output {index} is off by {off:.3g} where {allowed:.3g} is allowed"
     return None
@@ -85,13 +109,16 @@ def _card(device: torch.device) -> str:
 
 @cache
 def _version() -> str:
-    """What could change a kernel's result: its source, the compiled extension, torch, Triton and the driver's CUDA."""
+    """What could change a kernel's result: its source, the compiled extension, torch, Triton and
+    the driver's CUDA."""
     import triton
 
     here = Path(__file__).parent
     sources = sorted([*here.glob("triton/*.py"), *here.glob("*.py"), *here.glob("_C.*")])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    return f"{digest} torch {torch.__version__} triton {triton.__version__} cuda {torch.version.cuda}"
+    return (
+        f"{digest} torch {torch.__version__} triton {triton.__version__} cuda {torch.version.cuda}"
+    )
 
 
 def _file() -> Path:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms fused with what surrounds them in a diffusion transformer: modulation, gate and residual, rotary embedding."""
+"""Norms fused with what surrounds them in a diffusion transformer: modulation, gate and residual,
+rotary embedding."""
 
 import math
 from typing import NamedTuple
@@ -14,28 +15,46 @@ LAYER_NORM_EPS = 1e-5
 MOST_AXES = 3
 RMS_NORM_EPS = 1.1920928955078125e-07  # torch.nn.RMSNorm(eps=None) on an fp32 input
 
-_modulated_norm = declare("modulated_norm(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor", reference.modulated_norm)
+_modulated_norm = declare(
+    "modulated_norm(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor",
+    reference.modulated_norm,
+)
 _gated_add_norm = declare(
-    "gated_add_norm(Tensor x, Tensor branch, Tensor gate, Tensor? scale, Tensor? shift, float eps) -> (Tensor, Tensor)",
-    reference.gated_add_norm)
+    "gated_add_norm(Tensor x, Tensor branch, Tensor gate, Tensor? scale, Tensor? shift, float "
+    "eps) -> (Tensor, Tensor)",
+    reference.gated_add_norm,
+)
 _norm_rope = declare(
-    "norm_rope(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, Tensor? positions, int[] pairs, Tensor? block_offsets, float eps)"
-    " -> (Tensor, Tensor)", reference.norm_rope)
+    "norm_rope(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, Tensor? positions, int[] pairs, "
+    "Tensor? block_offsets, float eps)"
+    " -> (Tensor, Tensor)",
+    reference.norm_rope,
+)
 _modulated_norm_backward = declare(
-    "modulated_norm_backward(Tensor x, Tensor scale, Tensor grad, float eps) -> (Tensor, Tensor, Tensor)",
-    reference.modulated_norm_backward)
+    "modulated_norm_backward(Tensor x, Tensor scale, Tensor grad, float eps) -> (Tensor, Tensor, "
+    "Tensor)",
+    reference.modulated_norm_backward,
+)
 _gated_add_norm_backward = declare(
-    "gated_add_norm_backward(Tensor y, Tensor branch, Tensor gate, Tensor scale, Tensor? grad_y, Tensor grad_normed, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)", reference.gated_add_norm_backward)
+    "gated_add_norm_backward(Tensor y, Tensor branch, Tensor gate, Tensor scale, Tensor? grad_y, "
+    "Tensor grad_normed, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.gated_add_norm_backward,
+)
 _norm_rope_backward = declare(
-    "norm_rope_backward(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, Tensor? positions, int[] pairs, Tensor grad, float eps)"
-    " -> (Tensor, Tensor)", reference.norm_rope_backward)
+    "norm_rope_backward(Tensor x, Tensor weight, Tensor? cos, Tensor? sin, Tensor? positions, "
+    "int[] pairs, Tensor grad, float eps)"
+    " -> (Tensor, Tensor)",
+    reference.norm_rope_backward,
+)
 
 
 class Rotary(NamedTuple):
-    """By which angle each pair of a head turns, for tokens on a grid of A axes: tables of a few rows instead of one row per token.
+    """By which angle each pair of a head turns, for tokens on a grid of A axes: tables of a few
+    rows instead of one row per token.
 
-    Pair c, one of the axis a that `pairs` assigns it to, turns by the angle of cos[p, c] and sin[p, c] with p = positions[token, a].
+    Pair c, one of the axis a that `pairs` assigns it to, turns by the angle of cos[p, c] and sin[p,
+    c] with p = positions[token, a].
     """
 
     cos: Tensor  # fp32 [P, D / 2], P at least one more than the largest position
@@ -46,7 +65,12 @@ class Rotary(NamedTuple):
     @classmethod
     def per_token(cls, cos: Tensor, sin: Tensor) -> "Rotary":
         """One row of angles [S, D / 2] for each token."""
-        return cls(cos, sin, torch.arange(len(cos), dtype=torch.int32, device=cos.device)[:, None], (cos.shape[-1],))
+        return cls(
+            cos,
+            sin,
+            torch.arange(len(cos), dtype=torch.int32, device=cos.device)[:, None],
+            (cos.shape[-1],),
+        )
 
 
 def _check_layout(name: str, x: Tensor) -> None:
@@ -54,49 +78,70 @@ def _check_layout(name: str, x: Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(f"{name} must be a float tensor, got {x.dtype}; cast it first.")
     if x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {list(x.stride())}; "
-                         "call .contiguous() first.")
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension, got strides "
+            f"{list(x.stride())}; "
+            "call .contiguous() first."
+        )
 
 
 def _check_rows(x: Tensor, **vectors: Tensor | None) -> None:
     """x must be [B, S, C]; every vector [B, C]."""
     if x.dim() != 3:
-        raise ValueError(f"x must have shape [B, S, C], got {list(x.shape)}; add the missing dimension.")
+        raise ValueError(
+            f"x must have shape [B, S, C], got {list(x.shape)}; add the missing dimension."
+        )
     _check_layout("x", x)
     for name, vector in vectors.items():
         if vector is not None and vector.shape != (x.shape[0], x.shape[2]):
-            raise ValueError(f"{name} must have shape [B, C] = {[x.shape[0], x.shape[2]]}, got {list(vector.shape)}; "
-                             "give one vector per sample.")
+            raise ValueError(
+                f"{name} must have shape [B, C] = {[x.shape[0], x.shape[2]]}, got "
+                f"{list(vector.shape)}; "
+                "give one vector per sample."
+            )
         if vector is not None:
             _check_layout(name, vector)
 
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift, without norm weights (adaptive layer norm, arXiv 2212.09748).
+    """LayerNorm(x) * (1 + scale) + shift, without norm weights (adaptive layer norm, arXiv
+    2212.09748).
 
-    x: [B, S, C], any float dtype, last dimension contiguous. scale, shift: [B, C], fp32 or x's dtype.
-    Returns a new contiguous [B, S, C] in x's dtype; arithmetic is fp32 (fp64 for fp64 inputs) and rounded once.
-    Raises ValueError on other shapes and strides, TypeError on tensors that are not floats.
+    x: [B, S, C], any float dtype, last dimension contiguous. scale, shift: [B, C], fp32 or x's
+    dtype. Returns a new contiguous [B, S, C] in x's dtype; arithmetic is fp32 (fp64 for fp64
+    inputs) and rounded once. Raises ValueError on other shapes and strides, TypeError on tensors
+    that are not floats.
     """
     _check_rows(x, scale=scale, shift=shift)
     op = reference.modulated_norm if in_double(x, scale, shift) else _modulated_norm
     return op(x, scale, shift, eps)
 
 
-def gated_add_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
-                   eps: float = LAYER_NORM_EPS) -> tuple[Tensor, Tensor | None]:
-    """y = x + gate * branch and, with scale and shift, also modulated_norm(y): one pass over a residual seam.
+def gated_add_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = LAYER_NORM_EPS,
+) -> tuple[Tensor, Tensor | None]:
+    """y = x + gate * branch and, with scale and shift, also modulated_norm(y): one pass over a
+    residual seam.
 
-    x, branch: [B, S, C] of one dtype. gate, scale, shift: [B, C], fp32 or x's dtype.
-    Returns (y, normed), both [B, S, C] in x's dtype and contiguous; y is rounded before it is normalised; normed is
-    None without scale and shift. Raises ValueError on other shapes and strides, or when only one of scale and shift is
-    given, TypeError on other dtypes.
+    x, branch: [B, S, C] of one dtype. gate, scale, shift: [B, C], fp32 or x's dtype. Returns (y,
+    normed), both [B, S, C] in x's dtype and contiguous; y is rounded before it is normalised;
+    normed is None without scale and shift. Raises ValueError on other shapes and strides, or when
+    only one of scale and shift is given, TypeError on other dtypes.
     """
     _check_rows(x, gate=gate, scale=scale, shift=shift)
     if branch.shape != x.shape:
-        raise ValueError(f"branch must have the shape of x {list(x.shape)}, got {list(branch.shape)}.")
+        raise ValueError(
+            f"branch must have the shape of x {list(x.shape)}, got {list(branch.shape)}."
+        )
     if branch.dtype != x.dtype:
-        raise TypeError(f"branch must have the dtype of x {x.dtype}, got {branch.dtype}; cast one of them.")
+        raise TypeError(
+            f"branch must have the dtype of x {x.dtype}, got {branch.dtype}; cast one of them."
+        )
     _check_layout("branch", branch)
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must be given together, got only one of them.")
@@ -117,39 +162,64 @@ def _check_heads(x: Tensor, weight: Tensor, rotary: Rotary | None) -> None:
     half = x.shape[-1] // 2
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape != (cos.shape[0], half):
-            raise ValueError(f"{name} must have shape [P, D / 2] = {[cos.shape[0], half]}, got {list(table.shape)}.")
+            raise ValueError(
+                f"{name} must have shape [P, D / 2] = {[cos.shape[0], half]}, got "
+                f"{list(table.shape)}."
+            )
         if table.dtype != torch.float32 and not table.dtype == x.dtype == torch.float64:
-            raise TypeError(f"{name} must be float32, or float64 beside a float64 x, got {table.dtype}; cast it first.")
+            raise TypeError(
+                f"{name} must be float32, or float64 beside a float64 x, got "
+                f"{table.dtype}; cast it first."
+            )
     if not 1 <= len(pairs) <= MOST_AXES or min(pairs) < 0 or sum(pairs) != half:
-        raise ValueError(f"pairs must be 1 to {MOST_AXES} numbers with sum D / 2 = {half}, got {list(pairs)}.")
+        raise ValueError(
+            f"pairs must be 1 to {MOST_AXES} numbers with sum D / 2 = {half}, got {list(pairs)}."
+        )
     if positions.shape != (x.shape[1], len(pairs)) or positions.dtype != torch.int32:
-        raise ValueError(f"positions must be int32 [S, axes] = {[x.shape[1], len(pairs)]}, got {positions.dtype} {list(positions.shape)}.")
+        raise ValueError(
+            f"positions must be int32 [S, axes] = {[x.shape[1], len(pairs)]}, got "
+            f"{positions.dtype} {list(positions.shape)}."
+        )
 
 
-def norm_rope(x: Tensor, weight: Tensor, rotary: Rotary | None = None, eps: float = RMS_NORM_EPS) -> Tensor:
-    """RMSNorm over the head dimension times weight, then a rotation of adjacent pairs (RoPE, arXiv 2104.09864).
+def norm_rope(
+    x: Tensor, weight: Tensor, rotary: Rotary | None = None, eps: float = RMS_NORM_EPS
+) -> Tensor:
+    """RMSNorm over the head dimension times weight, then a rotation of adjacent pairs (RoPE, arXiv
+    2104.09864).
 
     (y0, y1) = (x0 cos - x1 sin, x0 sin + x1 cos) for the pairs (0, 1), (2, 3), ...
-    x: [B, S, H, D], any float dtype, last dimension contiguous. weight: [D]. rotary: see `Rotary`; None for the norm alone.
-    Returns a new contiguous tensor of x's shape and dtype, rounded once. Raises ValueError on other shapes and strides,
-    TypeError on other dtypes, RuntimeError on a CPU for positions outside of the tables.
+    x: [B, S, H, D], any float dtype, last dimension contiguous. weight: [D]. rotary: see `Rotary`;
+    None for the norm alone. Returns a new contiguous tensor of x's shape and dtype, rounded once.
+    Raises ValueError on other shapes and strides, TypeError on other dtypes, RuntimeError on a CPU
+    for positions outside of the tables.
     """
     _check_heads(x, weight, rotary)
     op = reference.norm_rope if in_double(x, weight) else _norm_rope
     return op(x, weight, *(rotary or (None, None, None, ())), None, eps)[0]
 
 
-def norm_rope_means(x: Tensor, weight: Tensor, rotary: Rotary | None, block_offsets: Tensor,
-                    eps: float = RMS_NORM_EPS) -> tuple[Tensor, Tensor]:
-    """`norm_rope` and the mean of its result over every block of tokens, as NABLA's selection wants it.
+def norm_rope_means(
+    x: Tensor,
+    weight: Tensor,
+    rotary: Rotary | None,
+    block_offsets: Tensor,
+    eps: float = RMS_NORM_EPS,
+) -> tuple[Tensor, Tensor]:
+    """`norm_rope` and the mean of its result over every block of tokens, as NABLA's selection wants
+    it.
 
-    block_offsets: int32 [N + 1], ascending from 0 to S; block i owns tokens block_offsets[i] to block_offsets[i + 1].
-    The means are of y as rounded. Returns (y [B, S, H, D], means [B, H, N, D] in fp32, or fp64 for fp64 x). Raises
-    ValueError on other shapes and strides, TypeError on other dtypes.
+    block_offsets: int32 [N + 1], ascending from 0 to S; block i owns tokens block_offsets[i] to
+    block_offsets[i + 1]. The means are of y as rounded. Returns (y [B, S, H, D], means [B, H, N, D]
+    in fp32, or fp64 for fp64 x). Raises ValueError on other shapes and strides, TypeError on other
+    dtypes.
     """
     _check_heads(x, weight, rotary)
     if block_offsets.dim() != 1 or block_offsets.dtype != torch.int32:
-        raise ValueError(f"block_offsets must be int32 [N + 1], got {block_offsets.dtype} {list(block_offsets.shape)}.")
+        raise ValueError(
+            f"block_offsets must be int32 [N + 1], got {block_offsets.dtype} "
+            f"{list(block_offsets.shape)}."
+        )
     op = reference.norm_rope if in_double(x, weight) else _norm_rope
     return op(x, weight, *(rotary or (None, None, None, ())), block_offsets, eps)
 
@@ -165,7 +235,11 @@ def _keep_modulated_norm(ctx, inputs: tuple, _) -> None:
 
 def _modulated_norm_gradients(ctx, grad: Tensor) -> tuple:
     grad_x, *vectors = _modulated_norm_backward(*ctx.saved_tensors, grad.contiguous(), ctx.eps)
-    return grad_x, *(vector.to(dtype) for vector, dtype in zip(vectors, ctx.dtypes, strict=True)), None
+    return (
+        grad_x,
+        *(vector.to(dtype) for vector, dtype in zip(vectors, ctx.dtypes, strict=True)),
+        None,
+    )
 
 
 def _keep_gated_add_norm(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -179,10 +253,24 @@ def _gated_add_norm_gradients(ctx, grad_y: Tensor | None, grad_normed: Tensor | 
     if grad_normed is None:  # nothing follows the sum
         wide = torch.promote_types(y.dtype, torch.float32)
         grad_branch = (gate.to(wide)[:, None] * grad_y).to(y.dtype)
-        return grad_y, grad_branch, (branch.to(wide) * grad_y).sum(1).to(gate.dtype), None, None, None
+        return (
+            grad_y,
+            grad_branch,
+            (branch.to(wide) * grad_y).sum(1).to(gate.dtype),
+            None,
+            None,
+            None,
+        )
     grad_y = None if grad_y is None else grad_y.contiguous()
-    grad_x, grad_branch, *vectors = _gated_add_norm_backward(y, branch, gate, scale, grad_y, grad_normed.contiguous(), ctx.eps)
-    return grad_x, grad_branch, *(vector.to(dtype) for vector, dtype in zip(vectors, ctx.dtypes, strict=True)), None
+    grad_x, grad_branch, *vectors = _gated_add_norm_backward(
+        y, branch, gate, scale, grad_y, grad_normed.contiguous(), ctx.eps
+    )
+    return (
+        grad_x,
+        grad_branch,
+        *(vector.to(dtype) for vector, dtype in zip(vectors, ctx.dtypes, strict=True)),
+        None,
+    )
 
 
 def _keep_norm_rope(ctx, inputs: tuple, _) -> None:
@@ -193,11 +281,14 @@ def _keep_norm_rope(ctx, inputs: tuple, _) -> None:
 def _norm_rope_gradients(ctx, grad_y: Tensor | None, grad_means: Tensor | None) -> tuple:
     x, weight, cos, sin, positions, block_offsets = ctx.saved_tensors
     grad = x.new_zeros(x.shape) if grad_y is None else grad_y
-    if grad_means is not None and block_offsets is not None:  # every token has its share of its block's
+    # every token has its share of its block's
+    if grad_means is not None and block_offsets is not None:
         lengths = block_offsets.diff()
         shares = (grad_means / lengths[:, None]).transpose(1, 2)  # [B, N, H, D]
         grad = (grad + shares.repeat_interleave(lengths, 1, output_size=x.shape[1])).to(x.dtype)
-    grad_x, grad_weight = _norm_rope_backward(x, weight, cos, sin, positions, ctx.pairs, grad.contiguous(), ctx.eps)
+    grad_x, grad_weight = _norm_rope_backward(
+        x, weight, cos, sin, positions, ctx.pairs, grad.contiguous(), ctx.eps
+    )
     return grad_x, grad_weight.to(weight.dtype), None, None, None, None, None, None
 
 
@@ -213,7 +304,11 @@ def _refuse_norm(x: Tensor, *_) -> str | None:
     """Why the Triton kernels cannot take this call, or None."""
     if not x.numel():
         return "there is nothing to compute"
-    return None if x.shape[-1] <= 16384 else f"rows of {x.shape[-1]} channels do not fit into registers, 16384 do"
+    return (
+        None
+        if x.shape[-1] <= 16384
+        else (f"rows of {x.shape[-1]} channels do not fit into registers, 16384 do")
+    )
 
 
 def _launch_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -224,13 +319,28 @@ def _launch_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) 
     launch = tuning.norm(block)
     with on(x):
         kernels.modulated_norm[(-(-S // rows), B)](
-            x, scale, shift, out, S, C, x.stride(0), x.stride(1), scale.stride(0), shift.stride(0), eps,
-            ROWS=rows, BLOCK=block, num_warps=launch.num_warps, num_stages=launch.num_stages)
+            x,
+            scale,
+            shift,
+            out,
+            S,
+            C,
+            x.stride(0),
+            x.stride(1),
+            scale.stride(0),
+            shift.stride(0),
+            eps,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
     return out
 
 
-def _launch_gated_add_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None, shift: Tensor | None,
-                           eps: float) -> tuple[Tensor, Tensor]:
+def _launch_gated_add_norm(
+    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     from .triton import norm as kernels
 
     B, S, C = x.shape
@@ -240,14 +350,42 @@ def _launch_gated_add_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tenso
     scale, shift = (scale, shift) if normed else (gate, gate)
     with on(x):
         kernels.gated_add_norm[(-(-S // rows), B)](
-            x, branch, gate, scale, shift, y, out, S, C, x.stride(0), x.stride(1), branch.stride(0), branch.stride(1),
-            gate.stride(0), scale.stride(0), shift.stride(0), eps, NORM=normed, ROWS=rows, BLOCK=block,
-            num_warps=launch.num_warps, num_stages=launch.num_stages)
+            x,
+            branch,
+            gate,
+            scale,
+            shift,
+            y,
+            out,
+            S,
+            C,
+            x.stride(0),
+            x.stride(1),
+            branch.stride(0),
+            branch.stride(1),
+            gate.stride(0),
+            scale.stride(0),
+            shift.stride(0),
+            eps,
+            NORM=normed,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
     return y, out
 
 
-def _launch_norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, pairs: list[int],
-                      block_offsets: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _launch_norm_rope(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    pairs: list[int],
+    block_offsets: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     from .triton import norm as kernels
 
     B, S, H, D = x.shape
@@ -255,18 +393,46 @@ def _launch_norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor
     y, heads, launch = x.new_empty(B, S, H, D), tuning.rope_heads(H), tuning.rope(tuning.padded(D))
     means = x.new_empty(0 if block_offsets is None else (B, H, N, D), dtype=torch.float32)
     weight, axes = weight.contiguous(), 0 if cos is None else len(pairs)
-    cos, sin, positions = (weight if tensor is None else tensor.contiguous() for tensor in (cos, sin, positions))
+    cos, sin, positions = (
+        weight if tensor is None else tensor.contiguous() for tensor in (cos, sin, positions)
+    )
     first, second = (sum(pairs[:count]) for count in (1, 2))
     with on(x):
         kernels.norm_rope[(N, -(-H // heads), B)](
-            x, weight, cos, sin, positions, weight if block_offsets is None else block_offsets.contiguous(), y, means, S, H, N, D, first,
-            second, x.stride(0), x.stride(1), x.stride(2), eps, AXES=axes, MEANS=block_offsets is not None, HEADS=heads,
-            TOKENS=tuning.TOKENS, BLOCK=tuning.padded(D), num_warps=launch.num_warps, num_stages=launch.num_stages)
+            x,
+            weight,
+            cos,
+            sin,
+            positions,
+            weight if block_offsets is None else block_offsets.contiguous(),
+            y,
+            means,
+            S,
+            H,
+            N,
+            D,
+            first,
+            second,
+            x.stride(0),
+            x.stride(1),
+            x.stride(2),
+            eps,
+            AXES=axes,
+            MEANS=block_offsets is not None,
+            HEADS=heads,
+            TOKENS=tuning.TOKENS,
+            BLOCK=tuning.padded(D),
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
     return y, means
 
 
-def _launch_modulated_norm_backward(x: Tensor, scale: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of vectors are sums of sums over `tuning.norm_backward_rows` tokens: the same bits every time."""
+def _launch_modulated_norm_backward(
+    x: Tensor, scale: Tensor, grad: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of vectors are sums of sums over `tuning.norm_backward_rows` tokens: the same
+    bits every time."""
     from .triton import norm as kernels
 
     B, S, C = x.shape
@@ -275,40 +441,131 @@ def _launch_modulated_norm_backward(x: Tensor, scale: Tensor, grad: Tensor, eps:
     sums = x.new_empty((B, -(-S // rows), 2, C), dtype=torch.float32)
     with on(x):
         kernels.modulated_norm_backward[(sums.shape[1], B)](
-            x, scale, grad, grad_x, sums, S, C, x.stride(0), x.stride(1), scale.stride(0), eps, ROWS=rows, BLOCK=block,
-            num_warps=launch.num_warps, num_stages=launch.num_stages)
+            x,
+            scale,
+            grad,
+            grad_x,
+            sums,
+            S,
+            C,
+            x.stride(0),
+            x.stride(1),
+            scale.stride(0),
+            eps,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
     return grad_x, *(sums[:, :, i].sum(1) for i in range(2))
 
 
-def _launch_gated_add_norm_backward(y: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, grad_y: Tensor | None, grad_normed: Tensor,
-                                    eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _launch_gated_add_norm_backward(
+    y: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    grad_y: Tensor | None,
+    grad_normed: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from .triton import norm as kernels
 
     B, S, C = y.shape
-    block, rows, grad_normed = tuning.padded(C), tuning.norm_backward_rows(S), grad_normed.contiguous()
-    grad_x, grad_branch, launch = y.new_empty(B, S, C), y.new_empty(B, S, C), tuning.norm_backward(block)
+    block, rows, grad_normed = (
+        tuning.padded(C),
+        tuning.norm_backward_rows(S),
+        grad_normed.contiguous(),
+    )
+    grad_x, grad_branch, launch = (
+        y.new_empty(B, S, C),
+        y.new_empty(B, S, C),
+        tuning.norm_backward(block),
+    )
     sums = y.new_empty((B, -(-S // rows), 3, C), dtype=torch.float32)
     with on(y):
         kernels.gated_add_norm_backward[(sums.shape[1], B)](
-            y, branch, gate, scale, grad_normed if grad_y is None else grad_y.contiguous(), grad_normed, grad_x, grad_branch, sums, S, C,
-            y.stride(0), y.stride(1), branch.stride(0), branch.stride(1), gate.stride(0), scale.stride(0), eps,
-            ADD=grad_y is not None, ROWS=rows, BLOCK=block, num_warps=launch.num_warps, num_stages=launch.num_stages)
+            y,
+            branch,
+            gate,
+            scale,
+            grad_normed if grad_y is None else grad_y.contiguous(),
+            grad_normed,
+            grad_x,
+            grad_branch,
+            sums,
+            S,
+            C,
+            y.stride(0),
+            y.stride(1),
+            branch.stride(0),
+            branch.stride(1),
+            gate.stride(0),
+            scale.stride(0),
+            eps,
+            ADD=grad_y is not None,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
     return grad_x, grad_branch, *(sums[:, :, i].sum(1) for i in range(3))
 
 
-def _launch_norm_rope_backward(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None,
-                               pairs: list[int], grad: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _launch_norm_rope_backward(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    pairs: list[int],
+    grad: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     from .triton import norm as kernels
 
     B, S, H, D = x.shape
-    grad_x, heads, launch = x.new_empty(B, S, H, D), tuning.rope_heads(H), tuning.rope_backward(tuning.padded(D))
-    grid, weight, axes = (-(-S // tuning.TOKENS), -(-H // heads), B), weight.contiguous(), 0 if cos is None else len(pairs)
-    cos, sin, positions = (weight if tensor is None else tensor.contiguous() for tensor in (cos, sin, positions))
-    sums, (first, second) = x.new_empty((math.prod(grid), D), dtype=torch.float32), (sum(pairs[:count]) for count in (1, 2))
+    grad_x, heads, launch = (
+        x.new_empty(B, S, H, D),
+        tuning.rope_heads(H),
+        tuning.rope_backward(tuning.padded(D)),
+    )
+    grid, weight, axes = (
+        (-(-S // tuning.TOKENS), -(-H // heads), B),
+        weight.contiguous(),
+        0 if cos is None else len(pairs),
+    )
+    cos, sin, positions = (
+        weight if tensor is None else tensor.contiguous() for tensor in (cos, sin, positions)
+    )
+    sums, (first, second) = (
+        x.new_empty((math.prod(grid), D), dtype=torch.float32),
+        (sum(pairs[:count]) for count in (1, 2)),
+    )
     with on(x):
         kernels.norm_rope_backward[grid](
-            x, weight, cos, sin, positions, grad.contiguous(), grad_x, sums, S, H, D, first, second, *x.stride()[:3], eps,
-            AXES=axes, HEADS=heads, TOKENS=tuning.TOKENS, BLOCK=tuning.padded(D), num_warps=launch.num_warps, num_stages=launch.num_stages)
+            x,
+            weight,
+            cos,
+            sin,
+            positions,
+            grad.contiguous(),
+            grad_x,
+            sums,
+            S,
+            H,
+            D,
+            first,
+            second,
+            *x.stride()[:3],
+            eps,
+            AXES=axes,
+            HEADS=heads,
+            TOKENS=tuning.TOKENS,
+            BLOCK=tuning.padded(D),
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
     return grad_x, sums.sum(0)
 
 
@@ -317,22 +574,61 @@ def _trial_norm(x: Tensor, *args) -> tuple:
     *vectors, eps = args
     like = {"dtype": x.dtype, "device": x.device}
     rows = torch.randn(1, 3, x.shape[-1], **like)
-    made = [None if v is None else torch.randn(rows.shape if v.dim() == 3 else (1, x.shape[-1]), **like) for v in vectors]
+    made = [
+        None if v is None else torch.randn(rows.shape if v.dim() == 3 else (1, x.shape[-1]), **like)
+        for v in vectors
+    ]
     return (rows, *made, eps)
 
 
-def _trial_norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, pairs: list[int],
-                     block_offsets: Tensor | None, eps: float) -> tuple:
-    """Seventy tokens of two heads, in blocks of 64 and 6, at any of nine positions along each axis."""
-    D, angles = x.shape[-1], None if cos is None else torch.randn(9, x.shape[-1] // 2, device=x.device)
-    places = None if angles is None else torch.randint(9, (70, len(pairs)), device=x.device, dtype=torch.int32)
-    offsets = None if block_offsets is None else torch.tensor([0, 64, 70], dtype=torch.int32, device=x.device)
-    return (torch.randn(1, 70, 2, D, dtype=x.dtype, device=x.device), torch.rand(D, dtype=weight.dtype, device=x.device),
-            None if angles is None else angles.cos(), None if angles is None else angles.sin(), places, pairs, offsets, eps)
+def _trial_norm_rope(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    pairs: list[int],
+    block_offsets: Tensor | None,
+    eps: float,
+) -> tuple:
+    """Seventy tokens of two heads, in blocks of 64 and 6, at any of nine positions along each
+    axis."""
+    D, angles = (
+        x.shape[-1],
+        None if cos is None else torch.randn(9, x.shape[-1] // 2, device=x.device),
+    )
+    places = (
+        None
+        if angles is None
+        else torch.randint(9, (70, len(pairs)), device=x.device, dtype=torch.int32)
+    )
+    offsets = (
+        None
+        if block_offsets is None
+        else torch.tensor([0, 64, 70], dtype=torch.int32, device=x.device)
+    )
+    return (
+        torch.randn(1, 70, 2, D, dtype=x.dtype, device=x.device),
+        torch.rand(D, dtype=weight.dtype, device=x.device),
+        None if angles is None else angles.cos(),
+        None if angles is None else angles.sin(),
+        places,
+        pairs,
+        offsets,
+        eps,
+    )
 
 
-def _trial_norm_rope_backward(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, pairs: list[int],
-                              grad: Tensor, eps: float) -> tuple:
+def _trial_norm_rope_backward(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    pairs: list[int],
+    grad: Tensor,
+    eps: float,
+) -> tuple:
     *case, _, eps = _trial_norm_rope(x, weight, cos, sin, positions, pairs, None, eps)
     return *case, torch.randn_like(case[0]), eps
 

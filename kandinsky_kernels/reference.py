@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The meaning of every operator, in plain PyTorch.
 
-Each function computes in ``max(fp32, input dtype)``: on fp64 inputs it is the oracle of the tests, elsewhere it is the
-fallback and the fake kernel. Shapes: B batch, S tokens, H heads, D head dim, C channels, N blocks, W = ceil(N / 32).
+Each function computes in ``max(fp32, input dtype)``: on fp64 inputs it is the oracle of the tests,
+elsewhere it is the fallback and the fake kernel. Shapes: B batch, S tokens, H heads, D head dim, C
+channels, N blocks, W = ceil(N / 32).
 """
 
 import math
@@ -11,9 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MASS_BITS = 32  # block masses are integers in units of 2**-32 of the row's largest: their sums are exact in any order
-_CHUNK_ELEMENTS = 1 << 22  # rows of the block map handled at once, so that it is never whole in memory
-_QUERIES, _LOGITS = 512, 1 << 25  # of frame_causal_attention at once; with fewer rows a product of matrices reads more than it computes
+# block masses are integers in units of 2**-32 of the row's largest: their sums are exact in any
+# order
+MASS_BITS = 32
+# rows of the block map handled at once, so that it is never whole in memory
+_CHUNK_ELEMENTS = 1 << 22
+# of frame_causal_attention at once; with fewer rows a product of matrices reads more than it
+# computes
+_QUERIES, _LOGITS = 512, 1 << 25
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -26,61 +32,103 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tenso
     return (normed * (1 + _wide(scale)[:, None]) + _wide(shift)[:, None]).to(x.dtype).contiguous()
 
 
-def gated_add_norm(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None, shift: Tensor | None,
-                   eps: float) -> tuple[Tensor, Tensor]:
-    """(y, modulated_norm(y)) with y = x + gate * branch rounded to x's dtype; the second is empty without scale."""
+def gated_add_norm(
+    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(y, modulated_norm(y)) with y = x + gate * branch rounded to x's dtype; the second is empty
+    without scale."""
     y = (_wide(x) + _wide(gate)[:, None] * _wide(branch)).to(x.dtype).contiguous()
     if scale is None or shift is None:
         return y, y.new_empty(0)
     return y, modulated_norm(y, scale, shift, eps)
 
 
-def _layer_norm_backward(x: Tensor, scale: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x [B, S, C], scale and shift [B, C] of `modulated_norm`, before any is rounded."""
+def _layer_norm_backward(
+    x: Tensor, scale: Tensor, grad: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x [B, S, C], scale and shift [B, C] of `modulated_norm`, before any is
+    rounded."""
     wide, grad, shape = _wide(x), _wide(grad), x.shape[-1:]
     normed, mean, inverse = torch.native_layer_norm(wide, shape, None, None, eps)
     inner = grad * (1 + _wide(scale)[:, None])
-    inner_x = torch.ops.aten.native_layer_norm_backward(inner, wide, shape, mean, inverse, None, None, [True, False, False])[0]
+    inner_x = torch.ops.aten.native_layer_norm_backward(
+        inner, wide, shape, mean, inverse, None, None, [True, False, False]
+    )[0]
     return inner_x, (grad * normed).sum(1), grad.sum(1)
 
 
-def modulated_norm_backward(x: Tensor, scale: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def modulated_norm_backward(
+    x: Tensor, scale: Tensor, grad: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x in its dtype and of scale and shift, at least fp32."""
     grad_x, grad_scale, grad_shift = _layer_norm_backward(x, scale, grad, eps)
     return grad_x.to(x.dtype).contiguous(), grad_scale, grad_shift
 
 
-def gated_add_norm_backward(y: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, grad_y: Tensor | None, grad_normed: Tensor,
-                            eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x and branch in their dtype, and of gate, scale and shift, at least fp32. y: what the forward pass returned."""
+def gated_add_norm_backward(
+    y: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    grad_y: Tensor | None,
+    grad_normed: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and branch in their dtype, and of gate, scale and shift, at least fp32. y:
+    what the forward pass returned."""
     grad, grad_scale, grad_shift = _layer_norm_backward(y, scale, grad_normed, eps)
     grad = grad if grad_y is None else grad + _wide(grad_y)
     grad_branch, grad_gate = grad * _wide(gate)[:, None], (grad * _wide(branch)).sum(1)
-    return grad.to(y.dtype).contiguous(), grad_branch.to(y.dtype).contiguous(), grad_gate, grad_scale, grad_shift
+    return (
+        grad.to(y.dtype).contiguous(),
+        grad_branch.to(y.dtype).contiguous(),
+        grad_gate,
+        grad_scale,
+        grad_shift,
+    )
 
 
 def block_means(x: Tensor, block_offsets: Tensor) -> Tensor:
-    """Mean over each block's tokens. x [B, S, H, D], block_offsets int32 [N + 1] -> [B, H, N, D], at least fp32."""
+    """Mean over each block's tokens. x [B, S, H, D], block_offsets int32 [N + 1] -> [B, H, N, D],
+    at least fp32."""
     lengths = block_offsets.diff()
     block_of_token = torch.repeat_interleave(lengths, output_size=x.shape[1])
     wide = _wide(x)
     sums = wide.new_zeros(x.shape[0], lengths.shape[0], *x.shape[2:])  # [B, N, H, D]
     sums = sums.index_add(1, block_of_token, wide)
-    return (sums / lengths.to(wide.dtype)[:, None, None]).transpose(1, 2).contiguous()  # [B, H, N, D]
+    # [B, H, N, D]
+    return (sums / lengths.to(wide.dtype)[:, None, None]).transpose(1, 2).contiguous()
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, pairs: list[int], sign: int) -> Tensor:
+def _rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, pairs: list[int], sign: int
+) -> Tensor:
     """Turn adjacent pairs of x [B, S, H, D] by sign times the angles of the tables."""
-    axes = [(slice(sum(pairs[:i]), sum(pairs[: i + 1])), positions[:, i].long()) for i in range(len(pairs))]
-    cos, sin = (torch.cat([table[rows, columns] for columns, rows in axes], -1) for table in (cos, sin))  # [S, D/2]
+    axes = [
+        (slice(sum(pairs[:i]), sum(pairs[: i + 1])), positions[:, i].long())
+        for i in range(len(pairs))
+    ]
+    # [S, D/2]
+    cos, sin = (
+        torch.cat([table[rows, columns] for columns, rows in axes], -1) for table in (cos, sin)
+    )
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # [B, S, H, D/2] each
     cos, sin = cos.to(x.dtype)[:, None], sign * sin.to(x.dtype)[:, None]  # [S, 1, D/2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
-def norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, pairs: list[int],
-              block_offsets: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm over D, then rotate adjacent pairs; also the block means of the result when offsets are given."""
+def norm_rope(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    pairs: list[int],
+    block_offsets: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm over D, then rotate adjacent pairs; also the block means of the result when offsets
+    are given."""
     wide = _wide(x)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
     if cos is not None and sin is not None and positions is not None:
@@ -90,9 +138,18 @@ def norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None,
     return y, means
 
 
-def norm_rope_backward(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, pairs: list[int],
-                       grad: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of x in its dtype and of weight, at least fp32; the angles are constants. grad: of the rotated tensor."""
+def norm_rope_backward(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    pairs: list[int],
+    grad: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x in its dtype and of weight, at least fp32; the angles are constants. grad: of
+    the rotated tensor."""
     wide, grad = _wide(x), _wide(grad)
     if cos is not None and sin is not None and positions is not None:
         grad = _rotate(grad, cos, sin, positions, pairs, -1)
@@ -106,18 +163,23 @@ def pack_selection(keep: Tensor) -> Tensor:
     """bool [..., N] -> int32 [..., W]: bit j % 32 of word j // 32 says that block j is kept."""
     words = -(-keep.shape[-1] // 32)
     padded = F.pad(keep, (0, words * 32 - keep.shape[-1])).unflatten(-1, (words, 32))
-    weights = torch.ones(32, dtype=torch.int64, device=keep.device) << torch.arange(32, device=keep.device)
+    weights = torch.ones(32, dtype=torch.int64, device=keep.device) << torch.arange(
+        32, device=keep.device
+    )
     return (padded * weights).sum(-1).to(torch.int32)  # wraps: bit 31 is the sign
 
 
 def unpack_selection(selection: Tensor, blocks: int) -> Tensor:
     """int32 [..., W] -> bool [..., blocks]."""
-    bits = (selection[..., None] >> torch.arange(32, device=selection.device, dtype=torch.int32)) & 1
+    bits = (
+        selection[..., None] >> torch.arange(32, device=selection.device, dtype=torch.int32)
+    ) & 1
     return bits.flatten(-2)[..., :blocks].bool()
 
 
 def _top_mass(mass: Tensor, keep_mass: float, ties: str) -> Tensor:
-    """Keep a row's largest masses until they hold keep_mass of it. mass int64 [R, N] -> bool [R, N]."""
+    """Keep a row's largest masses until they hold keep_mass of it. mass int64 [R, N] -> bool [R,
+    N]."""
     ascending, order = mass.sort(dim=-1, stable=True)
     below = ascending.cumsum(-1)
     kept = below >= (1.0 - keep_mass) * below[:, -1:].double()
@@ -129,17 +191,27 @@ def _top_mass(mass: Tensor, keep_mass: float, ties: str) -> Tensor:
 
 def _near(rows: Tensor, blocks: int, tiles: list[int], window: list[int]) -> Tensor:
     """Local window on the tile grid: bool [R, N], |distance| <= window // 2 on each axis."""
+
     def coordinates(index: Tensor) -> Tensor:
-        return torch.stack((index // (tiles[1] * tiles[2]), index // tiles[2] % tiles[1], index % tiles[2]), -1)
+        return torch.stack(
+            (index // (tiles[1] * tiles[2]), index // tiles[2] % tiles[1], index % tiles[2]), -1
+        )
 
     key = coordinates(torch.arange(blocks, device=rows.device))
     radius = torch.tensor(window, device=rows.device) // 2
     return ((coordinates(rows)[:, None] - key[None]).abs() <= radius).all(-1)
 
 
-def select_blocks(query_means: Tensor, key_means: Tensor, keep_mass: float, tiles: list[int], window: list[int],
-                  ties: str) -> Tensor:
-    """NABLA's block choice (arXiv 2507.13546), order-free: see `kandinsky_kernels.nabla.select_blocks`."""
+def select_blocks(
+    query_means: Tensor,
+    key_means: Tensor,
+    keep_mass: float,
+    tiles: list[int],
+    window: list[int],
+    ties: str,
+) -> Tensor:
+    """NABLA's block choice (arXiv 2507.13546), order-free: see
+    `kandinsky_kernels.nabla.select_blocks`."""
     B, H, N, D = query_means.shape
     rows_at_once = max(1, _CHUNK_ELEMENTS // max(1, N))
     packed = query_means.new_empty((B, H, N, -(-N // 32)), dtype=torch.int32)
@@ -147,22 +219,33 @@ def select_blocks(query_means: Tensor, key_means: Tensor, keep_mass: float, tile
         batch, head = divmod(head, H)
         query, key = _wide(query_means[batch, head]), _wide(key_means[batch, head])  # [N, D]
         for start in range(0, N, rows_at_once):
-            logits = query[start:start + rows_at_once] @ key.T / math.sqrt(D)  # [R, N]
+            logits = query[start : start + rows_at_once] @ key.T / math.sqrt(D)  # [R, N]
             share = torch.exp(logits - logits.amax(-1, keepdim=True)).nan_to_num(0.0)
             mass = (share.double() * 2.0**MASS_BITS).round().long()
             keep = _top_mass(mass, keep_mass, ties)
             if window:
                 rows = torch.arange(start, start + logits.shape[0], device=logits.device)
                 keep = keep | _near(rows, N, tiles, window)
-            packed[batch, head, start:start + rows_at_once] = pack_selection(keep)
+            packed[batch, head, start : start + rows_at_once] = pack_selection(keep)
     return packed
 
 
-def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor, block_offsets: Tensor,
-                           scale: float, logit_bound: float = math.inf) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the kept blocks: out [B, S, H, D] in query's dtype, natural log-sum-exp [B, H, S]."""
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Tensor,
+    block_offsets: Tensor,
+    scale: float,
+    logit_bound: float = math.inf,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the kept blocks: out [B, S, H, D] in query's dtype, natural
+    log-sum-exp [B, H, S]."""
     B, S, H, D = query.shape
-    starts, block_of_token = block_offsets.tolist(), torch.repeat_interleave(block_offsets.diff(), output_size=S)
+    starts, block_of_token = (
+        block_offsets.tolist(),
+        torch.repeat_interleave(block_offsets.diff(), output_size=S),
+    )
     keep = unpack_selection(selection, len(starts) - 1)
     outs, sums = [query.new_empty(0, D)], [_wide(query).new_empty(0)]  # row by row of blocks
     for batch in range(B):
@@ -171,27 +254,51 @@ def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, selection:
             for block, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
                 kept = keep[batch, head, block][block_of_token].nonzero()[:, 0]
                 logits = q[start:stop] @ k[kept].T * scale  # [rows, kept tokens]
-                outs.append((logits.softmax(-1) @ v[kept]).to(query.dtype))  # a product over no tokens is zero
+                # a product over no tokens is zero
+                outs.append((logits.softmax(-1) @ v[kept]).to(query.dtype))
                 sums.append(logits.logsumexp(-1))
-    return torch.cat(outs).view(B, H, S, D).transpose(1, 2).contiguous(), torch.cat(sums).view(B, H, S)
+    return torch.cat(outs).view(B, H, S, D).transpose(1, 2).contiguous(), torch.cat(sums).view(
+        B, H, S
+    )
 
 
-def block_sparse_attention_backward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, selection: Tensor,
-                                    block_offsets: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
-                                    scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value (arXiv 2205.14135, appendix B.2). The selection has none: it is a choice."""
+def block_sparse_attention_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    selection: Tensor,
+    block_offsets: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value (arXiv 2205.14135, appendix B.2). The selection has none:
+    it is a choice."""
     B, S, H, _ = query.shape
-    starts, block_of_token = block_offsets.tolist(), torch.repeat_interleave(block_offsets.diff(), output_size=S)
+    starts, block_of_token = (
+        block_offsets.tolist(),
+        torch.repeat_interleave(block_offsets.diff(), output_size=S),
+    )
     keep = unpack_selection(selection, len(starts) - 1)
-    grad_query, grad_key, grad_value = (torch.zeros_like(_wide(query), memory_format=torch.contiguous_format) for _ in range(3))
+    grad_query, grad_key, grad_value = (
+        torch.zeros_like(_wide(query), memory_format=torch.contiguous_format) for _ in range(3)
+    )
     for batch in range(B):
         for head in range(H):
-            q, k, v, o, g = (_wide(x[batch, :, head]) for x in (query, key, value, out, grad_out))  # [S, D]
-            common = (o * g).sum(-1, keepdim=True)  # of a row: what its softmax takes off every logit's gradient
+            # [S, D]
+            q, k, v, o, g = (_wide(x[batch, :, head]) for x in (query, key, value, out, grad_out))
+            # of a row: what its softmax takes off every logit's gradient
+            common = (o * g).sum(-1, keepdim=True)
             common = common if grad_lse is None else common - grad_lse[batch, head, :, None]
             for block, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
-                rows, kept = slice(start, stop), keep[batch, head, block][block_of_token].nonzero()[:, 0]
-                share = (q[rows] @ k[kept].T * scale - lse[batch, head, rows, None]).exp()  # [rows, kept tokens]
+                rows, kept = (
+                    slice(start, stop),
+                    keep[batch, head, block][block_of_token].nonzero()[:, 0],
+                )
+                # [rows, kept tokens]
+                share = (q[rows] @ k[kept].T * scale - lse[batch, head, rows, None]).exp()
                 change = share * (g[rows] @ v[kept].T - common[rows]) * scale
                 grad_query[batch, rows, head] = change @ k[kept]
                 grad_key[batch, :, head].index_add_(0, kept, change.T @ q[rows])
@@ -200,7 +307,8 @@ def block_sparse_attention_backward(query: Tensor, key: Tensor, value: Tensor, o
 
 
 def group_moments(x: Tensor, groups: int) -> Tensor:
-    """Mean and biased variance of every group of channels in every frame. x [B, T, Y, X, C] -> fp64 [B, T, groups, 2]."""
+    """Mean and biased variance of every group of channels in every frame. x [B, T, Y, X, C] -> fp64
+    [B, T, groups, 2]."""
     moments = x.new_empty((*x.shape[:2], groups, 2), dtype=torch.float64)
     for b in range(x.shape[0]):
         for t in range(x.shape[1]):  # one at a time: the others cannot change a frame's result
@@ -210,32 +318,49 @@ def group_moments(x: Tensor, groups: int) -> Tensor:
     return moments
 
 
-def group_norm_silu(x: Tensor, scale: Tensor, shift: Tensor, front: Tensor | None, pad: bool, silu: bool) -> Tensor:
-    """silu(x * scale + shift), with pad inside a border of repeated pixels and behind two frames. x [B, T, Y, X, C]; vectors [B, C]."""
+def group_norm_silu(
+    x: Tensor, scale: Tensor, shift: Tensor, front: Tensor | None, pad: bool, silu: bool
+) -> Tensor:
+    """silu(x * scale + shift), with pad inside a border of repeated pixels and behind two frames. x
+    [B, T, Y, X, C]; vectors [B, C]."""
     y = _wide(x) * _wide(scale)[:, None, None, None] + _wide(shift)[:, None, None, None]
     y = (F.silu(y) if silu else y).to(x.dtype).contiguous()
     if not pad:
         return y
-    Y, X = ((torch.arange(-1, size + 1, device=x.device)).clamp(0, size - 1) for size in x.shape[2:4])
+    Y, X = (
+        (torch.arange(-1, size + 1, device=x.device)).clamp(0, size - 1) for size in x.shape[2:4]
+    )
     y = y[:, :, Y][:, :, :, X]  # [B, T, Y + 2, X + 2, C]
     front = y[:, :1].expand(-1, 2, -1, -1, -1) if front is None else front
     return torch.cat((front, y), 1).contiguous()
 
 
-def frame_causal_attention(query: Tensor, key: Tensor, value: Tensor, first_frame: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Frame by frame softmax attention over the keys of frames up to its own: out [B, T, P, D], natural log-sum-exp [B, T, P]."""
+def frame_causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, first_frame: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Frame by frame softmax attention over the keys of frames up to its own: out [B, T, P, D],
+    natural log-sum-exp [B, T, P]."""
     B, T, P, _ = query.shape
-    out, lse = torch.empty_like(query, memory_format=torch.contiguous_format), _wide(query[..., 0]).new_empty(B, T, P)
+    out, lse = (
+        torch.empty_like(query, memory_format=torch.contiguous_format),
+        _wide(query[..., 0]).new_empty(B, T, P),
+    )
     for b in range(B):
         keys, values = _wide(key[b]), _wide(value[b])  # [T', P', D]
         for t in range(T):
-            k, v = keys[:first_frame + t + 1].flatten(0, 1), values[:first_frame + t + 1].flatten(0, 1)  # [prefix, D]
+            # [prefix, D]
+            k, v = (
+                keys[: first_frame + t + 1].flatten(0, 1),
+                values[: first_frame + t + 1].flatten(0, 1),
+            )
             rows = max(1, min(_QUERIES, _LOGITS // max(1, k.shape[0])))
             for start in range(0, P, rows):
-                logits = _wide(query[b, t, start:start + rows]) * scale @ k.T  # [rows, prefix]
+                logits = _wide(query[b, t, start : start + rows]) * scale @ k.T  # [rows, prefix]
                 top = logits.amax(-1, keepdim=True)
                 share = (logits - top).exp_()
                 total = share.sum(-1, keepdim=True)
-                out[b, t, start:start + rows] = (share @ v / total).to(query.dtype)
-                lse[b, t, start:start + rows] = torch.where(top.isinf(), top, top + total.log())[:, 0]
+                out[b, t, start : start + rows] = (share @ v / total).to(query.dtype)
+                lse[b, t, start : start + rows] = torch.where(top.isinf(), top, top + total.log())[
+                    :, 0
+                ]
     return out, lse

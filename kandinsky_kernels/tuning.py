@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launch configurations: nothing is tuned in a user's process, every number has its reason here.
 
-No GPU has run these yet: they are derived from sizes of registers and shared memory, which the tests read off the compiled kernels.
+No GPU has run these yet: they are derived from sizes of registers and shared memory, which the
+tests read off the compiled kernels.
 """
 
 from dataclasses import dataclass
@@ -9,16 +10,24 @@ from dataclasses import dataclass
 import torch
 
 VERIFIED: frozenset[str] = frozenset()  # operators with a GPU result in benchmarks/results
-CUDA_CPP: frozenset[str] = frozenset()  # operators whose CUDA C++ kernel a GPU has found right and faster than Triton's: they run it
-TRITON: frozenset[str] = frozenset()  # operators of PyTorch's whose Triton kernel a GPU has found right and over 15 % faster: they run it
+# operators whose CUDA C++ kernel a GPU has found right and faster than Triton's: they run it
+CUDA_CPP: frozenset[str] = frozenset()
+# operators of PyTorch's whose Triton kernel a GPU has found right and over 15 % faster: they run it
+TRITON: frozenset[str] = frozenset()
 TOKENS = 64  # per block of NABLA, and per tile of everything that works on tokens
-LIST_BYTES = 64 << 20  # scratch for block lists per launch of attention; longer ones are cut by heads
+# scratch for block lists per launch of attention; longer ones are cut by heads
+LIST_BYTES = 64 << 20
 LIST_CHUNK = 1024
 MAP_BYTES = 64 << 20  # scratch for the block map: seven heads of Lite 10 s, one of Pro 10 s HD
-BOUND_LOG2 = 56.0  # of logits in base 2 that need no maximum: shares from 2^-112 on stay normal numbers of fp32 and bf16, times values too
+# of logits in base 2 that need no maximum: shares from 2^-112 on stay normal numbers of fp32 and
+# bf16, times values too
+BOUND_LOG2 = 56.0
 LONGEST_ROW = 16384  # blocks; a row of the map stays in registers
-LONGEST_COMPILED_ROW = 3904  # blocks; a lane of the CUDA C++ kernel holds 122 masses, more than 10 s of HD need
-FEW_ROWS = 4096  # below this many rows a norm takes one row per program, so that small inputs still reach every multiprocessor
+# blocks; a lane of the CUDA C++ kernel holds 122 masses, more than 10 s of HD need
+LONGEST_COMPILED_ROW = 3904
+# below this many rows a norm takes one row per program, so that small inputs still reach every
+# multiprocessor
+FEW_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -31,41 +40,62 @@ class Launch:
 
 
 def padded(width: int, least: int = 2) -> int:
-    """The power of two that a kernel pads ``width`` to; Triton's matrix products take 16 at least."""
+    """The power of two that a kernel pads ``width`` to; Triton's matrix products take 16 at
+    least."""
     return max(least, 1 << (width - 1).bit_length())
 
 
 def attention(block: int, dtype: torch.dtype, capability: tuple[int, int], full: bool) -> Launch:
-    """Four warps are one Hopper warpgroup for 64 rows. A stage holds K and V: 2 * 64 * block elements, 16 KiB for D = 64 in bf16.
+    """Four warps are one Hopper warpgroup for 64 rows. A stage holds K and V: 2 * 64 * block
+    elements, 16 KiB for D = 64 in bf16.
 
-    Three stages cover the dependent load of the block's number and of its keys. Where an SM has 227 KiB (sm_90, sm_100) or 163 KiB
-    (sm_80) they always fit; sm_86, 89 and 120 have 99 KiB, enough for three stages of 16 KiB with two programs resident, or two of 32.
-    Descriptors (TMA) from sm_90 on: one instruction per tile in place of addresses, and fewer registers. Ragged blocks need
-    addresses and masks: two stages, and eight warps at D = 128 where a warpgroup's matrix unit does not hold the tile, or they spill.
+    Three stages cover the dependent load of the block's number and of its keys. Where an SM has 227
+    KiB (sm_90, sm_100) or 163 KiB (sm_80) they always fit; sm_86, 89 and 120 have 99 KiB, enough
+    for three stages of 16 KiB with two programs resident, or two of 32.
+    Descriptors (TMA) from sm_90 on: one instruction per tile in place of addresses, and fewer
+    registers. Ragged blocks need addresses and masks: two stages, and eight warps at D = 128 where
+    a warpgroup's matrix unit does not hold the tile, or they spill.
     """
     if not full:
-        return Launch(8 if block > 64 and capability[0] not in (9, 10) else 4, 2 if dtype.itemsize == 2 else 1)
+        return Launch(
+            8 if block > 64 and capability[0] not in (9, 10) else 4, 2 if dtype.itemsize == 2 else 1
+        )
     roomy = capability[0] in (9, 10) or capability == (8, 0)
     stage = 2 * TOKENS * block * dtype.itemsize
-    stages = 3 if stage <= 16 << 10 or (roomy and stage <= 32 << 10) else 2 if stage <= 32 << 10 else 1
+    stages = (
+        3 if stage <= 16 << 10 or (roomy and stage <= 32 << 10) else 2 if stage <= 32 << 10 else 1
+    )
     return Launch(4, stages, descriptors=capability[0] >= 9 and dtype.itemsize == 2)
 
 
-def attention_backward(block: int, dtype: torch.dtype, capability: tuple[int, int], full: bool) -> tuple[Launch, Launch]:
-    """Of the gradient of queries, which sums up one tile, and of that of keys and values, which sums up two.
+def attention_backward(
+    block: int, dtype: torch.dtype, capability: tuple[int, int], full: bool
+) -> tuple[Launch, Launch]:
+    """Of the gradient of queries, which sums up one tile, and of that of keys and values, which
+    sums up two.
 
-    Registers decide. mma.sync keeps operands in registers too and takes eight warps for D = 128; so do the two sums where two of three
-    come together: that, D = 128 (250 of 255 registers on sm_90), and the masks of ragged blocks. The queries' third stage leaves room for
-    two more programs.
-    Descriptors on sm_90 and 100 alone: with them sm_120 spills. fp32 tiles are twice as large and get one stage.
+    Registers decide. mma.sync keeps operands in registers too and takes eight warps for D = 128; so
+    do the two sums where two of three come together: that, D = 128 (250 of 255 registers on sm_90),
+    and the masks of ragged blocks. The queries' third stage leaves room for two more programs.
+    Descriptors on sm_90 and 100 alone: with them sm_120 spills. fp32 tiles are twice as large and
+    get one stage.
     """
     wide, narrow, hopper = block > 64, dtype.itemsize == 2, capability[0] in (9, 10)
-    first = Launch(8 if wide and not hopper else 4, (2 if wide else 3) if narrow else 1, descriptors=hopper and full and narrow)
-    return first, Launch(8 if wide + (not full) + (not hopper) > 1 else 4, 2 if narrow else 1, descriptors=first.descriptors)
+    first = Launch(
+        8 if wide and not hopper else 4,
+        (2 if wide else 3) if narrow else 1,
+        descriptors=hopper and full and narrow,
+    )
+    return first, Launch(
+        8 if wide + (not full) + (not hopper) > 1 else 4,
+        2 if narrow else 1,
+        descriptors=first.descriptors,
+    )
 
 
 def norm_rows(rows: int) -> int:
-    """Rows per program: eight pay for loading the modulation, three fp32 vectors for rows of 16-bit numbers."""
+    """Rows per program: eight pay for loading the modulation, three fp32 vectors for rows of 16-bit
+    numbers."""
     return 8 if rows >= FEW_ROWS else 1
 
 
@@ -75,22 +105,26 @@ def norm(block: int) -> Launch:
 
 
 def norm_backward_rows(rows: int) -> int:
-    """Rows per program: each leaves two or three fp32 rows of sums behind, which 64 rows make a twentieth of what is moved."""
+    """Rows per program: each leaves two or three fp32 rows of sums behind, which 64 rows make a
+    twentieth of what is moved."""
     return max(1, min(64, rows // 512))
 
 
 def norm_backward(block: int) -> Launch:
-    """About eight elements per thread: beside the row and its gradient there are up to three sums and three modulations."""
+    """About eight elements per thread: beside the row and its gradient there are up to three sums
+    and three modulations."""
     return Launch(max(1, min(16, block // 256)), 1)
 
 
 def rope_heads(heads: int) -> int:
-    """Heads per program: all share their tokens' positions and angles, which the first brings into the L1 cache."""
+    """Heads per program: all share their tokens' positions and angles, which the first brings into
+    the L1 cache."""
     return next(count for count in (7, 8, 6, 5, 4, 3, 2, 1) if heads % count == 0)
 
 
 def rope(block: int) -> Launch:
-    """16 elements of a tile of 64 tokens per thread; with 32, and positions and angles beside them, some architectures spill."""
+    """16 elements of a tile of 64 tokens per thread; with 32, and positions and angles beside them,
+    some architectures spill."""
     return Launch(max(1, min(16, block // 8)), 1)
 
 
@@ -108,7 +142,9 @@ LIST = Launch(4, 1)
 
 # ---- video VAE
 
-SLAB_ELEMENTS = 1 << 16  # of one program's statistics: 8 terms per fp32 sum, 48 programs for one latent frame of 64 x 96 x 512
+# of one program's statistics: 8 terms per fp32 sum, 48 programs for one latent frame of 64 x 96 x
+# 512
+SLAB_ELEMENTS = 1 << 16
 SLAB_TILE = 1 << 13  # two fp32 sums of 32 elements per thread
 SLABS = Launch(8, 1)
 JOINED = 32  # slabs at a time
@@ -118,7 +154,8 @@ NORMED = Launch(4, 1)
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Rows of queries, keys at a time and depth of a product of `frame_causal_attention`, and its launch."""
+    """Rows of queries, keys at a time and depth of a product of `frame_causal_attention`, and its
+    launch."""
 
     rows: int
     keys: int
@@ -127,10 +164,12 @@ class AttentionTile:
 
 
 def frame_attention(block: int, capability: tuple[int, int]) -> AttentionTile:
-    """The sums of 64 rows of 512 take 128 registers of each of 256 threads; what is beside them must fit into the other 127.
+    """The sums of 64 rows of 512 take 128 registers of each of 256 threads; what is beside them
+    must fit into the other 127.
 
-    Compiled sizes for 512: queries stay in shared memory with two stages of keys and values, 136 KiB (sm_80, sm_90), or sums stay in
-    tensor memory and 64 KiB suffice (sm_100). With 99 KiB (sm_86, 89, 120) half the rows fit, at 98 KiB.
+    Compiled sizes for 512: queries stay in shared memory with two stages of keys and values, 136
+    KiB (sm_80, sm_90), or sums stay in tensor memory and 64 KiB suffice (sm_100). With 99 KiB
+    (sm_86, 89, 120) half the rows fit, at 98 KiB.
     """
     depth = min(64, block)
     if capability[0] == 10:
@@ -151,12 +190,18 @@ class ConvolutionTile:
 
 
 def convolution(channels: int, out_channels: int, capability: tuple[int, int]) -> ConvolutionTile:
-    """The larger a tile, the fewer bytes it reads out of L2 for its FLOPs, which is what limits a program without multicast.
+    """The larger a tile, the fewer bytes it reads out of L2 for its FLOPs, which is what limits a
+    program without multicast.
 
-    sm_90 and sm_100: 256 x 128 either way, 85 FLOPs for a byte; their sums take 128 registers of each of 256 threads or lie in tensor
-    memory, and four stages 192 KiB. A depth of 64 is a row of 128 bytes, which their matrix units read best. Elsewhere 128 x 128, 64 FLOPs
-    for a byte, and a depth of 32: four stages, of which three are in memory, are 48 KiB, room for a second program where there are 99.
+    sm_90 and sm_100: 256 x 128 either way, 85 FLOPs for a byte; their sums take 128 registers of
+    each of 256 threads or lie in tensor memory, and four stages 192 KiB. A depth of 64 is a row of
+    128 bytes, which their matrix units read best. Elsewhere 128 x 128, 64 FLOPs for a byte, and a
+    depth of 32: four stages, of which three are in memory, are 48 KiB, room for a second program
+    where there are 99.
     """
     roomy = capability[0] in (9, 10)
-    depth, columns = min(64 if roomy else 32, padded(channels, 16)), min(256 if roomy else 128, padded(out_channels, 16))
+    depth, columns = (
+        min(64 if roomy else 32, padded(channels, 16)),
+        min(256 if roomy else 128, padded(out_channels, 16)),
+    )
     return ConvolutionTile(256 if roomy and columns == 128 else 128, columns, depth, Launch(8, 4))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-head attention with normalised queries and keys: over all tokens, over the blocks that NABLA chooses, over a text."""
+"""Multi-head attention with normalised queries and keys: over all tokens, over the blocks that
+NABLA chooses, over a text."""
+
 from __future__ import annotations
 
 import math
@@ -9,16 +11,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kandinsky_kernels import Rotary, block_means, block_sparse_attention, norm_rope, norm_rope_means, select_blocks
+from kandinsky_kernels import (
+    Rotary,
+    block_means,
+    block_sparse_attention,
+    norm_rope,
+    norm_rope_means,
+    select_blocks,
+)
 
 from .plan import Plan
 
 ALL = slice(None)
 
-class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input, so that a checkpoint may mix dtypes freely.
 
-    `additions` is what adapters add to its output (see lora.py); the rest is what another way to store the weight replaces (quant.py).
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its input, so that a checkpoint may mix dtypes
+    freely.
+
+    `additions` is what adapters add to its output (see lora.py); the rest is what another way to
+    store the weight replaces (quant.py).
     rows: of the output, or all.
     """
 
@@ -31,7 +43,11 @@ class Linear(nn.Linear):
         return y if self.additions is None else self.additions(x, y, rows)
 
     def product(self, x: Tensor, rows: slice = ALL) -> Tensor:
-        return F.linear(x, self.weight[rows].to(x.dtype), None if self.bias is None else self.bias[rows].to(x.dtype))
+        return F.linear(
+            x,
+            self.weight[rows].to(x.dtype),
+            None if self.bias is None else self.bias[rows].to(x.dtype),
+        )
 
     @torch.no_grad()
     def add(self, change: Tensor) -> None:
@@ -44,7 +60,8 @@ class Linear(nn.Linear):
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm of each head and, where given, rotation; with `block_offsets` also the mean of each block."""
+    """RMSNorm of each head and, where given, rotation; with `block_offsets` also the mean of each
+    block."""
 
     def __init__(self, head_dim: int):
         super().__init__()
@@ -58,8 +75,9 @@ class HeadNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with normalised queries and keys: `forward` for a text over itself, `attend` for a video over itself or over
-    blocks of itself, `read` and `look_up` for a video over a text."""
+    """Multi-head attention with normalised queries and keys: `forward` for a text over itself,
+    `attend` for a video over itself or over blocks of itself, `read` and `look_up` for a video over
+    a text."""
 
     def __init__(self, model_dim: int, head_dim: int):
         super().__init__()
@@ -70,35 +88,47 @@ class Attention(nn.Module):
         self.query_norm = HeadNorm(head_dim)
         self.key_norm = HeadNorm(head_dim)
         self.out_layer = Linear(model_dim, model_dim)
-        self.watch: Callable[[Tensor, Tensor, Tensor], None] | None = None  # told block means of queries and keys, and NABLA's choice
+        # told block means of queries and keys, and NABLA's choice
+        self.watch: Callable[[Tensor, Tensor, Tensor], None] | None = None
         self.forget()
 
     def forget(self) -> None:
         """Undo `prepare`."""
-        self._joint: tuple[Linear, ...] = ()  # one layer for all three projections, hidden from nn.Module: its tensors are theirs
+        # one layer for all three projections, hidden from nn.Module: its tensors are theirs
+        self._joint: tuple[Linear, ...] = ()
         self.logit_bound = math.inf
 
     def prepare(self) -> None:
-        """For inference: one product gives queries, keys and values, and the logits get a bound. Loading and training undo it.
+        """For inference: one product gives queries, keys and values, and the logits get a bound.
+        Loading and training undo it.
 
-        RMSNorm makes |query| <= sqrt(D) max|weight|, rotation keeps it; 1 % is for rounding to 16 bits.
+        RMSNorm makes |query| <= sqrt(D) max|weight|, rotation keeps it; 1 % is for rounding to 16
+        bits.
         """
         self._joint = _join(self._projections())
-        largest = self.query_norm.weight.detach().abs().max() * self.key_norm.weight.detach().abs().max()
+        largest = (
+            self.query_norm.weight.detach().abs().max() * self.key_norm.weight.detach().abs().max()
+        )
         self.logit_bound = 1.01 * math.sqrt(self.head_dim) * largest.item()
 
     def _projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         return self.to_query, self.to_key, self.to_value
 
     def _is_joint(self) -> bool:
-        """Whether the projections still are what was joined: adapters and quantisers put others in their place."""
+        """Whether the projections still are what was joined: adapters and quantisers put others in
+        their place."""
         layers = self._projections()
-        if not self._joint or any(type(layer) is not type(self._joint[0]) or layer.additions is not None for layer in layers):
+        if not self._joint or any(
+            type(layer) is not type(self._joint[0]) or layer.additions is not None
+            for layer in layers
+        ):
             return False
         if torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in layers):
             return False
         return torch.compiler.is_compiling() or all(  # under the compiler an address cannot be read
-            layer.weight.data_ptr() == part.data_ptr() for layer, part in zip(layers, self._joint[0].weight.chunk(3), strict=True))
+            layer.weight.data_ptr() == part.data_ptr()
+            for layer, part in zip(layers, self._joint[0].weight.chunk(3), strict=True)
+        )
 
     def _apply(self, fn, recurse: bool = True) -> Attention:
         joint, self._joint = self._joint, ()
@@ -116,33 +146,54 @@ class Attention(nn.Module):
             self.forget()
         return super().train(mode)
 
-    def project(self, x: Tensor, context: Tensor, rows: slice = ALL) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of x and keys and values of `context`, each [B, S, H, D], of all heads or of those whose channels are `rows`."""
+    def project(
+        self, x: Tensor, context: Tensor, rows: slice = ALL
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x and keys and values of `context`, each [B, S, H, D], of all heads or of
+        those whose channels are `rows`."""
         heads = (-1, self.head_dim)
         if x is context and rows == ALL and self._is_joint():
             return self._joint[0](x).unflatten(-1, (3, *heads)).unbind(2)
-        return (self.to_query(x, rows).unflatten(-1, heads), self.to_key(context, rows).unflatten(-1, heads),
-                self.to_value(context, rows).unflatten(-1, heads))
+        return (
+            self.to_query(x, rows).unflatten(-1, heads),
+            self.to_key(context, rows).unflatten(-1, heads),
+            self.to_value(context, rows).unflatten(-1, heads),
+        )
 
-    def forward(self, x: Tensor, rotary: Rotary | None = None, key_mask: Tensor | None = None,
-                rope_cast: torch.dtype | None = None) -> Tensor:
-        """Dense attention of x [B, S, C] over itself. key_mask: bool [B, 1, 1, S], True is visible."""
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary | None = None,
+        key_mask: Tensor | None = None,
+        rope_cast: torch.dtype | None = None,
+    ) -> Tensor:
+        """Dense attention of x [B, S, C] over itself. key_mask: bool [B, 1, 1, S], True is
+        visible."""
         query, key, value = self.project(x, x)
-        query, key = _round(self.query_norm(query, rotary), rope_cast), _round(self.key_norm(key, rotary), rope_cast)
+        query, key = (
+            _round(self.query_norm(query, rotary), rope_cast),
+            _round(self.key_norm(key, rotary), rope_cast),
+        )
         return self.out_layer(_dense(query, key, value, key_mask))  # [B, S, C]
 
     def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, L, H, D] of a text [B, L, C], for `look_up`."""
         heads = (-1, self.head_dim)
-        return self.key_norm(self.to_key(text).unflatten(-1, heads)), self.to_value(text).unflatten(-1, heads)
+        return self.key_norm(self.to_key(text).unflatten(-1, heads)), self.to_value(text).unflatten(
+            -1, heads
+        )
 
-    def look_up(self, x: Tensor, keys_values: tuple[Tensor, Tensor], key_mask: Tensor | None) -> Tensor:
-        """Dense attention of x [B, S, C] over a text. key_mask: bool [B, 1, 1, L], True is visible."""
+    def look_up(
+        self, x: Tensor, keys_values: tuple[Tensor, Tensor], key_mask: Tensor | None
+    ) -> Tensor:
+        """Dense attention of x [B, S, C] over a text. key_mask: bool [B, 1, 1, L], True is
+        visible."""
         query = self.query_norm(self.to_query(x).unflatten(-1, (-1, self.head_dim)))
         return self.out_layer(_dense(query, *keys_values, key_mask))
 
     def attend(self, x: Tensor, plan: Plan) -> Tensor:
-        """Attention of x [B, S, C] over itself as the plan says, some heads at a time where it says so: [B, S, C] for `out_layer`."""
+        """Attention of x [B, S, C] over itself as the plan says, some heads at a time where it says
+        so: [B, S, C] for `out_layer`."""
         team = plan.ranks is not None and plan.ranks.team is not None
         if team or plan.chunks.heads is None:
             out = self._attend(x, ALL, plan)
@@ -154,13 +205,17 @@ class Attention(nn.Module):
         return out
 
     def _attend(self, x: Tensor, rows: slice, plan: Plan) -> Tensor:
-        """Each tensor goes as soon as it has served: there is room for four of the group's beside x at most, and six of all heads.
+        """Each tensor goes as soon as it has served: there is room for four of the group's beside x
+        at most, and six of all heads.
 
-        Where ranks share the heads, x has this rank's tokens, and the result all tokens of its heads.
+        Where ranks share the heads, x has this rank's tokens, and the result all tokens of its
+        heads.
         """
         query, key, value = self.project(x, x, rows)
         if plan.ranks is not None and plan.ranks.team:
-            query, key, value = plan.ranks.to_heads(torch.stack((query, key, value)), plan.grid.tokens).unbind(0)
+            query, key, value = plan.ranks.to_heads(
+                torch.stack((query, key, value)), plan.grid.tokens
+            ).unbind(0)
         if plan.nabla is None:
             query = _round(self.query_norm(query, plan.rotary), plan.rope_cast)
             key = _round(self.key_norm(key, plan.rotary), plan.rope_cast)
@@ -169,17 +224,32 @@ class Attention(nn.Module):
         key, key_means = self.key_norm.with_means(key, plan.rotary, plan.block_offsets)
         if plan.rope_cast is not None:
             query, key = _round(query, plan.rope_cast), _round(key, plan.rope_cast)
-            query_means, key_means = block_means(query, plan.block_offsets), block_means(key, plan.block_offsets)
-        selection = select_blocks(query_means.detach(), key_means.detach(), plan.nabla.keep_mass, plan.grid.tiles, plan.nabla.window)
+            query_means, key_means = (
+                block_means(query, plan.block_offsets),
+                block_means(key, plan.block_offsets),
+            )
+        selection = select_blocks(
+            query_means.detach(),
+            key_means.detach(),
+            plan.nabla.keep_mass,
+            plan.grid.tiles,
+            plan.nabla.window,
+        )
         if self.watch is not None:
             self.watch(query_means, key_means, selection)
-        return block_sparse_attention(query, key, value, selection, plan.block_offsets, logit_bound=self.logit_bound).flatten(-2)
+        return block_sparse_attention(
+            query, key, value, selection, plan.block_offsets, logit_bound=self.logit_bound
+        ).flatten(-2)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """Of queries [B, S, H, D] over keys and values [B, L, H, D]: [B, S, H D]."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, H, S, D]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask).transpose(1, 2).flatten(-2)
+    return (
+        F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
+        .transpose(1, 2)
+        .flatten(-2)
+    )
 
 
 def _round(x: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -189,14 +259,20 @@ def _round(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _join(layers: tuple[nn.Module, ...]) -> tuple[Linear, ...]:
     """One layer with the outputs of all, or () where they are not alike.
 
-    Their tensors become views of its own, so names, values and memory stay. Rows are outputs, so scales of rows join as weights do.
+    Their tensors become views of its own, so names, values and memory stay. Rows are outputs, so
+    scales of rows join as weights do.
     """
     states = [layer.state_dict() for layer in layers]
-    forms = {(type(layer), *((x.dtype, x.device) for x in state.values())) for layer, state in zip(layers, states, strict=True)}
+    forms = {
+        (type(layer), *((x.dtype, x.device) for x in state.values()))
+        for layer, state in zip(layers, states, strict=True)
+    }
     if len(forms) > 1 or not isinstance(layers[0], Linear) or layers[0].weight.is_meta:
         return ()
     joint = layers[0].empty(sum(layer.out_features for layer in layers))
-    joint.load_state_dict({name: torch.cat([state[name] for state in states]) for name in states[0]}, assign=True)
+    joint.load_state_dict(
+        {name: torch.cat([state[name] for state in states]) for name in states[0]}, assign=True
+    )
     for name, tensor in joint.state_dict().items():
         for layer, part in zip(layers, tensor.chunk(len(layers)), strict=True):
             getattr(layer, name).data = part

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps that reuse what the blocks did at an earlier one: approximate, chosen by name, counted.
 
-Between most steps the sum of what all visual blocks add to a token changes little. A cached pass embeds text and tokens as always, adds
-the remembered sum in place of the blocks, and runs the out layer with the current time. The passes with and without the prompt each
-have memories of their own: a `Branch` is one of them for one run, so nothing outlives a run or an interruption.
+Between most steps the sum of what all visual blocks add to a token changes little. A cached pass
+embeds text and tokens as always, adds the remembered sum in place of the blocks, and runs the out
+layer with the current time. The passes with and without the prompt each have memories of their own:
+a `Branch` is one of them for one run, so nothing outlives a run or an interruption.
 """
+
 from __future__ import annotations
 
 import json
@@ -26,10 +28,19 @@ class Branch(ABC):
 
     def __init__(self, dit: DiffusionTransformer3D):
         self.dit, self.config, self.computed, self.skipped = dit, dit.config, 0, 0
-        self.change: Tensor | None = None  # what the blocks, or all but the first, added when they last ran: [B, S, C]
+        # what the blocks, or all but the first, added when they last ran: [B, S, C]
+        self.change: Tensor | None = None
 
-    def __call__(self, x: Tensor, text: Tensor, pooled: Tensor, time: Tensor, plan: Plan, text_lengths: Tensor | None,
-                 modulations: Modulations) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        time: Tensor,
+        plan: Plan,
+        text_lengths: Tensor | None,
+        modulations: Modulations,
+    ) -> Tensor:
         """As the transformer's forward."""
         x, text, key_mask = self.dit.begin(x, text, plan, text_lengths, modulations)
         before = self.computed
@@ -39,7 +50,8 @@ class Branch(ABC):
 
     @abstractmethod
     def run(self, x: Tensor, context: tuple) -> Tensor:
-        """The out layer's norm of x after the blocks or what stands in for them. context: text, modulations, key mask, plan."""
+        """The out layer's norm of x after the blocks or what stands in for them. context: text,
+        modulations, key mask, plan."""
 
     def compute(self, x: Tensor, normed: Tensor | None, context: tuple, first: int) -> Tensor:
         """Run the blocks from `first` on and remember what they added."""
@@ -66,7 +78,8 @@ class MagBranch(Branch):
 
 
 class FirstBlockBranch(Branch):
-    """The first block always runs; the others do not while what it adds has changed little since they last ran."""
+    """The first block always runs; the others do not while what it adds has changed little since
+    they last ran."""
 
     def __init__(self, dit: DiffusionTransformer3D, threshold: float, most_skipped: int):
         super().__init__(dit)
@@ -91,10 +104,12 @@ class FirstBlockBranch(Branch):
 
 @dataclass(frozen=True)
 class MagCache:
-    """ratios: for the branch with the prompt and the one without, how much the change grows from step to step of the calibrated run.
+    """ratios: for the branch with the prompt and the one without, how much the change grows from
+    step to step of the calibrated run.
 
-    A pass is skipped while the product of ratios since the last computed one strays from 1 by less than `threshold` in sum, at most
-    `most_skipped` times in a row, and never in the first `retention` of the run.
+    A pass is skipped while the product of ratios since the last computed one strays from 1 by less
+    than `threshold` in sum, at most `most_skipped` times in a row, and never in the first
+    `retention` of the run.
     """
 
     ratios: tuple[tuple[float, ...], ...]
@@ -103,7 +118,8 @@ class MagCache:
     retention: float = 0.2
 
     def schedule(self, steps: int, branch: int) -> list[bool]:
-        """Whether the blocks run, for each of the run's own `steps`: ratios of another number of steps are taken at the nearest one."""
+        """Whether the blocks run, for each of the run's own `steps`: ratios of another number of
+        steps are taken at the nearest one."""
         ratios = self.ratios[branch]
         nearest = [ratios[round(i * (len(ratios) - 1) / max(steps - 1, 1))] for i in range(steps)]
         kept = int(self.retention * 2 * steps)  # counted in passes, two to a step
@@ -119,22 +135,31 @@ class MagCache:
             runs.append(not skip)
         return runs
 
-    def branches(self, dit: DiffusionTransformer3D, steps: int, count: int, start: int = 0) -> list[Branch]:
-        """One for each of `count` passes of a step. A run that goes on after `start` steps remembers nothing and so computes first."""
+    def branches(
+        self, dit: DiffusionTransformer3D, steps: int, count: int, start: int = 0
+    ) -> list[Branch]:
+        """One for each of `count` passes of a step. A run that goes on after `start` steps
+        remembers nothing and so computes first."""
         if count > len(self.ratios):
-            raise ValueError("these ratios were calibrated without guidance, but guidance was asked for; set it to 1 or cache to none")
+            raise ValueError(
+                "these ratios were calibrated without guidance, but guidance was "
+                "asked for; set it to 1 or cache to none"
+            )
         runs = [self.schedule(steps, branch)[start:] for branch in range(count)]
         return [MagBranch(dit, [True, *rest[1:]]) for rest in runs]
 
 
 @dataclass(frozen=True)
 class FirstBlockCache:
-    """Needs no calibration: see `FirstBlockBranch`. threshold: relative change of what the first block adds, in the mean of |.|."""
+    """Needs no calibration: see `FirstBlockBranch`. threshold: relative change of what the first
+    block adds, in the mean of |.|."""
 
     threshold: float = 0.08
     most_skipped: int = 3
 
-    def branches(self, dit: DiffusionTransformer3D, steps: int, count: int, start: int = 0) -> list[Branch]:
+    def branches(
+        self, dit: DiffusionTransformer3D, steps: int, count: int, start: int = 0
+    ) -> list[Branch]:
         return [FirstBlockBranch(dit, self.threshold, self.most_skipped) for _ in range(count)]
 
 
@@ -144,7 +169,8 @@ def _mag_ratios() -> dict:
 
 
 def make_cache(name: str, preset: str) -> MagCache | FirstBlockCache | None:
-    """The cache called `name` (one of `CACHES`) for the checkpoint of `preset`. ValueError where it has no calibrated ratios."""
+    """The cache called `name` (one of `CACHES`) for the checkpoint of `preset`. ValueError where it
+    has no calibrated ratios."""
     if name == "none":
         return None
     if name == "first-block":
@@ -153,6 +179,9 @@ def make_cache(name: str, preset: str) -> MagCache | FirstBlockCache | None:
         raise ValueError(f"cache must be {' or '.join(CACHES)}, got {name!r}; choose one of them")
     known = {key: value for key, value in _mag_ratios().items() if key != "source"}
     if preset not in known:
-        raise ValueError(f"cache mag requires a preset with calibrated ratios ({', '.join(sorted(known))}), got {preset or 'none'}; "
-                         "use first-block, which needs none")
+        raise ValueError(
+            "cache mag requires a preset with calibrated ratios "
+            f"({', '.join(sorted(known))}), got {preset or 'none'}; "
+            "use first-block, which needs none"
+        )
     return MagCache(tuple(map(tuple, known[preset])))

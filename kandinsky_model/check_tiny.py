@@ -12,35 +12,48 @@ WORDS = ("color", "background", "shape", "motion")
 
 
 def draw(combinations, folder=TINY, seed=0, batch=8, quantize=None, lora=None, **settings):
-    """Yield (combination, prompt, video) for each; the i-th uses seed + i. `settings` as `Kandinsky5.generate` takes them."""
+    """Yield (combination, prompt, video) for each; the i-th uses seed + i. `settings` as
+    `Kandinsky5.generate` takes them."""
     model = pipeline.load(folder, quantize=quantize)
     if lora:
         model.lora.load(lora)
     for start in range(0, len(combinations), batch):
         wanted = combinations[start : start + batch]
         prompts = [shapes.prompt(c) for c in wanted]
-        yield from zip(wanted, prompts, model.generate(prompts, seed=seed + start, **settings), strict=True)
+        yield from zip(
+            wanted, prompts, model.generate(prompts, seed=seed + start, **settings), strict=True
+        )
 
 
-def check_tiny(folder=TINY, seed=0, steps=None, guidance=None, combinations=None, quantize=None, lora=None):
-    """Sample held-out prompts and judge them: {"prompts", "color", "background", "shape", "motion", "samples"}; shares of 1.
+def check_tiny(
+    folder=TINY, seed=0, steps=None, guidance=None, combinations=None, quantize=None, lora=None
+):
+    """Sample held-out prompts and judge them: {"prompts", "color", "background", "shape", "motion",
+    "samples"}; shares of 1.
 
-    combinations: all 48 held-out ones unless given; one that comes again is drawn from other noise. A share counts clips whose word is
-    right; "color_and_background" and "all" count clips where those words are right together. Logs one line per clip. quantize: a mode
-    of `QUANTIZATIONS`; the model is then also run without, from the same noise: "unquantized" holds its shares, and "psnr" of each
-    sample how near its frames come, in dB. lora: an adapter to draw with.
+    combinations: all 48 held-out ones unless given; one that comes again is drawn from other noise.
+    A share counts clips whose word is right; "color_and_background" and "all" count clips where
+    those words are right together. Logs one line per clip. quantize: a mode of `QUANTIZATIONS`; the
+    model is then also run without, from the same noise: "unquantized" holds its shares, and "psnr"
+    of each sample how near its frames come, in dB. lora: an adapter to draw with.
     """
     combinations = shapes.held_out() if combinations is None else combinations
     settings = {"num_inference_steps": steps, "guidance_scale": guidance}
     modes = [quantize, None] if quantize else [None]
-    runs = [draw(combinations, folder, seed, quantize=mode, lora=lora, **settings) for mode in modes]
+    runs = [
+        draw(combinations, folder, seed, quantize=mode, lora=lora, **settings) for mode in modes
+    ]
     samples, plain = [], []
     for (combination, prompt, clip), *others in zip(*runs, strict=True):
         samples.append(judged(combination, prompt, clip))
         for *_, other in others:
             plain.append(judged(combination, f"unquantised: {prompt}", other))
             samples[-1]["psnr"] = round(psnr(clip.frames, other.frames), 2)
-    used = {"seed": seed, "steps": clip.settings.num_inference_steps, "guidance": clip.settings.guidance_scale}
+    used = {
+        "seed": seed,
+        "steps": clip.settings.num_inference_steps,
+        "guidance": clip.settings.guidance_scale,
+    }
     compared = {"quantize": quantize, "unquantized": shares(plain)} if quantize else {}
     return {"prompts": len(samples), **shares(samples), **used, **compared, "samples": samples}
 
@@ -50,14 +63,25 @@ def judged(combination, prompt, clip):
     verdict = shapes.judge(clip.frames)
     right = shapes.marks(verdict, combination)
     seen = {word: getattr(verdict, word) for word in WORDS}
-    logger.info("%s: %s", prompt, ", ".join(f"{word} {seen[word]}{'' if right[word] else ' (wrong)'}" for word in WORDS))
-    return {"prompt": prompt, "seen": seen, "right": right, "travel": [round(x, 1) for x in verdict.travel]}
+    logger.info(
+        "%s: %s",
+        prompt,
+        ", ".join(f"{word} {seen[word]}{'' if right[word] else ' (wrong)'}" for word in WORDS),
+    )
+    return {
+        "prompt": prompt,
+        "seen": seen,
+        "right": right,
+        "travel": [round(x, 1) for x in verdict.travel],
+    }
 
 
 def shares(samples):
     """How many of the samples are right, in 0..1, by word."""
     share = {word: sum(s["right"][word] for s in samples) / len(samples) for word in WORDS}
-    share["color_and_background"] = sum(s["right"]["color"] and s["right"]["background"] for s in samples) / len(samples)
+    share["color_and_background"] = sum(
+        s["right"]["color"] and s["right"]["background"] for s in samples
+    ) / len(samples)
     share["all"] = sum(all(s["right"].values()) for s in samples) / len(samples)
     return share
 

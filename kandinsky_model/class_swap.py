@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives objects of another library a faster class and back again, in place: parameters, names, hooks and adapters stay what they were.
+"""Gives objects of another library a faster class and back again, in place: parameters, names,
+hooks and adapters stay what they were.
 
-A faster class is one of our mixins before the stock class, under the stock name, since offloading, caching and saving look classes up
-by name. Its forward either computes itself or calls `super().forward`, which is the stock code unchanged.
+A faster class is one of our mixins before the stock class, under the stock name, since offloading,
+caching and saving look classes up by name. Its forward either computes itself or calls
+`super().forward`, which is the stock code unchanged.
 """
+
 from __future__ import annotations
 
 import copy
@@ -21,16 +24,22 @@ _log = logging.getLogger(f"{__package__}.acceleration")
 
 @cache
 def _faster(mixin: type, stock: type) -> type:
-    # PyTorch's compiler takes what claims to live in torch.nn for granted; everybody else asks where a class is from to save it
+    # PyTorch's compiler takes what claims to live in torch.nn for granted; everybody else asks
+    # where a class is from to save it
     module = mixin.__module__ if stock.__module__.startswith("torch.") else stock.__module__
-    faster = type(stock)(stock.__name__, (mixin, stock), {"__module__": module, "__qualname__": stock.__qualname__, "_stock_class": stock})
+    faster = type(stock)(
+        stock.__name__,
+        (mixin, stock),
+        {"__module__": module, "__qualname__": stock.__qualname__, "_stock_class": stock},
+    )
     if stock.__module__.startswith("diffusers."):
         _inherit_cache_metadata(faster)
     return faster
 
 
 def _inherit_cache_metadata(faster: type) -> None:
-    """diffusers' caches look a block's class up to learn what its arguments and results are: the same as its stock class's."""
+    """diffusers' caches look a block's class up to learn what its arguments and results are: the
+    same as its stock class's."""
     from diffusers.hooks._helpers import TransformerBlockRegistry
 
     try:
@@ -57,7 +66,8 @@ def restore(thing: object) -> None:
 
 
 def _assume(thing: object, wanted: type) -> None:
-    """Hooks of diffusers and accelerate have put themselves before `forward` and hold the old one: they get the new one to call."""
+    """Hooks of diffusers and accelerate have put themselves before `forward` and hold the old one:
+    they get the new one to call."""
     old, thing.__class__ = type(thing), wanted
     registry = vars(thing).get("_diffusers_hook")
     for holder in (thing, *(registry._fn_refs if registry else ())):
@@ -75,14 +85,20 @@ def unexpected(wanted: type, modules: Iterable[nn.Module]) -> str | None:
 
 def recorded(module: nn.Module, *inputs: Tensor) -> bool:
     """Whether autograd would record what `module` makes of `inputs`."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *module.parameters()))
+    return torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (*inputs, *module.parameters())
+    )
 
 
 def refusal(module: nn.Module, *inputs: Tensor) -> str | None:
     """Why `module` must not be computed by our operators this time, or None."""
     if inputs[0].dtype not in DTYPES:
         return f"activations are {inputs[0].dtype}; use float32, bfloat16 or float16"
-    return "gradients are recorded; run it under torch.no_grad() for speed" if recorded(module, *inputs) else None
+    return (
+        "gradients are recorded; run it under torch.no_grad() for speed"
+        if recorded(module, *inputs)
+        else None
+    )
 
 
 def falls_back(module: nn.Module, reason: str | None) -> bool:
@@ -93,7 +109,8 @@ def falls_back(module: nn.Module, reason: str | None) -> bool:
 
 
 def report(module: nn.Module, message: str) -> None:
-    """Log a message once per accelerated model, and keep it in the set `_reports` that its modules share."""
+    """Log a message once per accelerated model, and keep it in the set `_reports` that its modules
+    share."""
     if not torch.compiler.is_compiling() and message not in module._reports:
         module._reports.add(message)
         _log.warning("%s %s", type(module).__name__, message)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One video and all that it is made from: its settings, checked; its latents, kept; its frames, decoded when asked for."""
+"""One video and all that it is made from: its settings, checked; its latents, kept; its frames,
+decoded when asked for."""
 
 from __future__ import annotations
 
@@ -25,8 +26,9 @@ from .weights import read_headers
 
 PIXELS_PER_TOKEN = 16
 METADATA_KEY = "kandinsky"
-# Above this many elements of the widest activation (256 channels at full size), clips are decoded in the official tiles. A function of
-# the clip's size alone, never of free memory, so that a seed means the same pixels on every machine.
+# Above this many elements of the widest activation (256 channels at full size), clips are decoded
+# in the official tiles. A function of the clip's size alone, never of free memory, so that a seed
+# means the same pixels on every machine.
 WIDEST_CHANNELS, GLOBAL_DECODE_LIMIT = 256, 2**31
 
 Notify = Callable[[str], None]
@@ -34,7 +36,8 @@ Notify = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """All that one video is made from, besides the weights. Stored with its latents and in the finished file."""
+    """All that one video is made from, besides the weights. Stored with its latents and in the
+    finished file."""
 
     prompt: str
     negative_prompt: str
@@ -62,58 +65,100 @@ class Settings:
         check_prompt(self.prompt)
         check_size(self.height, self.width)
         _check_frames(self.num_frames)
-        for name, allowed in (("attention", ATTENTIONS), ("precision", tuple(PRECISIONS)), ("cache", CACHES), ("vae_policy", POLICIES)):
+        for name, allowed in (
+            ("attention", ATTENTIONS),
+            ("precision", tuple(PRECISIONS)),
+            ("cache", CACHES),
+            ("vae_policy", POLICIES),
+        ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}; choose one of them")
+                raise ValueError(
+                    f"{name} must be {' or '.join(allowed)}, got "
+                    f"{getattr(self, name)!r}; choose one of them"
+                )
         if self.num_inference_steps < 1:
-            raise ValueError(f"the number of steps must be at least 1, got {self.num_inference_steps}; 50 is usual")
+            raise ValueError(
+                "the number of steps must be at least 1, got "
+                f"{self.num_inference_steps}; 50 is usual"
+            )
         if not (math.isfinite(self.guidance_scale) and 0 < self.scheduler_scale < math.inf):
-            raise ValueError(f"guidance must be finite and the scheduler scale positive, got {self.guidance_scale} and "
-                             f"{self.scheduler_scale}; 5 is usual for both")
+            raise ValueError(
+                "guidance must be finite and the scheduler scale positive, got "
+                f"{self.guidance_scale} and "
+                f"{self.scheduler_scale}; 5 is usual for both"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"the seed must lie in 0 .. 2^63 - 1, got {self.seed}; choose another")
 
     @property
     def grid(self) -> Grid:
-        return Grid((self.num_frames - 1) // 4 + 1, self.height // PIXELS_PER_TOKEN, self.width // PIXELS_PER_TOKEN)
+        return Grid(
+            (self.num_frames - 1) // 4 + 1,
+            self.height // PIXELS_PER_TOKEN,
+            self.width // PIXELS_PER_TOKEN,
+        )
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
-def complete(preset: Preset, name: str, prompts: list[str], seed: int, given: Mapping) -> list[Settings]:
-    """One checked Settings for each prompt, the i-th with seed + i: what is given (None: not), else what the preset was released with.
+def complete(
+    preset: Preset, name: str, prompts: list[str], seed: int, given: Mapping
+) -> list[Settings]:
+    """One checked Settings for each prompt, the i-th with seed + i: what is given (None: not), else
+    what the preset was released with.
 
-    Raises TypeError for names that are no settings, ValueError for values that do not fit each other or the checkpoint.
+    Raises TypeError for names that are no settings, ValueError for values that do not fit each
+    other or the checkpoint.
     """
-    settled = ("prompt", "expanded_prompt", "seed", "fps", "model", "lora", "quantization")  # elsewhere
+    # elsewhere
+    settled = ("prompt", "expanded_prompt", "seed", "fps", "model", "lora", "quantization")
     known = [field.name for field in fields(Settings) if field.name not in settled]
     for word in given:
         if word not in known:
             near = difflib.get_close_matches(word, known, n=1) or known
-            raise TypeError(f"settings must be among {', '.join(known)}, got {word!r}; did you mean {near[0]!r}?")
+            raise TypeError(
+                f"settings must be among {', '.join(known)}, got {word!r}; did you "
+                f"mean {near[0]!r}?"
+            )
     for prompt in prompts or [""]:
         check_prompt(prompt)
     values = dict(
-        height=preset.sizes[0][0], width=preset.sizes[0][1], num_frames=preset.frames, num_inference_steps=preset.steps,
-        guidance_scale=preset.guidance, scheduler_scale=preset.scheduler_scale, attention="nabla" if preset.nabla else "dense",
-        fps=preset.fps, model=name) | {word: value for word, value in given.items() if value is not None}
+        height=preset.sizes[0][0],
+        width=preset.sizes[0][1],
+        num_frames=preset.frames,
+        num_inference_steps=preset.steps,
+        guidance_scale=preset.guidance,
+        scheduler_scale=preset.scheduler_scale,
+        attention="nabla" if preset.nabla else "dense",
+        fps=preset.fps,
+        model=name,
+    ) | {word: value for word, value in given.items() if value is not None}
     check_size(values["height"], values["width"])
-    values.setdefault("vae_policy", default_policy(values["num_frames"], values["height"], values["width"]))
+    values.setdefault(
+        "vae_policy", default_policy(values["num_frames"], values["height"], values["width"])
+    )
     if preset.vae is None and (values["num_frames"], values["vae_policy"]) != (1, "global"):
-        raise ValueError(f"{preset.name} makes pictures, decoded whole, got {values['num_frames']} frames and {values['vae_policy']} "
-                         "decoding; leave both out, or use a video preset")
-    make_cache(values.get("cache", "none"), preset.name)  # says now what it would say after the text
+        raise ValueError(
+            f"{preset.name} makes pictures, decoded whole, got "
+            f"{values['num_frames']} frames and {values['vae_policy']} "
+            "decoding; leave both out, or use a video preset"
+        )
+    # says now what it would say after the text
+    make_cache(values.get("cache", "none"), preset.name)
     return [Settings(prompt, seed=seed + i, **values) for i, prompt in enumerate(prompts)]
 
 
 class Video:
     """One finished sample. Its latents exist at once; its frames are decoded when first asked for.
 
-    `latents`: fp32 [1, T, H/8, W/8, 16], scaled as the transformer sees them. `seed` alone, given back to `generate`, repeats it.
+    `latents`: fp32 [1, T, H/8, W/8, 16], scaled as the transformer sees them. `seed` alone, given
+    back to `generate`, repeats it.
     """
 
-    def __init__(self, latents: Tensor, settings: Settings, decode: Callable[..., Iterator[Tensor]]):
+    def __init__(
+        self, latents: Tensor, settings: Settings, decode: Callable[..., Iterator[Tensor]]
+    ):
         self.latents, self.settings, self._decode, self._frames = latents, settings, decode, None
 
     @property
@@ -128,7 +173,8 @@ class Video:
         return self._frames
 
     def decode(self, notify: Notify | None = None) -> Iterator[Tensor]:
-        """The frames in pieces, uint8 [f, H, W, 3] on the CPU, each as soon as it is decoded; once complete, they stay in `frames`.
+        """The frames in pieces, uint8 [f, H, W, 3] on the CPU, each as soon as it is decoded; once
+        complete, they stay in `frames`.
 
         notify is told, in one line each, how decoding goes about it.
         """
@@ -142,16 +188,25 @@ class Video:
         self._frames = torch.cat(pieces)
 
     def save_latents(self, path: str | Path) -> Path:
-        """Write latents and settings as safetensors; `kandinsky decode` and `Kandinsky5.open` read them."""
+        """Write latents and settings as safetensors; `kandinsky decode` and `Kandinsky5.open` read
+        them."""
         path = files.check_output(path, (".safetensors",))
         with files.replacing(path) as target:
-            save_file({"latents": self.latents.cpu().contiguous()}, target, {"format": "pt", METADATA_KEY: self.settings.to_json()})
+            save_file(
+                {"latents": self.latents.cpu().contiguous()},
+                target,
+                {"format": "pt", METADATA_KEY: self.settings.to_json()},
+            )
         return path
 
-    def save(self, path: str | Path, latents: bool = True, notify: Notify | None = None) -> list[Path]:
-        """Write the frames as mp4, gif or png by extension, and return the files written; an mp4 grows while frames are decoded.
+    def save(
+        self, path: str | Path, latents: bool = True, notify: Notify | None = None
+    ) -> list[Path]:
+        """Write the frames as mp4, gif or png by extension, and return the files written; an mp4
+        grows while frames are decoded.
 
-        The latents go first, to `<stem>.latents.safetensors` beside it, so that no failure in decoding or encoding can lose them.
+        The latents go first, to `<stem>.latents.safetensors` beside it, so that no failure in
+        decoding or encoding can lose them.
         """
         path = files.check_output(path)
         if latents:
@@ -160,15 +215,32 @@ class Video:
 
 
 def check_settings(prompt: str, **given) -> None:
-    """Raise what `generate` would for these settings (None: not given), without a model and so before one is loaded."""
-    valid = dict(negative_prompt="", seed=0, height=16, width=16, num_frames=1, num_inference_steps=1, guidance_scale=1.0,
-                 scheduler_scale=1.0, attention="dense")
-    Settings(prompt, **(valid | {name: value for name, value in given.items() if value is not None}))
+    """Raise what `generate` would for these settings (None: not given), without a model and so
+    before one is loaded."""
+    valid = dict(
+        negative_prompt="",
+        seed=0,
+        height=16,
+        width=16,
+        num_frames=1,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        scheduler_scale=1.0,
+        attention="dense",
+    )
+    Settings(
+        prompt, **(valid | {name: value for name, value in given.items() if value is not None})
+    )
 
 
 def default_policy(num_frames: int, height: int, width: int) -> str:
-    """How a clip is decoded unless told otherwise: "global" while that fits in ordinary memory, else "official"."""
-    return "global" if WIDEST_CHANNELS * num_frames * height * width < GLOBAL_DECODE_LIMIT else "official"
+    """How a clip is decoded unless told otherwise: "global" while that fits in ordinary memory,
+    else "official"."""
+    return (
+        "global"
+        if WIDEST_CHANNELS * num_frames * height * width < GLOBAL_DECODE_LIMIT
+        else "official"
+    )
 
 
 def latents_path(output: str | Path) -> Path:
@@ -178,18 +250,24 @@ def latents_path(output: str | Path) -> Path:
 
 
 def load_latents(path: str | Path) -> tuple[Tensor, Settings]:
-    """Latents fp32 [1, T, h, w, C] and settings from a file of `Video.save_latents`; ValueError or OSError for any other file."""
+    """Latents fp32 [1, T, h, w, C] and settings from a file of `Video.save_latents`; ValueError or
+    OSError for any other file."""
     read_headers([Path(path)])
     with safe_open(path, framework="pt") as file:
         stored = (file.metadata() or {}).get(METADATA_KEY)
         if stored is None or "latents" not in file.keys():  # noqa: SIM118 - not a mapping
-            raise ValueError(f"{path} must hold latents saved by kandinsky, but it has no such tensor or settings; choose another file")
+            raise ValueError(
+                f"{path} must hold latents saved by kandinsky, but it has no such "
+                "tensor or settings; choose another file"
+            )
         return file.get_tensor("latents"), Settings(**json.loads(stored))
 
 
 def check_prompt(prompt: str) -> None:
     if not isinstance(prompt, str):
-        raise TypeError(f"a prompt must be a str, got {type(prompt).__name__}; pass a str or a list of them")
+        raise TypeError(
+            f"a prompt must be a str, got {type(prompt).__name__}; pass a str or a list of them"
+        )
     if not prompt.strip():
         raise ValueError("the prompt must say something, got an empty one; describe the video")
 
@@ -198,12 +276,18 @@ def check_size(height: int, width: int) -> None:
     step = PIXELS_PER_TOKEN
     if min(height, width) < step or height % step or width % step:
         near = [max(step, round(side / step) * step) for side in (width, height)]
-        raise ValueError(f"width and height must be positive multiples of {step}, got {width}x{height}; "
-                         f"the nearest is {near[0]}x{near[1]}")
+        raise ValueError(
+            f"width and height must be positive multiples of {step}, got "
+            f"{width}x{height}; "
+            f"the nearest is {near[0]}x{near[1]}"
+        )
 
 
 def _check_frames(count: int) -> None:
     if count < 1 or count % 4 != 1:
         below = max(1, (count - 1) // 4 * 4 + 1)
         near = "1" if count < 1 else f"{below} or {below + 4}"
-        raise ValueError(f"the number of frames must be 4k + 1, because a latent frame holds four, got {count}; the nearest is {near}")
+        raise ValueError(
+            "the number of frames must be 4k + 1, because a latent frame holds "
+            f"four, got {count}; the nearest is {near}"
+        )

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The door for ComfyUI: the nodes in both of its conventions.
 
-`kandinsky comfyui PATH` writes a folder under `custom_nodes` that imports the names below. ComfyUI reads `NODE_CLASS_MAPPINGS` where
-there is one and asks `comfy_entrypoint` otherwise, so a version that knows only one of the two finds it. Importing this imports neither
-torch nor ComfyUI.
+`kandinsky comfyui PATH` writes a folder under `custom_nodes` that imports the names below. ComfyUI
+reads `NODE_CLASS_MAPPINGS` where there is one and asks `comfy_entrypoint` otherwise, so a version
+that knows only one of the two finds it. Importing this imports neither torch nor ComfyUI.
 """
+
 from __future__ import annotations
 
 from .comfyui_nodes import NODES, Node
@@ -12,7 +13,15 @@ from .comfyui_nodes import NODES, Node
 NODE_CLASS_MAPPINGS: dict[str, type[Node]] = dict(NODES)
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {name: node.TITLE for name, node in NODES.items()}
 
-_KINDS = {"INT": "Int", "FLOAT": "Float", "STRING": "String", "BOOLEAN": "Boolean", "IMAGE": "Image", "LATENT": "Latent", "MODEL": "Model"}
+_KINDS = {
+    "INT": "Int",
+    "FLOAT": "Float",
+    "STRING": "String",
+    "BOOLEAN": "Boolean",
+    "IMAGE": "Image",
+    "LATENT": "Latent",
+    "MODEL": "Model",
+}
 
 
 async def comfy_entrypoint():
@@ -30,17 +39,34 @@ async def comfy_entrypoint():
 
 def _current(name: str, node: type[Node], io) -> type:
     """A node class of the current convention that runs `node`."""
+
     def define_schema(cls):
-        inputs = [_input(io, key, kind, key in node.OPTIONAL) for part in node.INPUT_TYPES().values() for key, kind in part.items()]
-        outputs = [_kind(io, kind).Output(f"out_{label}", display_name=label)
-                   for kind, label in zip(node.RETURN_TYPES, node.RETURN_NAMES, strict=True)]
-        return io.Schema(node_id=name, display_name=node.TITLE, category=node.CATEGORY, description=node.__doc__, inputs=inputs,
-                         outputs=outputs)
+        inputs = [
+            _input(io, key, kind, key in node.OPTIONAL)
+            for part in node.INPUT_TYPES().values()
+            for key, kind in part.items()
+        ]
+        outputs = [
+            _kind(io, kind).Output(f"out_{label}", display_name=label)
+            for kind, label in zip(node.RETURN_TYPES, node.RETURN_NAMES, strict=True)
+        ]
+        return io.Schema(
+            node_id=name,
+            display_name=node.TITLE,
+            category=node.CATEGORY,
+            description=node.__doc__,
+            inputs=inputs,
+            outputs=outputs,
+        )
 
     def execute(cls, **inputs):
         return io.NodeOutput(*node().run(**inputs))
 
-    return type(name, (io.ComfyNode,), {"define_schema": classmethod(define_schema), "execute": classmethod(execute)})
+    return type(
+        name,
+        (io.ComfyNode,),
+        {"define_schema": classmethod(define_schema), "execute": classmethod(execute)},
+    )
 
 
 def _input(io, key: str, kind: tuple, optional: bool):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each command of the command line does with its parsed arguments; `__main__` has the grammar."""
+"""What each command of the command line does with its parsed arguments; `__main__` has the
+grammar."""
 
 from __future__ import annotations
 
@@ -18,21 +19,33 @@ NOT_A_TERMINAL_IS_QUIET = None  # tqdm's word for it
 
 
 class Progress:
-    """One bar for the whole run: its label is the stage, its length the sampling steps. Silent where stderr is no terminal."""
+    """One bar for the whole run: its label is the stage, its length the sampling steps. Silent
+    where stderr is no terminal."""
 
     def __init__(self, shown: bool = True):
         from tqdm import tqdm
 
-        layout = "{desc:9} {n_fmt:>3}/{total_fmt} |{bar}| {elapsed} passed, {remaining} left, {rate_inv_fmt}"
-        self.bar = tqdm(desc="text", total=1, unit="step", leave=False, file=sys.stderr,
-                        disable=NOT_A_TERMINAL_IS_QUIET if shown else True,
-                        bar_format=layout, dynamic_ncols=True)
+        layout = (
+            "{desc:9} {n_fmt:>3}/{total_fmt} |{bar}| {elapsed} passed, {remaining} left, "
+            "{rate_inv_fmt}"
+        )
+        self.bar = tqdm(
+            desc="text",
+            total=1,
+            unit="step",
+            leave=False,
+            file=sys.stderr,
+            disable=NOT_A_TERMINAL_IS_QUIET if shown else True,
+            bar_format=layout,
+            dynamic_ncols=True,
+        )
 
     def __call__(self, stage, step=None, steps=None, latents=None):
         begins = stage == "sampling" and step == 0
         self.bar.set_description_str(stage, refresh=not step and not begins)
         if begins:
-            self.bar.reset(steps)  # the clock starts here, so that seconds per step are those of steps
+            # the clock starts here, so that seconds per step are those of steps
+            self.bar.reset(steps)
         elif stage == "sampling":
             self.bar.update()
 
@@ -53,15 +66,25 @@ def generate(args) -> None:
 
     settings, prompts = _settings(args), _prompts(args)
     with parallel.processes(args.device) as (rank, world, device):
-        together = world > 1 and not args.prompts  # all processes share the run of one prompt, or each has prompts of its own
-        model, outputs = _generator(args, len(prompts), device, ("dit",) if together and rank else None)
+        # all processes share the run of one prompt, or each has prompts of its own
+        together = world > 1 and not args.prompts
+        model, outputs = _generator(
+            args, len(prompts), device, ("dit",) if together and rank else None
+        )
         model.together = together
         for i in range(0 if together else rank, len(prompts), 1 if together else world):
             (output, strip), seed = outputs[i], None if args.seed is None else args.seed + i
             writes = rank == 0 or not together
             with Progress(writes) as progress, _kept(output if writes else None):
-                result = model.generate(prompts[i], callback=progress, memory_budget=args.memory_budget, image=args.image,
-                                        last_image=args.last_image, expand_prompt=args.expand, **settings | {"seed": seed})
+                result = model.generate(
+                    prompts[i],
+                    callback=progress,
+                    memory_budget=args.memory_budget,
+                    image=args.image,
+                    last_image=args.last_image,
+                    expand_prompt=args.expand,
+                    **settings | {"seed": seed},
+                )
                 if writes:
                     _keep(result, output, strip, progress)
 
@@ -71,9 +94,19 @@ def _settings(args) -> dict:
     # 24 frames per second, four to a latent frame.
     frames = args.frames if args.seconds is None else 4 * round(6 * args.seconds) + 1
     return dict(
-        negative_prompt=args.negative, seed=args.seed, num_frames=frames, height=height, width=width, num_inference_steps=args.steps,
-        guidance_scale=args.guidance, scheduler_scale=args.scheduler_scale, attention=args.attention, precision=args.precision,
-        cache=args.cache, vae_policy=args.vae_policy)
+        negative_prompt=args.negative,
+        seed=args.seed,
+        num_frames=frames,
+        height=height,
+        width=width,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        scheduler_scale=args.scheduler_scale,
+        attention=args.attention,
+        precision=args.precision,
+        cache=args.cache,
+        vae_policy=args.vae_policy,
+    )
 
 
 def _prompts(args) -> list[str]:
@@ -82,11 +115,19 @@ def _prompts(args) -> list[str]:
 
     if (args.prompt is None) == (args.prompts is None):
         what = "neither" if args.prompt is None else "both"
-        raise ValueError(f"generate takes a prompt or a file of prompts, got {what}; give one of them")
-    lines = [args.prompt] if args.prompts is None else Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        raise ValueError(
+            f"generate takes a prompt or a file of prompts, got {what}; give one of them"
+        )
+    lines = (
+        [args.prompt]
+        if args.prompts is None
+        else Path(args.prompts).read_text(encoding="utf-8").splitlines()
+    )
     prompts = lines if args.prompts is None else [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"a file of prompts has one on each line, got none in {args.prompts}; write some")
+        raise ValueError(
+            f"a file of prompts has one on each line, got none in {args.prompts}; write some"
+        )
     for prompt in prompts:
         clip.check_settings(prompt, **_settings(args))
     return prompts
@@ -97,11 +138,18 @@ def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | No
     from . import pipeline
     from .locate import PARTS, locate
 
-    for name, shown in (("sampler", args.cache not in (None, "none")), ("text_qwen", args.expand), ("pipeline", args.memory_budget)):
+    for name, shown in (
+        ("sampler", args.cache not in (None, "none")),
+        ("text_qwen", args.expand),
+        ("pipeline", args.memory_budget),
+    ):
         if shown:  # how many passes were saved, what was really asked for, what goes where
             logging.getLogger(f"{__package__}.{name}").setLevel(logging.INFO)
     outputs = _outputs(args, count) if args.output else None
-    device, sources = pipeline.choose_device(device), locate(args.model, args.revision, parts=parts or PARTS)
+    device, sources = (
+        pipeline.choose_device(device),
+        locate(args.model, args.revision, parts=parts or PARTS),
+    )
     if outputs is None:
         args.output = "out.png" if sources.preset.vae is None else "out.mp4"
         outputs = _outputs(args, count)
@@ -111,7 +159,9 @@ def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | No
 def _loaded(args, sources, device):
     from . import pipeline
 
-    model = pipeline.Kandinsky5.from_sources(sources, device, text_cache=args.text_cache, quantize=args.quantize)
+    model = pipeline.Kandinsky5.from_sources(
+        sources, device, text_cache=args.text_cache, quantize=args.quantize
+    )
     for path, scale in args.lora:
         model.lora.load(path, scale=scale)
     if args.offload:
@@ -127,12 +177,33 @@ def inspect(args) -> None:
     settings = _settings(args)
     clip.check_settings(args.prompt, **settings)
     device = pipeline.choose_device(args.device)
-    model = _loaded(args, locate(args.model, args.revision, parts=("text", "dit", "vae") if args.image else ("text", "dit")), device)
+    model = _loaded(
+        args,
+        locate(
+            args.model,
+            args.revision,
+            parts=("text", "dit", "vae") if args.image else ("text", "dit"),
+        ),
+        device,
+    )
     del settings["attention"]
     with Progress() as progress:
-        watch = inspect(model, args.prompt, args.output, args.keep_mass, args.maps, callback=progress, image=args.image,
-                        last_image=args.last_image, memory_budget=args.memory_budget, expand_prompt=args.expand, **settings)
-    for layer, (density, mass) in enumerate(zip(watch.density.mean((1, 2, 3)), watch.mass.mean((1, 2, 3)), strict=True)):
+        watch = inspect(
+            model,
+            args.prompt,
+            args.output,
+            args.keep_mass,
+            args.maps,
+            callback=progress,
+            image=args.image,
+            last_image=args.last_image,
+            memory_budget=args.memory_budget,
+            expand_prompt=args.expand,
+            **settings,
+        )
+    for layer, (density, mass) in enumerate(
+        zip(watch.density.mean((1, 2, 3)), watch.mass.mean((1, 2, 3)), strict=True)
+    ):
         print(f"layer {layer:2}: {density:6.1%} of the blocks hold {mass:6.1%} of the probability")
     print(f"all layers: {watch.density.mean():.1%} of the blocks; pictures in {args.output}")
 
@@ -144,8 +215,15 @@ def resume(args) -> None:
     run = Run.load(args.run_file)
     settings = run.settings[0]
     stem = re.sub(r"(\.run)?\.safetensors$", "", args.run_file)
-    output = video.check_output(args.output or f"{stem}{'.mp4' if settings.num_frames > 1 else '.png'}")
-    model = pipeline.load(args.model or settings.model, device=args.device, parts=("dit", "vae"), quantize=settings.quantization or None)
+    output = video.check_output(
+        args.output or f"{stem}{'.mp4' if settings.num_frames > 1 else '.png'}"
+    )
+    model = pipeline.load(
+        args.model or settings.model,
+        device=args.device,
+        parts=("dit", "vae"),
+        quantize=settings.quantization or None,
+    )
     for path, scale in map(scaled_path, settings.lora):
         model.lora.load(path, scale=scale)
     if args.memory_budget:
@@ -167,13 +245,16 @@ def _outputs(args, count: int) -> list[tuple[Path, Path | None]]:
     for i in range(count):
         output = video.check_output(named(args.output, i))
         video.check_output(clip.latents_path(output), (".safetensors",))
-        outputs.append((output, video.check_output(named(args.strip, i), (".png",)) if args.strip else None))
+        outputs.append(
+            (output, video.check_output(named(args.strip, i), (".png",)) if args.strip else None)
+        )
     return outputs
 
 
 @contextmanager
 def _kept(output: Path | None):
-    """An interruption of what is sampled inside leaves a file, and says how to go on; without an output another process does that."""
+    """An interruption of what is sampled inside leaves a file, and says how to go on; without an
+    output another process does that."""
     from .run import Interrupted
 
     try:
@@ -188,7 +269,8 @@ def _kept(output: Path | None):
 def _keep(result, output: Path, strip: Path | None, progress: Progress) -> None:
     from . import clip, video
 
-    latents = result.save_latents(clip.latents_path(output))  # first: from here on nothing that fails can cost the sampling
+    # first: from here on nothing that fails can cost the sampling
+    latents = result.save_latents(clip.latents_path(output))
     written = _finish(result, output, progress)
     if strip:
         written += video.save(video.strip(result.frames), strip, comment=result.settings.to_json())
@@ -199,10 +281,16 @@ def decode(args) -> None:
     from . import clip, pipeline, video
 
     _, settings = clip.load_latents(args.latents)
-    output = video.check_output(args.output or re.sub(r"(\.latents)?\.safetensors$", ".mp4", args.latents))
+    output = video.check_output(
+        args.output or re.sub(r"(\.latents)?\.safetensors$", ".mp4", args.latents)
+    )
     model = pipeline.load(args.model or settings.model, device=args.device, parts=("vae",))
     with Progress() as progress:
-        result = model.open(args.latents, args.memory_budget, **({"vae_policy": args.vae_policy} if args.vae_policy else {}))
+        result = model.open(
+            args.latents,
+            args.memory_budget,
+            **({"vae_policy": args.vae_policy} if args.vae_policy else {}),
+        )
         written = _finish(result, output, progress)
     _tell(written, result.settings, args.latents)
 
@@ -216,8 +304,11 @@ def _tell(written, settings, latents) -> None:
     for path in written:
         print(path)
     frames = "1 frame" if settings.num_frames == 1 else f"{settings.num_frames} frames"
-    print(f"seed {settings.seed}, {frames} of {settings.width}x{settings.height}, {settings.vae_policy} decoding, "
-          f"latents in {latents}")
+    print(
+        f"seed {settings.seed}, {frames} of {settings.width}x{settings.height}, "
+        f"{settings.vae_policy} decoding, "
+        f"latents in {latents}"
+    )
 
 
 def doctor(args) -> None:
@@ -261,7 +352,9 @@ def presets(args) -> None:
     rows = [list(next(preset_rows())), *(list(row.values()) for row in preset_rows())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
     for name, sizes in (("SD", SIZES_SD), ("HD", SIZES_HD)):
         print(f"{name}: {', '.join(f'{width}x{height}' for height, width in sizes)}")
 
@@ -270,12 +363,21 @@ def preset_rows() -> Iterator[dict[str, str]]:
     """What `kandinsky presets` and the README say of every checkpoint, by column."""
     for preset in PRESETS.values():
         height, width = preset.sizes[0]
-        kind = {frozenset(SIZES_SD): " SD", frozenset(SIZES_HD): " HD"}.get(frozenset(preset.sizes), "")
+        kind = {frozenset(SIZES_SD): " SD", frozenset(SIZES_HD): " HD"}.get(
+            frozenset(preset.sizes), ""
+        )
         yield {
-            "preset": preset.name, "mode": preset.task, "steps": str(preset.steps), "guidance": f"{preset.guidance:g}",
-            "scale": f"{preset.scheduler_scale:g}", "attention": f"nabla {preset.nabla.keep_mass}" if preset.nabla else "dense",
-            "frames": str(preset.frames), "size": f"the image's{kind}" if preset.task == "i2v" else f"{width}x{height}{kind}",
-            "weights file": preset.filename or "bundled", "repository": preset.repo or "this package"}
+            "preset": preset.name,
+            "mode": preset.task,
+            "steps": str(preset.steps),
+            "guidance": f"{preset.guidance:g}",
+            "scale": f"{preset.scheduler_scale:g}",
+            "attention": f"nabla {preset.nabla.keep_mass}" if preset.nabla else "dense",
+            "frames": str(preset.frames),
+            "size": f"the image's{kind}" if preset.task == "i2v" else f"{width}x{height}{kind}",
+            "weights file": preset.filename or "bundled",
+            "repository": preset.repo or "this package",
+        }
 
 
 def train(args) -> None:
@@ -283,16 +385,42 @@ def train(args) -> None:
     from .train_run import train
 
     if args.full and args.trigger:
-        raise ValueError("a trigger calls a LoRA, so it does not go with --full; leave one of them out")
-    names = ("model", "steps", "batch", "passes", "rate", "warmup", "ema", "drop", "seed", "save_every", "sample_every", "attention",
-             "distill", "dtype", "bad_data", "cache", "memory_budget", "device")
+        raise ValueError(
+            "a trigger calls a LoRA, so it does not go with --full; leave one of them out"
+        )
+    names = (
+        "model",
+        "steps",
+        "batch",
+        "passes",
+        "rate",
+        "warmup",
+        "ema",
+        "drop",
+        "seed",
+        "save_every",
+        "sample_every",
+        "attention",
+        "distill",
+        "dtype",
+        "bad_data",
+        "cache",
+        "memory_budget",
+        "device",
+    )
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    config = TrainConfig(lora=None if args.full else LoRAConfig(args.lora_rank, trigger=args.trigger), lengths=args.frames,
-                         sizes=args.size and [(height, width) for width, height in args.size], **given)
+    config = TrainConfig(
+        lora=None if args.full else LoRAConfig(args.lora_rank, trigger=args.trigger),
+        lengths=args.frames,
+        sizes=args.size and [(height, width) for width, height in args.size],
+        **given,
+    )
     try:
         print(train(args.data, args.output, config, args.resume))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("after the last state that was saved; go on with the same command and --resume") from None
+        raise KeyboardInterrupt(
+            "after the last state that was saved; go on with the same command and --resume"
+        ) from None
 
 
 def draw_clips(args) -> None:
@@ -303,10 +431,15 @@ def draw_clips(args) -> None:
     folder, generator = Path(args.folder), random.Random(args.seed)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise ValueError(f"clips are drawn into a new or empty folder, but {folder} holds something; choose another")
+        raise ValueError(
+            f"clips are drawn into a new or empty folder, but {folder} holds "
+            "something; choose another"
+        )
     for i in range(args.count):
         scene = shapes.training_scene(generator.randrange(10**6), generator)
-        (folder / f"clip{i:04}.txt").write_text(shapes.prompt(scene.combination, i % shapes.FULL) + "\n", encoding="utf-8")
+        (folder / f"clip{i:04}.txt").write_text(
+            shapes.prompt(scene.combination, i % shapes.FULL) + "\n", encoding="utf-8"
+        )
         video.save(shapes.draw(scene), folder / f"clip{i:04}.mp4")
     print(f"{args.count} clips with captions in {folder}")
 
@@ -323,14 +456,25 @@ def check_tiny(args) -> None:
     from .shapes import held_out
 
     combinations = tuple(islice(cycle(held_out()), args.count))
-    result = check_tiny(args.folder or TINY, args.seed, args.steps, args.guidance, combinations, args.quantize, args.lora)
+    result = check_tiny(
+        args.folder or TINY,
+        args.seed,
+        args.steps,
+        args.guidance,
+        combinations,
+        args.quantize,
+        args.lora,
+    )
     print(f"{result['prompts']} prompts of combinations that were never in training")
     for word in ("color", "background", "color_and_background", "shape", "motion", "all"):
         before = f", unquantised {result['unquantized'][word]:6.1%}" if args.quantize else ""
         print(f"{word.replace('_', ' '):21} {result[word]:6.1%}{before}")
     if args.quantize:
         psnr = sorted(sample["psnr"] for sample in result["samples"])
-        print(f"PSNR of the frames against the unquantised: median {psnr[len(psnr) // 2]:.1f} dB, worst {psnr[0]:.1f} dB")
+        print(
+            f"PSNR of the frames against the unquantised: median {psnr[len(psnr) // 2]:.1f} dB, "
+            f"worst {psnr[0]:.1f} dB"
+        )
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(args.json)

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers, and nothing else: what every released checkpoint is made of and how it is meant to be sampled.
+"""Numbers, and nothing else: what every released checkpoint is made of and how it is meant to be
+sampled.
 
-A preset is one row of the published configurations. `scheduler_scale` is the value the published configuration *asks for*; where it
-is silent the documented fallback is used (5 s clips: 5, 10 s clips and standard-definition image-to-video: 10, images: 3).
+A preset is one row of the published configurations. `scheduler_scale` is the value the published
+configuration *asks for*; where it is silent the documented fallback is used (5 s clips: 5, 10 s
+clips and standard-definition image-to-video: 10, images: 3).
 """
+
 from __future__ import annotations
 
 import difflib
@@ -30,15 +33,26 @@ class DiTConfig:
 
     def __post_init__(self):
         if self.model_dim % self.head_dim:
-            raise ValueError(f"model_dim must be a multiple of the head dim sum(axes_dims) = {self.head_dim}, got {self.model_dim}; "
-                             "change one of the two")
+            raise ValueError(
+                "model_dim must be a multiple of the head dim sum(axes_dims) = "
+                f"{self.head_dim}, got {self.model_dim}; "
+                "change one of the two"
+            )
         if any(dim % 2 for dim in self.axes_dims):
-            raise ValueError(f"axes_dims must be even because rotation works on pairs, got {self.axes_dims}; use even numbers")
+            raise ValueError(
+                "axes_dims must be even because rotation works on pairs, got "
+                f"{self.axes_dims}; use even numbers"
+            )
 
     @property
     def in_channels(self) -> int:
-        """Channels per latent pixel at the input: latent, and where conditioned also the conditioning latent and its mask."""
-        return 2 * self.in_visual_dim + 1 if self.visual_cond or self.instruct_type == "channel" else self.in_visual_dim
+        """Channels per latent pixel at the input: latent, and where conditioned also the
+        conditioning latent and its mask."""
+        return (
+            2 * self.in_visual_dim + 1
+            if self.visual_cond or self.instruct_type == "channel"
+            else self.in_visual_dim
+        )
 
     @property
     def head_dim(self) -> int:
@@ -51,7 +65,8 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of one HunyuanVideo-style causal 3-D VAE. `scaling_factor` multiplies encoder output before the DiT sees it."""
+    """Sizes of one HunyuanVideo-style causal 3-D VAE. `scaling_factor` multiplies encoder output
+    before the DiT sees it."""
 
     latent_channels: int = 16
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -62,29 +77,35 @@ class VAEConfig:
     temporal_compression: int = 4
 
 
-QUANTIZATIONS = ("int8", "fp8", "int8-dynamic", "fp8-dynamic")  # ways to store and multiply large weights in 8 bits: see quant.py
+# ways to store and multiply large weights in 8 bits: see quant.py
+QUANTIZATIONS = ("int8", "fp8", "int8-dynamic", "fp8-dynamic")
 ATTENTIONS = ("nabla", "dense")
-CACHES = ("none", "mag", "first-block")  # ways to reuse what the blocks did at earlier steps: see caching.py
+# ways to reuse what the blocks did at earlier steps: see caching.py
+CACHES = ("none", "mag", "first-block")
 
 
 @dataclass(frozen=True)
 class NablaConfig:
-    """Adaptive block-sparse attention: probability mass to keep per row, and the full widths (T, Y, X) of the local window in tiles."""
+    """Adaptive block-sparse attention: probability mass to keep per row, and the full widths (T, Y,
+    X) of the local window in tiles."""
 
     keep_mass: float
     window: tuple[int, int, int] = (11, 3, 3)
 
     def __post_init__(self):
         if not 0.0 < self.keep_mass <= 1.0:
-            raise ValueError(f"keep_mass must lie in (0, 1], got {self.keep_mass}; 1 keeps every block")
+            raise ValueError(
+                f"keep_mass must lie in (0, 1], got {self.keep_mass}; 1 keeps every block"
+            )
 
 
 @dataclass(frozen=True)
 class Preset:
     """One checkpoint with the settings it was released for.
 
-    `vae` is None for the image models, which use a 2-D VAE. `sizes` are (height, width) in pixels, the default first; image-to-video
-    follows the size of its image instead. `frames` is the default number of output frames. `repo` is empty for the bundled model.
+    `vae` is None for the image models, which use a 2-D VAE. `sizes` are (height, width) in pixels,
+    the default first; image-to-video follows the size of its image instead. `frames` is the default
+    number of output frames. `repo` is empty for the bundled model.
     """
 
     name: str
@@ -106,19 +127,58 @@ class Preset:
 
 
 LITE_DIT = DiTConfig(visual_cond=True)
-PRO_DIT = DiTConfig(time_dim=1024, model_dim=4096, ff_dim=16384, num_text_blocks=4, num_visual_blocks=60, axes_dims=(32, 48, 48),
-                    visual_cond=True)
+PRO_DIT = DiTConfig(
+    time_dim=1024,
+    model_dim=4096,
+    ff_dim=16384,
+    num_text_blocks=4,
+    num_visual_blocks=60,
+    axes_dims=(32, 48, 48),
+    visual_cond=True,
+)
 IMAGE_DIT = DiTConfig(model_dim=2560, ff_dim=10240, num_visual_blocks=50, axes_dims=(32, 48, 48))
-IMAGE_EDIT_DIT = DiTConfig(model_dim=2560, ff_dim=10240, num_visual_blocks=50, axes_dims=(32, 48, 48), instruct_type="channel")
+IMAGE_EDIT_DIT = DiTConfig(
+    model_dim=2560,
+    ff_dim=10240,
+    num_visual_blocks=50,
+    axes_dims=(32, 48, 48),
+    instruct_type="channel",
+)
 HUNYUAN_VAE = VAEConfig()
 
-TINY_DIT = DiTConfig(in_text_dim=64, in_text_dim2=64, time_dim=64, model_dim=256, ff_dim=1024, num_text_blocks=1, num_visual_blocks=4,
-                     visual_cond=True)
-TINY_VAE = VAEConfig(block_out_channels=(16, 32, 48, 48), layers_per_block=1, norm_num_groups=1, scaling_factor=1.0)
+TINY_DIT = DiTConfig(
+    in_text_dim=64,
+    in_text_dim2=64,
+    time_dim=64,
+    model_dim=256,
+    ff_dim=1024,
+    num_text_blocks=1,
+    num_visual_blocks=4,
+    visual_cond=True,
+)
+TINY_VAE = VAEConfig(
+    block_out_channels=(16, 32, 48, 48), layers_per_block=1, norm_num_groups=1, scaling_factor=1.0
+)
 
 SIZES_SD = ((512, 768), (512, 512), (768, 512))
-SIZES_HD = ((768, 1280), (1280, 768), (1024, 1024), (640, 1408), (1408, 640), (896, 1152), (1152, 896))
-SIZES_IMAGE = ((1024, 1024), (640, 1408), (1408, 640), (768, 1280), (1280, 768), (896, 1152), (1152, 896))
+SIZES_HD = (
+    (768, 1280),
+    (1280, 768),
+    (1024, 1024),
+    (640, 1408),
+    (1408, 640),
+    (896, 1152),
+    (1152, 896),
+)
+SIZES_IMAGE = (
+    (1024, 1024),
+    (640, 1408),
+    (1408, 640),
+    (768, 1280),
+    (1280, 768),
+    (896, 1152),
+    (1152, 896),
+)
 SCALE_SD, SCALE_HD, SCALE_IMAGE = (1.0, 2.0, 2.0), (1.0, 3.16, 3.16), (1.0, 1.0, 1.0)
 FRAMES = {"5s": 121, "10s": 241}
 SCHEDULER_SCALE = {"5s": 5.0, "10s": 10.0}
@@ -126,43 +186,107 @@ SCHEDULER_SCALE = {"5s": 5.0, "10s": 10.0}
 
 def _lite(variant: str, length: str, steps: int = 50, guidance: float = 5.0) -> Preset:
     return Preset(
-        name=f"t2v-lite-{variant}-{length}", dit=LITE_DIT, vae=HUNYUAN_VAE, nabla=NablaConfig(0.9) if length == "10s" else None,
-        steps=steps, guidance=guidance, scheduler_scale=SCHEDULER_SCALE[length], scale_factor=SCALE_SD, sizes=SIZES_SD,
-        frames=FRAMES[length], repo=f"kandinskylab/Kandinsky-5.0-T2V-Lite-{variant}-{length}",
-        filename=f"kandinsky5lite_t2v_{variant}_{length}.safetensors")
+        name=f"t2v-lite-{variant}-{length}",
+        dit=LITE_DIT,
+        vae=HUNYUAN_VAE,
+        nabla=NablaConfig(0.9) if length == "10s" else None,
+        steps=steps,
+        guidance=guidance,
+        scheduler_scale=SCHEDULER_SCALE[length],
+        scale_factor=SCALE_SD,
+        sizes=SIZES_SD,
+        frames=FRAMES[length],
+        repo=f"kandinskylab/Kandinsky-5.0-T2V-Lite-{variant}-{length}",
+        filename=f"kandinsky5lite_t2v_{variant}_{length}.safetensors",
+    )
 
 
-def _pro(task: str, length: str, keep_mass: float | None, scheduler_scale: float, hd: bool = False) -> Preset:
+def _pro(
+    task: str, length: str, keep_mass: float | None, scheduler_scale: float, hd: bool = False
+) -> Preset:
     return Preset(
-        name=f"{task}-pro-sft-{length}" + ("-hd" if hd else ""), dit=PRO_DIT, vae=HUNYUAN_VAE,
-        nabla=None if keep_mass is None else NablaConfig(keep_mass), steps=50, guidance=5.0, scheduler_scale=scheduler_scale,
-        scale_factor=SCALE_HD if hd else SCALE_SD, sizes=SIZES_HD if hd else SIZES_SD, frames=FRAMES[length], task=task,
+        name=f"{task}-pro-sft-{length}" + ("-hd" if hd else ""),
+        dit=PRO_DIT,
+        vae=HUNYUAN_VAE,
+        nabla=None if keep_mass is None else NablaConfig(keep_mass),
+        steps=50,
+        guidance=5.0,
+        scheduler_scale=scheduler_scale,
+        scale_factor=SCALE_HD if hd else SCALE_SD,
+        sizes=SIZES_HD if hd else SIZES_SD,
+        frames=FRAMES[length],
+        task=task,
         repo=f"kandinskylab/Kandinsky-5.0-{task.upper()}-Pro-sft-{length}",
-        filename=f"kandinsky5pro_{task}_sft_{length}.safetensors")
+        filename=f"kandinsky5pro_{task}_sft_{length}.safetensors",
+    )
 
 
 def _image(task: str, dit: DiTConfig) -> Preset:
     return Preset(
-        name=f"{task}-lite-sft", dit=dit, vae=None, nabla=None, steps=50, guidance=3.5, scheduler_scale=3.0, scale_factor=SCALE_IMAGE,
-        sizes=SIZES_IMAGE, frames=1, task=task, repo=f"kandinskylab/Kandinsky-5.0-{task.upper()}-Lite",
-        filename=f"kandinsky5lite_{task}.safetensors", text_max_length=512)
+        name=f"{task}-lite-sft",
+        dit=dit,
+        vae=None,
+        nabla=None,
+        steps=50,
+        guidance=3.5,
+        scheduler_scale=3.0,
+        scale_factor=SCALE_IMAGE,
+        sizes=SIZES_IMAGE,
+        frames=1,
+        task=task,
+        repo=f"kandinskylab/Kandinsky-5.0-{task.upper()}-Lite",
+        filename=f"kandinsky5lite_{task}.safetensors",
+        text_max_length=512,
+    )
 
 
 _ALL = (
-    _lite("sft", "5s"), _lite("pretrain", "5s"), _lite("nocfg", "5s", guidance=1.0),
+    _lite("sft", "5s"),
+    _lite("pretrain", "5s"),
+    _lite("nocfg", "5s", guidance=1.0),
     _lite("distilled16steps", "5s", steps=16, guidance=1.0),
-    # The published nocfg-10s configuration names the sft file by mistake; the released file is kandinsky5lite_t2v_nocfg_10s.
-    _lite("sft", "10s"), _lite("pretrain", "10s"), _lite("nocfg", "10s", guidance=1.0),
+    # The published nocfg-10s configuration names the sft file by mistake; the released file is
+    # kandinsky5lite_t2v_nocfg_10s.
+    _lite("sft", "10s"),
+    _lite("pretrain", "10s"),
+    _lite("nocfg", "10s", guidance=1.0),
     _lite("distilled16steps", "10s", steps=16, guidance=1.0),
-    Preset(name="i2v-lite-5s", dit=LITE_DIT, vae=HUNYUAN_VAE, nabla=None, steps=50, guidance=5.0, scheduler_scale=10.0,
-           scale_factor=SCALE_SD, sizes=SIZES_SD, frames=121, task="i2v", repo="kandinskylab/Kandinsky-5.0-I2V-Lite-5s",
-           filename="kandinsky5lite_i2v_5s.safetensors"),
-    _pro("t2v", "5s", None, 5.0), _pro("t2v", "5s", 0.8, 5.0, hd=True),
-    _pro("t2v", "10s", 0.9, 10.0), _pro("t2v", "10s", 0.7, 10.0, hd=True),
-    _pro("i2v", "5s", None, 10.0), _pro("i2v", "5s", 0.8, 5.0, hd=True),
-    _image("t2i", IMAGE_DIT), _image("i2i", IMAGE_EDIT_DIT),
-    Preset(name="tiny", dit=TINY_DIT, vae=TINY_VAE, nabla=NablaConfig(0.9, (3, 1, 1)), steps=25, guidance=3.0, scheduler_scale=5.0,
-           scale_factor=(1.0, 1.0, 1.0), sizes=((160, 160),), frames=17, text="tiny"),
+    Preset(
+        name="i2v-lite-5s",
+        dit=LITE_DIT,
+        vae=HUNYUAN_VAE,
+        nabla=None,
+        steps=50,
+        guidance=5.0,
+        scheduler_scale=10.0,
+        scale_factor=SCALE_SD,
+        sizes=SIZES_SD,
+        frames=121,
+        task="i2v",
+        repo="kandinskylab/Kandinsky-5.0-I2V-Lite-5s",
+        filename="kandinsky5lite_i2v_5s.safetensors",
+    ),
+    _pro("t2v", "5s", None, 5.0),
+    _pro("t2v", "5s", 0.8, 5.0, hd=True),
+    _pro("t2v", "10s", 0.9, 10.0),
+    _pro("t2v", "10s", 0.7, 10.0, hd=True),
+    _pro("i2v", "5s", None, 10.0),
+    _pro("i2v", "5s", 0.8, 5.0, hd=True),
+    _image("t2i", IMAGE_DIT),
+    _image("i2i", IMAGE_EDIT_DIT),
+    Preset(
+        name="tiny",
+        dit=TINY_DIT,
+        vae=TINY_VAE,
+        nabla=NablaConfig(0.9, (3, 1, 1)),
+        steps=25,
+        guidance=3.0,
+        scheduler_scale=5.0,
+        scale_factor=(1.0, 1.0, 1.0),
+        sizes=((160, 160),),
+        frames=17,
+        text="tiny",
+    ),
 )
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 
@@ -171,5 +295,8 @@ def get_preset(name: str) -> Preset:
     """The preset called `name`; ValueError with the nearest names if there is none."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3) or sorted(PRESETS)
-        raise ValueError(f"the preset must be one of the {len(PRESETS)} known ones, got {name!r}; did you mean {', '.join(near)}?")
+        raise ValueError(
+            f"the preset must be one of the {len(PRESETS)} known ones, got {name!r}; "
+            f"did you mean {', '.join(near)}?"
+        )
     return PRESETS[name]

@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""diffusers' HunyuanVideo VAE by our operators: mixins for `class_swap`, keyed by the class they go before.
+"""diffusers' HunyuanVideo VAE by our operators: mixins for `class_swap`, keyed by the class they go
+before.
 
-Between modules videos are [B, C, T, Y, X] as ever, in channels-last memory. Inside, the parents hand [B, T, Y, X, C] to norms and
-convolutions, together with how they are to be used; without that these are the stock modules. Tiling and slicing stay diffusers'.
+Between modules videos are [B, C, T, Y, X] as ever, in channels-last memory. Inside, the parents
+hand [B, T, Y, X, C] to norms and convolutions, together with how they are to be used; without that
+these are the stock modules. Tiling and slicing stay diffusers'.
 """
+
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kandinsky_kernels import causal_conv3d, frame_causal_attention, group_affine, group_moments, group_norm_silu
+from kandinsky_kernels import (
+    causal_conv3d,
+    frame_causal_attention,
+    group_affine,
+    group_moments,
+    group_norm_silu,
+)
 
 from . import vae_pairs
 from .class_swap import falls_back, refusal, unexpected
@@ -24,10 +33,13 @@ class GroupNorm:
     """torch.nn.GroupNorm."""
 
     def forward(self, x: Tensor, silu: bool | None = None) -> Tensor:
-        """silu: given for x [B, T, Y, X, C]; True: SiLU follows, written into the padded input of a convolution."""
+        """silu: given for x [B, T, Y, X, C]; True: SiLU follows, written into the padded input of a
+        convolution."""
         if silu is None:
             return super().forward(x)
-        scale, shift = group_affine(group_moments(x, self.num_groups), self.weight, self.bias, self.eps)
+        scale, shift = group_affine(
+            group_moments(x, self.num_groups), self.weight, self.bias, self.eps
+        )
         return group_norm_silu(x, scale, shift, pad=silu, silu=silu)
 
 
@@ -35,7 +47,8 @@ class Conv3d:
     """torch.nn.Conv3d."""
 
     def forward(self, x: Tensor, factors: tuple[int, int, int] | None = None) -> Tensor:
-        """factors: given for x [B, T, Y, X, C] that brings its padding; by how much each axis is enlarged before."""
+        """factors: given for x [B, T, Y, X, C] that brings its padding; by how much each axis is
+        enlarged before."""
         if factors is None:
             return super().forward(x)
         if self.kernel_size == SAME:
@@ -44,7 +57,9 @@ class Conv3d:
             return self._convolve(x, self.weight, self.stride)
         (time, up, across), frames, height, width = factors, *(n - 2 for n in x.shape[1:4])
         frames += time - 1  # of the input, whose first frame is not doubled
-        out = x.new_empty(len(x), time * (frames - 1) + 1, up * height, across * width, self.out_channels)
+        out = x.new_empty(
+            len(x), time * (frames - 1) + 1, up * height, across * width, self.out_channels
+        )
         for (t, y, z), weight in fold(self.weight, factors).items():
             if frames > t:  # a single frame has no doubled one
                 window = x[:, t:, y : y + height + 3 - up, z : z + width + 3 - across]
@@ -93,12 +108,24 @@ class MidBlock:
 
 
 class Processor:
-    """Attention of every position to those of its own and earlier frames, without the mask [B, S, S]."""
+    """Attention of every position to those of its own and earlier frames, without the mask [B, S,
+    S]."""
 
-    def __call__(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-                 attention_mask: Tensor | None = None, temb: Tensor | None = None, *args, frames: int | None = None, **options) -> Tensor:
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args,
+        frames: int | None = None,
+        **options,
+    ) -> Tensor:
         if frames is None:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **options)
+            return super().__call__(
+                attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **options
+            )
         x = hidden_states.unflatten(1, (frames, -1))  # [B, T, P, C]
         tokens = attn.group_norm(x.unsqueeze(3), False).squeeze(3)
         out = frame_causal_attention(attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens))
@@ -146,14 +173,28 @@ def _planes(x: Tensor) -> Tensor:
     return x.permute(0, 4, 1, 2, 3)
 
 
-SWAPS = {"HunyuanVideoDecoder3D": Decoder, "HunyuanVideoEncoder3D": Encoder, "HunyuanVideoMidBlock3D": MidBlock,
-         "HunyuanVideoResnetBlockCausal3D": ResnetBlock, "HunyuanVideoUpsampleCausal3D": Upsample,
-         "HunyuanVideoCausalConv3d": CausalConv3d, "AttnProcessor2_0": Processor, "GroupNorm": GroupNorm, "Conv3d": Conv3d}
+SWAPS = {
+    "HunyuanVideoDecoder3D": Decoder,
+    "HunyuanVideoEncoder3D": Encoder,
+    "HunyuanVideoMidBlock3D": MidBlock,
+    "HunyuanVideoResnetBlockCausal3D": ResnetBlock,
+    "HunyuanVideoUpsampleCausal3D": Upsample,
+    "HunyuanVideoCausalConv3d": CausalConv3d,
+    "AttnProcessor2_0": Processor,
+    "GroupNorm": GroupNorm,
+    "Conv3d": Conv3d,
+}
 
 
 def obstacle(vae: nn.Module) -> str | None:
     """What would be computed wrongly here, or None."""
     if vae.config.act_fn not in ("silu", "swish"):
         return f"its activation is {vae.config.act_fn}, not SiLU"
-    convolutions = (module.conv for module in vae.modules() if type(module).__name__ == "HunyuanVideoCausalConv3d")
-    return unexpected(nn.Conv3d, convolutions) or unexpected(nn.GroupNorm, (m for m in vae.modules() if isinstance(m, nn.GroupNorm)))
+    convolutions = (
+        module.conv
+        for module in vae.modules()
+        if type(module).__name__ == "HunyuanVideoCausalConv3d"
+    )
+    return unexpected(nn.Conv3d, convolutions) or unexpected(
+        nn.GroupNorm, (m for m in vae.modules() if isinstance(m, nn.GroupNorm))
+    )

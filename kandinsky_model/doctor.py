@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine offers: versions, devices, what runs for each operator and why, optional packages, hub cache."""
+"""What this machine offers: versions, devices, what runs for each operator and why, optional
+packages, hub cache."""
 
 from __future__ import annotations
 
@@ -17,15 +18,27 @@ from .video import h264_encoder
 
 # Package -> what it is for. Those with "always" come with the installation.
 PACKAGES = {
-    "torch": "always", "numpy": "always", "einops": "always", "safetensors": "always", "av": "mp4 files", "pillow": "gif and png files",
-    "tqdm": "the progress bar", "huggingface_hub": "models from the hub", "transformers": "text encoders of the released checkpoints",
+    "torch": "always",
+    "numpy": "always",
+    "einops": "always",
+    "safetensors": "always",
+    "av": "mp4 files",
+    "pillow": "gif and png files",
+    "tqdm": "the progress bar",
+    "huggingface_hub": "models from the hub",
+    "transformers": "text encoders of the released checkpoints",
     "diffusers": "their prompt template",
 }
 
 
 def report() -> Iterator[str]:
     """The report, line by line."""
-    for title, lines in (("Versions", _versions()), ("Devices", _devices()), ("Operators", _operators()), ("Files", _files())):
+    for title, lines in (
+        ("Versions", _versions()),
+        ("Devices", _devices()),
+        ("Operators", _operators()),
+        ("Files", _files()),
+    ):
         yield title
         yield from (f"  {line}" for line in lines)
 
@@ -42,19 +55,31 @@ def _versions() -> Iterator[str]:
 
 def _devices() -> Iterator[str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield f"cpu: {_cpu_name()}, {cores} cores, {torch.get_num_threads()} threads, torch uses {torch.backends.cpu.get_cpu_capability()}"
+    yield (
+        f"cpu: {_cpu_name()}, {cores} cores, {torch.get_num_threads()} threads, torch uses "
+        f"{torch.backends.cpu.get_cpu_capability()}"
+    )
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
-            yield f"cuda:{index}: {card.name}, compute capability {card.major}.{card.minor}, {card.total_memory / 2**30:.1f} GiB"
+            yield (
+                f"cuda:{index}: {card.name}, compute capability {card.major}.{card.minor}, "
+                f"{card.total_memory / 2**30:.1f} GiB"
+            )
     else:
-        yield "cuda: " + ("no device is visible" if torch.version.cuda else f"torch {torch.__version__} is built without it")
+        yield "cuda: " + (
+            "no device is visible"
+            if torch.version.cuda
+            else f"torch {torch.__version__} is built without it"
+        )
 
 
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+            return next(
+                line.partition(":")[2].strip() for line in file if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -74,10 +99,17 @@ def _files() -> Iterator[str]:
         yield f"mp4: {error}"
     weights = list(TINY.glob("**/*.safetensors"))
     size = sum(file.stat().st_size for file in weights)
-    yield f"bundled model: {len(weights)} files, {size / 2**20:.1f} MiB in {TINY}" if weights else f"bundled model: absent from {TINY}"
+    yield (
+        f"bundled model: {len(weights)} files, {size / 2**20:.1f} MiB in {TINY}"
+        if weights
+        else f"bundled model: absent from {TINY}"
+    )
     try:
         from huggingface_hub import constants
     except ImportError:
         yield "hub: huggingface_hub is absent, so models come from local paths only"
         return
-    yield f"hub: cache {constants.HF_HUB_CACHE}, {'offline (HF_HUB_OFFLINE)' if constants.HF_HUB_OFFLINE else 'online'}"
+    yield (
+        f"hub: cache {constants.HF_HUB_CACHE}, "
+        f"{'offline (HF_HUB_OFFLINE)' if constants.HF_HUB_OFFLINE else 'online'}"
+    )

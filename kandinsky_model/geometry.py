@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that depends only on the grid: patches, the order of tokens, blocks, the local window, rotary angles.
+"""Everything that depends only on the grid: patches, the order of tokens, blocks, the local window,
+rotary angles.
 
-A token is one latent frame x 2 x 2 latent pixels (16 x 16 output pixels). *Raster* order counts (t, y, x). *Tile* order walks tiles of
-8 x 8 tokens of one latent frame, tiles in raster order and tokens in raster order inside a tile; a tile is one attention block. Where
-the grid is not a multiple of 8 the tiles at its right and lower border simply hold fewer tokens: no padding token ever exists.
+A token is one latent frame x 2 x 2 latent pixels (16 x 16 output pixels). *Raster* order counts (t,
+y, x). *Tile* order walks tiles of 8 x 8 tokens of one latent frame, tiles in raster order and
+tokens in raster order inside a tile; a tile is one attention block. Where the grid is not a
+multiple of 8 the tiles at its right and lower border simply hold fewer tokens: no padding token
+ever exists.
 """
+
 from __future__ import annotations
 
 import math
@@ -28,7 +32,10 @@ class Grid:
 
     def __post_init__(self):
         if min(self.T, self.Y, self.X) < 1:
-            raise ValueError(f"a grid must have at least one token along each axis, got {self.T} x {self.Y} x {self.X}; enlarge it")
+            raise ValueError(
+                f"a grid must have at least one token along each axis, got {self.T} "
+                f"x {self.Y} x {self.X}; enlarge it"
+            )
 
     @property
     def tokens(self) -> int:
@@ -45,24 +52,38 @@ class Grid:
 
 
 def patchify(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
-    """Latent pixels [B, T, h, w, C] -> tokens [B, S, patch * C] in raster order. Inside a token the *channel runs fastest*."""
+    """Latent pixels [B, T, h, w, C] -> tokens [B, S, patch * C] in raster order. Inside a token the
+    *channel runs fastest*."""
     o, p, q = patch_size
     return rearrange(x, "b (t o) (y p) (x q) c -> b (t y x) (o p q c)", o=o, p=p, q=q)
 
 
 def unpatchify(tokens: Tensor, grid: Grid, patch_size: tuple[int, int, int]) -> Tensor:
-    """Tokens [B, S, C * patch] in raster order -> [B, T, h, w, C]. Here, unlike at the input, the *channel runs slowest*."""
+    """Tokens [B, S, C * patch] in raster order -> [B, T, h, w, C]. Here, unlike at the input, the
+    *channel runs slowest*."""
     o, p, q = patch_size
-    return rearrange(tokens, "b (t y x) (c o p q) -> b (t o) (y p) (x q) c", t=grid.T, y=grid.Y, x=grid.X, o=o, p=p, q=q)
+    return rearrange(
+        tokens,
+        "b (t y x) (c o p q) -> b (t o) (y p) (x q) c",
+        t=grid.T,
+        y=grid.Y,
+        x=grid.X,
+        o=o,
+        p=p,
+        q=q,
+    )
 
 
 def tile_order(grid: Grid, device: torch.device | str | None = None) -> Tensor:
-    """int64 [S]: the raster index of the i-th token in tile order, so `x_tiled = x_raster[tile_order(grid)]`."""
+    """int64 [S]: the raster index of the i-th token in tile order, so `x_tiled =
+    x_raster[tile_order(grid)]`."""
     index = torch.arange(grid.tokens, device=device)
     frame, index = index // (grid.Y * grid.X), index % (grid.Y * grid.X)
-    top, index = TILE * (index // (TILE * grid.X)), index % (TILE * grid.X)  # only the last row of tiles may be lower
+    # only the last row of tiles may be lower
+    top, index = TILE * (index // (TILE * grid.X)), index % (TILE * grid.X)
     height = (grid.Y - top).clamp(max=TILE)
-    left, index = TILE * (index // (TILE * height)), index % (TILE * height)  # only the last tile of a row may be narrower
+    # only the last tile of a row may be narrower
+    left, index = TILE * (index // (TILE * height)), index % (TILE * height)
     width = (grid.X - left).clamp(max=TILE)
     return (frame * grid.Y + top + index // width) * grid.X + left + index % width
 
@@ -75,7 +96,8 @@ def inverse_order(order: Tensor) -> Tensor:
 
 
 def block_offsets(grid: Grid, device: torch.device | str | None = None) -> Tensor:
-    """int32 [N + 1]: block i owns the tokens offsets[i] .. offsets[i + 1] of the tile order (1 to 64 of them)."""
+    """int32 [N + 1]: block i owns the tokens offsets[i] .. offsets[i + 1] of the tile order (1 to
+    64 of them)."""
     _, tiles_y, tiles_x = grid.tiles
     rows = (grid.Y - TILE * torch.arange(tiles_y, device=device)).clamp(max=TILE)
     columns = (grid.X - TILE * torch.arange(tiles_x, device=device)).clamp(max=TILE)
@@ -84,7 +106,8 @@ def block_offsets(grid: Grid, device: torch.device | str | None = None) -> Tenso
 
 
 def local_window(tiles: tuple[int, int, int], window: tuple[int, int, int]) -> Tensor:
-    """bool [N, N]: which tiles lie in each other's window of full widths (wT, wY, wX), cut off at the borders.
+    """bool [N, N]: which tiles lie in each other's window of full widths (wT, wY, wX), cut off at
+    the borders.
 
     The kernels work this out from coordinates; this dense map is what they are tested against.
     """
@@ -93,14 +116,20 @@ def local_window(tiles: tuple[int, int, int], window: tuple[int, int, int]) -> T
         position = torch.arange(count)
         near.append((position[:, None] - position).abs() <= width // 2)
     t, y, x = near
-    both = t[:, None, None, :, None, None] & y[None, :, None, None, :, None] & x[None, None, :, None, None, :]
+    both = (
+        t[:, None, None, :, None, None]
+        & y[None, :, None, None, :, None]
+        & x[None, None, :, None, None, :]
+    )
     return rearrange(both, "t y x u v w -> (t y x) (u v w)")
 
 
 def frequencies(count: int, device: torch.device | str | None = None) -> Tensor:
-    """fp32 [count]: 10000^(-i / count), the geometric ladder shared by the time embedding and the rotary angles.
+    """fp32 [count]: 10000^(-i / count), the geometric ladder shared by the time embedding and the
+    rotary angles.
 
-    The exponent is rounded to fp32, as in the official code; its power is exact to the last bit, for the same angles on every processor.
+    The exponent is rounded to fp32, as in the official code; its power is exact to the last bit,
+    for the same angles on every processor.
     """
     exponent = -math.log(10000.0) * torch.arange(count, dtype=torch.float32, device=device) / count
     return torch.exp(exponent.double()).float()
@@ -112,11 +141,20 @@ def positions(grid: Grid) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
 
 
-def rotary_angles(length: int, axes_dims: tuple[int, ...], scale_factor: tuple[float, ...]) -> Tensor:
-    """fp32 [length, D / 2]: the angle of each adjacent pair of a head at each position along its axis.
+def rotary_angles(
+    length: int, axes_dims: tuple[int, ...], scale_factor: tuple[float, ...]
+) -> Tensor:
+    """fp32 [length, D / 2]: the angle of each adjacent pair of a head at each position along its
+    axis.
 
-    Pairs are split among the axes by `axes_dims`. angle = position * frequency / scale_factor: the scale divides the angle and so
-    stretches the grid a model was trained on.
+    Pairs are split among the axes by `axes_dims`. angle = position * frequency / scale_factor: the
+    scale divides the angle and so stretches the grid a model was trained on.
     """
     place = torch.arange(length, dtype=torch.float32)
-    return torch.cat([torch.outer(place, frequencies(dim // 2)) / scale for dim, scale in zip(axes_dims, scale_factor, strict=True)], -1)
+    return torch.cat(
+        [
+            torch.outer(place, frequencies(dim // 2)) / scale
+            for dim, scale in zip(axes_dims, scale_factor, strict=True)
+        ],
+        -1,
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A given picture: read in any mode, sized as the checkpoints were trained, and encoded to the latent of a frame."""
+"""A given picture: read in any mode, sized as the checkpoints were trained, and encoded to the
+latent of a frame."""
+
 from __future__ import annotations
 
 import math
@@ -15,26 +17,34 @@ from .vae import HunyuanVideoVAE, sample_posterior
 
 MOST_PIXELS = 2**27  # of a file: more is a decompression bomb or a mistake
 LONGEST_RATIO = 8.0
-STEP = {False: 16, True: 128}  # pixels that a side is rounded to: with dense attention and with NABLA, as the official code does
+# pixels that a side is rounded to: with dense attention and with NABLA, as the official code does
+STEP = {False: 16, True: 128}
 
 
 def read_image(source: str | Path | Tensor | object) -> Tensor:
     """uint8 [3, H, W] from a file's path, a PIL image or a uint8 tensor [H, W, 3].
 
-    Palettes, grey, CMYK and 16-bit pictures become RGB; what is transparent becomes white; a photograph is turned as its EXIF data say.
-    Raises FileNotFoundError, TypeError for other objects and dtypes, ValueError for pictures that cannot be read, are smaller than 16
-    pixels or longer than 8 times their width.
+    Palettes, grey, CMYK and 16-bit pictures become RGB; what is transparent becomes white; a
+    photograph is turned as its EXIF data say. Raises FileNotFoundError, TypeError for other objects
+    and dtypes, ValueError for pictures that cannot be read, are smaller than 16 pixels or longer
+    than 8 times their width.
     """
     if isinstance(source, Tensor):
         if source.dtype != torch.uint8 or source.dim() != 3 or source.shape[-1] != 3:
-            raise TypeError(f"an image tensor must be uint8 [H, W, 3], got {source.dtype} {list(source.shape)}; convert it first")
+            raise TypeError(
+                f"an image tensor must be uint8 [H, W, 3], got {source.dtype} "
+                f"{list(source.shape)}; convert it first"
+            )
         pixels = source.permute(2, 0, 1)
     else:
         pixels = _from_pil(_open(source) if isinstance(source, (str, Path)) else source)
     height, width = pixels.shape[1:]
     if min(height, width) < 16 or max(height, width) > LONGEST_RATIO * min(height, width):
-        raise ValueError(f"an image must have sides of at least 16 pixels, one at most 8 times the other, got {width}x{height}; crop or "
-                         "enlarge it")
+        raise ValueError(
+            "an image must have sides of at least 16 pixels, one at most 8 times "
+            f"the other, got {width}x{height}; crop or "
+            "enlarge it"
+        )
     return pixels.contiguous()
 
 
@@ -44,12 +54,20 @@ def _open(path: str | Path):
     try:
         image = Image.open(path)
         if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"an image must have at most {MOST_PIXELS:,} pixels, {path} has {image.width}x{image.height}; make it smaller")
+            raise ValueError(
+                f"an image must have at most {MOST_PIXELS:,} pixels, {path} has "
+                f"{image.width}x{image.height}; make it smaller"
+            )
         image.load()
     except FileNotFoundError:
-        raise FileNotFoundError(f"the image must exist, but {path} does not; check the path") from None
+        raise FileNotFoundError(
+            f"the image must exist, but {path} does not; check the path"
+        ) from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the image must be one that Pillow can read, but {path} is not ({error}); save it as png or jpg") from None
+        raise ValueError(
+            f"the image must be one that Pillow can read, but {path} is not "
+            f"({error}); save it as png or jpg"
+        ) from None
     return image
 
 
@@ -58,7 +76,10 @@ def _from_pil(image) -> Tensor:
     from PIL import Image, ImageOps
 
     if not isinstance(image, Image.Image):
-        raise TypeError(f"an image must be a path, a PIL image or a uint8 tensor [H, W, 3], got {type(image).__name__}")
+        raise TypeError(
+            "an image must be a path, a PIL image or a uint8 tensor [H, W, 3], got "
+            f"{type(image).__name__}"
+        )
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # Pillow cuts these off at 255 instead of scaling them
         values = numpy.asarray(image, dtype=numpy.float64)
@@ -73,8 +94,9 @@ def _from_pil(image) -> Tensor:
 def fitting_size(height: int, width: int, preset: Preset) -> tuple[int, int]:
     """The size (height, width) of what is made from a picture of this shape.
 
-    Videos have the area the checkpoint was trained for, sides rounded: sqrt(area / (height * width)) scales both; the area is 512 x 768
-    or, for HD, 1024 x 1024. Pictures have the trained size whose shape is nearest.
+    Videos have the area the checkpoint was trained for, sides rounded: sqrt(area / (height *
+    width)) scales both; the area is 512 x 768 or, for HD, 1024 x 1024. Pictures have the trained
+    size whose shape is nearest.
     """
     if preset.task == "i2i":
         return min(preset.sizes, key=lambda size: abs(size[0] / size[1] - height / width))
@@ -88,22 +110,31 @@ def fitting_size(height: int, width: int, preset: Preset) -> tuple[int, int]:
 def crop(image: Tensor, height: int, width: int) -> Tensor:
     """The largest middle part of uint8 [3, H, W] that has the shape of height x width."""
     full_height, full_width = image.shape[1:]
-    kept_height, kept_width = min(full_height, round(full_width * height / width)), min(full_width, round(full_height * width / height))
+    kept_height, kept_width = (
+        min(full_height, round(full_width * height / width)),
+        min(full_width, round(full_height * width / height)),
+    )
     top, left = (full_height - kept_height) // 2, (full_width - kept_width) // 2
     return image[:, top : top + kept_height, left : left + kept_width]
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """uint8 [3, height, width] of uint8 [3, h, w]: bilinear, antialiased, with the 8-bit arithmetic of picture libraries."""
+    """uint8 [3, height, width] of uint8 [3, h, w]: bilinear, antialiased, with the 8-bit arithmetic
+    of picture libraries."""
     return F.interpolate(image.cpu()[None], (height, width), mode="bilinear", antialias=True)[0]
 
 
-def latent_of(image: Tensor, vae: HunyuanVideoVAE | ImageVAE, seed: int, memory_budget: int | None = None) -> Tensor:
-    """The scaled latent [1, 1, H/8, W/8, C] of uint8 [3, H, W], sampled from its posterior by `seed`.
+def latent_of(
+    image: Tensor, vae: HunyuanVideoVAE | ImageVAE, seed: int, memory_budget: int | None = None
+) -> Tensor:
+    """The scaled latent [1, 1, H/8, W/8, C] of uint8 [3, H, W], sampled from its posterior by
+    `seed`.
 
-    It serves for any frame: a later latent holds four frames, but borders in time repeat, so all latents of a still video are equal.
+    It serves for any frame: a later latent holds four frames, but borders in time repeat, so all
+    latents of a still video are equal.
     """
-    limits = {} if memory_budget is None else {"memory_budget": memory_budget}  # an image VAE knows none
+    # an image VAE knows none
+    limits = {} if memory_budget is None else {"memory_budget": memory_budget}
     mean, logvar = vae.encode(image[None, :, None], **limits)  # [1, 3, 1, H, W]
     latent = sample_posterior(mean.float(), logvar.float(), torch.Generator().manual_seed(seed))
     return latent.permute(0, 2, 3, 4, 1) * vae.config.scaling_factor

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VAE of the image checkpoints, FLUX.1's: diffusers' own, behind the interface of the video VAE, for videos of one frame."""
+"""The VAE of the image checkpoints, FLUX.1's: diffusers' own, behind the interface of the video
+VAE, for videos of one frame."""
+
 from __future__ import annotations
 
 import json
@@ -15,15 +17,19 @@ from .weights import find_weights, read_headers
 
 
 class ImageVAE(nn.Module):
-    """diffusers' AutoencoderKL. Latents are unscaled here; whoever scales them uses `config.scaling_factor` alone.
+    """diffusers' AutoencoderKL. Latents are unscaled here; whoever scales them uses
+    `config.scaling_factor` alone.
 
-    FLUX.1 also shifts latents by 0.1159. The Kandinsky checkpoints were trained without that, both ways, so it is left out.
+    FLUX.1 also shifts latents by 0.1159. The Kandinsky checkpoints were trained without that, both
+    ways, so it is left out.
     """
 
     def __init__(self, vae: nn.Module):
         super().__init__()
         self.vae = vae
-        self.config = SimpleNamespace(scaling_factor=vae.config.scaling_factor, latent_channels=vae.config.latent_channels)
+        self.config = SimpleNamespace(
+            scaling_factor=vae.config.scaling_factor, latent_channels=vae.config.latent_channels
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -34,38 +40,69 @@ class ImageVAE(nn.Module):
         return self.vae.device
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance [B, C, 1, H/8, W/8] of the latents of `video` [B, 3, 1, H, W], in -1..1 or uint8."""
+        """Mean and log variance [B, C, 1, H/8, W/8] of the latents of `video` [B, 3, 1, H, W], in
+        -1..1 or uint8."""
         if video.dim() != 5 or video.shape[1:3] != (3, 1):
-            raise ValueError(f"an image VAE encodes [B, 3, 1, H, W], got {list(video.shape)}; give it one frame")
-        posterior = self.vae.encode(pixels(video[:, :, 0], self.vae.encoder.conv_in.weight)).latent_dist
+            raise ValueError(
+                f"an image VAE encodes [B, 3, 1, H, W], got {list(video.shape)}; give it one frame"
+            )
+        posterior = self.vae.encode(
+            pixels(video[:, :, 0], self.vae.encoder.conv_in.weight)
+        ).latent_dist
         return posterior.mean[:, :, None], posterior.logvar[:, :, None]
 
-    def decode_frames(self, latents: Tensor, policy: str = "global", tiles: None = None, memory_budget: int | None = None,
-                      notify: Callable[[str], None] | None = None) -> Iterator[Tensor]:
-        """The picture [B, 3, 1, 8Y, 8X] of unscaled `latents` [B, C, 1, Y, X], about -1..1; as `HunyuanVideoVAE.decode_frames`."""
+    def decode_frames(
+        self,
+        latents: Tensor,
+        policy: str = "global",
+        tiles: None = None,
+        memory_budget: int | None = None,
+        notify: Callable[[str], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """The picture [B, 3, 1, 8Y, 8X] of unscaled `latents` [B, C, 1, Y, X], about -1..1; as
+        `HunyuanVideoVAE.decode_frames`."""
         if policy != "global" or tiles is not None or memory_budget is not None:
-            raise ValueError(f"pictures are decoded whole, got policy {policy!r} and budget {memory_budget}; leave both out")
+            raise ValueError(
+                f"pictures are decoded whole, got policy {policy!r} and budget "
+                f"{memory_budget}; leave both out"
+            )
         yield self.vae.decode(latents[:, :, 0]).sample[:, :, None]
 
 
 def is_image_vae(folder: Path) -> bool:
     """Whether the config.json in `folder` is that of an image VAE."""
     path = folder / "config.json"
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("_class_name") == "AutoencoderKL"
+    return (
+        path.is_file()
+        and json.loads(path.read_text(encoding="utf-8")).get("_class_name") == "AutoencoderKL"
+    )
 
 
 def load_image_vae(folder: str | Path, dtype: torch.dtype) -> ImageVAE:
-    """The VAE in `folder`, strictly. Raises RuntimeError without diffusers, OSError or ValueError for files that are no such VAE."""
+    """The VAE in `folder`, strictly. Raises RuntimeError without diffusers, OSError or ValueError
+    for files that are no such VAE."""
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise RuntimeError(f"image checkpoints decode through diffusers, which cannot be imported ({error}); "
-                           "pip install 'kandinsky-kernels[text]'") from error
+        raise RuntimeError(
+            "image checkpoints decode through diffusers, which cannot be imported "
+            f"({error}); "
+            "pip install 'kandinsky-kernels[text]'"
+        ) from error
     read_headers(find_weights(folder, "vae")[0])
-    vae, report = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True,
-                                                low_cpu_mem_usage=False, output_loading_info=True)
+    vae, report = AutoencoderKL.from_pretrained(
+        folder,
+        torch_dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        low_cpu_mem_usage=False,
+        output_loading_info=True,
+    )
     wrong = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
     if wrong:
-        raise ValueError(f"the VAE in {folder} must match its configuration tensor by tensor, but {len(wrong)} do not, {wrong[0]} first; "
-                         "download it again")
+        raise ValueError(
+            f"the VAE in {folder} must match its configuration tensor by tensor, but "
+            f"{len(wrong)} do not, {wrong[0]} first; "
+            "download it again"
+        )
     return ImageVAE(vae.eval().requires_grad_(False))

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights that live in host memory and come to the device when they are needed, layer by layer.
 
-The host copy is the only one that lasts: nothing is ever copied back, and between runs a network is an ordinary one on the CPU, to be
-saved, adapted or moved. A layer's tensors lie in one flat piece of host memory, so that one copy of hundreds of megabytes brings them.
-Such memory is pinned where CUDA allows it, because only then do copies run beside computation; where it does not, a note says so, and
-copies hold up the host while they last.
+The host copy is the only one that lasts: nothing is ever copied back, and between runs a network is
+an ordinary one on the CPU, to be saved, adapted or moved. A layer's tensors lie in one flat piece
+of host memory, so that one copy of hundreds of megabytes brings them. Such memory is pinned where
+CUDA allows it, because only then do copies run beside computation; where it does not, a note says
+so, and copies hold up the host while they last.
 """
+
 from __future__ import annotations
 
 import logging
@@ -26,7 +28,8 @@ _log = logging.getLogger(__name__)
 
 
 def tensors_of(modules: Iterable[nn.Module], without: Iterable[nn.Module] = ()) -> list[Tensor]:
-    """What modules and those inside them hold, each once: parameters, buffers, joint weights, the matrices of adapters.
+    """What modules and those inside them hold, each once: parameters, buffers, joint weights, the
+    matrices of adapters.
 
     without: modules that are left out.
     """
@@ -56,30 +59,56 @@ class Spot:
     strides: tuple[int, ...]
 
     def view(self, flat: Tensor) -> Tensor:
-        return flat.narrow(0, self.start, self.size).view(self.dtype).as_strided(self.shape, self.strides)
+        return (
+            flat.narrow(0, self.start, self.size)
+            .view(self.dtype)
+            .as_strided(self.shape, self.strides)
+        )
 
 
 def layout(tensors: Sequence[Tensor]) -> tuple[list[Spot], int]:
-    """A place for every tensor in one piece of memory, and its size. Tensors that share memory, as joint weights do, share it there."""
+    """A place for every tensor in one piece of memory, and its size. Tensors that share memory, as
+    joint weights do, share it there."""
     spans = []
     for i, tensor in enumerate(tensors):
-        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1 if tensor.numel() else 0
-        spans.append((tensor.untyped_storage()._cdata, tensor.storage_offset() * tensor.itemsize, reach * tensor.itemsize, i))
-    spots, end, last = {}, 0, (None, 0, 0)  # the storage, and its bytes that the piece's current region begins and ends with
+        reach = (
+            sum(
+                (size - 1) * stride
+                for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            + 1
+            if tensor.numel()
+            else 0
+        )
+        spans.append(
+            (
+                tensor.untyped_storage()._cdata,
+                tensor.storage_offset() * tensor.itemsize,
+                reach * tensor.itemsize,
+                i,
+            )
+        )
+    # the storage, and its bytes that the piece's current region begins and ends with
+    spots, end, last = {}, 0, (None, 0, 0)
     for storage, offset, size, i in sorted(spans):
         if storage != last[0] or offset >= last[2]:
             begin, last = end, (storage, offset, offset)
         tensor = tensors[i]
-        spots[i] = Spot(begin + offset - last[1], size, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        spots[i] = Spot(
+            begin + offset - last[1], size, tensor.dtype, tuple(tensor.shape), tensor.stride()
+        )
         last = (storage, last[1], max(last[2], offset + size))
-        end = begin + -(-(last[2] - last[1]) // ALIGNMENT) * ALIGNMENT  # whatever follows, so that no order changes the size
+        # whatever follows, so that no order changes the size
+        end = begin + -(-(last[2] - last[1]) // ALIGNMENT) * ALIGNMENT
     return [spots[i] for i in range(len(tensors))], end
 
 
 def pin(memory: Tensor) -> bool:
-    """Lock a CPU tensor's memory where it is, for as long as the tensor lives, and say whether that was possible.
+    """Lock a CPU tensor's memory where it is, for as long as the tensor lives, and say whether that
+    was possible.
 
-    PyTorch's own pinned memory is a copy, and rounded up to a power of two: the 537 MB of a Pro block would take 1,074.
+    PyTorch's own pinned memory is a copy, and rounded up to a power of two: the 537 MB of a Pro
+    block would take 1,074.
     """
     runtime, address = torch.cuda.cudart(), memory.data_ptr()
     code = int(runtime.cudaHostRegister(address, memory.numel() * memory.itemsize, 0))
@@ -88,14 +117,19 @@ def pin(memory: Tensor) -> bool:
         return True
     _warn(code)
     with suppress(RuntimeError):
-        torch.zeros(1, device="cuda")  # CUDA reports an error once more, to whatever is launched next
+        # CUDA reports an error once more, to whatever is launched next
+        torch.zeros(1, device="cuda")
     return False
 
 
 @cache
 def _warn(code: int) -> None:
-    _log.warning("pinned host memory cannot be had (CUDA error %d), so copies of weights hold up the computation; close other programs, or "
-                 "raise the limit of locked memory (ulimit -l)", code)
+    _log.warning(
+        "pinned host memory cannot be had (CUDA error %d), so copies of weights hold up "
+        "the computation; close other programs, or "
+        "raise the limit of locked memory (ulimit -l)",
+        code,
+    )
 
 
 class Piece:
@@ -119,13 +153,22 @@ class Piece:
 
     def is_whole(self, wanted: set[int]) -> bool:
         """Whether all tensors still are among those wanted, and where and as they were put."""
-        return all(id(tensor) in wanted and (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) == (
-            self.host.data_ptr() + spot.start if spot.size else tensor.data_ptr(), spot.dtype, spot.shape, spot.strides)
-            for tensor, spot in zip(self.tensors, self.spots, strict=True))
+        return all(
+            id(tensor) in wanted
+            and (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            == (
+                self.host.data_ptr() + spot.start if spot.size else tensor.data_ptr(),
+                spot.dtype,
+                spot.shape,
+                spot.strides,
+            )
+            for tensor, spot in zip(self.tensors, self.spots, strict=True)
+        )
 
 
 class Store:
-    """The tensors of a layer, in as few pieces of host memory as came about: one, and one for every change such as a new adapter."""
+    """The tensors of a layer, in as few pieces of host memory as came about: one, and one for every
+    change such as a new adapter."""
 
     def __init__(self, modules: Sequence[nn.Module], without: Sequence[nn.Module], pinned: bool):
         self.modules, self.without, self.pinned, self.pieces = modules, without, pinned, []
@@ -133,7 +176,9 @@ class Store:
     def refresh(self) -> None:
         """Take in what the modules hold now; only what is new or has moved is copied."""
         tensors = tensors_of(self.modules, self.without)
-        self.pieces = [piece for piece in self.pieces if piece.is_whole({id(tensor) for tensor in tensors})]
+        self.pieces = [
+            piece for piece in self.pieces if piece.is_whole({id(tensor) for tensor in tensors})
+        ]
         known = {id(tensor) for piece in self.pieces for tensor in piece.tensors}
         fresh = [tensor for tensor in tensors if id(tensor) not in known]
         if fresh:
@@ -167,18 +212,23 @@ class Store:
 
 
 class LayerStream:
-    """Layers that take turns in two buffers on the device: while one computes, the next one's weights are copied, and so round and round.
+    """Layers that take turns in two buffers on the device: while one computes, the next one's
+    weights are copied, and so round and round.
 
-    Works on layers as they are called, by hooks; without `layers` its owner calls `enter` and `leave`. A layer out of turn is fetched when
-    it is called. Nothing waits on the host: events order the stream of copies and the computing one.
+    Works on layers as they are called, by hooks; without `layers` its owner calls `enter` and
+    `leave`. A layer out of turn is fetched when it is called. Nothing waits on the host: events
+    order the stream of copies and the computing one.
     """
 
     def __init__(self, layers: Sequence[nn.Module], stores: Sequence[Store], device: torch.device):
         size = max(store.size for store in stores)
         self.stores, self.device = stores, device
-        self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, len(stores)))]
+        self.buffers = [
+            torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, len(stores)))
+        ]
         self.holds: list[int | None] = [None] * len(self.buffers)
-        self.slot, self.active = len(self.buffers) - 1, None  # the buffer used last, and the layer that computes
+        # the buffer used last, and the layer that computes
+        self.slot, self.active = len(self.buffers) - 1, None
         self.copies = _copy_stream(device)
         self.filled, self.free = ([self._event() for _ in self.buffers] for _ in range(2))
         for event in self.free:  # of what the allocator gave us, and whoever had it before
@@ -201,7 +251,8 @@ class LayerStream:
         self.enter(i, (i + 1) % len(self.stores))
 
     def enter(self, i: int, following: int | None) -> None:
-        """Use layer i on the device, and begin to copy the one that will be `following` it, if any."""
+        """Use layer i on the device, and begin to copy the one that will be `following` it, if
+        any."""
         self.leave()  # whichever layer was interrupted
         self._fetch(i)
         self.slot, self.active = self.holds.index(i), i
@@ -219,7 +270,8 @@ class LayerStream:
             self.active = None
 
     def _fetch(self, i: int) -> None:
-        """Begin to copy layer i into the buffer that was not used last, unless it is in one already."""
+        """Begin to copy layer i into the buffer that was not used last, unless it is in one
+        already."""
         if i in self.holds:
             return
         other = (self.slot + 1) % len(self.buffers)
@@ -246,8 +298,8 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
 class Offload:
     """A network whose weights live in host memory, and on the device only inside `on_device`.
 
-    A network may have `layers`, which are called one after another and can be streamed, and `once`, modules that compute where their
-    weights are and stay in host memory.
+    A network may have `layers`, which are called one after another and can be streamed, and `once`,
+    modules that compute where their weights are and stay in host memory.
     """
 
     def __init__(self, network: nn.Module, device: torch.device):
@@ -259,21 +311,30 @@ class Offload:
 
     @contextmanager
     def on_device(self, resident: int) -> Iterator[nn.Module]:
-        """The network, ready to run: all on the device but its layers, of which as many as `resident` stay and the others are streamed."""
+        """The network, ready to run: all on the device but its layers, of which as many as
+        `resident` stay and the others are streamed."""
         stores = [self.rest, *self.stores]
         for module in self.once:
             module.to("cpu")
         for store in stores:
             store.refresh()
         streamed = streamed_layers(len(self.layers), resident)
-        staying, buffers, stream = [self.rest, *(store for i, store in enumerate(self.stores) if i not in streamed)], [], None
+        staying, buffers, stream = (
+            [self.rest, *(store for i, store in enumerate(self.stores) if i not in streamed)],
+            [],
+            None,
+        )
         try:
             for store in staying:
                 buffers.append(torch.empty(store.size, dtype=torch.uint8, device=self.device))
                 store.copy_to(buffers[-1])
                 store.enter(buffers[-1])
             if streamed:
-                stream = LayerStream([self.layers[i] for i in streamed], [self.stores[i] for i in streamed], self.device)
+                stream = LayerStream(
+                    [self.layers[i] for i in streamed],
+                    [self.stores[i] for i in streamed],
+                    self.device,
+                )
             yield self.network
         finally:
             if stream:
@@ -283,16 +344,19 @@ class Offload:
 
 
 class LateOffload:
-    """`Offload` for an encoder that reads its networks when they are first needed, and is told by `placing` where to bring them."""
+    """`Offload` for an encoder that reads its networks when they are first needed, and is told by
+    `placing` where to bring them."""
 
     def __init__(self, encoder: nn.Module, device: torch.device):
         self.encoder, self.device, self.hosted = encoder, device, {}
 
     @contextmanager
     def on_device(self, resident: int) -> Iterator[nn.Module]:
-        """The encoder, ready to run; each network is on the device from when it is needed to the end, as in `Offload.on_device`."""
+        """The encoder, ready to run; each network is on the device from when it is needed to the
+        end, as in `Offload.on_device`."""
         there = set()
         with ExitStack() as stack:
+
             def place(network: nn.Module) -> nn.Module:
                 if id(network) not in self.hosted:
                     self.hosted[id(network)] = Offload(network, self.device)
@@ -306,6 +370,7 @@ class LateOffload:
 
 
 def streamed_layers(count: int, resident: int) -> list[int]:
-    """Which of `count` layers are streamed where `resident` are not: evenly spread, so that each copy has as long as it can."""
+    """Which of `count` layers are streamed where `resident` are not: evenly spread, so that each
+    copy has as long as it can."""
     streamed = count - min(resident, count)
     return [i for i in range(count) if i * streamed // count != (i - 1) * streamed // count]

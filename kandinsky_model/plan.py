@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one size of video needs at every step and layer of the transformer: token order, rotary tables, blocks."""
+"""What one size of video needs at every step and layer of the transformer: token order, rotary
+tables, blocks."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -16,11 +18,12 @@ from .parallel import Ranks
 
 @dataclass(frozen=True)
 class Chunks:
-    """How much of a visual block is computed at once. Heads and tokens do not see each other there, so only rounding can depend on it:
-    a matrix product may sum in another order at another size.
+    """How much of a visual block is computed at once. Heads and tokens do not see each other there,
+    so only rounding can depend on it: a matrix product may sum in another order at another size.
 
-    heads: of self-attention; None: all, and one product gives their queries, keys and values. tokens: of all samples together, in
-    everything but self-attention; 16384 are enough for large matrix products, and a sixth of a 10 s clip.
+    heads: of self-attention; None: all, and one product gives their queries, keys and values.
+    tokens: of all samples together, in everything but self-attention; 16384 are enough for large
+    matrix products, and a sixth of a 10 s clip.
     """
 
     heads: int | None = None
@@ -43,25 +46,50 @@ class Plan:
     text_rotaries: dict[tuple[int, int], Rotary] = field(default_factory=dict, repr=False)
 
     def text_rotary(self, length: int, head_dim: int) -> Rotary:
-        """The angles of a text of `length` tokens; remembered, as every step asks for the same two or so."""
+        """The angles of a text of `length` tokens; remembered, as every step asks for the same two
+        or so."""
         if (length, head_dim) not in self.text_rotaries:
             angles = geometry.rotary_angles(length, (head_dim,), (1.0,))
-            self.text_rotaries[length, head_dim] = Rotary.per_token(*(x.to(self.rotary.cos.device) for x in (angles.cos(), angles.sin())))
+            self.text_rotaries[length, head_dim] = Rotary.per_token(
+                *(x.to(self.rotary.cos.device) for x in (angles.cos(), angles.sin()))
+            )
         return self.text_rotaries[length, head_dim]
 
 
-def make_plan(config: DiTConfig, grid: geometry.Grid, scale_factor: tuple[float, float, float], nabla: NablaConfig | None = None,
-              device: torch.device | str = "cpu", rope_cast: torch.dtype | None = None, **options) -> Plan:
-    """Token order, rotary tables and blocks of one video size. With `nabla` tokens come tile by tile; any grid will do.
+def make_plan(
+    config: DiTConfig,
+    grid: geometry.Grid,
+    scale_factor: tuple[float, float, float],
+    nabla: NablaConfig | None = None,
+    device: torch.device | str = "cpu",
+    rope_cast: torch.dtype | None = None,
+    **options,
+) -> Plan:
+    """Token order, rotary tables and blocks of one video size. With `nabla` tokens come tile by
+    tile; any grid will do.
 
-    rope_cast: round rotated queries and keys to this dtype and back. None is exact; torch.bfloat16 reproduces in an
-    fp32 run what diffusers does there. options: `Plan`'s chunks and ranks.
+    rope_cast: round rotated queries and keys to this dtype and back. None is exact; torch.bfloat16
+    reproduces in an fp32 run what diffusers does there. options: `Plan`'s chunks and ranks.
     """
-    angles = geometry.rotary_angles(max(grid.T, grid.Y, grid.X), config.axes_dims, scale_factor)  # [P, D/2]
+    # [P, D/2]
+    angles = geometry.rotary_angles(max(grid.T, grid.Y, grid.X), config.axes_dims, scale_factor)
     order = geometry.tile_order(grid) if nabla else None
     positions = geometry.positions(grid) if order is None else geometry.positions(grid)[order]
-    rotary = Rotary(angles.cos().to(device), angles.sin().to(device), positions.to(device), tuple(dim // 2 for dim in config.axes_dims))
+    rotary = Rotary(
+        angles.cos().to(device),
+        angles.sin().to(device),
+        positions.to(device),
+        tuple(dim // 2 for dim in config.axes_dims),
+    )
     if nabla is None:
         return Plan(grid, rotary, rope_cast=rope_cast, **options)
-    return Plan(grid, rotary, nabla, order.to(device), geometry.inverse_order(order).to(device), geometry.block_offsets(grid).to(device),
-                rope_cast, **options)
+    return Plan(
+        grid,
+        rotary,
+        nabla,
+        order.to(device),
+        geometry.inverse_order(order).to(device),
+        geometry.block_offsets(grid).to(device),
+        rope_cast,
+        **options,
+    )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint on disk -> a quantised one, tensor by tensor: one tensor is in memory at a time."""
+
 from __future__ import annotations
 
 import json
@@ -30,43 +31,68 @@ from .weights import (
 
 SHARD_BYTES = 5 * 10**9
 HEADER_BYTES = 2**20  # for 5,000 tensors and more; Pro has 2,000 when quantised
-DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8",
-               torch.float8_e4m3fn: "F8_E4M3"}
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
 _log = logging.getLogger(__name__)
 
 
 def quantize_file(model: str | Path, folder: str | Path, mode: str) -> list[str]:
-    """Write the transformer of `model` (a preset, path or hub repository), quantised in `mode`, into `folder`; lines about its error.
+    """Write the transformer of `model` (a preset, path or hub repository), quantised in `mode`,
+    into `folder`; lines about its error.
 
-    The folder, which must be new or empty, gets config.json and shards in diffusers' layout, to stand as `transformer/` in a model's
-    folder. What is not quantised keeps its dtype. Raises what `locate` and `load_dit` raise, and ValueError: a folder with something in
-    it, weights that are quantised already or not finite.
+    The folder, which must be new or empty, gets config.json and shards in diffusers' layout, to
+    stand as `transformer/` in a model's folder. What is not quantised keeps its dtype. Raises what
+    `locate` and `load_dit` raise, and ValueError: a folder with something in it, weights that are
+    quantised already or not finite.
     """
     check_mode(mode)
     folder, sources = Path(folder), locate(model, parts=("dit",))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"a quantised model is written into a new or empty folder, got {folder}; choose another")
-    in_shards = sources.dit.is_file() and Path(model).is_dir()  # perhaps: the file is the first that was found there
+        raise ValueError(
+            f"a quantised model is written into a new or empty folder, got {folder}; choose another"
+        )
+    # perhaps: the file is the first that was found there
+    in_shards = sources.dit.is_file() and Path(model).is_dir()
     files, home = find_weights(sources.dit.parent if in_shards else sources.dit, "transformer")
     entries = read_headers(files)
     if read_quantization(files):
-        raise ValueError(f"quantising requires weights of full width, but {files[0]} is in {read_quantization(files)} already; "
-                         "take the original")
+        raise ValueError(
+            f"quantising requires weights of full width, but {files[0]} is in "
+            f"{read_quantization(files)} already; "
+            "take the original"
+        )
     config, nabla = read_dit_config(home)
     if config is None:
         config, nabla = infer_dit_config(entries), sources.preset.nabla
-    check_names({name: tuple(tensor.shape) for name, tensor in empty_dit(config).state_dict().items()}, entries)
+    check_names(
+        {name: tuple(tensor.shape) for name, tensor in empty_dit(config).state_dict().items()},
+        entries,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     shards, errors = Shards(folder, {QUANTIZATION_KEY: mode}), {}
     for file in files:
         _quantize_into(shards, file, mode, errors)
     written = shards.close()
-    (folder / CONFIG_NAME).write_text(json.dumps(dit_config_json(config, nabla, mode), indent=2) + "\n")
+    (folder / CONFIG_NAME).write_text(
+        json.dumps(dit_config_json(config, nabla, mode), indent=2) + "\n"
+    )
     before, after = (sum(path.stat().st_size for path in paths) / 1e9 for paths in (files, written))
-    return [*report_lines(errors), f"{before:.3f} GB became {after:.3f} GB in {len(written)} file{'s' if len(written) > 1 else ''}"]
+    return [
+        *report_lines(errors),
+        f"{before:.3f} GB became {after:.3f} GB in {len(written)} "
+        f"file{'s' if len(written) > 1 else ''}",
+    ]
 
 
-def _quantize_into(shards: Shards, path: Path, mode: str, errors: dict[str, tuple[float, float]]) -> None:
+def _quantize_into(
+    shards: Shards, path: Path, mode: str, errors: dict[str, tuple[float, float]]
+) -> None:
     with opened(path) as file:
         for name in file.keys():  # noqa: SIM118 - not a mapping
             tensor, layer = file.get_tensor(name), name.removesuffix(".weight")
@@ -81,10 +107,12 @@ def _quantize_into(shards: Shards, path: Path, mode: str, errors: dict[str, tupl
 
 
 class Shards:
-    """Safetensors files in a folder, each with at most `SHARD_BYTES` of tensors unless one alone is larger, and the index that names them.
+    """Safetensors files in a folder, each with at most `SHARD_BYTES` of tensors unless one alone is
+    larger, and the index that names them.
 
-    A tensor is written as it comes; the library's writer wants all of a file at once. The header, known last, has its place kept free,
-    and what it does not need of it is spaces, as the format allows.
+    A tensor is written as it comes; the library's writer wants all of a file at once. The header,
+    known last, has its place kept free, and what it does not need of it is spaces, as the format
+    allows.
     """
 
     def __init__(self, folder: Path, metadata: Mapping[str, str]):
@@ -101,17 +129,27 @@ class Shards:
         with path.open("ab") as file:
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
         span = [self.size, self.size + tensor.nbytes]
-        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": span,
+        }
         self.size += tensor.nbytes
 
     def close(self) -> list[Path]:
-        """Finish the last file, give all their names and, where they are several, write the index; the files."""
+        """Finish the last file, give all their names and, where they are several, write the index;
+        the files."""
         self._finish()
         if len(self.files) == 1:
             return [self.files[0][0].rename(self.folder / WEIGHTS_NAME)]
         written, places, stem = [], {}, Path(WEIGHTS_NAME).stem
         for path, entries in self.files:
-            written.append(path.rename(self.folder / f"{stem}-{len(written) + 1:05}-of-{len(self.files):05}.safetensors"))
+            written.append(
+                path.rename(
+                    self.folder
+                    / f"{stem}-{len(written) + 1:05}-of-{len(self.files):05}.safetensors"
+                )
+            )
             places |= dict.fromkeys(entries, written[-1].name)
         index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(places.items()))}
         (self.folder / INDEX_NAMES[0]).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One sampling run as data: all that the transformer is about to read. It can be stopped, kept in a file, and gone on with."""
+"""One sampling run as data: all that the transformer is about to read. It can be stopped, kept in a
+file, and gone on with."""
+
 from __future__ import annotations
 
 import json
@@ -20,8 +22,9 @@ ABOUT = "kandinsky_run"  # the tensor of bytes that hold settings and step as JS
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """settings: of each video. latents: [B, T, h, w, C], noise, or what `step` steps have made of it. cond, uncond: the embedded prompts,
-    `uncond` None without guidance. given: the latents of pictures, encoded."""
+    """settings: of each video. latents: [B, T, h, w, C], noise, or what `step` steps have made of
+    it. cond, uncond: the embedded prompts, `uncond` None without guidance. given: the latents of
+    pictures, encoded."""
 
     settings: list[Settings]
     latents: Tensor
@@ -31,13 +34,26 @@ class Run:
     step: int = 0
 
     def to(self, device: torch.device) -> Run:
-        """The same with every tensor that the transformer reads on `device`; lengths stay on the CPU."""
+        """The same with every tensor that the transformer reads on `device`; lengths stay on the
+        CPU."""
+
         def place(one: Conditioning | None) -> Conditioning | None:
-            return None if one is None else Conditioning(one.embeds.to(device), one.lengths, one.pooled.to(device))
+            return (
+                None
+                if one is None
+                else Conditioning(one.embeds.to(device), one.lengths, one.pooled.to(device))
+            )
 
         frames = {index: frame.to(device) for index, frame in self.given.frames.items()}
         source = None if self.given.source is None else self.given.source.to(device)
-        return Run(self.settings, self.latents.to(device), place(self.cond), place(self.uncond), Given(frames, source), self.step)
+        return Run(
+            self.settings,
+            self.latents.to(device),
+            place(self.cond),
+            place(self.uncond),
+            Given(frames, source),
+            self.step,
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write it as safetensors, whole or not at all. Raises what `video.check_output` raises."""
@@ -49,10 +65,17 @@ class Run:
     def to_bytes(self) -> bytes:
         """As `save` writes it."""
         about = json.dumps({"step": self.step, "settings": [asdict(one) for one in self.settings]})
-        tensors = {"latents": self.latents, ABOUT: torch.frombuffer(bytearray(about.encode()), dtype=torch.uint8)}
+        tensors = {
+            "latents": self.latents,
+            ABOUT: torch.frombuffer(bytearray(about.encode()), dtype=torch.uint8),
+        }
         for name, one in (("cond", self.cond), ("uncond", self.uncond)):
-            tensors |= {} if one is None else {f"{name}.embeds": one.embeds, f"{name}.pooled": one.pooled}
-            tensors |= {} if one is None or one.lengths is None else {f"{name}.lengths": one.lengths}
+            tensors |= (
+                {} if one is None else {f"{name}.embeds": one.embeds, f"{name}.pooled": one.pooled}
+            )
+            tensors |= (
+                {} if one is None or one.lengths is None else {f"{name}.lengths": one.lengths}
+            )
         tensors |= {f"frame.{index}": frame for index, frame in self.given.frames.items()}
         tensors |= {} if self.given.source is None else {"source": self.given.source}
         return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
@@ -61,20 +84,40 @@ class Run:
     def load(cls, path: str | Path) -> Run:
         """What `save` wrote; ValueError or OSError for any other file."""
         if ABOUT not in read_headers([Path(path)]):
-            raise ValueError(f"{path} must hold an interrupted run, but it has no such settings; choose another file")
+            raise ValueError(
+                f"{path} must hold an interrupted run, but it has no such settings; "
+                "choose another file"
+            )
         return cls.from_bytes(Path(path).read_bytes())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Run:
         """What `to_bytes` gave."""
-        # copied, because libraries round differently by where in a line of the cache a tensor begins
+        # copied, because libraries round differently by where in a line of the cache a tensor
+        # begins
         tensors = {name: tensor.clone() for name, tensor in load(data).items()}
         about = json.loads(tensors[ABOUT].numpy().tobytes())
-        cond, uncond = (Conditioning(tensors[f"{name}.embeds"], tensors.get(f"{name}.lengths"), tensors[f"{name}.pooled"])
-                        if f"{name}.embeds" in tensors else None for name in ("cond", "uncond"))
-        frames = {int(name.partition(".")[2]): tensor for name, tensor in tensors.items() if name.startswith("frame.")}
-        return cls([Settings(**one) for one in about["settings"]], tensors["latents"], cond, uncond, Given(frames, tensors.get("source")),
-                   about["step"])
+        cond, uncond = (
+            Conditioning(
+                tensors[f"{name}.embeds"], tensors.get(f"{name}.lengths"), tensors[f"{name}.pooled"]
+            )
+            if f"{name}.embeds" in tensors
+            else None
+            for name in ("cond", "uncond")
+        )
+        frames = {
+            int(name.partition(".")[2]): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("frame.")
+        }
+        return cls(
+            [Settings(**one) for one in about["settings"]],
+            tensors["latents"],
+            cond,
+            uncond,
+            Given(frames, tensors.get("source")),
+            about["step"],
+        )
 
 
 class Interrupted(KeyboardInterrupt):

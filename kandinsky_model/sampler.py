@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flow matching, sampled: noise, the time schedule, Euler steps with guidance, and conditioning on pictures.
+"""Flow matching, sampled: noise, the time schedule, Euler steps with guidance, and conditioning on
+pictures.
 
-A latent at time t is (1 - t) * clean + t * noise; the network predicts the velocity noise - clean; sampling walks t from 1 to 0.
+A latent at time t is (1 - t) * clean + t * noise; the network predicts the velocity noise - clean;
+sampling walks t from 1 to 0.
 """
+
 from __future__ import annotations
 
 import logging
@@ -19,7 +22,8 @@ from .plan import Plan
 TIME_UNIT = 1000.0  # the network is told 1000 t
 NO_GUIDANCE = 1e-6  # a guidance this close to 1 needs no unconditional pass
 PRECISIONS = {"fp32": torch.float32, "reference": torch.bfloat16}
-# First-frame normalisation: how far mean and standard deviation of an early frame may be moved (down, up).
+# First-frame normalisation: how far mean and standard deviation of an early frame may be moved
+# (down, up).
 SOURCE_FRAMES, REFERENCE_FRAMES = slice(0, 4), slice(4, 9)
 MEAN_RANGE, STD_RANGE = (0.05, 0.1), (0.1, 0.25)
 _log = logging.getLogger(__name__)
@@ -27,7 +31,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """What a prompt became: embeds [B, L, Dt], lengths int64 [B] or None (every row is text), pooled [B, Dp]."""
+    """What a prompt became: embeds [B, L, Dt], lengths int64 [B] or None (every row is text),
+    pooled [B, Dp]."""
 
     embeds: Tensor
     lengths: Tensor | None
@@ -38,9 +43,10 @@ class Conditioning:
 class Given:
     """Clean latents that are known beforehand.
 
-    frames: of single latent frames [B or 1, 1, 2Y, 2X, C] by index; 0 is what image-to-video begins with, T - 1 what it is to end with.
-    They stand in every model input, flagged by the mask channel, and in the result. source: of the picture that is edited, of the shape
-    of the latents or with batch 1; it fills the conditioning channels, with a mask of ones.
+    frames: of single latent frames [B or 1, 1, 2Y, 2X, C] by index; 0 is what image-to-video begins
+    with, T - 1 what it is to end with. They stand in every model input, flagged by the mask
+    channel, and in the result. source: of the picture that is edited, of the shape of the latents
+    or with batch 1; it fills the conditioning channels, with a mask of ones.
     """
 
     frames: Mapping[int, Tensor] = field(default_factory=dict)
@@ -49,10 +55,13 @@ class Given:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. precision "fp32" keeps latents, velocity and guidance in fp32; "reference" rounds each of them to bf16.
+    """How to sample. precision "fp32" keeps latents, velocity and guidance in fp32; "reference"
+    rounds each of them to bf16.
 
-    The official code does the latter, which loses early updates smaller than half a bf16 step: choose it for comparisons only.
-    start: steps that an interrupted run has done already; what it got to takes the place of the noise.
+    The official code does the latter, which loses early updates smaller than half a bf16 step:
+    choose it for comparisons only.
+    start: steps that an interrupted run has done already; what it got to takes the place of the
+    noise.
     """
 
     steps: int = 50
@@ -64,9 +73,15 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 <= self.start <= self.steps:
-            raise ValueError(f"a run of {self.steps} steps can go on after 0 to {self.steps} of them, got {self.start}; begin it anew")
+            raise ValueError(
+                f"a run of {self.steps} steps can go on after 0 to {self.steps} of "
+                f"them, got {self.start}; begin it anew"
+            )
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}; fp32 is the usual choice")
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got "
+                f"{self.precision!r}; fp32 is the usual choice"
+            )
 
     @property
     def guided(self) -> bool:
@@ -74,55 +89,80 @@ class Sampling:
 
 
 def schedule(steps: int, scale: float) -> Tensor:
-    """fp32 [steps + 1]: times t_i = scale * u_i / (1 + (scale - 1) * u_i) for u_i = 1 - i / steps, from 1 (noise) to 0 (clean).
+    """fp32 [steps + 1]: times t_i = scale * u_i / (1 + (scale - 1) * u_i) for u_i = 1 - i / steps,
+    from 1 (noise) to 0 (clean).
 
-    scale > 1 spends more of the steps near the noise. Raises ValueError unless steps >= 1 and scale > 0.
+    scale > 1 spends more of the steps near the noise. Raises ValueError unless steps >= 1 and scale
+    > 0.
     """
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}; 50 is usual, 16 for distilled checkpoints")
+        raise ValueError(
+            f"steps must be at least 1, got {steps}; 50 is usual, 16 for distilled checkpoints"
+        )
     if scale <= 0:
-        raise ValueError(f"the scheduler scale must be positive, got {scale}; 1 spaces the steps evenly")
+        raise ValueError(
+            f"the scheduler scale must be positive, got {scale}; 1 spaces the steps evenly"
+        )
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float32)
     return scale * u / (1 + (scale - 1) * u)
 
 
 def noise(seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal fp32 noise. Always drawn on the CPU and then moved, so that a seed means the same video on every device.
+    """Standard normal fp32 noise. Always drawn on the CPU and then moved, so that a seed means the
+    same video on every device.
 
     The official code draws bf16 on the GPU; the same seed gives another video there.
     """
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(device)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32
+    ).to(device)
 
 
 def normalize_first_frame(latents: Tensor) -> Tensor:
-    """Pull mean and spread of the first 4 latent frames of [B, T, h, w, C] towards those of the next up to 5.
+    """Pull mean and spread of the first 4 latent frames of [B, T, h, w, C] towards those of the
+    next up to 5.
 
-    A given first frame is cleaner than the generated ones; uncorrected, the clip starts with a visible jump. Each of the first frames
-    has its own mean and (unbiased) standard deviation over (h, w, C); the target is the joint statistics of frames 4..8, clamped to
-    -0.05..+0.1 around the frame's mean and -0.1..+0.25 around its deviation. With 4 frames or fewer nothing is there to compare with
-    and the latents come back unchanged.
+    A given first frame is cleaner than the generated ones; uncorrected, the clip starts with a
+    visible jump. Each of the first frames has its own mean and (unbiased) standard deviation over
+    (h, w, C); the target is the joint statistics of frames 4..8, clamped to -0.05..+0.1 around the
+    frame's mean and -0.1..+0.25 around its deviation. With 4 frames or fewer nothing is there to
+    compare with and the latents come back unchanged.
     """
     source, reference = latents[:, SOURCE_FRAMES].float(), latents[:, REFERENCE_FRAMES].float()
     if reference.shape[1] == 0:
         return latents
-    mean, std = source.mean((2, 3, 4), keepdim=True), source.std((2, 3, 4), keepdim=True)  # [B, 4, 1, 1, 1]
-    target_mean, target_std = reference.mean((1, 2, 3, 4), keepdim=True), reference.std((1, 2, 3, 4), keepdim=True)  # [B, 1, 1, 1, 1]
+    # [B, 4, 1, 1, 1]
+    mean, std = source.mean((2, 3, 4), keepdim=True), source.std((2, 3, 4), keepdim=True)
+    # [B, 1, 1, 1, 1]
+    target_mean, target_std = (
+        reference.mean((1, 2, 3, 4), keepdim=True),
+        reference.std((1, 2, 3, 4), keepdim=True),
+    )
     target_mean = target_mean.clamp(mean - MEAN_RANGE[0], mean + MEAN_RANGE[1])
     target_std = target_std.clamp(std - STD_RANGE[0], std + STD_RANGE[1])
     matched = (source - mean) / std * target_std + target_mean
-    return torch.cat([matched.to(latents.dtype), latents[:, SOURCE_FRAMES.stop:]], dim=1)
+    return torch.cat([matched.to(latents.dtype), latents[:, SOURCE_FRAMES.stop :]], dim=1)
 
 
 @torch.no_grad()
-def sample(dit: DiffusionTransformer3D, initial: Tensor, cond: Conditioning, plan: Plan, sampling: Sampling,
-           uncond: Conditioning | None = None, given: Given | None = None) -> Iterator[tuple[int, Tensor]]:
-    """Walk from noise to a clean latent video, yielding (step index, latents) after each Euler step; the last are the result.
+def sample(
+    dit: DiffusionTransformer3D,
+    initial: Tensor,
+    cond: Conditioning,
+    plan: Plan,
+    sampling: Sampling,
+    uncond: Conditioning | None = None,
+    given: Given | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Walk from noise to a clean latent video, yielding (step index, latents) after each Euler
+    step; the last are the result.
 
-    initial: noise [B, T, 2Y, 2X, C] (see `noise`) on the model's device. Latents are yielded in the dtype of the precision and are
-    not reused, so a caller may keep them. With guidance w other than 1 the velocity is v_u + w * (v_c - v_u), from two passes one
-    after the other, and `uncond` is required; its text may have another length than `cond`'s. given: see `Given`; a given first frame
-    is followed by `normalize_first_frame`.
-    Raises ValueError on inputs that do not fit, RuntimeError when latents stop being finite, naming the step.
+    initial: noise [B, T, 2Y, 2X, C] (see `noise`) on the model's device. Latents are yielded in the
+    dtype of the precision and are not reused, so a caller may keep them. With guidance w other than
+    1 the velocity is v_u + w * (v_c - v_u), from two passes one after the other, and `uncond` is
+    required; its text may have another length than `cond`'s. given: see `Given`; a given first
+    frame is followed by `normalize_first_frame`. Raises ValueError on inputs that do not fit,
+    RuntimeError when latents stop being finite, naming the step.
     """
     given = given or Given()
     _check(dit, initial, sampling, uncond, given)
@@ -130,30 +170,63 @@ def sample(dit: DiffusionTransformer3D, initial: Tensor, cond: Conditioning, pla
     x = initial.to(PRECISIONS[sampling.precision])
     every_time = (times[:-1] * TIME_UNIT)[:, None].expand(-1, x.shape[0]).to(x.device)  # [steps, B]
     texts = [cond, uncond] if sampling.guided else [cond]
-    branches = sampling.cache.branches(dit, sampling.steps, len(texts), sampling.start) if sampling.cache else [dit] * len(texts)
-    passes = [(branch, text, dit.modulate(every_time, text.pooled)) for branch, text in zip(branches, texts, strict=True)]
+    branches = (
+        sampling.cache.branches(dit, sampling.steps, len(texts), sampling.start)
+        if sampling.cache
+        else [dit] * len(texts)
+    )
+    passes = [
+        (branch, text, dit.modulate(every_time, text.pooled))
+        for branch, text in zip(branches, texts, strict=True)
+    ]
     for step in range(sampling.start, sampling.steps):
         x = with_frames(x, given.frames)
-        velocity = _velocity(passes, x, model_input(dit, x, given), (step, every_time[step]), plan, sampling.guidance)
+        velocity = _velocity(
+            passes, x, model_input(dit, x, given), (step, every_time[step]), plan, sampling.guidance
+        )
         x = x + (times[step + 1] - times[step]).to(x.device) * velocity
         del velocity
         if step == sampling.steps - 1:
             x = finish(x, given.frames)
         if not torch.isfinite(x).all():
-            raise RuntimeError(f"latents must stay finite, but step {step + 1} of {sampling.steps} produced NaN or Inf; "
-                               "check the weights, or try another dtype")
+            raise RuntimeError(
+                f"latents must stay finite, but step {step + 1} of "
+                f"{sampling.steps} produced NaN or Inf; "
+                "check the weights, or try another dtype"
+            )
         yield step, x
     if sampling.cache:
-        computed, skipped = (sum(getattr(branch, name) for branch in branches) for name in ("computed", "skipped"))
-        _log.info("%d of %d passes were computed, %d reused an earlier one", computed, computed + skipped, skipped)
+        computed, skipped = (
+            sum(getattr(branch, name) for branch in branches) for name in ("computed", "skipped")
+        )
+        _log.info(
+            "%d of %d passes were computed, %d reused an earlier one",
+            computed,
+            computed + skipped,
+            skipped,
+        )
 
 
-def _velocity(passes: list[tuple], x: Tensor, read: Tensor, time: tuple[int, Tensor], plan: Plan, guidance: float) -> Tensor:
-    """Of x at this time, with guidance where there are two passes: (network, text, modulations) with the prompt, and without."""
+def _velocity(
+    passes: list[tuple],
+    x: Tensor,
+    read: Tensor,
+    time: tuple[int, Tensor],
+    plan: Plan,
+    guidance: float,
+) -> Tensor:
+    """Of x at this time, with guidance where there are two passes: (network, text, modulations)
+    with the prompt, and without."""
     step, now = time
-    shared = len(passes) == 2 and plan is not None and plan.ranks is not None and plan.ranks.passes == 2
-    velocities = [branch(read, text.embeds, text.pooled, now, plan, text.lengths, modulations.step(step)).to(x.dtype)
-                  for branch, text, modulations in (passes[plan.ranks.index:][:1] if shared else passes)]
+    shared = (
+        len(passes) == 2 and plan is not None and plan.ranks is not None and plan.ranks.passes == 2
+    )
+    velocities = [
+        branch(read, text.embeds, text.pooled, now, plan, text.lengths, modulations.step(step)).to(
+            x.dtype
+        )
+        for branch, text, modulations in (passes[plan.ranks.index :][:1] if shared else passes)
+    ]
     if shared:
         velocities = plan.ranks.both(*velocities)
     velocity, *other = velocities
@@ -161,7 +234,8 @@ def _velocity(passes: list[tuple], x: Tensor, read: Tensor, time: tuple[int, Ten
 
 
 def finish(x: Tensor, frames: Mapping[int, Tensor]) -> Tensor:
-    """The given frames back in place of what the last Euler step made of them, then, behind a first frame, `normalize_first_frame`."""
+    """The given frames back in place of what the last Euler step made of them, then, behind a first
+    frame, `normalize_first_frame`."""
     x = with_frames(x, frames)
     return normalize_first_frame(x) if 0 in frames else x
 
@@ -178,7 +252,8 @@ def with_frames(x: Tensor, frames: Mapping[int, Tensor]) -> Tensor:
 def model_input(dit: DiffusionTransformer3D, x: Tensor, given: Given) -> Tensor:
     """[latents | condition | mask] where the model has conditioning channels.
 
-    Given frames are in the latents, where the mask is 1, and their condition stays zero; an edited picture is the condition.
+    Given frames are in the latents, where the mask is 1, and their condition stays zero; an edited
+    picture is the condition.
     """
     extra = dit.config.in_channels - x.shape[-1]
     if extra == 0:
@@ -191,21 +266,39 @@ def model_input(dit: DiffusionTransformer3D, x: Tensor, given: Given) -> Tensor:
     return torch.cat([x, condition], dim=-1)  # [B, T, 2Y, 2X, in_channels]
 
 
-def _check(dit: DiffusionTransformer3D, initial: Tensor, sampling: Sampling, uncond: Conditioning | None, given: Given) -> None:
+def _check(
+    dit: DiffusionTransformer3D,
+    initial: Tensor,
+    sampling: Sampling,
+    uncond: Conditioning | None,
+    given: Given,
+) -> None:
     config = dit.config
     if initial.dim() != 5 or initial.shape[-1] != config.in_visual_dim:
-        raise ValueError(f"the noise must have shape [B, T, h, w, {config.in_visual_dim}], got {list(initial.shape)}; "
-                         "channels come last")
+        raise ValueError(
+            f"the noise must have shape [B, T, h, w, {config.in_visual_dim}], got "
+            f"{list(initial.shape)}; "
+            "channels come last"
+        )
     if sampling.guided and uncond is None:
-        raise ValueError(f"guidance {sampling.guidance} requires an unconditional (negative) prompt, got none; "
-                         "pass uncond or set guidance to 1")
+        raise ValueError(
+            f"guidance {sampling.guidance} requires an unconditional (negative) "
+            "prompt, got none; "
+            "pass uncond or set guidance to 1"
+        )
     if (given.frames or given.source is not None) and config.in_channels == config.in_visual_dim:
-        raise ValueError("given frames and pictures require a model with conditioning channels, got one without; use an image-to-video or "
-                         "image editing checkpoint")
+        raise ValueError(
+            "given frames and pictures require a model with conditioning channels, "
+            "got one without; use an image-to-video or "
+            "image editing checkpoint"
+        )
     frames = initial.shape[1]
     for index, frame in given.frames.items():
         if not 0 <= index < frames:
-            raise ValueError(f"a given frame must be one of the {frames} latent frames, got number {index}; count from 0")
+            raise ValueError(
+                f"a given frame must be one of the {frames} latent frames, got "
+                f"number {index}; count from 0"
+            )
         _check_given(f"given frame {index}", frame, [initial.shape[0], 1, *initial.shape[2:]])
     if given.source is not None:
         _check_given("the picture to edit", given.source, list(initial.shape))
@@ -213,4 +306,7 @@ def _check(dit: DiffusionTransformer3D, initial: Tensor, sampling: Sampling, unc
 
 def _check_given(name: str, latent: Tensor, wanted: list[int]) -> None:
     if list(latent.shape) not in (wanted, [1, *wanted[1:]]):
-        raise ValueError(f"{name} must have latents of shape {wanted} or batch 1, got {list(latent.shape)}; encode it at the result's size")
+        raise ValueError(
+            f"{name} must have latents of shape {wanted} or batch 1, got "
+            f"{list(latent.shape)}; encode it at the result's size"
+        )

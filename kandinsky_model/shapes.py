@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Procedurally drawn clips: one flat shape in front of one flat background, moving or not.
 
-They are the training data of the bundled tiny checkpoint, the prompts that describe them, the list of
-combinations that training never sees, and a judge that measures what a clip shows without any network.
+They are the training data of the bundled tiny checkpoint, the prompts that describe them, the list
+of combinations that training never sees, and a judge that measures what a clip shows without any
+network.
 """
 
 import functools
@@ -17,7 +18,8 @@ import torch
 HEIGHT = WIDTH = 160
 FRAMES = 17
 
-# RGB 0..255; every object colour is at least 110 (Euclidean) away from every other colour it can meet.
+# RGB 0..255; every object colour is at least 110 (Euclidean) away from every other colour it can
+# meet.
 OBJECT_COLORS = {
     "red": (205, 25, 40),
     "green": (40, 170, 70),
@@ -26,9 +28,15 @@ OBJECT_COLORS = {
     "purple": (180, 40, 200),
     "orange": (250, 140, 20),
 }
-BACKGROUNDS = {"blue": OBJECT_COLORS["blue"], "black": (20, 20, 20), "white": (240, 240, 240), "gray": (128, 128, 128)}
+BACKGROUNDS = {
+    "blue": OBJECT_COLORS["blue"],
+    "black": (20, 20, 20),
+    "white": (240, 240, 240),
+    "gray": (128, 128, 128),
+}
 PALETTE = {**OBJECT_COLORS, **BACKGROUNDS}
-MOTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}  # unit vectors (x, y), y down
+# unit vectors (x, y), y down
+MOTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
 HELD_OUT = 48
 REACH = 1.45  # no outline is further than this from its centroid, in radii
 
@@ -37,7 +45,13 @@ def _regular(count, radius, inner=None, phase=-math.pi / 2):
     """Vertices of a regular polygon, or of a star when `inner` is given; first vertex on top."""
     corners = 2 * count if inner else count
     radii = [inner if inner and i % 2 else radius for i in range(corners)]
-    return [(r * math.cos(phase + 2 * math.pi * i / corners), r * math.sin(phase + 2 * math.pi * i / corners)) for i, r in enumerate(radii)]
+    return [
+        (
+            r * math.cos(phase + 2 * math.pi * i / corners),
+            r * math.sin(phase + 2 * math.pi * i / corners),
+        )
+        for i, r in enumerate(radii)
+    ]
 
 
 # Outline in units of the radius, area centroid at the origin; None is the disc.
@@ -78,7 +92,8 @@ def combinations():
 
 @functools.cache
 def held_out():
-    """The 48 combinations no training clip shows: the first ones by SHA-256 of their words, so the list never changes."""
+    """The 48 combinations no training clip shows: the first ones by SHA-256 of their words, so the
+    list never changes."""
 
     def key(c):
         return hashlib.sha256(f"{c.color} {c.shape} {c.motion} {c.background}".encode()).hexdigest()
@@ -100,15 +115,26 @@ _FULL = (
     "{a} {color} {shape} in front of a {background} background, {verb}",
 )
 FULL = len(_FULL)  # templates that name all four words come first
-_PARTIAL = ("{a} {color} {shape} {verb}", "{a} {color} {shape} on a {background} background", "{a} {color} {shape}")
+_PARTIAL = (
+    "{a} {color} {shape} {verb}",
+    "{a} {color} {shape} on a {background} background",
+    "{a} {color} {shape}",
+)
 
 
 def prompt(combination, template=0):
-    """English for a combination. Templates 0..3 name all four words; 4..6 leave motion or background open."""
+    """English for a combination. Templates 0..3 name all four words; 4..6 leave motion or
+    background open."""
     text = (_FULL + _PARTIAL)[template]
     verb = "standing still" if combination.motion == "still" else f"moving {combination.motion}"
     article = "an" if combination.color[0] in "aeiou" else "a"
-    return text.format(a=article, color=combination.color, shape=combination.shape, verb=verb, background=combination.background)
+    return text.format(
+        a=article,
+        color=combination.color,
+        shape=combination.shape,
+        verb=verb,
+        background=combination.background,
+    )
 
 
 def random_prompt(combination, generator):
@@ -119,15 +145,20 @@ def random_prompt(combination, generator):
 
 
 def random_scene(combination, generator):
-    """Radius 30 +- 2 px, path 46 +- 4 px long with its middle within 6 px of the frame's. `generator` is a random.Random."""
+    """Radius 30 +- 2 px, path 46 +- 4 px long with its middle within 6 px of the frame's.
+    `generator` is a random.Random."""
     radius, travel = 30 + generator.uniform(-2, 2), 46 + generator.uniform(-4, 4)
     middle = [side / 2 + generator.uniform(-6, 6) for side in (WIDTH, HEIGHT)]
-    start = tuple(m - direction * travel / 2 for m, direction in zip(middle, MOTIONS[combination.motion], strict=True))
+    start = tuple(
+        m - direction * travel / 2
+        for m, direction in zip(middle, MOTIONS[combination.motion], strict=True)
+    )
     return Scene(combination, radius, start, travel)
 
 
 def _signed_distance(shape, x, y):
-    """Distance in radii to the outline of `shape`, negative inside. x, y: same shape, in units of the radius."""
+    """Distance in radii to the outline of `shape`, negative inside. x, y: same shape, in units of
+    the radius."""
     corners = SHAPES[shape]
     if corners is None:
         return torch.sqrt(x * x + y * y) - 1
@@ -145,23 +176,31 @@ def _signed_distance(shape, x, y):
 def coverage(shape, center_x, center_y, radius, window):
     """Anti-aliased share of each pixel that `shape` covers.
 
-    center_x, center_y: fp32 [F] in pixels; window = (top, left, height, width) in pixels. Returns fp32 [F, height, width] in 0..1.
+    center_x, center_y: fp32 [F] in pixels; window = (top, left, height, width) in pixels. Returns
+    fp32 [F, height, width] in 0..1.
     """
     top, left, height, width = window
-    y = (torch.arange(height) + top + 0.5)[None, :, None] - center_y[:, None, None]  # [F, height, 1]
+    # [F, height, 1]
+    y = (torch.arange(height) + top + 0.5)[None, :, None] - center_y[:, None, None]
     x = (torch.arange(width) + left + 0.5)[None, None, :] - center_x[:, None, None]  # [F, 1, width]
     x, y = torch.broadcast_tensors(x / radius, y / radius)
     return (0.5 - _signed_distance(shape, x, y) * radius).clamp(0, 1)
 
 
 def draw(scene, frames=range(FRAMES), window=None):
-    """Draw the named frames of a scene, or a window (top, left, height, width) of them. Returns uint8 [F, height, width, 3]."""
+    """Draw the named frames of a scene, or a window (top, left, height, width) of them. Returns
+    uint8 [F, height, width, 3]."""
     window = window or (0, 0, HEIGHT, WIDTH)
     words = scene.combination
     dx, dy = MOTIONS[words.motion]
     along = torch.tensor([i / (FRAMES - 1) for i in frames]) * scene.travel
-    share = coverage(words.shape, scene.start[0] + dx * along, scene.start[1] + dy * along, scene.radius, window)[..., None]
-    front, back = torch.tensor(OBJECT_COLORS[words.color]), torch.tensor(BACKGROUNDS[words.background])
+    share = coverage(
+        words.shape, scene.start[0] + dx * along, scene.start[1] + dy * along, scene.radius, window
+    )[..., None]
+    front, back = (
+        torch.tensor(OBJECT_COLORS[words.color]),
+        torch.tensor(BACKGROUNDS[words.background]),
+    )
     return (back + share * (front - back)).round().to(torch.uint8)  # [F, height, width, 3]
 
 
@@ -178,11 +217,15 @@ class Verdict:
 
 
 def _nearest_color(rgb):
-    return min(PALETTE, key=lambda name: sum((float(a) - b) ** 2 for a, b in zip(rgb, PALETTE[name], strict=True)))
+    return min(
+        PALETTE,
+        key=lambda name: sum((float(a) - b) ** 2 for a, b in zip(rgb, PALETTE[name], strict=True)),
+    )
 
 
 def _best_shape(mask, center):
-    """Compare a mask [H, W] with every outline redrawn at the same centroid and area. Returns (word, intersection over union)."""
+    """Compare a mask [H, W] with every outline redrawn at the same centroid and area. Returns
+    (word, intersection over union)."""
     area = float(mask.sum())
     margin = int(math.sqrt(area) / 2)  # an outline of this area may reach beyond the mask
     rows, columns = (mask.any(1).nonzero()[[0, -1], 0], mask.any(0).nonzero()[[0, -1], 0])
@@ -199,19 +242,32 @@ def _best_shape(mask, center):
 
 
 def _area(corners):
-    return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True))) / 2
+    return (
+        abs(
+            sum(
+                x0 * y1 - x1 * y0
+                for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True)
+            )
+        )
+        / 2
+    )
 
 
 def judge(frames):
-    """Measure a clip: uint8 [F, H, W, 3] -> Verdict, from the first, middle and last frame, by arithmetic alone.
+    """Measure a clip: uint8 [F, H, W, 3] -> Verdict, from the first, middle and last frame, by
+    arithmetic alone.
 
-    Background: palette colour nearest to the median of the border. Object: pixels further than 55 (RGB) from it, 1 to 50 % of the
-    frame. Colour: palette colour nearest to the object's median. Shape: the outline with the best overlap, at least 0.75, in at
-    least two of three frames. Motion: the axis along which the centroid moves, still below 20 px, none when it moves diagonally.
-    Raises ValueError for another layout or dtype.
+    Background: palette colour nearest to the median of the border. Object: pixels further than 55
+    (RGB) from it, 1 to 50 % of the frame. Colour: palette colour nearest to the object's median.
+    Shape: the outline with the best overlap, at least 0.75, in at least two of three frames.
+    Motion: the axis along which the centroid moves, still below 20 px, none when it moves
+    diagonally. Raises ValueError for another layout or dtype.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
-        raise ValueError(f"judge needs frames uint8 [F, H, W, 3], got {frames.dtype} {tuple(frames.shape)}: convert the clip to 8-bit RGB")
+        raise ValueError(
+            f"judge needs frames uint8 [F, H, W, 3], got {frames.dtype} "
+            f"{tuple(frames.shape)}: convert the clip to 8-bit RGB"
+        )
     chosen = frames[[0, len(frames) // 2, len(frames) - 1]].float()  # [3, H, W, 3]
     sides = (chosen[:, :4], chosen[:, -4:], chosen[:, :, :4], chosen[:, :, -4:])
     border = torch.cat([side.flatten(0, 2) for side in sides])  # [pixels, 3]
@@ -223,12 +279,17 @@ def judge(frames):
         return Verdict("none", "none", "none", background)
     color = _nearest_color(chosen[masks].median(0).values)
     rows, columns = torch.arange(masks.shape[1]) + 0.5, torch.arange(masks.shape[2]) + 0.5
-    centers = [(float((m.sum(0) * columns).sum() / m.sum()), float((m.sum(1) * rows).sum() / m.sum())) for m in masks]
+    centers = [
+        (float((m.sum(0) * columns).sum() / m.sum()), float((m.sum(1) * rows).sum() / m.sum()))
+        for m in masks
+    ]
     seen = [_best_shape(m, c) for m, c in zip(masks, centers, strict=True)]
     shape, votes = Counter(word for word, _ in seen).most_common(1)[0]
     travel = (centers[-1][0] - centers[0][0], centers[-1][1] - centers[0][1])
     overlap = sum(score for _, score in seen) / len(seen)
-    return Verdict(color, shape if votes >= 2 else "none", _direction(travel), background, travel, overlap)
+    return Verdict(
+        color, shape if votes >= 2 else "none", _direction(travel), background, travel, overlap
+    )
 
 
 def _direction(travel):
@@ -237,12 +298,18 @@ def _direction(travel):
         return "still"
     if short > long / 2:
         return "none"
-    return max(MOTIONS, key=lambda word: MOTIONS[word][0] * travel[0] + MOTIONS[word][1] * travel[1])
+    return max(
+        MOTIONS, key=lambda word: MOTIONS[word][0] * travel[0] + MOTIONS[word][1] * travel[1]
+    )
 
 
 def marks(verdict, combination):
-    """Which of the four words a verdict got right: {"color": bool, "shape": ..., "motion": ..., "background": ...}."""
-    return {word: getattr(verdict, word) == getattr(combination, word) for word in ("color", "shape", "motion", "background")}
+    """Which of the four words a verdict got right: {"color": bool, "shape": ..., "motion": ...,
+    "background": ...}."""
+    return {
+        word: getattr(verdict, word) == getattr(combination, word)
+        for word in ("color", "shape", "motion", "background")
+    }
 
 
 def training_scene(index, generator):

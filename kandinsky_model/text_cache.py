@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What text encoders computed, kept on disk: with a prompt that was read before, 16 GB of encoders need not be read again.
+"""What text encoders computed, kept on disk: with a prompt that was read before, 16 GB of encoders
+need not be read again.
 
-An entry is a safetensors file named by the SHA-256 of all that it was computed from. Prompts themselves are not written down.
+An entry is a safetensors file named by the SHA-256 of all that it was computed from. Prompts
+themselves are not written down.
 """
 
 from __future__ import annotations
@@ -29,17 +31,20 @@ _log = logging.getLogger(__name__)
 
 
 class TensorCache:
-    """Named tensors by what they were made from; the least recently used entries go when all together exceed `limit` bytes.
+    """Named tensors by what they were made from; the least recently used entries go when all
+    together exceed `limit` bytes.
 
-    owner: what every entry depends on besides its own wish, as JSON; `identity` says it of an encoder. folder: where the entries lie.
-    A folder that cannot be read or written costs the time to compute, nothing else.
+    owner: what every entry depends on besides its own wish, as JSON; `identity` says it of an
+    encoder. folder: where the entries lie. A folder that cannot be read or written costs the time
+    to compute, nothing else.
     """
 
     def __init__(self, owner, folder: Path | None = None, limit: int = LIMIT_BYTES):
         self.owner, self.folder, self.limit = owner, folder or default_folder(), limit
 
     def remember(self, make: Callable[[], Mapping[str, Tensor]], **wish) -> dict[str, Tensor]:
-        """The CPU tensors kept for `wish`, of JSON values, or else what `make` returns, which is then kept."""
+        """The CPU tensors kept for `wish`, of JSON values, or else what `make` returns, which is
+        then kept."""
         key = json.dumps([self.owner, wish], sort_keys=True)
         path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
         tensors = _read(path)
@@ -58,7 +63,11 @@ class TensorCache:
             _log.info("cannot keep what was computed from this prompt: %s", error)
 
     def _shrink(self) -> None:
-        entries = sorted(((path.stat(), path) for path in self.folder.iterdir()), key=lambda entry: entry[0].st_mtime_ns, reverse=True)
+        entries = sorted(
+            ((path.stat(), path) for path in self.folder.iterdir()),
+            key=lambda entry: entry[0].st_mtime_ns,
+            reverse=True,
+        )
         total = 0
         for stat, path in entries:
             total += stat.st_size
@@ -72,16 +81,23 @@ def default_folder() -> Path:
 
 
 def identity(folders: Iterable[Path], dtype: torch.dtype) -> list:
-    """What the results of an encoder in `folders` depend on: its files by name, size and time, its dtype, and the code that runs it."""
-    files = sorted({path for folder in folders for path in folder.iterdir() if path.suffix in ENCODER_FILES})
+    """What the results of an encoder in `folders` depend on: its files by name, size and time, its
+    dtype, and the code that runs it."""
+    files = sorted(
+        {path for folder in folders for path in folder.iterdir() if path.suffix in ENCODER_FILES}
+    )
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("text*.py")))
     stats = [(path, path.stat()) for path in files]
     try:
         transformers = version("transformers")
     except PackageNotFoundError:
         transformers = None
-    return [[[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats], str(dtype), hashlib.sha256(sources).hexdigest(),
-            transformers]
+    return [
+        [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+        str(dtype),
+        hashlib.sha256(sources).hexdigest(),
+        transformers,
+    ]
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

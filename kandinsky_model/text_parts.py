@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the released checkpoints' text encoders, each read from its folder when it is first asked for."""
+"""The parts of the released checkpoints' text encoders, each read from its folder when it is first
+asked for."""
 
 from __future__ import annotations
 
@@ -23,17 +24,22 @@ _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 class Parts:
-    """Qwen2.5-VL in its pieces, a CLIP text model, and what prepares their inputs, from the folders that `locate.Sources` names.
+    """Qwen2.5-VL in its pieces, a CLIP text model, and what prepares their inputs, from the folders
+    that `locate.Sources` names.
 
-    Only the headers of the weights are read before a part is asked for. Each network is strict about missing tensors, silent about
-    those of the other parts, in eval mode and without gradients; Qwen's are of `dtype`, CLIP's of fp32.
-    Raises RuntimeError without transformers, ValueError or OSError for weights that are damaged or not all there.
+    Only the headers of the weights are read before a part is asked for. Each network is strict
+    about missing tensors, silent about those of the other parts, in eval mode and without
+    gradients; Qwen's are of `dtype`, CLIP's of fp32. Raises RuntimeError without transformers,
+    ValueError or OSError for weights that are damaged or not all there.
     """
 
     def __init__(self, sources, dtype: torch.dtype = torch.float32):
         if find_spec("transformers") is None:
-            raise RuntimeError("this checkpoint's text encoders require transformers >= 4.57, which is not installed; "
-                               "pip install 'kandinsky-kernels[text]'")
+            raise RuntimeError(
+                "this checkpoint's text encoders require transformers >= 4.57, "
+                "which is not installed; "
+                "pip install 'kandinsky-kernels[text]'"
+            )
         self.sources, self.dtype = sources, dtype
         self._entries = read_headers(find_weights(sources.text_encoder, "text_encoder")[0])
         self._clip_entries = read_headers(find_weights(sources.text_encoder_2, "text_encoder_2")[0])
@@ -41,48 +47,89 @@ class Parts:
     @property
     def folders(self) -> list[Path]:
         sources = self.sources
-        return [sources.text_encoder, sources.tokenizer, sources.text_encoder_2, sources.tokenizer_2]
+        return [
+            sources.text_encoder,
+            sources.tokenizer,
+            sources.text_encoder_2,
+            sources.tokenizer_2,
+        ]
 
     def weigh(self, vision: bool = False, head: bool = False) -> Weights:
-        """Bytes of language model and CLIP, and of more on demand, as they will be once they are read."""
+        """Bytes of language model and CLIP, and of more on demand, as they will be once they are
+        read."""
         layers, parts = Counter(), Counter()
         for name, entry in self._entries.items():
-            part = "vision" if "visual." in name else "head" if name == HEAD else "table" if "embed_tokens" in name else "rest"
+            part = (
+                "vision"
+                if "visual." in name
+                else "head"
+                if name == HEAD
+                else "table"
+                if "embed_tokens" in name
+                else "rest"
+            )
             layer = _LAYER.search(name) if part == "rest" else None
-            (layers if layer else parts)[int(layer[1]) if layer else part] += math.prod(entry.shape) * self.dtype.itemsize
-        clip = sum(math.prod(entry.shape) for entry in self._clip_entries.values()) * CLIP_DTYPE.itemsize
-        rest = parts["rest"] + clip + vision * parts["vision"] + head * (parts["head"] or parts["table"])
+            (layers if layer else parts)[int(layer[1]) if layer else part] += (
+                math.prod(entry.shape) * self.dtype.itemsize
+            )
+        clip = (
+            sum(math.prod(entry.shape) for entry in self._clip_entries.values())
+            * CLIP_DTYPE.itemsize
+        )
+        rest = (
+            parts["rest"]
+            + clip
+            + vision * parts["vision"]
+            + head * (parts["head"] or parts["table"])
+        )
         return Weights(tuple(layers[i] for i in sorted(layers)), parts["table"], rest)
 
     @cached_property
     def language(self) -> nn.Module:
-        """Token embeddings, decoder layers and final norm, without the output head. `once`: the table, for `offload`."""
+        """Token embeddings, decoder layers and final norm, without the output head. `once`: the
+        table, for `offload`."""
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-        language = _from_folder(Qwen2_5_VLTextModel, self.sources.text_encoder, self.dtype, config=self._config.text_config,
-                                key_mapping={r"^model\.language_model\.": "model."})
+        language = _from_folder(
+            Qwen2_5_VLTextModel,
+            self.sources.text_encoder,
+            self.dtype,
+            config=self._config.text_config,
+            key_mapping={r"^model\.language_model\.": "model."},
+        )
         language.once = [language.embed_tokens]
         return language
 
     @cached_property
     def vision(self) -> nn.Module:
         """The vision tower: patches to features of the language model's width."""
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+            Qwen2_5_VisionTransformerPretrainedModel,
+        )
 
-        return _from_folder(Qwen2_5_VisionTransformerPretrainedModel, self.sources.text_encoder, self.dtype,
-                            config=self._config.vision_config, key_mapping={r"^(model\.)?visual\.": "model."})
+        return _from_folder(
+            Qwen2_5_VisionTransformerPretrainedModel,
+            self.sources.text_encoder,
+            self.dtype,
+            config=self._config.vision_config,
+            key_mapping={r"^(model\.)?visual\.": "model."},
+        )
 
     @cached_property
     def head(self) -> nn.Linear:
-        """Hidden states to logits of tokens: a tensor of its own, or the token embeddings where the checkpoint ties the two."""
+        """Hidden states to logits of tokens: a tensor of its own, or the token embeddings where the
+        checkpoint ties the two."""
         if HEAD in self._entries:
             with safe_open(self._entries[HEAD].path, framework="pt") as file:
                 weight = nn.Parameter(file.get_tensor(HEAD).to(self.dtype), requires_grad=False)
         elif self._config.tie_word_embeddings:
             weight = self.language.embed_tokens.weight
         else:
-            raise ValueError(f"expanding a prompt needs the head of the language model, but {self.sources.text_encoder} holds no {HEAD}; "
-                             "download it again")
+            raise ValueError(
+                "expanding a prompt needs the head of the language model, but "
+                f"{self.sources.text_encoder} holds no {HEAD}; "
+                "download it again"
+            )
         with torch.device("meta"):
             head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         head.weight = weight
@@ -118,13 +165,28 @@ class Parts:
 
 
 def _from_folder(kind: type, folder: Path, dtype: torch.dtype, **options) -> nn.Module:
-    """`kind.from_pretrained`, strict about missing tensors and silent about those of other parts."""
-    # The subclass keeps name and module, because transformers >= 5 picks its renaming of old tensor names by them.
-    kind = type(kind.__name__, (kind,), {"_keys_to_ignore_on_load_unexpected": [""], "__module__": kind.__module__})
-    model, report = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
-                                         **options)
+    """`kind.from_pretrained`, strict about missing tensors and silent about those of other
+    parts."""
+    # The subclass keeps name and module, because transformers >= 5 picks its renaming of old tensor
+    # names by them.
+    kind = type(
+        kind.__name__,
+        (kind,),
+        {"_keys_to_ignore_on_load_unexpected": [""], "__module__": kind.__module__},
+    )
+    model, report = kind.from_pretrained(
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ValueError(f"the text encoder in {folder} must be complete, but {len(missing)} tensors are missing, {missing[0]} first; "
-                         "download it again")
+        raise ValueError(
+            f"the text encoder in {folder} must be complete, but {len(missing)} "
+            f"tensors are missing, {missing[0]} first; "
+            "download it again"
+        )
     return model.eval().requires_grad_(False)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every training here shares: the optimizer, the clock, the averaged copy of the weights, the choice of arithmetic."""
+"""What every training here shares: the optimizer, the clock, the averaged copy of the weights, the
+choice of arithmetic."""
 
 import contextlib
 import copy
@@ -17,9 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 def orthogonalize(matrices):
-    """The orthogonal matrix nearest to each of [..., R, C], roughly: five Newton-Schulz steps (K. Jordan's quintic, 2024) in bf16.
+    """The orthogonal matrix nearest to each of [..., R, C], roughly: five Newton-Schulz steps (K.
+    Jordan's quintic, 2024) in bf16.
 
-    Singular values come out between about 0.7 and 1.2, whatever they were; that is accurate enough for a step direction.
+    Singular values come out between about 0.7 and 1.2, whatever they were; that is accurate enough
+    for a step direction.
     """
     x = matrices.bfloat16()
     wide = x.shape[-2] > x.shape[-1]
@@ -34,10 +37,11 @@ def orthogonalize(matrices):
 class Optimizer:
     """Orthogonalised momentum (Muon) for the matrices of a module, AdamW for everything else.
 
-    On flat pictures neighbouring inputs are equal, so elementwise steps of all weights add up in a few directions and blow up; an
-    orthogonal step moves every direction alike. It is scaled by 0.2 sqrt(max(R, C)), the root mean square of an AdamW step, so one
-    learning rate serves both; `boost` lengthens it for the matrices alone. Convolution kernels count as matrices [out, in * taps].
-    Embeddings are tables, not matrices.
+    On flat pictures neighbouring inputs are equal, so elementwise steps of all weights add up in a
+    few directions and blow up; an orthogonal step moves every direction alike. It is scaled by 0.2
+    sqrt(max(R, C)), the root mean square of an AdamW step, so one learning rate serves both;
+    `boost` lengthens it for the matrices alone. Convolution kernels count as matrices [out, in *
+    taps]. Embeddings are tables, not matrices.
     """
 
     def __init__(self, module, momentum=0.95, decay=0.01, boost=1.0):
@@ -45,12 +49,15 @@ class Optimizer:
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in tables]
         known = {id(p) for p in self.matrices}
-        self.adam = torch.optim.AdamW([p for p in parameters if id(p) not in known], betas=(0.9, 0.98), weight_decay=0.0)
+        self.adam = torch.optim.AdamW(
+            [p for p in parameters if id(p) not in known], betas=(0.9, 0.98), weight_decay=0.0
+        )
         self.momentum, self.decay, self.boost, self.parameters = momentum, decay, boost, parameters
         self.velocity = [torch.zeros_like(p) for p in self.matrices]
 
     def step(self, loss, rate, clip=1.0):
-        """One step down `loss` with learning rate `rate`; gradients are clipped to norm `clip` together."""
+        """One step down `loss` with learning rate `rate`; gradients are clipped to norm `clip`
+        together."""
         for parameter in self.parameters:
             parameter.grad = None
         loss.backward()
@@ -77,7 +84,8 @@ class Optimizer:
 
 
 class Clock:
-    """Progress 0..1 of a stage: steps done, or minutes used where a limit is given, whichever is further. Keeps the log of losses."""
+    """Progress 0..1 of a stage: steps done, or minutes used where a limit is given, whichever is
+    further. Keeps the log of losses."""
 
     def __init__(self, steps, minutes=None):
         self.steps, self.minutes, self.started, self.losses = steps, minutes, time.time(), []
@@ -92,16 +100,26 @@ class Clock:
 
     def rate(self, step, peak, warmup=50):
         """Linear warm-up, then a cosine to zero."""
-        return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * self.progress(step)))
+        return (
+            peak
+            * min(1.0, (step + 1) / warmup)
+            * 0.5
+            * (1 + math.cos(math.pi * self.progress(step)))
+        )
 
     def record(self, step, **losses):
-        entry = {"step": step, "seconds": round(self.seconds, 1), **{name: round(value, 5) for name, value in losses.items()}}
+        entry = {
+            "step": step,
+            "seconds": round(self.seconds, 1),
+            **{name: round(value, 5) for name, value in losses.items()},
+        }
         self.losses.append(entry)
         logger.info("%s", "  ".join(f"{name} {value:g}" for name, value in entry.items()))
 
 
 class Average:
-    """Exponential moving average of a module's parameters, kept in a copy of it; short at first, so that the start is forgotten."""
+    """Exponential moving average of a module's parameters, kept in a copy of it; short at first, so
+    that the start is forgotten."""
 
     def __init__(self, module, decay):
         self.module, self.decay = copy.deepcopy(module).requires_grad_(False).eval(), decay
@@ -119,11 +137,13 @@ def average_into(mine, theirs, decay, step):
 
 @contextlib.contextmanager
 def short_attention(device):
-    """On the CPU, dense attention as two matrix products: its fused kernel is slow backwards over a few hundred tokens."""
+    """On the CPU, dense attention as two matrix products: its fused kernel is slow backwards over a
+    few hundred tokens."""
     if torch.device(device).type != "cpu":
         yield
         return
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # governs the CPU's products too
+    # governs the CPU's products too
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     try:
         with sdpa_kernel(SDPBackend.MATH):
@@ -133,7 +153,8 @@ def short_attention(device):
 
 
 def training_dtype(device="cpu"):
-    """bf16 on a GPU, and where this CPU multiplies bf16 matrices faster than fp32 ones (AVX512-BF16, AMX): measured, not looked up."""
+    """bf16 on a GPU, and where this CPU multiplies bf16 matrices faster than fp32 ones
+    (AVX512-BF16, AMX): measured, not looked up."""
     if torch.device(device).type != "cpu":
         return torch.bfloat16
     seconds = {}
@@ -150,6 +171,18 @@ def machine():
     """The machine's record for the training log."""
     model, info = platform.processor(), Path("/proc/cpuinfo")
     if info.is_file():
-        model = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), model)
-    return {"cpu": model, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-            "arithmetic": str(training_dtype()).removeprefix("torch.")}
+        model = next(
+            (
+                line.split(":", 1)[1].strip()
+                for line in info.read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            model,
+        )
+    return {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "arithmetic": str(training_dtype()).removeprefix("torch."),
+    }

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training reads of its data: latents and embedded captions, computed once and kept as safetensors.
+"""What training reads of its data: latents and embedded captions, computed once and kept as
+safetensors.
 
-Every entry is a file named by the SHA-256 of all that it was computed from, written beside its place and renamed: it is whole or absent.
+Every entry is a file named by the SHA-256 of all that it was computed from, written beside its
+place and renamed: it is whole or absent.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -28,14 +31,16 @@ from .vae import HunyuanVideoVAE
 from .video import replacing
 from .weights import read_headers
 
-LATENT_DTYPE = torch.float16  # latents lie within +-10 or so, where this keeps 11 bits of them and bf16 would keep 8
+# latents lie within +-10 or so, where this keeps 11 bits of them and bf16 would keep 8
+LATENT_DTYPE = torch.float16
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be made of a folder. sizes: (height, width) in pixels; lengths: in frames, 4k + 1; trigger: words before every caption;
+    """What is to be made of a folder. sizes: (height, width) in pixels; lengths: in frames, 4k + 1;
+    trigger: words before every caption;
     null: what stands for no prompt."""
 
     sizes: tuple[tuple[int, int], ...]
@@ -46,8 +51,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Sample:
-    """One thing to train on, as files: latents [T, h, w, C], scaled as the transformer sees them, with those of the picture before an edit
-    as `source`; `text` and `null`: embeds [L, Dt] and pooled [Dp] of its caption and of no prompt."""
+    """One thing to train on, as files: latents [T, h, w, C], scaled as the transformer sees them,
+    with those of the picture before an edit as `source`; `text` and `null`: embeds [L, Dt] and
+    pooled [Dp] of its caption and of no prompt."""
 
     name: str
     caption: str
@@ -58,29 +64,54 @@ class Sample:
 
 
 class Cache:
-    """The entries in `folder` for one model. device, dtype: where and in what its VAE and text encoders compute, within `memory_budget`."""
+    """The entries in `folder` for one model. device, dtype: where and in what its VAE and text
+    encoders compute, within `memory_budget`."""
 
-    def __init__(self, folder: Path, sources: Sources, wanted: Wanted, device: torch.device, dtype: torch.dtype,
-                 memory_budget: int | None = None):
-        self.folder, self.sources, self.wanted, self.device, self.dtype = folder, sources, wanted, device, dtype
+    def __init__(
+        self,
+        folder: Path,
+        sources: Sources,
+        wanted: Wanted,
+        device: torch.device,
+        dtype: torch.dtype,
+        memory_budget: int | None = None,
+    ):
+        self.folder, self.sources, self.wanted, self.device, self.dtype = (
+            folder,
+            sources,
+            wanted,
+            device,
+            dtype,
+        )
         self.budget = free_bytes(device) if memory_budget is None else memory_budget
         encoders = [place for place in (sources.text_encoder, sources.text_encoder_2) if place]
-        self.owners = {"latents": identity([sources.vae], dtype)[:2], "text": identity(encoders, dtype)}
+        self.owners = {
+            "latents": identity([sources.vae], dtype)[:2],
+            "text": identity(encoders, dtype),
+        }
 
     def fill(self, items: Sequence[Item], bad: Bad) -> None:
-        """Compute and write what is missing for `items`: first latents, then embeddings of those that have latents.
+        """Compute and write what is missing for `items`: first latents, then embeddings of those
+        that have latents.
 
         Raises what `bad` makes of bad data, and OSError where the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OSError(f"the cache {self.folder} must be a folder that can be written, got {error}; choose another") from None
+            raise OSError(
+                f"the cache {self.folder} must be a folder that can be written, got "
+                f"{error}; choose another"
+            ) from None
         missing = [item for item in items if not _is_whole(self._latents(item))]
         if missing:
             self._fill_latents(missing, bad)
         found = [item for item in items if _is_whole(self._latents(item))]
-        texts = {self._text(item, prompt): (item, prompt) for item in found for prompt in (self._caption(item), self.wanted.null)}
+        texts = {
+            self._text(item, prompt): (item, prompt)
+            for item in found
+            for prompt in (self._caption(item), self.wanted.null)
+        }
         texts = {path: wish for path, wish in texts.items() if not _is_whole(path)}
         if texts:
             self._fill_texts(texts)
@@ -102,11 +133,15 @@ class Cache:
 
     def _kind(self, item: Item) -> str:
         """What the text encoder is told; known once the latents are there."""
-        return KINDS.get(self.sources.preset.task) or ("video" if _shape(self._latents(item))[0] > 1 else "image")
+        return KINDS.get(self.sources.preset.task) or (
+            "video" if _shape(self._latents(item))[0] > 1 else "image"
+        )
 
     def _latents(self, item: Item) -> Path:
         files = [_stat(path) for path in (item.path, item.source) if path]
-        return self._path("latents", files, self.wanted.sizes, self.wanted.lengths, self.sources.preset.fps)
+        return self._path(
+            "latents", files, self.wanted.sizes, self.wanted.lengths, self.sources.preset.fps
+        )
 
     def _text(self, item: Item, prompt: str) -> Path:
         seen = [_stat(item.source), _shape(self._latents(item))] if item.source else None
@@ -118,7 +153,9 @@ class Cache:
 
     @torch.no_grad()
     def _fill_latents(self, items: Sequence[Item], bad: Bad) -> None:
-        vae = Kandinsky5.from_sources(replace(self.sources, dit=None, text_encoder=None), self.device, self.dtype).vae.to(self.device)
+        vae = Kandinsky5.from_sources(
+            replace(self.sources, dit=None, text_encoder=None), self.device, self.dtype
+        ).vae.to(self.device)
         left = None if self.budget is None else self.budget - Weights.of(vae).total
         limits = {"memory_budget": left} if isinstance(vae, HunyuanVideoVAE) else {}
         preset, wanted = self.sources.preset, self.wanted
@@ -134,8 +171,15 @@ class Cache:
                 if item.source:
                     tensors["source"] = encode(read_source(item, video.shape[2:])[:, None])
                 self._write(self._latents(item), tensors)
-                _log.info("encoded %s, %d frames of %dx%d, %d of %d", item.path.name, video.shape[1], video.shape[3], video.shape[2],
-                          number, len(items))
+                _log.info(
+                    "encoded %s, %d frames of %dx%d, %d of %d",
+                    item.path.name,
+                    video.shape[1],
+                    video.shape[3],
+                    video.shape[2],
+                    number,
+                    len(items),
+                )
 
     def _fill_texts(self, texts: dict[Path, tuple[Item, str]]) -> None:
         sources = replace(self.sources, dit=None, vae=None)
@@ -143,34 +187,51 @@ class Cache:
         with self._placed(encoder) as text, torch.no_grad():
             for path, (item, prompt) in texts.items():
                 _, height, width = _shape(self._latents(item))
-                seen = {"images": [read_source(item, (8 * height, 8 * width))]} if item.source else {}
+                seen = (
+                    {"images": [read_source(item, (8 * height, 8 * width))]} if item.source else {}
+                )
                 made = text.encode([prompt], self._kind(item), **seen)
-                self._write(path, {"embeds": made.embeds[0, : made.lengths[0]], "pooled": made.pooled[0]})
+                self._write(
+                    path, {"embeds": made.embeds[0, : made.lengths[0]], "pooled": made.pooled[0]}
+                )
         _log.info("embedded %d prompts", len(texts))
 
     @contextmanager
     def _placed(self, text: nn.Module) -> Iterator[nn.Module]:
         """The text encoder on the device, streamed where it does not fit."""
-        weights = text.weigh(vision=self.sources.preset.task == "i2i") if hasattr(text, "weigh") else Weights.of(text)
+        weights = (
+            text.weigh(vision=self.sources.preset.task == "i2i")
+            if hasattr(text, "weigh")
+            else Weights.of(text)
+        )
         ways = list(text_ways(weights))
         if self.budget is None or ways[0].peak_bytes <= self.budget:
             yield text.to(self.device)
             return
         way = next((way for way in ways if way.peak_bytes <= self.budget), ways[-1])
-        with (LateOffload if hasattr(text, "placing") else Offload)(text, self.device).on_device(way.resident) as placed:
+        with (LateOffload if hasattr(text, "placing") else Offload)(text, self.device).on_device(
+            way.resident
+        ) as placed:
             yield placed
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         try:
             with replacing(path) as target:
-                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, target)
+                save_file(
+                    {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, target
+                )
         except (OSError, SafetensorError) as error:
-            raise OSError(f"the cache must have room for latents and embeddings, but writing to {self.folder} gave {error}; make room or "
-                          "choose another folder, and start again: what is there is whole and will be used") from None
+            raise OSError(
+                "the cache must have room for latents and embeddings, but writing to "
+                f"{self.folder} gave {error}; make room or "
+                "choose another folder, and start again: what is there is whole and "
+                "will be used"
+            ) from None
 
 
 def load(path: Path) -> dict[str, Tensor]:
-    """The tensors of an entry, on the CPU, copied: libraries round differently by where in a line of the cache a tensor begins."""
+    """The tensors of an entry, on the CPU, copied: libraries round differently by where in a line
+    of the cache a tensor begins."""
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of clips and pictures with captions, as training wants it: found, checked, cut to sizes and lengths.
+"""A folder of clips and pictures with captions, as training wants it: found, checked, cut to sizes
+and lengths.
 
-Beside `walk.mp4` lies its caption, `walk.txt`; or a file `captions.jsonl` has lines {"file": "walk.mp4", "caption": "..."}. For editing
-checkpoints `walk.png` is the result, `walk.source.png` the picture before, and the caption the wish.
+Beside `walk.mp4` lies its caption, `walk.txt`; or a file `captions.jsonl` has lines {"file":
+"walk.mp4", "caption": "..."}. For editing checkpoints `walk.png` is the result, `walk.source.png`
+the picture before, and the caption the wish.
 """
+
 from __future__ import annotations
 
 import json
@@ -32,14 +35,18 @@ class BadData(ValueError):
 
 @dataclass
 class Bad:
-    """What happens to files that cannot be trained on: "stop" raises ValueError with the first, "skip" warns and goes on without it."""
+    """What happens to files that cannot be trained on: "stop" raises ValueError with the first,
+    "skip" warns and goes on without it."""
 
     policy: str = "stop"
     skipped: dict[str, str] = field(default_factory=dict)  # file name -> why
 
     def __post_init__(self):
         if self.policy not in POLICIES:
-            raise ValueError(f"bad data can {' or '.join(POLICIES)} the training, got {self.policy!r}; choose one of them")
+            raise ValueError(
+                f"bad data can {' or '.join(POLICIES)} the training, got "
+                f"{self.policy!r}; choose one of them"
+            )
 
     @contextmanager
     def among(self, path: Path) -> Iterator[None]:
@@ -48,7 +55,10 @@ class Bad:
             yield
         except BadData as error:
             if self.policy == "stop":
-                raise ValueError(f"{path} cannot be trained on: {error}; mend or remove it, or skip such with --bad-data skip") from None
+                raise ValueError(
+                    f"{path} cannot be trained on: {error}; mend or remove it, or "
+                    "skip such with --bad-data skip"
+                ) from None
             self.skipped[path.name] = str(error)
             _log.warning("skipped %s: %s", path, error)
 
@@ -67,25 +77,42 @@ class Item:
 
 
 def find_items(folder: Path, bad: Bad, edits: bool = False) -> list[Item]:
-    """All clips and pictures of `folder` in the order of their names, each with its caption. Folders inside it are not searched.
+    """All clips and pictures of `folder` in the order of their names, each with its caption.
+    Folders inside it are not searched.
 
     Raises FileNotFoundError without the folder, ValueError where it holds nothing to train on.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"training data are a folder of clips or pictures with captions, but {folder} is none; check the path")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in CLIPS + PICTURES and not path.name.startswith("."))
-    sources = {path.name.split(".source.")[0]: path for path in files if ".source." in path.name} if edits else {}
+        raise FileNotFoundError(
+            "training data are a folder of clips or pictures with captions, "
+            f"but {folder} is none; check the path"
+        )
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in CLIPS + PICTURES and not path.name.startswith(".")
+    )
+    sources = (
+        {path.name.split(".source.")[0]: path for path in files if ".source." in path.name}
+        if edits
+        else {}
+    )
     captions, items = _captions(folder / CAPTIONS), []
     for path in files:
         if path in sources.values():
             continue
         with bad.among(path):
             if edits and path.stem not in sources:
-                raise BadData(f"the picture before the edit is missing, {path.stem}.source{path.suffix}")
+                raise BadData(
+                    f"the picture before the edit is missing, {path.stem}.source{path.suffix}"
+                )
             items.append(Item(path, _caption(path, captions), sources.get(path.stem)))
     if not items:
-        raise ValueError(f"{folder} must hold clips ({', '.join(CLIPS)}) or pictures ({', '.join(PICTURES)}) with captions, got none that "
-                         f"can be used of {len(files)}; add some")
+        raise ValueError(
+            f"{folder} must hold clips ({', '.join(CLIPS)}) or pictures "
+            f"({', '.join(PICTURES)}) with captions, got none that "
+            f"can be used of {len(files)}; add some"
+        )
     return items
 
 
@@ -99,15 +126,20 @@ def _captions(path: Path) -> dict[str, str]:
                 entry = json.loads(line)
                 captions[entry["file"]] = entry["caption"]
         except (ValueError, LookupError, TypeError):
-            raise ValueError(f'line {number} of {path} must be like {{"file": "walk.mp4", "caption": "..."}}, got {line[:80]!r}; '
-                             "correct it") from None
+            raise ValueError(
+                f"line {number} of {path} must be like "
+                f'{{"file": "walk.mp4", "caption": "..."}}, got {line[:80]!r}; '
+                "correct it"
+            ) from None
     return captions
 
 
 def _caption(path: Path, captions: dict[str, str]) -> str:
     beside = path.with_suffix(".txt")
     try:
-        caption = beside.read_text(encoding="utf-8") if beside.is_file() else captions.get(path.name)
+        caption = (
+            beside.read_text(encoding="utf-8") if beside.is_file() else captions.get(path.name)
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise BadData(f"its caption {beside.name} cannot be read ({error})") from None
     if not isinstance(caption, str) or not caption.strip():
@@ -116,15 +148,28 @@ def _caption(path: Path, captions: dict[str, str]) -> str:
 
 
 def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The one of `sizes` (height, width) whose shape is nearest, by the ratio of its sides' ratio to the given one."""
-    return min(sizes, key=lambda size: max(size[0] * width / (size[1] * height), size[1] * height / (size[0] * width)))
+    """The one of `sizes` (height, width) whose shape is nearest, by the ratio of its sides' ratio
+    to the given one."""
+    return min(
+        sizes,
+        key=lambda size: max(
+            size[0] * width / (size[1] * height), size[1] * height / (size[0] * width)
+        ),
+    )
 
 
-def read_item(item: Item, sizes: Sequence[tuple[int, int]], lengths: Sequence[int], fps: int) -> Tensor:
-    """uint8 [3, F, H, W]: the first frames of the clip, as many as the longest of `lengths` that it has, or the picture; cut to the middle
-    of the shape of the nearest of `sizes`, and scaled to it. Raises BadData.
+def read_item(
+    item: Item, sizes: Sequence[tuple[int, int]], lengths: Sequence[int], fps: int
+) -> Tensor:
+    """uint8 [3, F, H, W]: the first frames of the clip, as many as the longest of `lengths` that it
+    has, or the picture; cut to the middle of the shape of the nearest of `sizes`, and scaled to it.
+    Raises BadData.
     """
-    frames = read_clip(item.path, fps, max(lengths), sizes) if item.is_clip else [_fitted(_picture(item.path), sizes)]
+    frames = (
+        read_clip(item.path, fps, max(lengths), sizes)
+        if item.is_clip
+        else [_fitted(_picture(item.path), sizes)]
+    )
     fitting = [length for length in lengths if length <= len(frames)]
     if not fitting:
         what = f"has {len(frames)} frames at {fps} per second" if item.is_clip else "is a picture"
@@ -153,9 +198,11 @@ def _fitted(image: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def read_clip(path: Path, fps: int, most: int, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """At most `most` frames uint8 [3, H, W] of a clip at `fps` frames per second, all of the size that fits the first one.
+    """At most `most` frames uint8 [3, H, W] of a clip at `fps` frames per second, all of the size
+    that fits the first one.
 
-    A frame is the one on screen in the middle of its interval, whatever the clip's own rate is. Raises BadData.
+    A frame is the one on screen in the middle of its interval, whatever the clip's own rate is.
+    Raises BadData.
     """
     import av
 
@@ -173,14 +220,17 @@ def read_clip(path: Path, fps: int, most: int, sizes: Sequence[tuple[int, int]])
                 if len(frames) == most:
                     break
     except (av.error.FFmpegError, OSError) as error:
-        raise BadData(f"it cannot be decoded after {len(frames)} frames ({error.strerror or error})") from None
+        raise BadData(
+            f"it cannot be decoded after {len(frames)} frames ({error.strerror or error})"
+        ) from None
     if not frames:
         raise BadData("it cannot be decoded: there is not one frame")
     return frames
 
 
 def _shown(container) -> Iterator[tuple[object, float]]:
-    """Each frame of the first video stream, and the time in seconds after the first one until which it is on screen."""
+    """Each frame of the first video stream, and the time in seconds after the first one until which
+    it is on screen."""
     stream = container.streams.video[0]
     length = 1 / float(stream.average_rate or stream.guessed_rate or 24)
     before = first = None
@@ -197,6 +247,7 @@ def _shown(container) -> Iterator[tuple[object, float]]:
 
 
 def _upright(frame) -> Tensor:
-    """uint8 [3, H, W], turned as the camera was held: PyAV's angle is in degrees and counterclockwise, as rot90 turns."""
+    """uint8 [3, H, W], turned as the camera was held: PyAV's angle is in degrees and
+    counterclockwise, as rot90 turns."""
     pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
     return torch.rot90(pixels, round(frame.rotation / 90), (1, 2))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training of all weights leaves: a model's folder, its transformer written, its other parts links to those it was trained with."""
+"""What a training of all weights leaves: a model's folder, its transformer written, its other parts
+links to those it was trained with."""
+
 from __future__ import annotations
 
 import logging
@@ -19,10 +21,22 @@ PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _log = logging.getLogger(__name__)
 
 
-def save_model(folder: Path, dit: DiffusionTransformer3D, weights: Mapping[str, Tensor], sources: Sources, dtype: torch.dtype) -> None:
-    """Write `weights`, in the dtypes of a released checkpoint, as a folder that loads like one. Parts that exist there stay."""
-    tensors = {name: cast(name, tensor.detach(), dtype).cpu().contiguous() for name, tensor in weights.items()}
-    config = dit_config_json(dit.config, sources.preset.nabla, None) | {PRESET_KEY: sources.preset.name}
+def save_model(
+    folder: Path,
+    dit: DiffusionTransformer3D,
+    weights: Mapping[str, Tensor],
+    sources: Sources,
+    dtype: torch.dtype,
+) -> None:
+    """Write `weights`, in the dtypes of a released checkpoint, as a folder that loads like one.
+    Parts that exist there stay."""
+    tensors = {
+        name: cast(name, tensor.detach(), dtype).cpu().contiguous()
+        for name, tensor in weights.items()
+    }
+    config = dit_config_json(dit.config, sources.preset.nabla, None) | {
+        PRESET_KEY: sources.preset.name
+    }
     save_tensors(tensors, folder / "transformer", config)
     for name in PARTS:
         source, place = getattr(sources, name), folder / name
@@ -31,4 +45,10 @@ def save_model(folder: Path, dit: DiffusionTransformer3D, weights: Mapping[str, 
         try:
             os.symlink(source.resolve(), place, target_is_directory=True)
         except OSError as error:
-            _log.warning("the model needs its %s, but no link to %s can be made (%s); copy it to %s", name, source, error, place)
+            _log.warning(
+                "the model needs its %s, but no link to %s can be made (%s); copy it to %s",
+                name,
+                source,
+                error,
+                place,
+            )

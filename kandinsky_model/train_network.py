@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transformer as training runs it: visual blocks are computed again for their gradients, and their weights may be streamed.
+"""The transformer as training runs it: visual blocks are computed again for their gradients, and
+their weights may be streamed.
 
-Between the forward and the backward pass a block keeps nothing but its input, on the device or in host memory. Its backward computes
-self-attention again for all tokens, and all else for some tokens at a time, so that the wide activations never exist together. While it
-lasts the block's weights stay where they are: that is why this is no job for PyTorch's checkpointing, which would have let them go.
+Between the forward and the backward pass a block keeps nothing but its input, on the device or in
+host memory. Its backward computes self-attention again for all tokens, and all else for some tokens
+at a time, so that the wide activations never exist together. While it lasts the block's weights
+stay where they are: that is why this is no job for PyTorch's checkpointing, which would have let
+them go.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -23,9 +27,9 @@ from .plan import Plan
 
 @dataclass(frozen=True)
 class Way:
-    """How a pass is computed. checkpoint: blocks are computed again, else everything is kept. host: what they begin with waits in host
-    memory. resident: how many visual blocks stay on the device, the others being streamed; None: all. tokens: at a time, of all samples
-    together."""
+    """How a pass is computed. checkpoint: blocks are computed again, else everything is kept. host:
+    what they begin with waits in host memory. resident: how many visual blocks stay on the device,
+    the others being streamed; None: all. tokens: at a time, of all samples together."""
 
     checkpoint: bool = True
     host: bool = False
@@ -34,15 +38,18 @@ class Way:
 
 
 class TrainNetwork:
-    """Called as the transformer is, with the same result: see `DiffusionTransformer3D.forward`. The transformer moves to `device`.
+    """Called as the transformer is, with the same result: see `DiffusionTransformer3D.forward`. The
+    transformer moves to `device`.
 
-    Streamed weights are frozen ones. Adapters that are trained are on the device before and stay there.
+    Streamed weights are frozen ones. Adapters that are trained are on the device before and stay
+    there.
     """
 
     def __init__(self, dit: DiffusionTransformer3D, device: torch.device, way: Way = Way()):
         self.dit, self.device, self.way = dit, device, way
         self.blocks = list(dit.visual_transformer_blocks)
-        self.anchor = torch.zeros((), device=device, requires_grad=True)  # lets autograd record blocks whose inputs need no gradient
+        # lets autograd record blocks whose inputs need no gradient
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.inputs: dict[int, Tensor] = {}  # of blocks, in host memory
         self.streamed, self.stream = {}, None
         if way.resident is None or way.resident >= len(self.blocks):
@@ -58,7 +65,8 @@ class TrainNetwork:
         return self.dit.modulate(time, pooled)
 
     def _stream(self, resident: int) -> None:
-        """Bring to the device what stays there, and let the other blocks take turns. Modulations are computed in host memory."""
+        """Bring to the device what stays there, and let the other blocks take turns. Modulations
+        are computed in host memory."""
         pinned = self.device.type == "cuda"
         chosen = streamed_layers(len(self.blocks), resident)
         self.streamed = {i: place for place, i in enumerate(chosen)}
@@ -75,7 +83,8 @@ class TrainNetwork:
 
     @contextmanager
     def placed(self, i: int, step: int) -> Iterator[nn.Module]:
-        """Block i with its weights on the device; meanwhile the next streamed one in the direction of `step` is fetched."""
+        """Block i with its weights on the device; meanwhile the next streamed one in the direction
+        of `step` is fetched."""
         if i not in self.streamed:
             yield self.blocks[i]
             return
@@ -86,15 +95,27 @@ class TrainNetwork:
         finally:
             self.stream.leave()
 
-    def __call__(self, x: Tensor, text: Tensor, pooled: Tensor, time: Tensor, plan: Plan, text_lengths: Tensor | None = None,
-                 modulations: Modulations | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        time: Tensor,
+        plan: Plan,
+        text_lengths: Tensor | None = None,
+        modulations: Modulations | None = None,
+    ) -> Tensor:
         if not self.way.checkpoint:
             return self.dit(x, text, pooled, time, plan, text_lengths, modulations)
-        modulations = self.dit.modulate(time[None], pooled).step(0) if modulations is None else modulations
+        modulations = (
+            self.dit.modulate(time[None], pooled).step(0) if modulations is None else modulations
+        )
         x, text, key_mask = self.dit.begin(x, text, plan, text_lengths, modulations)
         recorded = torch.is_grad_enabled()
         for i in range(len(self.blocks)):
-            x = _Block.apply(self.anchor, self, i, (plan, key_mask, recorded), x, text, *modulations.visual[i])
+            x = _Block.apply(
+                self.anchor, self, i, (plan, key_mask, recorded), x, text, *modulations.visual[i]
+            )
         return self.dit.finish(self.dit.norm_for(-1, x, modulations.visual), plan)
 
     def parts(self, x: Tensor) -> list[slice]:
@@ -107,7 +128,9 @@ class TrainNetwork:
         if not self.way.host:
             return x
         if i not in self.inputs or self.inputs[i].shape != x.shape:
-            self.inputs[i] = torch.empty(x.shape, dtype=x.dtype, pin_memory=self.device.type == "cuda")
+            self.inputs[i] = torch.empty(
+                x.shape, dtype=x.dtype, pin_memory=self.device.type == "cuda"
+            )
         return self.inputs[i].copy_(x, non_blocking=True)
 
 
@@ -122,19 +145,28 @@ class _Block(torch.autograd.Function):
             ctx.save_for_backward(network.keep(i, x), text, *modulation)
         out = torch.empty_like(x)
         with network.placed(i, 1) as block:
-            attended = block.self_attention.attend(modulated_norm(x, modulation[1], modulation[0]), plan)
+            attended = block.self_attention.attend(
+                modulated_norm(x, modulation[1], modulation[0]), plan
+            )
             keys_values = block.cross_attention.read(text)
             for part in network.parts(x):
-                out[:, part] = block.after_attention(x[:, part], attended[:, part], keys_values, modulation, None, key_mask)[0]
+                out[:, part] = block.after_attention(
+                    x[:, part], attended[:, part], keys_values, modulation, None, key_mask
+                )[0]
         return out
 
     @staticmethod
     def backward(ctx, grad):
         network, (plan, key_mask, _) = ctx.network, ctx.context
         saved = [tensor.to(network.device, non_blocking=True) for tensor in ctx.saved_tensors]
-        x, text, *modulation = leaves = [x.detach().requires_grad_(need) for x, need in zip(saved, ctx.needs_input_grad[4:], strict=True)]
+        x, text, *modulation = leaves = [
+            x.detach().requires_grad_(need)
+            for x, need in zip(saved, ctx.needs_input_grad[4:], strict=True)
+        ]
         with network.placed(ctx.i, -1) as block, torch.enable_grad():
-            attended = block.self_attention.attend(modulated_norm(x, modulation[1], modulation[0]), plan)
+            attended = block.self_attention.attend(
+                modulated_norm(x, modulation[1], modulation[0]), plan
+            )
             keys_values = block.cross_attention.read(text)
             read = [_leaf(tensor) for tensor in keys_values]
             through, direct = torch.empty_like(attended), torch.empty_like(x)
@@ -144,8 +176,13 @@ class _Block(torch.autograd.Function):
                 if out.requires_grad:
                     out.backward(grad[:, part])
                 through[:, part], direct[:, part] = _gradient(seen), _gradient(own)
-            roots = [(tensor, gradient) for tensor, gradient in zip((attended, *keys_values), (through, *map(_gradient, read)), strict=True)
-                     if tensor.requires_grad]
+            roots = [
+                (tensor, gradient)
+                for tensor, gradient in zip(
+                    (attended, *keys_values), (through, *map(_gradient, read)), strict=True
+                )
+                if tensor.requires_grad
+            ]
             if roots:
                 torch.autograd.backward(*map(list, zip(*roots, strict=True)))
         if x.requires_grad:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training shows of itself: a curve of its losses, and what the weights would make of some prompts, always from the same noise."""
+"""What a training shows of itself: a curve of its losses, and what the weights would make of some
+prompts, always from the same noise."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -25,9 +27,11 @@ SMOOTHING = 0.05  # of the steps so far that the mean is taken over
 
 
 def save_curve(losses: Sequence[float], path: Path) -> None:
-    """Write a picture of the losses over the steps, each and the mean of those before it, which tells where they go.
+    """Write a picture of the losses over the steps, each and the mean of those before it, which
+    tells where they go.
 
-    The loss of a step depends above all on the times that were drawn for it, so that single ones say little.
+    The loss of a step depends above all on the times that were drawn for it, so that single ones
+    say little.
     """
     reach = max(1, round(SMOOTHING * len(losses)))
     sums = list(accumulate(losses, initial=0.0))
@@ -39,46 +43,97 @@ def save_curve(losses: Sequence[float], path: Path) -> None:
 
 
 class Gallery:
-    """What the weights make of the captions of `samples`, at their sizes, written to `folder`: the i-th always from the noise of seed + i.
+    """What the weights make of the captions of `samples`, at their sizes, written to `folder`: the
+    i-th always from the noise of seed + i.
 
     steps: of sampling, None: as many as the preset has.
     """
 
-    def __init__(self, folder: Path, sources: Sources, samples: Sequence[Sample], device: torch.device, steps: int | None, seed: int):
-        self.folder, self.sources, self.samples, self.device, self.seed = folder, sources, samples, device, seed
+    def __init__(
+        self,
+        folder: Path,
+        sources: Sources,
+        samples: Sequence[Sample],
+        device: torch.device,
+        steps: int | None,
+        seed: int,
+    ):
+        self.folder, self.sources, self.samples, self.device, self.seed = (
+            folder,
+            sources,
+            samples,
+            device,
+            seed,
+        )
         self.steps = steps or sources.preset.steps
 
     @cached_property
     def decoder(self) -> Kandinsky5:
         """The VAE alone; it is on a GPU only while it works."""
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        model = Kandinsky5.from_sources(replace(self.sources, dit=None, text_encoder=None), self.device, dtype)
+        model = Kandinsky5.from_sources(
+            replace(self.sources, dit=None, text_encoder=None), self.device, dtype
+        )
         if self.device.type != "cpu":
             model.enable_model_cpu_offload()
         return model
 
-    def show(self, network, plan_of: Callable[[tuple[int, int, int]], Plan], step: int, memory_budget: int | None = None) -> list[Path]:
-        """Sample with `network` as it is after `step` steps, and return the files written. plan_of: for latents of T, h, w."""
+    def show(
+        self,
+        network,
+        plan_of: Callable[[tuple[int, int, int]], Plan],
+        step: int,
+        memory_budget: int | None = None,
+    ) -> list[Path]:
+        """Sample with `network` as it is after `step` steps, and return the files written. plan_of:
+        for latents of T, h, w."""
         self.folder.mkdir(parents=True, exist_ok=True)
         written = []
         for i, one in enumerate(self.samples):
             settings = self._settings(one, self.seed + i)
             latents = self._sampled(network, one, settings, plan_of(one.shape))
-            video = Video(latents, settings, partial(self.decoder.decode, memory_budget=memory_budget))
-            written += video.save(self.folder / f"step_{step:06}_{i}{'.mp4' if settings.num_frames > 1 else '.png'}", latents=False)
+            video = Video(
+                latents, settings, partial(self.decoder.decode, memory_budget=memory_budget)
+            )
+            written += video.save(
+                self.folder / f"step_{step:06}_{i}{'.mp4' if settings.num_frames > 1 else '.png'}",
+                latents=False,
+            )
         return written
 
     def _settings(self, one: Sample, seed: int) -> Settings:
         preset, (T, h, w) = self.sources.preset, one.shape
-        return Settings(one.caption, "", seed, 8 * h, 8 * w, 4 * (T - 1) + 1, self.steps, preset.guidance, preset.scheduler_scale,
-                        "nabla" if preset.nabla else "dense", model=self.sources.name)
+        return Settings(
+            one.caption,
+            "",
+            seed,
+            8 * h,
+            8 * w,
+            4 * (T - 1) + 1,
+            self.steps,
+            preset.guidance,
+            preset.scheduler_scale,
+            "nabla" if preset.nabla else "dense",
+            model=self.sources.name,
+        )
 
     def _sampled(self, network, one: Sample, settings: Settings, plan: Plan) -> Tensor:
         """Latents [1, T, h, w, C]."""
-        cond, uncond = (conditioning([text["embeds"]], [text["pooled"]], self.device) for text in (load(one.text), load(one.null)))
+        cond, uncond = (
+            conditioning([text["embeds"]], [text["pooled"]], self.device)
+            for text in (load(one.text), load(one.null))
+        )
         tensors, preset = load(one.latents), self.sources.preset
         clean = tensors["latents"][None].float().to(self.device)
         start = noise(settings.seed, clean.shape, self.device)
         sampling = Sampling(self.steps, preset.scheduler_scale, preset.guidance)
-        *_, (_, latents) = sample(network, start, cond, plan, sampling, uncond, given(clean, [tensors.get("source")], preset.task))
+        *_, (_, latents) = sample(
+            network,
+            start,
+            cond,
+            plan,
+            sampling,
+            uncond,
+            given(clean, [tensors.get("source")], preset.task),
+        )
         return latents

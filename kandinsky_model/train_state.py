@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training has come to: weights, optimizer, average and losses, in one file that is whole or absent, to go on from bit by bit."""
+"""What a training has come to: weights, optimizer, average and losses, in one file that is whole or
+absent, to go on from bit by bit."""
+
 from __future__ import annotations
 
 import json
@@ -21,13 +23,28 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names for them
 
 
 class State:
-    """parameters: fp32, by name, changed in place. decay: of their moving average; 0: none is kept. losses: of every step so far."""
+    """parameters: fp32, by name, changed in place. decay: of their moving average; 0: none is kept.
+    losses: of every step so far."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], rate: float, betas: tuple[float, float], weight_decay: float, decay: float):
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        rate: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        decay: float,
+    ):
         self.parameters, self.decay, self.losses = dict(parameters), decay, []
-        self.fused = all(parameter.is_cuda for parameter in self.parameters.values())  # which needs no memory beside
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), rate, betas, weight_decay=weight_decay, fused=self.fused)
-        self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()} if decay else {}
+        # which needs no memory beside
+        self.fused = all(parameter.is_cuda for parameter in self.parameters.values())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), rate, betas, weight_decay=weight_decay, fused=self.fused
+        )
+        self.average = (
+            {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+            if decay
+            else {}
+        )
 
     @property
     def step(self) -> int:
@@ -37,10 +54,13 @@ class State:
     @property
     def result(self) -> dict[str, Tensor]:
         """The weights to use: their average, or where none is kept they themselves."""
-        return self.average or {name: parameter.detach() for name, parameter in self.parameters.items()}
+        return self.average or {
+            name: parameter.detach() for name, parameter in self.parameters.items()
+        }
 
     def update(self, rate: float, clip: float, loss: float) -> None:
-        """One step down the gradients, clipped to norm `clip` together, which are then forgotten."""
+        """One step down the gradients, clipped to norm `clip` together, which are then
+        forgotten."""
         nn.utils.clip_grad_norm_(self.parameters.values(), clip)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -68,10 +88,17 @@ class State:
         tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
         for name, parameter in self.parameters.items():
             tensors[f"parameter.{name}"] = parameter.detach()
-            tensors |= {f"{moment}.{name}": self.optimizer.state[parameter][moment] for moment in MOMENTS}  # once there was a step
+            # once there was a step
+            tensors |= {
+                f"{moment}.{name}": self.optimizer.state[parameter][moment] for moment in MOMENTS
+            }
         tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
         with replacing(path) as target:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, target, {ABOUT: json.dumps(about)})
+            save_file(
+                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+                target,
+                {ABOUT: json.dumps(about)},
+            )
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
@@ -80,8 +107,13 @@ class State:
             self.losses = file.get_tensor("losses").tolist()
             for name, parameter in self.parameters.items():
                 parameter.copy_(file.get_tensor(f"parameter.{name}"))
-                moments = {moment: file.get_tensor(f"{moment}.{name}").to(parameter.device, copy=True) for moment in MOMENTS}
-                count = torch.tensor(float(self.step), device=parameter.device if self.fused else "cpu")
+                moments = {
+                    moment: file.get_tensor(f"{moment}.{name}").to(parameter.device, copy=True)
+                    for moment in MOMENTS
+                }
+                count = torch.tensor(
+                    float(self.step), device=parameter.device if self.fused else "cpu"
+                )
                 self.optimizer.state[parameter] = {"step": count, **moments}
             for name, mine in self.average.items():
                 mine.copy_(file.get_tensor(f"average.{name}"))
@@ -93,5 +125,8 @@ def read_about(path: Path) -> dict:
     with safe_open(path, framework="pt") as file:
         about = (file.metadata() or {}).get(ABOUT)
     if about is None:
-        raise ValueError(f"{path} must hold the state of a training, but does not say of which; choose another folder")
+        raise ValueError(
+            f"{path} must hold the state of a training, but does not say of which; "
+            "choose another folder"
+        )
     return json.loads(about)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the bundled tiny checkpoint: VAE, text encoder and diffusion transformer, on clips drawn by `shapes`.
+"""Train the bundled tiny checkpoint: VAE, text encoder and diffusion transformer, on clips drawn by
+`shapes`.
 
-Stages: `vae` (reconstruct), `pool` (encode clips once), `flow` (flow matching over the pool). Each leaves a complete, loadable folder
-behind and one entry in training.json; a later run resumes after it.
+Stages: `vae` (reconstruct), `pool` (encode clips once), `flow` (flow matching over the pool). Each
+leaves a complete, loadable folder behind and one entry in training.json; a later run resumes after
+it.
 """
 
 import copy
@@ -25,22 +27,45 @@ from .geometry import Grid, frequencies
 from .plan import make_plan
 from .text import UNKNOWN, TinyTextEncoder
 from .train import Average, Clock, Optimizer, machine, short_attention, training_dtype
-from .vae import CausalConv3d, Downsample, FrameCausalAttention, HunyuanVideoVAE, ResnetBlock, Upsample, sample_posterior
+from .vae import (
+    CausalConv3d,
+    Downsample,
+    FrameCausalAttention,
+    HunyuanVideoVAE,
+    ResnetBlock,
+    Upsample,
+    sample_posterior,
+)
 from .weights import load_dit, load_vae, save_dit, save_vae
 
 logger = logging.getLogger(__name__)
 LOG_NAME, POOL_NAME = "training.json", "pool.safetensors"
-ALIASES = {"grey": "gray", "disc": "circle", "disk": "circle", "ball": "circle", "violet": "purple", "upwards": "up", "downwards": "down"}
+ALIASES = {
+    "grey": "gray",
+    "disc": "circle",
+    "disk": "circle",
+    "ball": "circle",
+    "violet": "purple",
+    "upwards": "up",
+    "downwards": "down",
+}
 
 
 @dataclass(frozen=True)
 class VAEPlan:
-    """How the VAE is trained. `phases` = (steps, clips, frames, side in pixels): still crops first, then clips, whole ones last."""
+    """How the VAE is trained. `phases` = (steps, clips, frames, side in pixels): still crops first,
+    then clips, whole ones last."""
 
     rate: float = 4e-3
     kl_weight: float = 1e-3
     average: float = 0.99
-    phases: tuple = ((1400, 16, 1, 32), (400, 8, 1, 64), (900, 2, 17, 64), (300, 1, 17, 128), (30, 1, 17, 160))
+    phases: tuple = (
+        (1400, 16, 1, 32),
+        (400, 8, 1, 64),
+        (900, 2, 17, 64),
+        (300, 1, 17, 128),
+        (30, 1, 17, 160),
+    )
 
 
 def to_video(frames):
@@ -54,7 +79,8 @@ def to_frames(video):
 
 
 def crop_batch(clips, frames, side, generator):
-    """Random windows of training clips near the object: fp32 [clips, 3, frames, side, side] in -1..1."""
+    """Random windows of training clips near the object: fp32 [clips, 3, frames, side, side] in
+    -1..1."""
     batch = []
     for _ in range(clips):
         scene = shapes.training_scene(generator.randrange(10**6), generator)
@@ -63,13 +89,19 @@ def crop_batch(clips, frames, side, generator):
         dx, dy = shapes.MOTIONS[scene.combination.motion]
         left = scene.start[0] + dx * along - side / 2 + generator.uniform(-60, 60)
         top = scene.start[1] + dy * along - side / 2 + generator.uniform(-60, 60)
-        window = (int(min(max(top, 0), shapes.HEIGHT - side)), int(min(max(left, 0), shapes.WIDTH - side)), side, side)
+        window = (
+            int(min(max(top, 0), shapes.HEIGHT - side)),
+            int(min(max(left, 0), shapes.WIDTH - side)),
+            side,
+            side,
+        )
         batch.append(shapes.draw(scene, range(first, first + frames), window))
     return to_video(torch.stack(batch))
 
 
 def vae_loss(vae, video, kl_weight):
-    """L1 + L2 of the reconstruction + kl_weight * mean Kullback-Leibler distance to N(0, 1). Returns (loss, l1, kl)."""
+    """L1 + L2 of the reconstruction + kl_weight * mean Kullback-Leibler distance to N(0, 1).
+    Returns (loss, l1, kl)."""
     mean, logvar = vae.encode(video)
     mean, logvar = mean.float(), logvar.float().clamp(-30, 20)
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -80,10 +112,12 @@ def vae_loss(vae, video, kl_weight):
 
 @torch.no_grad()
 def start_linear(vae):
-    """Initialise so that the untrained VAE is a linear resampler: every residual branch is zero, every sampler keeps its channels.
+    """Initialise so that the untrained VAE is a linear resampler: every residual branch is zero,
+    every sampler keeps its channels.
 
-    Group norms hide flat colours from the branches; the path around them carries colours from the first step on. The posterior
-    starts narrow, or its noise would drown the latents until the encoder has learned to shout.
+    Group norms hide flat colours from the branches; the path around them carries colours from the
+    first step on. The posterior starts narrow, or its noise would drown the latents until the
+    encoder has learned to shout.
     """
     channels = vae.config.latent_channels
     vae.quant_conv.weight[channels:] *= 0.1
@@ -103,9 +137,11 @@ def start_linear(vae):
 
 @torch.no_grad()
 def fold_time(vae):
-    """Give each convolution's whole temporal weight to its newest tap; what a still picture yields does not change.
+    """Give each convolution's whole temporal weight to its newest tap; what a still picture yields
+    does not change.
 
-    Stills teach only the sum of the taps, and spread evenly it delays a clip by a frame per layer, by more than its length in all.
+    Stills teach only the sum of the taps, and spread evenly it delays a clip by a frame per layer,
+    by more than its length in all.
     """
     for module in vae.modules():
         if isinstance(module, CausalConv3d) and module.conv.kernel_size[0] == 3:
@@ -115,7 +151,8 @@ def fold_time(vae):
 
 
 def train_vae(config, plan, seed, device="cpu", start=None):
-    """Train a VAE of `config`, or train on from the VAE `start`; returns (vae with centred latents of unit variance, losses)."""
+    """Train a VAE of `config`, or train on from the VAE `start`; returns (vae with centred latents
+    of unit variance, losses)."""
     torch.manual_seed(seed)
     generator, dtype = random.Random(seed), training_dtype(device)
     vae = start
@@ -141,9 +178,15 @@ def train_vae(config, plan, seed, device="cpu", start=None):
 
 @torch.no_grad()
 def center_latents(vae, generator, clips=24):
-    """Fold mean and overall deviation of the latents into the two 1x1x1 convolutions, so that scaling_factor is exactly 1."""
+    """Fold mean and overall deviation of the latents into the two 1x1x1 convolutions, so that
+    scaling_factor is exactly 1."""
     device = vae.quant_conv.weight.device
-    latents = torch.cat([vae.encode(crop_batch(1, shapes.FRAMES, shapes.HEIGHT, generator).to(device))[0] for _ in range(clips)])
+    latents = torch.cat(
+        [
+            vae.encode(crop_batch(1, shapes.FRAMES, shapes.HEIGHT, generator).to(device))[0]
+            for _ in range(clips)
+        ]
+    )
     shift = latents.mean((0, 2, 3, 4))  # [C]
     scale = 1 / (latents - shift[:, None, None, None]).std()
     channels, after = len(shift), vae.post_quant_conv
@@ -157,11 +200,13 @@ def center_latents(vae, generator, clips=24):
 
 @dataclass(frozen=True)
 class FlowPlan:
-    """How text encoder and transformer are trained. `phases` = (steps, clips, latent frames, sparse attention).
+    """How text encoder and transformer are trained. `phases` = (steps, clips, latent frames, sparse
+    attention).
 
-    boost: see `Optimizer`. drop, unknown: how often a prompt is left out, and a word replaced by the unknown one. stars: how many
-    times as often as any other shape a star is shown, the last one whose outline is learned. compile: fuse the visual blocks with
-    torch.compile, which needs a C++ compiler on the CPU. minutes: training ends then at the latest, the learning rate with it.
+    boost: see `Optimizer`. drop, unknown: how often a prompt is left out, and a word replaced by
+    the unknown one. stars: how many times as often as any other shape a star is shown, the last one
+    whose outline is learned. compile: fuse the visual blocks with torch.compile, which needs a C++
+    compiler on the CPU. minutes: training ends then at the latest, the learning rate with it.
     """
 
     rate: float = 2e-3
@@ -184,7 +229,8 @@ class Pool:
     scenes: list
 
     def batch(self, count, frames, generator, stars=1.0):
-        """Random clips cut to `frames` latent frames (the VAE is causal, so a prefix is a shorter clip), stars `stars` times as often.
+        """Random clips cut to `frames` latent frames (the VAE is causal, so a prefix is a shorter
+        clip), stars `stars` times as often.
 
         Returns latents fp32 [count, frames, h, w, C] and their combinations.
         """
@@ -194,7 +240,8 @@ class Pool:
 
 
 def pool_scenes(copies, seed):
-    """The scenes of a pool: every training combination `copies` times, the same ones for the same seed."""
+    """The scenes of a pool: every training combination `copies` times, the same ones for the same
+    seed."""
     generator = random.Random(seed)
     return [shapes.random_scene(c, generator) for c in shapes.training_combinations() * copies]
 
@@ -222,13 +269,32 @@ def vocabulary():
 def start_local(dit, sharpness=1.7, pairs=4):
     """Let each self-attention head start out looking at one place relative to its own token.
 
-    A query and a key with the constant parts u and R(-d) u attend most at distance d, R the rotary rotation: a bias of the two layers
-    is all it takes, on the `pairs` fastest frequencies of each axis. Rotary angles are the only position this network has; heads that
-    look past the border of the frame or clip tell it where the border is, which it is slow to find out by itself.
+    A query and a key with the constant parts u and R(-d) u attend most at distance d, R the rotary
+    rotation: a bias of the two layers is all it takes, on the `pairs` fastest frequencies of each
+    axis. Rotary angles are the only position this network has; heads that look past the border of
+    the frame or clip tell it where the border is, which it is slow to find out by itself.
     """
     axes = dit.config.axes_dims
-    places = itertools.cycle([(0, 0, -3), (0, 0, 3), (0, -3, 0), (0, 3, 0), (-1, 0, 0), (1, 0, 0), (0, 0, 0), None,
-                              (0, 0, -7), (0, 0, 7), (0, -7, 0), (0, 7, 0), (-2, 0, 0), (2, 0, 0), (0, 0, 0), None])
+    places = itertools.cycle(
+        [
+            (0, 0, -3),
+            (0, 0, 3),
+            (0, -3, 0),
+            (0, 3, 0),
+            (-1, 0, 0),
+            (1, 0, 0),
+            (0, 0, 0),
+            None,
+            (0, 0, -7),
+            (0, 0, 7),
+            (0, -7, 0),
+            (0, 7, 0),
+            (-2, 0, 0),
+            (2, 0, 0),
+            (0, 0, 0),
+            None,
+        ]
+    )
     strength = torch.cat([(torch.arange(dim // 2) < pairs).float() for dim in axes])  # [D/2]
     strength *= (len(strength) / strength.sum()).sqrt() * 2**0.5
     ladder = torch.cat([frequencies(dim // 2) for dim in axes])
@@ -236,18 +302,25 @@ def start_local(dit, sharpness=1.7, pairs=4):
         attention = block.self_attention
         attention.query_norm.weight.fill_(sharpness)
         attention.key_norm.weight.fill_(sharpness)
-        query, key = (layer.bias.view(-1, len(strength), 2) for layer in (attention.to_query, attention.to_key))  # [H, D/2, 2]
+        # [H, D/2, 2]
+        query, key = (
+            layer.bias.view(-1, len(strength), 2)
+            for layer in (attention.to_query, attention.to_key)
+        )
         for head in range(len(query)):
             place = next(places)
             if place is None:
                 continue
-            angle = ladder * torch.cat([torch.full((dim // 2,), float(d)) for dim, d in zip(axes, place, strict=True)])
+            angle = ladder * torch.cat(
+                [torch.full((dim // 2,), float(d)) for dim, d in zip(axes, place, strict=True)]
+            )
             query[head] = strength[:, None] * torch.tensor([1.0, 0.0])
             key[head] = strength[:, None] * torch.stack([angle.cos(), -angle.sin()], -1)
 
 
 def new_networks(dit_config, seed):
-    """Untrained transformer and text encoder in one module; the transformer starts by predicting zero."""
+    """Untrained transformer and text encoder in one module; the transformer starts by predicting
+    zero."""
     torch.manual_seed(seed)
     dit = DiffusionTransformer3D(dit_config)
     nn.init.zeros_(dit.out_layer.out_layer.weight)
@@ -260,26 +333,42 @@ def new_networks(dit_config, seed):
 def flow_loss(networks, clean, prompts, plan, times, options):
     """Mean squared error of the velocity noise - clean at x = (1 - t) clean + t noise.
 
-    clean: [B, T, h, w, C]; times: [B] in 0..1; options: (FlowPlan, generator, compute dtype). Only the first projection's weight is
-    cast to the compute dtype: activations follow it, every master weight and all modulation stay fp32.
+    clean: [B, T, h, w, C]; times: [B] in 0..1; options: (FlowPlan, generator, compute dtype). Only
+    the first projection's weight is cast to the compute dtype: activations follow it, every master
+    weight and all modulation stay fp32.
     """
     flow, generator, dtype = options
     dit, text, device = networks["transformer"], networks["text_encoder"], clean.device
-    sequences = [text.tokens("" if generator.random() < flow.drop else prompt) for prompt in prompts]
-    sequences = [[s[0], *(UNKNOWN if generator.random() < flow.unknown else i for i in s[1:])] for s in sequences]
+    sequences = [
+        text.tokens("" if generator.random() < flow.drop else prompt) for prompt in prompts
+    ]
+    sequences = [
+        [s[0], *(UNKNOWN if generator.random() < flow.unknown else i for i in s[1:])]
+        for s in sequences
+    ]
     words = text(sequences)
     noise = torch.randn(clean.shape, device=device)
     t = times[:, None, None, None, None]
     noisy = (1 - t) * clean + t * noise
     condition = noisy.new_zeros(*noisy.shape[:-1], dit.config.in_channels - noisy.shape[-1])
-    first = {name: dit.get_parameter(name).to(dtype) for name in ("visual_embeddings.in_layer.weight",)}
-    inputs = (torch.cat([noisy, condition], -1), words.embeds, words.pooled, 1000 * times, plan, words.lengths)
+    first = {
+        name: dit.get_parameter(name).to(dtype) for name in ("visual_embeddings.in_layer.weight",)
+    }
+    inputs = (
+        torch.cat([noisy, condition], -1),
+        words.embeds,
+        words.pooled,
+        1000 * times,
+        plan,
+        words.lengths,
+    )
     velocity = torch.func.functional_call(dit, first, inputs)
     return (velocity.float() - (noise - clean)).square().mean((1, 2, 3, 4))  # [B]
 
 
 def sample_times(count, scale):
-    """Times as the sampler visits them: u stratified in 0..1, t = scale u / (1 + (scale - 1) u). fp32 [count]."""
+    """Times as the sampler visits them: u stratified in 0..1, t = scale u / (1 + (scale - 1) u).
+    fp32 [count]."""
     u = (torch.randperm(count) + torch.rand(count)) / count
     return scale * u / (1 + (scale - 1) * u)
 
@@ -287,8 +376,9 @@ def sample_times(count, scale):
 def train_flow(networks, pool, plan, preset, seed, on_average=None):
     """Train transformer and text encoder on the pool; returns (averaged networks, log of losses).
 
-    on_average(averaged networks, losses) is called after every tenth of the steps, so that something loadable exists early. The log
-    holds the mean loss of 20 steps, and of the noisiest quarter of their clips, where only the prompt can help.
+    on_average(averaged networks, losses) is called after every tenth of the steps, so that
+    something loadable exists early. The log holds the mean loss of 20 steps, and of the noisiest
+    quarter of their clips, where only the prompt can help.
     """
     torch.manual_seed(seed)
     generator, device = random.Random(seed), next(networks.parameters()).device
@@ -305,18 +395,33 @@ def train_flow(networks, pool, plan, preset, seed, on_average=None):
             break
         if (frames, sparse) not in plans:
             grid = Grid(frames, shapes.HEIGHT // 16, shapes.WIDTH // 16)
-            plans[frames, sparse] = make_plan(preset.dit, grid, preset.scale_factor, preset.nabla if sparse else None, device)
+            plans[frames, sparse] = make_plan(
+                preset.dit, grid, preset.scale_factor, preset.nabla if sparse else None, device
+            )
         clean, words = pool.batch(clips, frames, generator, plan.stars)
         prompts = [shapes.random_prompt(c, generator) for c in words]
         times = sample_times(clips, preset.scheduler_scale).to(device)
         with short_attention(device):
-            losses = flow_loss(networks, clean.to(device), prompts, plans[frames, sparse], times, (plan, generator, dtype))
+            losses = flow_loss(
+                networks,
+                clean.to(device),
+                prompts,
+                plans[frames, sparse],
+                times,
+                (plan, generator, dtype),
+            )
             optimizer.step(losses.mean(), clock.rate(step, plan.rate))
         average.update(networks, step)
         recent.append(torch.stack([times, losses.detach()]))
         if step % 20 == 19 or step + 1 == len(schedule):
             t, losses = torch.cat(recent, 1)
-            clock.record(step, loss=losses.mean().item(), noisy=losses[t >= t.quantile(0.75)].mean().item(), frames=frames, sparse=sparse)
+            clock.record(
+                step,
+                loss=losses.mean().item(),
+                noisy=losses[t >= t.quantile(0.75)].mean().item(),
+                frames=frames,
+                sparse=sparse,
+            )
             recent = []
         if on_average and step % (len(schedule) // 10 + 1) == len(schedule) // 10:
             on_average(average.module, clock.losses)
@@ -334,26 +439,44 @@ def save_networks(networks, folder, preset, dtype=torch.float16):
 def load_networks(folder):
     """The two networks of a bundle, in fp32 and trainable."""
     dit = load_dit(folder / "transformer", dtype=torch.float32)
-    return nn.ModuleDict({"transformer": dit, "text_encoder": TinyTextEncoder.load(folder / "text_encoder")}).train().requires_grad_(True)
+    return (
+        nn.ModuleDict(
+            {"transformer": dit, "text_encoder": TinyTextEncoder.load(folder / "text_encoder")}
+        )
+        .train()
+        .requires_grad_(True)
+    )
 
 
 def write_log(folder, entry):
-    """Put a stage's entry into training.json: it replaces an earlier state of the same run (same stage and seed), or comes last."""
-    stages = [old for old in read_log(folder) if (old["stage"], old["seed"]) != (entry["stage"], entry["seed"])]
+    """Put a stage's entry into training.json: it replaces an earlier state of the same run (same
+    stage and seed), or comes last."""
+    stages = [
+        old
+        for old in read_log(folder)
+        if (old["stage"], old["seed"]) != (entry["stage"], entry["seed"])
+    ]
     (folder / LOG_NAME).write_text(json.dumps({"stages": [*stages, entry]}, indent=1) + "\n")
 
 
 def read_log(folder):
     """The stages that training.json of `folder` tells of, none where it is missing."""
-    return json.loads((folder / LOG_NAME).read_text())["stages"] if (folder / LOG_NAME).is_file() else []
+    return (
+        json.loads((folder / LOG_NAME).read_text())["stages"]
+        if (folder / LOG_NAME).is_file()
+        else []
+    )
 
 
 def train_tiny(out_dir, seed=2026, vae_plan=None, flow_plan=None, resume=False, device="cpu"):
-    """Train the bundle into `out_dir`: vae/, transformer/, text_encoder/ and training.json with seed, plans, losses and machine.
+    """Train the bundle into `out_dir`: vae/, transformer/, text_encoder/ and training.json with
+    seed, plans, losses and machine.
 
-    With `resume` an existing vae/ is kept, or trained further where a `vae_plan` is given, and existing networks are trained further;
-    each time with a fresh optimizer and other random numbers. training.json gets one more entry per stage run, so that it tells how the
-    weights came about. Returns the folder. Encoded clips stay in out_dir/pool.safetensors, which is not part of the bundle.
+    With `resume` an existing vae/ is kept, or trained further where a `vae_plan` is given, and
+    existing networks are trained further; each time with a fresh optimizer and other random
+    numbers. training.json gets one more entry per stage run, so that it tells how the weights came
+    about. Returns the folder. Encoded clips stay in out_dir/pool.safetensors, which is not part of
+    the bundle.
     """
     folder, preset = Path(out_dir), PRESETS["tiny"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -377,17 +500,32 @@ def train_tiny(out_dir, seed=2026, vae_plan=None, flow_plan=None, resume=False, 
     def keep(average, losses):
         save_networks(average, folder, preset)
         if losses:
-            write_log(folder, {**entry, "steps": losses[-1]["step"] + 1, "seconds": losses[-1]["seconds"], "losses": losses})
+            write_log(
+                folder,
+                {
+                    **entry,
+                    "steps": losses[-1]["step"] + 1,
+                    "seconds": losses[-1]["seconds"],
+                    "losses": losses,
+                },
+            )
 
     keep(*train_flow(networks, pool, flow_plan, preset, entry["seed"], keep))
     return folder
 
 
 def _entry(folder, stage, seed, continued, plan):
-    """The head of a stage's log entry, and its plan. The seed grows by one with each earlier run of the stage."""
+    """The head of a stage's log entry, and its plan. The seed grows by one with each earlier run of
+    the stage."""
     seed += sum(old["stage"] == stage for old in read_log(folder))
-    return {"stage": stage, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "seed": seed, "machine": machine(), "continued": continued,
-            "plan": asdict(plan)}, plan
+    return {
+        "stage": stage,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "seed": seed,
+        "machine": machine(),
+        "continued": continued,
+        "plan": asdict(plan),
+    }, plan
 
 
 def make_pool(folder, copies, seed, device):

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoder and decoder as chains of streaming stages, so that a whole video passes exactly in bounded memory.
+"""Encoder and decoder as chains of streaming stages, so that a whole video passes exactly in
+bounded memory.
 
-GroupNorm with known statistics is a scale and a shift per channel, convolutions need two earlier frames, attention the keys and values
-of earlier frames: given the statistics, chunks of frames can flow through any number of stages. The statistics of a stage's input need
-a pass of their own, from the nearest input that is kept in memory. What is kept is the caller's choice (`memory.py`) and decides bytes
-and recomputation, but not one bit of the result: chunks are cut by the video's size alone, so every operator always sees the same
-shapes, and statistics are per frame and combined in order.
+GroupNorm with known statistics is a scale and a shift per channel, convolutions need two earlier
+frames, attention the keys and values of earlier frames: given the statistics, chunks of frames can
+flow through any number of stages. The statistics of a stage's input need a pass of their own, from
+the nearest input that is kept in memory. What is kept is the caller's choice (`memory.py`) and
+decides bytes and recomputation, but not one bit of the result: chunks are cut by the video's size
+alone, so every operator always sees the same shapes, and statistics are per frame and combined in
+order.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ from .vae_stages import (
 class Chain:
     """A network's layers in the order in which frames meet them.
 
-    doing: "encoding" or "decoding". lengths: of the chunks that frames (their number, height and width) are cut into at the beginning.
+    doing: "encoding" or "decoding". lengths: of the chunks that frames (their number, height and
+    width) are cut into at the beginning.
     """
 
     doing: str
@@ -64,15 +68,23 @@ def decoding(decoder: nn.Module, post_quant: nn.Conv3d | None = None) -> Chain:
     before = None if post_quant is None else partial(pointwise, conv=post_quant)
     stages: list[Stage] = [Convolve(decoder.conv_in, before=before), *_middle(decoder.mid_block)]
     for level in decoder.up_blocks:
-        stages += [stage for resnet in level.resnets for stage in _resnet(resnet)] + [Enlarge(step) for step in level.upsamplers]
-    return Chain("decoding", [*stages, Convolve(decoder.conv_out, decoder.conv_norm_out)], enlarging_lengths)
+        stages += [stage for resnet in level.resnets for stage in _resnet(resnet)] + [
+            Enlarge(step) for step in level.upsamplers
+        ]
+    return Chain(
+        "decoding", [*stages, Convolve(decoder.conv_out, decoder.conv_norm_out)], enlarging_lengths
+    )
 
 
 def encoding(encoder: nn.Module) -> Chain:
     """From video, anywhere and of any dtype that `pixels` takes, to moments before quant_conv."""
-    stages: list[Stage] = [Convolve(encoder.conv_in, before=partial(pixels, like=encoder.conv_in.conv.weight))]
+    stages: list[Stage] = [
+        Convolve(encoder.conv_in, before=partial(pixels, like=encoder.conv_in.conv.weight))
+    ]
     for level in encoder.down_blocks:
-        stages += [stage for resnet in level.resnets for stage in _resnet(resnet)] + [Shrink(step) for step in level.downsamplers]
+        stages += [stage for resnet in level.resnets for stage in _resnet(resnet)] + [
+            Shrink(step) for step in level.downsamplers
+        ]
     stages += [*_middle(encoder.mid_block), Convolve(encoder.conv_out, encoder.conv_norm_out)]
     return Chain("encoding", stages, shrinking_lengths)
 
@@ -83,16 +95,22 @@ def _middle(block: nn.Module) -> list[Stage]:
 
 
 def _resnet(resnet: nn.Module) -> list[Stage]:
-    return [Convolve(resnet.conv1, resnet.norm1, shortcut=resnet.conv_shortcut, detour="opens"),
-            Convolve(resnet.conv2, resnet.norm2, detour="closes")]
+    return [
+        Convolve(resnet.conv1, resnet.norm1, shortcut=resnet.conv_shortcut, detour="opens"),
+        Convolve(resnet.conv2, resnet.norm2, detour="closes"),
+    ]
 
 
 @torch.no_grad()
-def stream(chain: Chain, x: Tensor, kept: tuple[bool, ...], affines: dict[int, tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-    """What the chain makes of `x` [B, C, T, Y, X], in consecutive pieces [B, C', f, Y', X'] as the last pass goes on.
+def stream(
+    chain: Chain, x: Tensor, kept: tuple[bool, ...], affines: dict[int, tuple[Tensor, Tensor]]
+) -> Iterator[Tensor]:
+    """What the chain makes of `x` [B, C, T, Y, X], in consecutive pieces [B, C', f, Y', X'] as the
+    last pass goes on.
 
-    kept: for every stage, whether its input is kept in memory. affines: scale and shift of the stages whose statistics are known
-    already; those found here are added, so that another attempt need not find them again.
+    kept: for every stage, whether its input is kept in memory. affines: scale and shift of the
+    stages whose statistics are known already; those found here are added, so that another attempt
+    need not find them again.
     """
     stages, frames = chain.stages, [place.frames for place in chain.places(*x.shape[1:])]
 
@@ -102,7 +120,10 @@ def stream(chain: Chain, x: Tensor, kept: tuple[bool, ...], affines: dict[int, t
         return source
 
     rows = x.permute(0, 2, 3, 4, 1)  # [B, T, Y, X, C]
-    start, source = 0, deque(Chunk(piece) for piece in rows.split(chain.lengths(*x.shape[2:]), dim=1))
+    start, source = (
+        0,
+        deque(Chunk(piece) for piece in rows.split(chain.lengths(*x.shape[2:]), dim=1)),
+    )
     for k, stage in enumerate(stages):
         norm = stage.norm if k not in affines else None
         if kept[k]:
@@ -116,8 +137,11 @@ def stream(chain: Chain, x: Tensor, kept: tuple[bool, ...], affines: dict[int, t
         yield chunk.take().permute(0, 4, 1, 2, 3)  # [B, C', f, Y', X']
 
 
-def _pass(stream: Iterable[Chunk], norm: nn.GroupNorm | None, keep: bool) -> tuple[list[Tensor], deque[Chunk]]:
-    """Run a stream to its end: moments [B, f, G, 2] of its chunks for `norm`, and the chunks where they are to be kept."""
+def _pass(
+    stream: Iterable[Chunk], norm: nn.GroupNorm | None, keep: bool
+) -> tuple[list[Tensor], deque[Chunk]]:
+    """Run a stream to its end: moments [B, f, G, 2] of its chunks for `norm`, and the chunks where
+    they are to be kept."""
     moments, kept = [], deque()
     for chunk in stream:
         if norm is not None:

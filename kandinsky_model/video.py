@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames to files: mp4 (H.264), gif, png. Frames are uint8 [F, H, W, 3], RGB.
 
-Every writer fills a temporary file beside the target and renames it at the end, so a target is either whole or untouched.
+Every writer fills a temporary file beside the target and renames it at the end, so a target is
+either whole or untouched.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor
 
 FORMATS = (".mp4", ".gif", ".png")
 CRF = 16
-BT709 = 1  # the code of ITU-R BT.709 for primaries, transfer and matrix alike, and, for the range, "limited"
+# the code of ITU-R BT.709 for primaries, transfer and matrix alike, and, for the range, "limited"
+BT709 = 1
 
 _log = logging.getLogger(__name__)
 
@@ -27,46 +29,68 @@ _log = logging.getLogger(__name__)
 def check_output(path: str | os.PathLike, formats: tuple[str, ...] = FORMATS) -> Path:
     """`path` as a Path if it could be written now; run it before any long work.
 
-    Raises ValueError for an unknown extension or a directory, OSError where nothing can be written, RuntimeError without an encoder.
+    Raises ValueError for an unknown extension or a directory, OSError where nothing can be written,
+    RuntimeError without an encoder.
     """
     path = Path(path)
     if path.suffix.lower() not in formats:
-        raise ValueError(f"the output must end in {' or '.join(formats)}, got {str(path)!r}; rename it")
+        raise ValueError(
+            f"the output must end in {' or '.join(formats)}, got {str(path)!r}; rename it"
+        )
     if path.is_dir():
-        raise ValueError(f"the output must be a file, but {str(path)!r} is a directory; name a file in it")
+        raise ValueError(
+            f"the output must be a file, but {str(path)!r} is a directory; name a file in it"
+        )
     if not path.parent.is_dir():
-        raise OSError(f"the output needs an existing directory, but {str(path.parent)!r} is none; create it or write elsewhere")
+        raise OSError(
+            f"the output needs an existing directory, but {str(path.parent)!r} is none; "
+            "create it or write elsewhere"
+        )
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise OSError(f"the output directory {str(path.parent)!r} must be writable, got {error.strerror!r}; write elsewhere") from error
+        raise OSError(
+            f"the output directory {str(path.parent)!r} must be writable, got "
+            f"{error.strerror!r}; write elsewhere"
+        ) from error
     if path.suffix.lower() == ".mp4":
         h264_encoder()
     return path
 
 
 def h264_encoder() -> str:
-    """The name of the H.264 encoder that mp4 files are written with; RuntimeError if this machine has none."""
+    """The name of the H.264 encoder that mp4 files are written with; RuntimeError if this machine
+    has none."""
     try:
         import av
     except ImportError as error:
-        raise RuntimeError(f"mp4 output requires PyAV, which cannot be imported ({error}); pip install av, or write a .gif") from error
+        raise RuntimeError(
+            f"mp4 output requires PyAV, which cannot be imported ({error}); pip "
+            "install av, or write a .gif"
+        ) from error
     for name in ("libx264", "h264"):
         try:
             return av.codec.Codec(name, "w").name
         except ValueError:  # av's UnknownCodecError
             continue
-    raise RuntimeError("mp4 output requires an H.264 encoder, but this build of PyAV has none; pip install av from PyPI, or write a .gif")
+    raise RuntimeError(
+        "mp4 output requires an H.264 encoder, but this build of PyAV has none; "
+        "pip install av from PyPI, or write a .gif"
+    )
 
 
-def save(frames: Tensor | Iterable[Tensor], path: str | os.PathLike, fps: int = 24, comment: str = "") -> list[Path]:
-    """Write uint8 [F, H, W, 3] to `path` in the format of its extension and return the files written.
+def save(
+    frames: Tensor | Iterable[Tensor], path: str | os.PathLike, fps: int = 24, comment: str = ""
+) -> list[Path]:
+    """Write uint8 [F, H, W, 3] to `path` in the format of its extension and return the files
+    written.
 
     frames: all of them, or consecutive pieces of them, which an mp4 takes up as they come.
-    mp4: H.264, yuv420p, BT.709, index in front; needs even sides. gif: loops. png: one frame gives exactly `path`, several give
-    `<stem>_000.png`, `<stem>_001.png`, ... `comment` goes into the file's comment tag.
-    Raises ValueError or TypeError for other frames, and what `check_output` raises.
+    mp4: H.264, yuv420p, BT.709, index in front; needs even sides. gif: loops. png: one frame gives
+    exactly `path`, several give `<stem>_000.png`, `<stem>_001.png`, ... `comment` goes into the
+    file's comment tag. Raises ValueError or TypeError for other frames, and what `check_output`
+    raises.
     """
     path = check_output(path)
     pieces = _checked([frames] if isinstance(frames, Tensor) else frames)
@@ -86,22 +110,36 @@ def _checked(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
     empty = True
     for frames in pieces:
         if frames.dtype != torch.uint8:
-            raise TypeError(f"frames must be uint8, got {frames.dtype}; scale them to 0..255 and convert")
+            raise TypeError(
+                f"frames must be uint8, got {frames.dtype}; scale them to 0..255 and convert"
+            )
         if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-            raise ValueError(f"frames must be [F, H, W, 3] with at least one frame, got {list(frames.shape)}; permute them to that")
+            raise ValueError(
+                "frames must be [F, H, W, 3] with at least one frame, got "
+                f"{list(frames.shape)}; permute them to that"
+            )
         empty = False
         yield frames.cpu()
     if empty:
-        raise ValueError("frames must be [F, H, W, 3] with at least one frame, got no piece; decode a video first")
+        raise ValueError(
+            "frames must be [F, H, W, 3] with at least one frame, got no piece; "
+            "decode a video first"
+        )
 
 
 def strip(frames: Tensor, count: int = 6, height: int = 160) -> Tensor:
-    """A contact strip [1, h, w, 3]: `count` frames evenly spread from the first to the last, `height` pixels high, side by side."""
+    """A contact strip [1, h, w, 3]: `count` frames evenly spread from the first to the last,
+    `height` pixels high, side by side."""
     count = min(count, len(frames))
     chosen = frames[torch.linspace(0, len(frames) - 1, count).round().long()]  # [count, H, W, 3]
     width = round(frames.shape[2] * height / frames.shape[1])
     planes = chosen.permute(0, 3, 1, 2).float()
-    small = torch.nn.functional.interpolate(planes, (height, width), mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+    small = (
+        torch.nn.functional.interpolate(planes, (height, width), mode="bilinear", antialias=True)
+        .round()
+        .clamp(0, 255)
+        .byte()
+    )
     gap = torch.full((3, height, 4), 255, dtype=torch.uint8)
     pieces = [piece for image in small for piece in (image, gap)][:-1]
     return torch.cat(pieces, dim=2).permute(1, 2, 0)[None]  # [1, h, count * (w + 4) - 4, 3]
@@ -109,7 +147,8 @@ def strip(frames: Tensor, count: int = 6, height: int = 160) -> Tensor:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the body succeeds and disappears when it does not."""
+    """A temporary path beside `path` that becomes `path` when the body succeeds and disappears when
+    it does not."""
     partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
         yield partial
@@ -124,7 +163,13 @@ def _save_png(frames: Tensor, path: Path, comment: str) -> list[Path]:
     info = PngImagePlugin.PngInfo()
     info.add_itxt("Comment", comment)
     digits = max(3, len(str(len(frames) - 1)))
-    paths = [path] if len(frames) == 1 else [path.with_name(f"{path.stem}_{i:0{digits}d}{path.suffix}") for i in range(len(frames))]
+    paths = (
+        [path]
+        if len(frames) == 1
+        else [
+            path.with_name(f"{path.stem}_{i:0{digits}d}{path.suffix}") for i in range(len(frames))
+        ]
+    )
     for frame, target in zip(frames, paths, strict=True):
         with replacing(target) as partial:
             Image.fromarray(frame.numpy()).save(partial, pnginfo=info)
@@ -135,10 +180,18 @@ def _write_gif(frames: Tensor, path: Path, fps: int, comment: str) -> None:
     from PIL import Image
 
     images = [Image.fromarray(frame.numpy()) for frame in frames]
-    # gif counts in hundredths of a second: rounding the end of each frame, not its length, keeps the clip's speed.
+    # gif counts in hundredths of a second: rounding the end of each frame, not its length, keeps
+    # the clip's speed.
     ends = [round(100 * (i + 1) / fps) for i in range(len(images))]
     lengths_ms = [10 * (end - start) for start, end in pairwise([0, *ends])]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=lengths_ms, loop=0, comment=comment.encode())
+    images[0].save(
+        path,
+        save_all=True,
+        append_images=images[1:],
+        duration=lengths_ms,
+        loop=0,
+        comment=comment.encode(),
+    )
 
 
 def _write_mp4(pieces: Iterator[Tensor], path: Path, fps: int, comment: str) -> None:
@@ -147,14 +200,22 @@ def _write_mp4(pieces: Iterator[Tensor], path: Path, fps: int, comment: str) -> 
     first = next(pieces)
     height, width = first.shape[1:3]
     if height % 2 or width % 2:
-        raise ValueError(f"mp4 requires even sides, got {height}x{width} (height x width); crop a row or column")
+        raise ValueError(
+            f"mp4 requires even sides, got {height}x{width} (height x width); crop a row or column"
+        )
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata["comment"] = comment
-        stream = container.add_stream(h264_encoder(), rate=fps, options={"crf": str(CRF), "preset": "fast"})
+        stream = container.add_stream(
+            h264_encoder(), rate=fps, options={"crf": str(CRF), "preset": "fast"}
+        )
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         codec = stream.codec_context
         codec.color_primaries = codec.color_trc = codec.colorspace = codec.color_range = BT709
         for frame in (frame for frames in chain([first], pieces) for frame in frames):
             image = av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")
-            container.mux(stream.encode(image.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=BT709)))
+            container.mux(
+                stream.encode(
+                    image.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=BT709)
+                )
+            )
         container.mux(stream.encode())

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of cases. One row is an operator's inputs at one size: its tests and its benchmark.
 
-``exact`` is the operator's reference on fp64 inputs. ``peer`` is upstream's own way to write the same thing in plain
-PyTorch, in the working precision and independent of our reference: it sets the error allowed and the time to beat.
+``exact`` is the operator's reference on fp64 inputs. ``peer`` is upstream's own way to write the
+same thing in plain PyTorch, in the working precision and independent of our reference: it sets the
+error allowed and the time to beat.
 """
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,14 +46,16 @@ def same_blocks(actual: tuple, _exact: tuple, _peer: tuple, inputs: dict) -> Non
 
 @dataclass(frozen=True)
 class Operator:
-    """What every case of one operator shares. ``narrow`` names the inputs that take the working dtype."""
+    """What every case of one operator shares. ``narrow`` names the inputs that take the working
+    dtype."""
 
     call: Callable
     peer: Callable
     narrow: tuple[str, ...]
     check: Callable = faithful
     flops: Callable[[dict], int] = lambda inputs: 0
-    dense: Callable | None = None  # prepares the unrestricted operator one would run instead, where there is one
+    # prepares the unrestricted operator one would run instead, where there is one
+    dense: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,10 @@ class Case:
 
     def inputs(self, seed: int = 0) -> dict:
         made = self.make(torch.Generator().manual_seed(seed))
-        return {name: x.to(self.dtype) if name in self.operator.narrow else x for name, x in made.items()}
+        return {
+            name: x.to(self.dtype) if name in self.operator.narrow else x
+            for name, x in made.items()
+        }
 
     def ready(self, function: Callable, inputs: dict) -> Callable:
         """What is timed of `function` on these inputs."""
@@ -82,13 +89,22 @@ class Case:
         return as_tuple(self.ready(self.operator.call, inputs)())
 
     def exact(self, inputs: dict) -> tuple[Tensor, ...]:
-        return self.run({name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()})
+        return self.run(
+            {
+                name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+                for name, x in inputs.items()
+            }
+        )
 
     def check(self, actual: tuple[Tensor, ...], inputs: dict) -> None:
         """Law 1 for these outputs of these inputs."""
         operator = self.operator
         known = operator.check is same_blocks
-        exact, peer = ((), ()) if known else (self.exact(inputs), as_tuple(self.ready(operator.peer, inputs)()))
+        exact, peer = (
+            ((), ())
+            if known
+            else (self.exact(inputs), as_tuple(self.ready(operator.peer, inputs)()))
+        )
         operator.check(actual, exact, peer, inputs)
 
 
@@ -98,7 +114,9 @@ def bytes_moved(inputs: dict, outputs: tuple[Tensor, ...]) -> int:
 
 
 def modulated_norm_peer(x, scale, shift):
-    return (F.layer_norm(x.float(), x.shape[-1:], eps=1e-5) * (scale[:, None] + 1.0) + shift[:, None]).to(x.dtype)
+    return (
+        F.layer_norm(x.float(), x.shape[-1:], eps=1e-5) * (scale[:, None] + 1.0) + shift[:, None]
+    ).to(x.dtype)
 
 
 def gated_add_norm_peer(x, branch, gate, scale=None, shift=None):
@@ -123,7 +141,8 @@ def norm_rope_per_token(x, weight, cos=None, sin=None):
     normed = F.rms_norm(x.float(), x.shape[-1:], weight, eps=ops.norm.RMS_NORM_EPS).type_as(x)
     if cos is None:
         return normed
-    rotation = torch.stack((cos, -sin, sin, cos), -1).unflatten(-1, (2, 2))[:, None]  # [S, 1, D/2, 2, 2]
+    # [S, 1, D/2, 2, 2]
+    rotation = torch.stack((cos, -sin, sin, cos), -1).unflatten(-1, (2, 2))[:, None]
     pairs = normed.float().unflatten(-1, (-1, 1, 2))  # [B, S, H, D/2, 1, 2]
     return (rotation * pairs).sum(-1).flatten(-2).type_as(x)
 
@@ -131,7 +150,10 @@ def norm_rope_per_token(x, weight, cos=None, sin=None):
 def norm_rope_peer(x, weight, cos=None, sin=None, positions=None, pairs=()):
     if cos is not None:
         columns = torch.repeat_interleave(torch.tensor(pairs))  # the axis of each pair
-        cos, sin = (table[positions.long()[:, columns], torch.arange(len(columns))] for table in (cos, sin))  # [S, D/2]
+        # [S, D/2]
+        cos, sin = (
+            table[positions.long()[:, columns], torch.arange(len(columns))] for table in (cos, sin)
+        )
     return norm_rope_per_token(x, weight, cos, sin)
 
 
@@ -145,7 +167,9 @@ def select_blocks_peer(query_means, key_means, keep_mass, tiles, window, ties):
     """Sorts the whole map, as upstream does. Ties fall as the sort leaves them."""
     scores = query_means @ key_means.transpose(-1, -2) / math.sqrt(query_means.shape[-1])
     values, order = scores.softmax(-1).sort(-1)
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, values.cumsum(-1) >= 1 - keep_mass)
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter(
+        -1, order, values.cumsum(-1) >= 1 - keep_mass
+    )
     return ops.pack_selection(kept | local_window(tiles, window) if tiles else kept)
 
 
@@ -159,7 +183,11 @@ def group_norm_silu_peer(x, scale, shift, front=None, pad=True, silu=True):
     y = (F.silu(y) if silu else y).to(x.dtype)
     if not pad:
         return y
-    y = F.pad(y.permute(0, 4, 1, 2, 3), (1, 1, 1, 1, 2, 0), mode="replicate").permute(0, 2, 3, 4, 1).contiguous()
+    y = (
+        F.pad(y.permute(0, 4, 1, 2, 3), (1, 1, 1, 1, 2, 0), mode="replicate")
+        .permute(0, 2, 3, 4, 1)
+        .contiguous()
+    )
     return y if front is None else torch.cat((front, y[:, 2:]), 1)
 
 
@@ -173,7 +201,11 @@ def frame_mask(inputs: dict) -> Tensor:
 def frame_causal_attention_peer(query, key, value, first_frame=0, return_lse=False):
     mask = frame_mask({"query": query, "key": key, "first_frame": first_frame})
     q, k, v = (x.flatten(1, 2)[:, None] for x in (query, key, value))  # [B, 1, T P, D]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, 0].unflatten(1, query.shape[1:3]).contiguous()
+    out = (
+        F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, 0]
+        .unflatten(1, query.shape[1:3])
+        .contiguous()
+    )
     if not return_lse:
         return out
     logits = (q.float() @ k.float().mT / math.sqrt(query.shape[-1])).masked_fill(~mask, -math.inf)
@@ -192,10 +224,16 @@ def token_mask(selection: Tensor, offsets: Tensor) -> Tensor:
 
 def block_sparse_attention_peer(query, key, value, selection, block_offsets, return_lse=False):
     mask = token_mask(selection, block_offsets)
-    out = F.scaled_dot_product_attention(*head_first(query, key, value), attn_mask=mask).transpose(1, 2).contiguous()
+    out = (
+        F.scaled_dot_product_attention(*head_first(query, key, value), attn_mask=mask)
+        .transpose(1, 2)
+        .contiguous()
+    )
     if not return_lse:
         return out
-    scores = torch.einsum("bihd,bjhd->bhij", query.float(), key.float()) / math.sqrt(query.shape[-1])
+    scores = torch.einsum("bihd,bjhd->bhij", query.float(), key.float()) / math.sqrt(
+        query.shape[-1]
+    )
     return out, scores.masked_fill(~mask, -math.inf).logsumexp(-1)
 
 
@@ -227,12 +265,21 @@ OPERATORS = {
     "norm_rope": Operator(norm_rope, norm_rope_peer, ("x",)),
     "norm_rope_means": Operator(norm_rope_means, norm_rope_means_peer, ("x",)),
     "select_blocks": Operator(ops.select_blocks, select_blocks_peer, (), same_blocks, map_flops),
-    "block_sparse_attention": Operator(ops.block_sparse_attention, block_sparse_attention_peer, ("query", "key", "value"),
-                                       flops=attention_flops, dense=dense_attention),
+    "block_sparse_attention": Operator(
+        ops.block_sparse_attention,
+        block_sparse_attention_peer,
+        ("query", "key", "value"),
+        flops=attention_flops,
+        dense=dense_attention,
+    ),
     "group_moments": Operator(ops.group_moments, group_moments_peer, ("x",)),
     "group_norm_silu": Operator(ops.group_norm_silu, group_norm_silu_peer, ("x", "front")),
-    "frame_causal_attention": Operator(ops.frame_causal_attention, frame_causal_attention_peer, ("query", "key", "value"),
-                                       flops=frame_attention_flops),
+    "frame_causal_attention": Operator(
+        ops.frame_causal_attention,
+        frame_causal_attention_peer,
+        ("query", "key", "value"),
+        flops=frame_attention_flops,
+    ),
 }
 
 
@@ -240,86 +287,177 @@ def rows(B: int, S: int, C: int, branch: bool = False, norm: bool = True) -> Cal
     def make(g: Generator) -> dict:
         inputs = {"x": 3 * torch.randn(B, S, C, generator=g) + 0.5}
         if branch:
-            inputs |= {"branch": torch.randn(B, S, C, generator=g), "gate": torch.randn(B, C, generator=g)}
+            inputs |= {
+                "branch": torch.randn(B, S, C, generator=g),
+                "gate": torch.randn(B, C, generator=g),
+            }
         if norm:
-            inputs |= {"scale": torch.randn(B, C, generator=g), "shift": torch.randn(B, C, generator=g)}
+            inputs |= {
+                "scale": torch.randn(B, C, generator=g),
+                "shift": torch.randn(B, C, generator=g),
+            }
         return inputs
+
     return make
 
 
-def heads(B: int, S: int, H: int, D: int, rotate: bool = True, block: int = 0, axes: int = 3) -> Callable:
-    """block > 0: blocks of that many tokens, the last one shorter, and their means. The last axis has the pairs that are left over."""
+def heads(
+    B: int, S: int, H: int, D: int, rotate: bool = True, block: int = 0, axes: int = 3
+) -> Callable:
+    """block > 0: blocks of that many tokens, the last one shorter, and their means. The last axis
+    has the pairs that are left over."""
+
     def make(g: Generator) -> dict:
-        inputs = {"x": 2 * torch.randn(B, S, H, D, generator=g), "weight": 1 + 0.2 * torch.randn(D, generator=g)}
+        inputs = {
+            "x": 2 * torch.randn(B, S, H, D, generator=g),
+            "weight": 1 + 0.2 * torch.randn(D, generator=g),
+        }
         angles = 6.3 * torch.rand(S, D // 2, generator=g)
         if rotate:
             share = D // 2 // axes
-            inputs |= {"cos": angles.cos(), "sin": angles.sin(),
-                       "positions": torch.randint(max(S, 1), (S, axes), generator=g, dtype=torch.int32),
-                       "pairs": (share,) * (axes - 1) + (D // 2 - share * (axes - 1),)}
+            inputs |= {
+                "cos": angles.cos(),
+                "sin": angles.sin(),
+                "positions": torch.randint(max(S, 1), (S, axes), generator=g, dtype=torch.int32),
+                "pairs": (share,) * (axes - 1) + (D // 2 - share * (axes - 1),),
+            }
         if block:
             inputs["block_offsets"] = torch.tensor([*range(0, S, block), S], dtype=torch.int32)
         return inputs
+
     return make
 
 
-def means(B: int, H: int, tiles: tuple[int, int, int], D: int, keep_mass: float, window=None, ties="all", sharp=1.0) -> Callable:
+def means(
+    B: int,
+    H: int,
+    tiles: tuple[int, int, int],
+    D: int,
+    keep_mass: float,
+    window=None,
+    ties="all",
+    sharp=1.0,
+) -> Callable:
     def make(g: Generator) -> dict:
         shape = (B, H, math.prod(tiles), D)
-        return {"query_means": sharp * torch.randn(shape, generator=g), "key_means": torch.randn(shape, generator=g),
-                "keep_mass": keep_mass, "tiles": tiles if window else None, "window": window, "ties": ties}
+        return {
+            "query_means": sharp * torch.randn(shape, generator=g),
+            "key_means": torch.randn(shape, generator=g),
+            "keep_mass": keep_mass,
+            "tiles": tiles if window else None,
+            "window": window,
+            "ties": ties,
+        }
+
     return make
 
 
 def attention(B: int, H: int, grid: Grid, D: int, density: float, lse: bool = False) -> Callable:
-    """Every block of queries keeps itself and others at random, density * N in all; tokens in tile order."""
+    """Every block of queries keeps itself and others at random, density * N in all; tokens in tile
+    order."""
+
     def make(g: Generator) -> dict:
         N, offsets = grid.blocks, block_offsets(grid)
         rank = torch.rand(B, H, N, N, generator=g) - 2 * torch.eye(N)
         keep = rank.argsort(-1).argsort(-1) < max(1, round(density * N))
-        qkv = {name: torch.randn(B, grid.tokens, H, D, generator=g) for name in ("query", "key", "value")}
-        return {**qkv, "selection": ops.pack_selection(keep), "block_offsets": offsets, **({"return_lse": True} if lse else {})}
+        qkv = {
+            name: torch.randn(B, grid.tokens, H, D, generator=g)
+            for name in ("query", "key", "value")
+        }
+        return {
+            **qkv,
+            "selection": ops.pack_selection(keep),
+            "block_offsets": offsets,
+            **({"return_lse": True} if lse else {}),
+        }
+
     return make
 
 
 def video(B: int, T: int, Y: int, X: int, C: int, groups: int) -> Callable:
-    return lambda g: {"x": 2 * torch.randn(B, T, Y, X, C, generator=g) + 3 * torch.randn(C, generator=g), "groups": groups}
+    return lambda g: {
+        "x": 2 * torch.randn(B, T, Y, X, C, generator=g) + 3 * torch.randn(C, generator=g),
+        "groups": groups,
+    }
 
 
 def normed(B: int, T: int, Y: int, X: int, C: int, front: bool = False, **options) -> Callable:
     def make(g: Generator) -> dict:
         inputs = {"x": 2 * torch.randn(B, T, Y, X, C, generator=g) + 0.5}
         inputs |= {"scale": torch.randn(B, C, generator=g), "shift": torch.randn(B, C, generator=g)}
-        return inputs | ({"front": torch.randn(B, 2, Y + 2, X + 2, C, generator=g)} if front else {}) | options
+        return (
+            inputs
+            | ({"front": torch.randn(B, 2, Y + 2, X + 2, C, generator=g)} if front else {})
+            | options
+        )
+
     return make
 
 
-def frames(B: int, T: int, P: int, D: int, first_frame: int = 0, keys: int = 0, lse: bool = False) -> Callable:
+def frames(
+    B: int, T: int, P: int, D: int, first_frame: int = 0, keys: int = 0, lse: bool = False
+) -> Callable:
     """One more key frame than the queries see, each of `keys` tokens or of P."""
+
     def make(g: Generator) -> dict:
         inputs = {"query": torch.randn(B, T, P, D, generator=g)}
-        inputs |= {name: torch.randn(B, first_frame + T + bool(first_frame), keys or P, D, generator=g) for name in ("key", "value")}
-        return inputs | ({"first_frame": first_frame} if first_frame else {}) | ({"return_lse": True} if lse else {})
+        inputs |= {
+            name: torch.randn(B, first_frame + T + bool(first_frame), keys or P, D, generator=g)
+            for name in ("key", "value")
+        }
+        return (
+            inputs
+            | ({"first_frame": first_frame} if first_frame else {})
+            | ({"return_lse": True} if lse else {})
+        )
+
     return make
 
 
 LITE, PRO = (LITE_DIT.model_dim, LITE_DIT.num_heads), (PRO_DIT.model_dim, PRO_DIT.num_heads)
-WIDTHS = {"one": (1, 1, 2), "odd": (2, 3, 63), "edge": (3, 7, 64), "past": (1, 63, 65), "prime": (2, 61, 509),
-          "lite": (1, 32, LITE[0]), "pro": (1, 16, PRO[0])}
-HEADS = {"one": (1, 1, 1, 2), "six": (1, 63, 1, 6), "odd": (2, 65, 3, 64), "prime": (1, 127, 5, 22), "lite": (1, 64, LITE[1], 64),
-         "pro": (1, 16, PRO[1], 128)}
-VIDEOS = {"one": (1, 1, 1, 1, 2, 1), "odd": (2, 3, 5, 7, 32, 8), "column": (1, 2, 9, 1, 24, 4), "row": (1, 2, 1, 17, 32, 16),
-          "prime": (1, 2, 5, 3, 21, 7), "slabs": (1, 2, 70, 40, 64, 32)}
+WIDTHS = {
+    "one": (1, 1, 2),
+    "odd": (2, 3, 63),
+    "edge": (3, 7, 64),
+    "past": (1, 63, 65),
+    "prime": (2, 61, 509),
+    "lite": (1, 32, LITE[0]),
+    "pro": (1, 16, PRO[0]),
+}
+HEADS = {
+    "one": (1, 1, 1, 2),
+    "six": (1, 63, 1, 6),
+    "odd": (2, 65, 3, 64),
+    "prime": (1, 127, 5, 22),
+    "lite": (1, 64, LITE[1], 64),
+    "pro": (1, 16, PRO[1], 128),
+}
+VIDEOS = {
+    "one": (1, 1, 1, 1, 2, 1),
+    "odd": (2, 3, 5, 7, 32, 8),
+    "column": (1, 2, 9, 1, 24, 4),
+    "row": (1, 2, 1, 17, 32, 16),
+    "prime": (1, 2, 5, 3, 21, 7),
+    "slabs": (1, 2, 70, 40, 64, 32),
+}
 
 _TABLE = [
     *(("modulated_norm", size, rows(*shape)) for size, shape in WIDTHS.items()),
     *(("gated_add_norm", size, rows(*shape, branch=True)) for size, shape in WIDTHS.items()),
-    *(("gated_add_norm", f"{size}_add_only", rows(*WIDTHS[size], branch=True, norm=False)) for size in ("odd", "lite")),
+    *(
+        ("gated_add_norm", f"{size}_add_only", rows(*WIDTHS[size], branch=True, norm=False))
+        for size in ("odd", "lite")
+    ),
     *(("norm_rope", size, heads(*shape)) for size, shape in HEADS.items()),
     *(("norm_rope", f"odd_{axes}_axes", heads(*HEADS["odd"], axes=axes)) for axes in (1, 2)),
-    *(("norm_rope", f"{size}_unrotated", heads(*HEADS[size], rotate=False)) for size in ("odd", "lite")),
-    *(("norm_rope_means", size, heads(*shape, block=block))
-      for (size, shape), block in zip(HEADS.items(), (1, 64, 64, 17, 64, 1), strict=True)),
+    *(
+        ("norm_rope", f"{size}_unrotated", heads(*HEADS[size], rotate=False))
+        for size in ("odd", "lite")
+    ),
+    *(
+        ("norm_rope_means", size, heads(*shape, block=block))
+        for (size, shape), block in zip(HEADS.items(), (1, 64, 64, 17, 64, 1), strict=True)
+    ),
     ("block_sparse_attention", "one", attention(1, 1, Grid(1, 1, 1), 64, 1.0, lse=True)),
     ("block_sparse_attention", "ragged", attention(2, 3, Grid(2, 9, 17), 64, 0.4, lse=True)),
     ("block_sparse_attention", "wide", attention(1, 2, Grid(2, 12, 15), 128, 0.5)),
@@ -342,15 +480,33 @@ _SELECTIONS = [
     ("everything", means(1, 2, (2, 5, 5), 64, 1.0)),
 ]
 SPARSE_GRID = Grid(8, 32, 32)  # S = 8,192 in 128 blocks
-_BENCHES = [  # norms: 28 MiB in fp32, more than a cache and less than the allocator returns to the system after each use
-    *((op, "lite", rows(1, 4096, LITE[0], branch=op == "gated_add_norm"), FP32) for op in ("modulated_norm", "gated_add_norm")),
+# norms: 28 MiB in fp32, more than a cache and less than the allocator returns to the system after
+# each use
+_BENCHES = [
+    *(
+        (op, "lite", rows(1, 4096, LITE[0], branch=op == "gated_add_norm"), FP32)
+        for op in ("modulated_norm", "gated_add_norm")
+    ),
     ("modulated_norm", "lite", rows(1, 4096, LITE[0]), BF16),
     ("gated_add_norm", "lite", rows(1, 4096, LITE[0], branch=True), BF16),
     ("norm_rope", "lite", heads(1, 4096, LITE[1], 64), FP32),
     ("norm_rope_means", "lite", heads(1, 4096, LITE[1], 64, block=64), FP32),
     ("norm_rope_means", "lite", heads(1, 4096, LITE[1], 64, block=64), BF16),
-    *(("block_sparse_attention", f"{percent}_percent", attention(1, 4, SPARSE_GRID, 64, percent / 100), FP32) for percent in (10, 20, 100)),
-    ("select_blocks", "128_blocks", means(1, 4, SPARSE_GRID.tiles, 64, 0.9, (11, 3, 3), sharp=4.0), FP32),
+    *(
+        (
+            "block_sparse_attention",
+            f"{percent}_percent",
+            attention(1, 4, SPARSE_GRID, 64, percent / 100),
+            FP32,
+        )
+        for percent in (10, 20, 100)
+    ),
+    (
+        "select_blocks",
+        "128_blocks",
+        means(1, 4, SPARSE_GRID.tiles, 64, 0.9, (11, 3, 3), sharp=4.0),
+        FP32,
+    ),
     ("group_moments", "video", video(1, 5, 128, 128, 128, 32), FP32),
     ("group_norm_silu", "video", normed(1, 5, 128, 128, 128), FP32),
     ("group_norm_silu", "video", normed(1, 5, 128, 128, 128), BF16),

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The comparators: how close is close enough, decided by an honest peer and not by a tolerance picked by hand."""
+"""The comparators: how close is close enough, decided by an honest peer and not by a tolerance
+picked by hand."""
+
 import math
 import os
 
@@ -14,12 +16,17 @@ RMSE_ELEMENTS = 64  # below this many, a lucky peer says nothing
 def _step(magnitude: torch.Tensor, dtype: torch.dtype) -> float:
     """Distance between neighbouring numbers of ``dtype`` at ``magnitude``."""
     info = torch.finfo(dtype)
-    return 2.0 ** max(math.floor(math.log2(max(magnitude.item(), info.tiny))), math.log2(info.tiny)) * info.eps
+    return (
+        2.0 ** max(math.floor(math.log2(max(magnitude.item(), info.tiny))), math.log2(info.tiny))
+        * info.eps
+    )
 
 
 def _rms(x: torch.Tensor) -> float:
     largest = x.abs().amax().item() if x.numel() else 0.0
-    return largest * (x / largest).square().mean().sqrt().item() if 0 < largest < math.inf else largest
+    return (
+        largest * (x / largest).square().mean().sqrt().item() if 0 < largest < math.inf else largest
+    )
 
 
 def _reproduce() -> str:
@@ -31,29 +38,37 @@ def _check_form(actual: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -
     assert actual.shape == exact.shape, f"shape {list(actual.shape)} should be {list(exact.shape)}"
     assert actual.dtype == dtype, f"dtype {actual.dtype} should be {dtype}"
     assert actual.device == exact.device, f"device {actual.device} should be {exact.device}"
-    assert actual.is_contiguous(), f"strides {actual.stride()} of shape {list(actual.shape)} should be contiguous"
+    assert actual.is_contiguous(), (
+        f"strides {actual.stride()} of shape {list(actual.shape)} should be contiguous"
+    )
 
 
 def _check_pattern(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """The mask of elements to compare: finite in both. Everything else must be the same infinity, or NaN, in both."""
+    """The mask of elements to compare: finite in both. Everything else must be the same infinity,
+    or NaN, in both."""
     wanted = exact.to(actual.dtype)  # what the dtype can hold: its overflow is no fault
     finite = wanted.isfinite()
     same = (actual == wanted) | (actual.isnan() & wanted.isnan())
     wrong = torch.where(finite, ~actual.isfinite(), ~same)
     if wrong.any():
         index = tuple(wrong.nonzero()[0].tolist())
-        raise AssertionError(f"{int(wrong.sum())} elements differ in being finite, the first at {index}: "
-                             f"{actual[index].item()} should be {wanted[index].item()}{_reproduce()}")
+        raise AssertionError(
+            f"{int(wrong.sum())} elements differ in being finite, the first at "
+            f"{index}: "
+            f"{actual[index].item()} should be "
+            f"{wanted[index].item()}{_reproduce()}"
+        )
     return finite
 
 
 def assert_faithful(actual: torch.Tensor, exact: torch.Tensor, peer: torch.Tensor) -> None:
-    """``actual`` errs no more than ``peer``, the usual expression in the working dtype, both measured against ``exact``.
+    """``actual`` errs no more than ``peer``, the usual expression in the working dtype, both
+    measured against ``exact``.
 
-    1. Shape, device, contiguity, peer's dtype; finite where exact is, otherwise the same infinity or NaN.
-    2. max|actual - exact| <= 2 max|peer - exact| + one rounding step of the largest value.
-    3. From 64 elements on: RMSE(actual) <= 1.25 RMSE(peer), where one element may be one rounding step away.
-    4. From 10^4 elements on: |mean(|actual| - |exact|)| <= 1e-4 mean|exact|.
+    1. Shape, device, contiguity, peer's dtype; finite where exact is, otherwise the same infinity
+    or NaN. 2. max|actual - exact| <= 2 max|peer - exact| + one rounding step of the largest value.
+    3. From 64 elements on: RMSE(actual) <= 1.25 RMSE(peer), where one element may be one rounding
+    step away. 4. From 10^4 elements on: |mean(|actual| - |exact|)| <= 1e-4 mean|exact|.
     """
     _check_form(actual, exact, peer.dtype)
     finite = _check_pattern(actual, exact)
@@ -63,7 +78,10 @@ def assert_faithful(actual: torch.Tensor, exact: torch.Tensor, peer: torch.Tenso
     wide, truth = actual[finite].double(), exact[finite].double()
     error, peer_error = wide - truth, (peer.double() - exact.double())[comparable]
     step = _step(truth.abs().amax(), actual.dtype)
-    worst, peer_worst = error.abs().amax().item(), peer_error.abs().amax().item() if len(peer_error) else 0.0
+    worst, peer_worst = (
+        error.abs().amax().item(),
+        peer_error.abs().amax().item() if len(peer_error) else 0.0,
+    )
     rmse, peer_rmse = _rms(error), _rms(peer_error)
     bias, size = (wide.abs() - truth.abs()).mean().item(), truth.abs().mean().item()
     broken = []
@@ -76,13 +94,19 @@ def assert_faithful(actual: torch.Tensor, exact: torch.Tensor, peer: torch.Tenso
     if broken:
         index = tuple(finite.nonzero()[int(error.abs().argmax())].tolist())
         raise AssertionError(
-            f"breaks rule {', '.join(broken)}: worst at {index}: {actual[index].item():.9g} should be {exact[index].item():.9g}; "
-            f"largest error {worst:.3g} against the peer's {peer_worst:.3g} and a step of {step:.3g}; RMSE {rmse:.3g} against "
-            f"{peer_rmse:.3g}; bias {bias:.3g} of mean {size:.3g}{_reproduce()}")
+            f"breaks rule {', '.join(broken)}: worst at {index}: {actual[index].item():.9g} "
+            f"should be {exact[index].item():.9g}; "
+            f"largest error {worst:.3g} against the peer's {peer_worst:.3g} and a step of "
+            f"{step:.3g}; RMSE {rmse:.3g} against "
+            f"{peer_rmse:.3g}; bias {bias:.3g} of mean {size:.3g}{_reproduce()}"
+        )
 
 
-def exact_blocks(scores: torch.Tensor, keep_mass: float, ties: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From fp64 logits [..., N]: kept blocks (bool), each block's probability, and its cumulative mass, itself included."""
+def exact_blocks(
+    scores: torch.Tensor, keep_mass: float, ties: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From fp64 logits [..., N]: kept blocks (bool), each block's probability, and its cumulative
+    mass, itself included."""
     mass = scores.double().softmax(-1)
     ascending, order = mass.sort(dim=-1, stable=True)
     below = ascending.cumsum(-1)
@@ -94,35 +118,59 @@ def exact_blocks(scores: torch.Tensor, keep_mass: float, ties: str) -> tuple[tor
     return mass >= lightest, mass, cumulative
 
 
-def assert_same_blocks(selection: torch.Tensor, scores: torch.Tensor, keep_mass: float, near: torch.Tensor | None = None,
-                       ties: str = "all") -> None:
-    """``selection`` (packed, [B, H, N, W]) is the set that ``scores`` (exact logits, [B, H, N, N]) ask for, or ``near``.
+def assert_same_blocks(
+    selection: torch.Tensor,
+    scores: torch.Tensor,
+    keep_mass: float,
+    near: torch.Tensor | None = None,
+    ties: str = "all",
+) -> None:
+    """``selection`` (packed, [B, H, N, W]) is the set that ``scores`` (exact logits, [B, H, N, N])
+    ask for, or ``near``.
 
-    Rows may differ only in blocks that fp32 cannot decide: whose cumulative mass lies within delta of the threshold, or
-    whose own mass lies within delta of the lightest kept block's where a dropped block's does too. At most 1 % of the
-    rows (at least one) may, in both directions when they are many; every row keeps something, keep_mass - delta of its
-    mass, and its whole local window.
+    Rows may differ only in blocks that fp32 cannot decide: whose cumulative mass lies within delta
+    of the threshold, or whose own mass lies within delta of the lightest kept block's where a
+    dropped block's does too. At most 1 % of the rows (at least one) may, in both directions when
+    they are many; every row keeps something, keep_mass - delta of its mass, and its whole local
+    window.
     """
     N = scores.shape[-1]
     actual = unpack_selection(selection, N)
-    assert actual.shape == scores.shape, f"selection of shape {list(selection.shape)} does not fit scores {list(scores.shape)}"
-    assert not (selection_tail := selection & _unused_bits(N)).any(), f"bits beyond block {N} are set: {selection_tail.unique()}"
+    assert actual.shape == scores.shape, (
+        f"selection of shape {list(selection.shape)} does not fit scores {list(scores.shape)}"
+    )
+    assert not (selection_tail := selection & _unused_bits(N)).any(), (
+        f"bits beyond block {N} are set: {selection_tail.unique()}"
+    )
     kept, mass, cumulative = exact_blocks(scores, keep_mass, ties)
-    delta = 8 * torch.finfo(torch.float32).eps * (1.0 + scores.abs().amax(-1, keepdim=True).double())
+    delta = (
+        8 * torch.finfo(torch.float32).eps * (1.0 + scores.abs().amax(-1, keepdim=True).double())
+    )
     lightest = torch.where(kept, mass, torch.inf).amin(-1, keepdim=True)
     tied = (mass - lightest).abs() <= delta * lightest
-    undecided = ((cumulative - (1.0 - keep_mass)).abs() <= delta) | (tied & (tied & ~kept).any(-1, keepdim=True))
+    undecided = ((cumulative - (1.0 - keep_mass)).abs() <= delta) | (
+        tied & (tied & ~kept).any(-1, keepdim=True)
+    )
     near = torch.zeros(N, N, dtype=torch.bool) if near is None else near
     differs = actual != (kept | near)
     wrong = differs & ~undecided
-    assert not wrong.any(), f"{int(wrong.sum())} blocks chosen wrongly, the first at {wrong.nonzero()[0].tolist()}{_reproduce()}"
+    assert not wrong.any(), (
+        f"{int(wrong.sum())} blocks chosen wrongly, the first at "
+        f"{wrong.nonzero()[0].tolist()}{_reproduce()}"
+    )
     rows = differs.any(-1)
-    assert rows.sum() <= max(1, rows.numel() // 100), f"{int(rows.sum())} of {rows.numel()} rows undecided{_reproduce()}"
+    assert rows.sum() <= max(1, rows.numel() // 100), (
+        f"{int(rows.sum())} of {rows.numel()} rows undecided{_reproduce()}"
+    )
     added, dropped = int((differs & actual).sum()), int((differs & ~actual).sum())
-    assert added + dropped < 20 or min(added, dropped) > 0, f"{added} blocks added but {dropped} dropped: a bias{_reproduce()}"
+    assert added + dropped < 20 or min(added, dropped) > 0, (
+        f"{added} blocks added but {dropped} dropped: a bias{_reproduce()}"
+    )
     assert actual.any(-1).all(), f"a row keeps nothing{_reproduce()}"
     short = (mass * actual).sum(-1, keepdim=True) < keep_mass - delta
-    assert not short.any(), f"{int(short.sum())} rows keep less than {keep_mass} of their mass{_reproduce()}"
+    assert not short.any(), (
+        f"{int(short.sum())} rows keep less than {keep_mass} of their mass{_reproduce()}"
+    )
     assert (actual | ~near).all(), f"a block of the local window is missing{_reproduce()}"
 
 

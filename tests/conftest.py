@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test shares: seeds, poisoned memory, the threads and the place of the golden files."""
+
 import logging
 import os
 from pathlib import Path
@@ -11,7 +12,8 @@ from kandinsky_kernels import _library
 from kandinsky_model import text_cache
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, which reads it once
+    # before anything imports Triton, which reads it once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def shared_data() -> Path:
@@ -23,7 +25,8 @@ def shared_data() -> Path:
 
 
 def simd_levels() -> list[str]:
-    """The instruction sets this build and this processor have; none without the compiled extension."""
+    """The instruction sets this build and this processor have; none without the compiled
+    extension."""
     levels = []
     for name in _library.extension.build_info()["simd"] if _library.extension else ():
         try:
@@ -51,7 +54,8 @@ def simd(request):
 
 @pytest.fixture(autouse=True)
 def seeds_and_poison():
-    """Fixed seeds; fresh memory is full of NaN (of the largest integer), so that reading it shows."""
+    """Fixed seeds; fresh memory is full of NaN (of the largest integer), so that reading it
+    shows."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -61,7 +65,8 @@ def seeds_and_poison():
 
 @pytest.fixture(autouse=True)
 def log_levels():
-    """What a test lets the package's loggers say (every run of the command line does) the next one does not hear."""
+    """What a test lets the package's loggers say (every run of the command line does) the next one
+    does not hear."""
     yield
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("kandinsky_")]:
         logging.getLogger(name).setLevel(logging.NOTSET)
@@ -69,7 +74,8 @@ def log_levels():
 
 @pytest.fixture(autouse=True, scope="session")
 def empty_text_caches(tmp_path_factory):
-    """Each text encoder begins with an empty cache of its own; the user's is neither read nor filled."""
+    """Each text encoder begins with an empty cache of its own; the user's is neither read nor
+    filled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_cache, "default_folder", lambda: tmp_path_factory.mktemp("text_cache"))
         yield
@@ -77,7 +83,8 @@ def empty_text_caches(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def empty_inductor_cache(tmp_path_factory):
-    """Code that Inductor keeps on disk computes NaN under another instruction set, which is not in its key (torch 2.13)."""
+    """Code that Inductor keeps on disk computes NaN under another instruction set, which is not in
+    its key (torch 2.13)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
@@ -102,4 +109,6 @@ def diffusers_folder(tmp_path_factory, text_parts):
 def pytest_configure(config):
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-    config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation.*:UserWarning")
+    config.addinivalue_line(
+        "filterwarnings", "ignore:.*does not have a deterministic implementation.*:UserWarning"
+    )

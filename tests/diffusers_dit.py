@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """diffusers' transformer as an oracle: its two faults that hide what is compared are taken out."""
+
 import inspect
 import sys
 import textwrap
@@ -9,7 +10,8 @@ import torch
 
 
 def dense_mask(block_lists):
-    """In place of `nablaT_v2`, which is block_lists: its lists as a mask [B, H, S, S], which uncompiled attention does not ignore."""
+    """In place of `nablaT_v2`, which is block_lists: its lists as a mask [B, H, S, S], which
+    uncompiled attention does not ignore."""
     block_lists = getattr(block_lists, "stock", block_lists)
 
     def mask_of(query, key, sta, thr):
@@ -24,21 +26,33 @@ def dense_mask(block_lists):
 
 
 def without_cast(processor):
-    """The `__call__` of their attention processor without its cast of rotated queries and keys to bf16."""
+    """The `__call__` of their attention processor without its cast of rotated queries and keys to
+    bf16."""
     source = inspect.getsource(processor.__call__)
     assert source.count(".to(torch.bfloat16)") == 1
     scope = {}
-    exec(textwrap.dedent(source.replace(".to(torch.bfloat16)", "")), sys.modules[processor.__module__].__dict__, scope)
+    exec(
+        textwrap.dedent(source.replace(".to(torch.bfloat16)", "")),
+        sys.modules[processor.__module__].__dict__,
+        scope,
+    )
     return scope["__call__"]
 
 
 def diffusers_of(dit, stripped, monkeypatch):
-    """diffusers' transformer with the weights of ours and NABLA's block lists honoured; stripped: `without_cast`."""
+    """diffusers' transformer with the weights of ours and NABLA's block lists honoured; stripped:
+    `without_cast`."""
     module = pytest.importorskip("diffusers.models.transformers.transformer_kandinsky")
     monkeypatch.setattr(module, "nablaT_v2", dense_mask(module.nablaT_v2))
     if stripped:
-        monkeypatch.setattr(module.Kandinsky5AttnProcessor, "__call__", without_cast(module.Kandinsky5AttnProcessor))
-    config = {key: getattr(dit.config, key) for key in dit.config.__dataclass_fields__ if key != "instruct_type"}
+        monkeypatch.setattr(
+            module.Kandinsky5AttnProcessor, "__call__", without_cast(module.Kandinsky5AttnProcessor)
+        )
+    config = {
+        key: getattr(dit.config, key)
+        for key in dit.config.__dataclass_fields__
+        if key != "instruct_type"
+    }
     model = module.Kandinsky5Transformer3DModel(**config).eval()
     model.load_state_dict(dit.state_dict())
     return model

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many bytes of tensors are alive: counts every tensor that PyTorch gives out while it watches."""
+"""How many bytes of tensors are alive: counts every tensor that PyTorch gives out while it
+watches."""
+
 import weakref
 
 import torch
@@ -8,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """`peak` bytes of the storages made inside, from their first tensor to the end of their last one.
+    """`peak` bytes of the storages made inside, from their first tensor to the end of their last
+    one.
 
     What an operator uses while it runs, without giving it out, is not seen.
     """
@@ -22,7 +25,9 @@ class LiveMemory(TorchDispatchMode):
         given = {self.key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and (self.key(x) in self.users or self.key(x) not in given):
+            if isinstance(x, torch.Tensor) and (
+                self.key(x) in self.users or self.key(x) not in given
+            ):
                 self.watch(x)
         return result
 

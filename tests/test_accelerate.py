@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`accelerate` on diffusers' transformer: the same velocities, NABLA at once, and everything as it was after `undo`."""
+"""`accelerate` on diffusers' transformer: the same velocities, NABLA at once, and everything as it
+was after `undo`."""
+
 import copy
 import inspect
 
@@ -8,7 +10,20 @@ import torch
 
 from kandinsky_model import accelerate
 
-from .accelerated import CONFIG, IN_FP32, RAGGED, ROUNDING, WHOLE, accelerated, exact, inputs, off, stock, told, velocity
+from .accelerated import (
+    CONFIG,
+    IN_FP32,
+    RAGGED,
+    ROUNDING,
+    WHOLE,
+    accelerated,
+    exact,
+    inputs,
+    off,
+    stock,
+    told,
+    velocity,
+)
 from .compare import assert_faithful
 
 MODES = {"dense": False, "nabla": True}
@@ -17,7 +32,8 @@ MODES = {"dense": False, "nabla": True}
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("nabla", MODES.values(), ids=MODES)
 def test_equals_stock(nabla, batch, monkeypatch):
-    """Up to rounding, once diffusers' rounding of queries and keys to bf16 is out of the way; and NABLA is not dense attention."""
+    """Up to rounding, once diffusers' rounding of queries and keys to bf16 is out of the way; and
+    NABLA is not dense attention."""
     model = stock(monkeypatch)
     wanted = velocity(model, nabla=nabla, batch=batch)
     accelerate(model)
@@ -50,12 +66,15 @@ def test_nabla_needs_neither_backend_nor_size(monkeypatch):
     accelerate(model)
     assert off(velocity(model, RAGGED, nabla=True), exact(RAGGED, nabla=True)) <= IN_FP32
     monkeypatch.undo()  # the oracle's dense mask
-    model.get_submodule("visual_transformer_blocks.0.self_attention").processor._attention_backend = None
+    model.get_submodule(
+        "visual_transformer_blocks.0.self_attention"
+    ).processor._attention_backend = None
     assert off(velocity(model, nabla=True), exact(nabla=True)) <= IN_FP32
 
 
 def test_nabla_as_installed_cannot_run(monkeypatch):
-    """Why there is anything to fix: without the tests' oracle, diffusers' NABLA fails where no backend is set."""
+    """Why there is anything to fix: without the tests' oracle, diffusers' NABLA fails where no
+    backend is set."""
     model = stock(monkeypatch)
     monkeypatch.undo()
     with pytest.raises(AttributeError, match="BlockMask"):
@@ -67,11 +86,19 @@ def test_nabla_as_installed_cannot_run(monkeypatch):
 def test_undo_restores_every_bit(monkeypatch):
     model = stock(monkeypatch, stripped=False)
     before, classes = velocity(model), [type(module) for module in model.modules()]
-    state, attributes = model.state_dict(keep_vars=True), [set(vars(module)) for module in model.modules()]
+    state, attributes = (
+        model.state_dict(keep_vars=True),
+        [set(vars(module)) for module in model.modules()],
+    )
     for _ in range(2):
         with accelerate(model) as handle:
-            assert "accelerated" in str(handle) and [type(module) for module in model.modules()] != classes
-            assert [type(m).__name__ for m in model.modules()] == [stock_class.__name__ for stock_class in classes]
+            assert (
+                "accelerated" in str(handle)
+                and [type(module) for module in model.modules()] != classes
+            )
+            assert [type(m).__name__ for m in model.modules()] == [
+                stock_class.__name__ for stock_class in classes
+            ]
             assert not torch.equal(velocity(model), before)
             now = model.state_dict(keep_vars=True)
             assert list(now) == list(state) and all(now[name] is state[name] for name in state)
@@ -91,7 +118,8 @@ def test_says_what_it_did(monkeypatch):
     again = accelerate(model)
     assert not again.replaced and "accelerated already" in str(again)
     again.undo()
-    assert off(velocity(model, nabla=True), exact(nabla=True)) <= IN_FP32  # only the first one undoes
+    # only the first one undoes
+    assert off(velocity(model, nabla=True), exact(nabla=True)) <= IN_FP32
     with pytest.raises(TypeError, match="Kandinsky 5 pipeline"):
         accelerate(torch.nn.Linear(3, 3))
 
@@ -99,7 +127,10 @@ def test_says_what_it_did(monkeypatch):
 def test_signatures_stay(monkeypatch):
     """Hooks and caches find arguments by their names."""
     model = stock(monkeypatch)
-    wanted = {name: list(inspect.signature(type(module).forward).parameters) for name, module in model.named_modules()}
+    wanted = {
+        name: list(inspect.signature(type(module).forward).parameters)
+        for name, module in model.named_modules()
+    }
     accelerate(model)
     for name, module in model.named_modules():
         names = list(inspect.signature(type(module).forward).parameters)
@@ -121,10 +152,12 @@ def with_another_processor(model):
     attention.set_processor(type(attention.processor)._stock_class())
 
 
-FALLBACKS = {"gradients": (torch.nn.Module.requires_grad_, "gradients are recorded"),
-             "float64": (with_wide_weights, "activations are torch.float64"),
-             "processor": (with_another_processor, "an attention processor has been replaced"),
-             "parallel": (with_parallel_config, "split over several devices")}
+FALLBACKS = {
+    "gradients": (torch.nn.Module.requires_grad_, "gradients are recorded"),
+    "float64": (with_wide_weights, "activations are torch.float64"),
+    "processor": (with_another_processor, "an attention processor has been replaced"),
+    "parallel": (with_parallel_config, "split over several devices"),
+}
 
 
 @pytest.mark.parametrize(("change", "reason"), FALLBACKS.values(), ids=FALLBACKS)
@@ -137,17 +170,28 @@ def test_falls_back_to_stock_and_says_so_once(change, reason, monkeypatch, caplo
     change(ours)
     if change is with_parallel_config:  # the dispatcher would look into it
         module = inspect.getmodule(type(model))
-        monkeypatch.setattr(module, "dispatch_attention_fn", lambda q, k, v, **_: q + k.mean(1, keepdim=True) + v.mean(1, keepdim=True))
+        monkeypatch.setattr(
+            module,
+            "dispatch_attention_fn",
+            lambda q, k, v, **_: q + k.mean(1, keepdim=True) + v.mean(1, keepdim=True),
+        )
     data = inputs(dtype=torch.float64 if change is with_wide_weights else torch.float32)
     with told(caplog) as messages, torch.set_grad_enabled("gradients" in reason):
         results = [ours(**data) for _ in range(2)]
         wanted = model(**data)
     assert torch.equal(results[0], wanted) and torch.equal(results[1], wanted)
-    assert len(messages) == 1 and reason in messages[0] and handle.reports == [messages[0].partition(" ")[2]]
+    assert (
+        len(messages) == 1
+        and reason in messages[0]
+        and handle.reports == [messages[0].partition(" ")[2]]
+    )
     if "gradients" in reason:
         results[0].square().mean().backward()
         wanted.square().mean().backward()
-        assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), model.parameters(), strict=True))
+        assert all(
+            torch.equal(a.grad, b.grad)
+            for a, b in zip(ours.parameters(), model.parameters(), strict=True)
+        )
         with torch.no_grad():
             assert off(ours(**data), wanted) > 1e-6  # the next pass is ours again
 
@@ -166,9 +210,13 @@ def test_a_backend_that_was_set_is_used(monkeypatch, caplog):
         ours.reset_attention_backend()
         assert off(velocity(ours, nabla=True), exact(nabla=True)) <= IN_FP32
     finally:
-        from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+        from diffusers.models.attention_dispatch import (
+            AttentionBackendName,
+            _AttentionBackendRegistry,
+        )
 
-        _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)  # diffusers sets it for all models and leaves it
+        # diffusers sets it for all models and leaves it
+        _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
 
 
 def test_nabla_has_gradients(monkeypatch, caplog):
@@ -179,14 +227,21 @@ def test_nabla_has_gradients(monkeypatch, caplog):
     with told(caplog) as messages:
         result = model(**inputs(RAGGED, nabla=True))
     result.square().mean().backward()
-    assert off(result.detach(), wanted) <= ROUNDING and len(messages) == 1 and "gradients" in messages[0]
+    assert (
+        off(result.detach(), wanted) <= ROUNDING
+        and len(messages) == 1
+        and "gradients" in messages[0]
+    )
     assert model.visual_transformer_blocks[0].feed_forward.in_layer.weight.grad.norm() > 0
 
 
 def test_positions_are_those_given(monkeypatch):
     """A later part of a video, and a batch of one time for all samples."""
     model, data = stock(monkeypatch), inputs(WHOLE)
-    data["visual_rope_pos"], data["text_rope_pos"] = [axis + 5 for axis in data["visual_rope_pos"]], torch.arange(7).flip(0)
+    data["visual_rope_pos"], data["text_rope_pos"] = (
+        [axis + 5 for axis in data["visual_rope_pos"]],
+        torch.arange(7).flip(0),
+    )
     with torch.no_grad():
         wanted = model(**data)
         accelerate(model)

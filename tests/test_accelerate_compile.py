@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An accelerated transformer under torch.compile: whole or block by block, as one graph, for sizes that change, before and after."""
+"""An accelerated transformer under torch.compile: whole or block by block, as one graph, for sizes
+that change, before and after."""
+
 import copy
 
 import pytest
@@ -11,7 +13,8 @@ from kandinsky_model.geometry import Grid
 
 from .accelerated import ROUNDING, WHOLE, off, stock, velocity
 
-SIZES = (Grid(3, 10, 13), Grid(4, 11, 14))  # that no other dimension equals, which would become part of the graph
+# that no other dimension equals, which would become part of the graph
+SIZES = (Grid(3, 10, 13), Grid(4, 11, 14))
 MODES = {"dense": False, "nabla": True}
 
 
@@ -24,7 +27,8 @@ def fresh_compiler():
 
 @pytest.fixture
 def model(monkeypatch):
-    """Not yet accelerated; a single visual block, as compiling takes longer than anything else here."""
+    """Not yet accelerated; a single visual block, as compiling takes longer than anything else
+    here."""
     model = stock(monkeypatch)
     del model.visual_transformer_blocks[1:]
     return model
@@ -32,12 +36,16 @@ def model(monkeypatch):
 
 @pytest.mark.parametrize("nabla", MODES.values(), ids=MODES)
 def test_the_whole_model_is_one_graph(nabla, model):
-    """The same graph for all sizes of dense attention; NABLA's counts of tiles are constants of its graph, so one size is enough here."""
+    """The same graph for all sizes of dense attention; NABLA's counts of tiles are constants of its
+    graph, so one size is enough here."""
     accelerate(model)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for grid in SIZES[:1] if nabla else SIZES:
-        assert off(velocity(compiled, grid, nabla=nabla), velocity(model, grid, nabla=nabla)) <= ROUNDING
+        assert (
+            off(velocity(compiled, grid, nabla=nabla), velocity(model, grid, nabla=nabla))
+            <= ROUNDING
+        )
     assert counter.frame_count == 1
 
 
@@ -51,7 +59,8 @@ def test_repeated_blocks_of_changing_size(model):
 
 @pytest.mark.parametrize("order", ["accelerated first", "compiled first"])
 def test_repeated_blocks_through_inductor(order, model):
-    """By diffusers' own method, which finds blocks by the names of their classes; nothing compiled of stock code stays in use."""
+    """By diffusers' own method, which finds blocks by the names of their classes; nothing compiled
+    of stock code stays in use."""
     ours = copy.deepcopy(model)
     accelerate(ours)
     wanted = velocity(ours, nabla=True)

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever else one does to a transformer of diffusers, before accelerating it or after: adapters, offloading, casts, caches, copies.
+"""Whatever else one does to a transformer of diffusers, before accelerating it or after: adapters,
+offloading, casts, caches, copies.
 
-Offloading takes a module's parameters away outside its own forward, so a bit that differs betrays a parameter read elsewhere.
+Offloading takes a module's parameters away outside its own forward, so a bit that differs betrays a
+parameter read elsewhere.
 """
+
 import copy
 from unittest import mock
 
@@ -34,7 +37,9 @@ ADAPTED = r".*(self_attention|cross_attention|feed_forward)\.(to_query|to_key|to
 
 
 def lora():
-    peft = pytest.importorskip("peft", reason="peft is not installed, so no adapter of its can be added")
+    peft = pytest.importorskip(
+        "peft", reason="peft is not installed, so no adapter of its can be added"
+    )
     return peft.LoraConfig(r=2, lora_alpha=4, target_modules=ADAPTED, init_lora_weights=False)
 
 
@@ -63,7 +68,8 @@ def test_lora_is_added_disabled_fused_and_deleted(order, monkeypatch):
 
 
 class Wrapped(nn.Module):
-    """A linear layer inside another module with something added, which is what adapters and quantisers put in its place."""
+    """A linear layer inside another module with something added, which is what adapters and
+    quantisers put in its place."""
 
     def __init__(self, base):
         super().__init__()
@@ -77,7 +83,13 @@ class Wrapped(nn.Module):
 def wrap(model):
     torch.manual_seed(3)
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name.rpartition(".")[2] in ("to_query", "to_key", "to_value", "out_layer", "in_layer"):
+        if type(module) is nn.Linear and name.rpartition(".")[2] in (
+            "to_query",
+            "to_key",
+            "to_value",
+            "out_layer",
+            "in_layer",
+        ):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, Wrapped(module).requires_grad_(False))
 
@@ -103,24 +115,33 @@ def test_linear_layers_may_be_wrapped_and_unwrapped(order, monkeypatch):
 
 # Offloading
 
+
 def group_offload(kind, folder):
     def change(model):
         from diffusers.hooks import apply_group_offloading
 
         blocks = dict(offload_type="block_level", num_blocks_per_group=1)
         leaves = dict(offload_type="leaf_level")
-        options = {"leaf": leaves, "block": blocks, "disk": leaves | dict(offload_to_disk_path=str(folder))}
-        with mock.patch.object(torch.accelerator, "current_accelerator", lambda *_: CPU):  # diffusers up to 0.40 insists on one
+        options = {
+            "leaf": leaves,
+            "block": blocks,
+            "disk": leaves | dict(offload_to_disk_path=str(folder)),
+        }
+        # diffusers up to 0.40 insists on one
+        with mock.patch.object(torch.accelerator, "current_accelerator", lambda *_: CPU):
             apply_group_offloading(model, onload_device=CPU, offload_device=CPU, **options[kind])
+
     return change
 
 
 @pytest.mark.parametrize("kind", ["leaf", "block", "disk"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_group_offloading(order, kind, monkeypatch, tmp_path):
-    """Results are those of the accelerated model without it, bit for bit, and after undoing those of the stock model.
+    """Results are those of the accelerated model without it, bit for bit, and after undoing those
+    of the stock model.
 
-    Tensors from a file lie elsewhere in a cache line, which changes the last digits of stock code, too.
+    Tensors from a file lie elsewhere in a cache line, which changes the last digits of stock code,
+    too.
     """
     model = stock(monkeypatch)
     plain, handle = velocity(model, nabla=True), accelerate(model)
@@ -138,11 +159,16 @@ def test_group_offloading(order, kind, monkeypatch, tmp_path):
     if kind == "disk":
         assert off(ours, wanted) <= ROUNDING and off(theirs, plain) <= ROUNDING
     else:
-        assert torch.equal(ours, wanted) and torch.equal(theirs, plain) and not torch.equal(wanted, plain)
+        assert (
+            torch.equal(ours, wanted)
+            and torch.equal(theirs, plain)
+            and not torch.equal(wanted, plain)
+        )
 
 
 def weights_on_meta(model):
-    """accelerate's sequential offloading: outside of its owner's forward a parameter has no data at all."""
+    """accelerate's sequential offloading: outside of its owner's forward a parameter has no data at
+    all."""
     pytest.importorskip("accelerate").cpu_offload(model, execution_device=CPU)
     assert all(parameter.is_meta for parameter in model.parameters())
 
@@ -170,6 +196,7 @@ def test_cpu_offload(order, change, monkeypatch):
 
 
 # Other ways to store weights
+
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_layerwise_casting_to_fp8(order, monkeypatch):
@@ -201,22 +228,34 @@ def test_int8_by_torchao(order, monkeypatch):
 
 # Caches, copies, files
 
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_magcache_skips_the_same_passes(order, monkeypatch):
     diffusers = pytest.importorskip("diffusers")
-    config = diffusers.MagCacheConfig(threshold=0.3, max_skip_steps=2, retention_ratio=0.2, num_inference_steps=6, mag_ratios=[0.97] * 6)
+    config = diffusers.MagCacheConfig(
+        threshold=0.3,
+        max_skip_steps=2,
+        retention_ratio=0.2,
+        num_inference_steps=6,
+        mag_ratios=[0.97] * 6,
+    )
     model, seen = stock(monkeypatch), []
     theirs = copy.deepcopy(model)
     theirs.enable_cache(config)
     both_ways(model, lambda model: model.enable_cache(config), order)
     for one in (theirs, model):
         count = []
-        one.visual_transformer_blocks[1].feed_forward.register_forward_hook(lambda *_, count=count: count.append(1))
+        one.visual_transformer_blocks[1].feed_forward.register_forward_hook(
+            lambda *_, count=count: count.append(1)
+        )
         with torch.no_grad(), one.cache_context("cond"):
             results = [one(**inputs(seed=seed)) for seed in range(6)]
         seen.append((len(count), results))
     assert seen[0][0] == seen[1][0] < 6
-    assert all(off(ours, wanted) <= ROUNDING for wanted, ours in zip(*(results for _, results in seen), strict=True))
+    assert all(
+        off(ours, wanted) <= ROUNDING
+        for wanted, ours in zip(*(results for _, results in seen), strict=True)
+    )
 
 
 def test_a_saved_model_loads_as_stock(monkeypatch, tmp_path):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`accelerate` on diffusers' video VAE: the same videos and latents without masks and enlarged copies, however its weights are kept."""
+"""`accelerate` on diffusers' video VAE: the same videos and latents without masks and enlarged
+copies, however its weights are kept."""
+
 import copy
 
 import pytest
@@ -34,25 +36,34 @@ def both(vae, z, x):
 @pytest.mark.parametrize("in_pairs", [False, True])
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_equals_stock(frames, in_pairs, monkeypatch):
-    """As exact as diffusers against fp64, for one frame, two and more, with convolutions frame by frame and in pairs of frames."""
+    """As exact as diffusers against fp64, for one frame, two and more, with convolutions frame by
+    frame and in pairs of frames."""
     monkeypatch.setattr(vae_pairs, "LEAST_FLOPS", 0 if in_pairs else 2**60)
     vae, z, x = stock(), latents(frames, batch=2), video(4 * frames - 3)
     peers, truths = both(vae, z, x), both(copy.deepcopy(vae).double(), z.double(), x.double())
     accelerate(vae)
     for ours, truth, peer in zip(both(vae, z, x), truths, peers, strict=True):
         assert ours.dtype == peer.dtype and ours.is_contiguous() == peer.is_contiguous()
-        assert off(ours, truth) <= min(5e-6, 4 * off(peer, truth))  # at these sizes luck decides about a factor of two
+        # at these sizes luck decides about a factor of two
+        assert off(ours, truth) <= min(5e-6, 4 * off(peer, truth))
 
 
 def test_tiles_stay_those_of_diffusers():
     """In time as by default and in space; blended by diffusers' own code."""
     vae = stock()
     vae.use_framewise_decoding = vae.use_framewise_encoding = True
-    vae.enable_tiling(tile_sample_min_height=32, tile_sample_min_width=32, tile_sample_stride_height=24, tile_sample_stride_width=24)
+    vae.enable_tiling(
+        tile_sample_min_height=32,
+        tile_sample_min_width=32,
+        tile_sample_stride_height=24,
+        tile_sample_stride_width=24,
+    )
     z, x = latents(7, 6, 6), video(21, 48, 48)
     wanted = both(vae, z, x)
     accelerate(vae)
-    assert all(off(ours, one) <= 3 * ROUNDING for ours, one in zip(both(vae, z, x), wanted, strict=True))
+    assert all(
+        off(ours, one) <= 3 * ROUNDING for ours, one in zip(both(vae, z, x), wanted, strict=True)
+    )
 
 
 def test_builds_neither_masks_nor_enlarged_copies(monkeypatch):
@@ -68,7 +79,11 @@ def test_builds_neither_masks_nor_enlarged_copies(monkeypatch):
 
 def test_undo_restores_every_bit():
     vae, z, x = stock(), latents(), video()
-    wanted, classes, state = both(vae, z, x), [type(m) for m in vae.modules()], vae.state_dict(keep_vars=True)
+    wanted, classes, state = (
+        both(vae, z, x),
+        [type(m) for m in vae.modules()],
+        vae.state_dict(keep_vars=True),
+    )
     with accelerate(vae) as handle:
         assert handle.replaced["HunyuanVideoResnetBlockCausal3D"] == 16 and not handle.kept
         assert [type(m).__name__ for m in vae.modules()] == [c.__name__ for c in classes]
@@ -89,7 +104,11 @@ def test_falls_back_to_stock_and_says_so_once(reason, caplog):
     elif "gradients" in reason:
         z.requires_grad_(), x.requires_grad_()
     with told(caplog) as messages:
-        results = [one for vae in (ours, vae) for one in (vae.decode(z).sample, vae.encode(x).latent_dist.parameters)]
+        results = [
+            one
+            for vae in (ours, vae)
+            for one in (vae.decode(z).sample, vae.encode(x).latent_dist.parameters)
+        ]
     assert all(torch.equal(a, b) for a, b in zip(results[:2], results[2:], strict=True))
     assert {message.partition(": ")[2].partition(";")[0] for message in messages} == {reason}
     assert len(messages) == len(set(messages)) == len(handle.reports)
@@ -102,8 +121,11 @@ def leaf_offload(vae, folder):
     from diffusers.hooks import apply_group_offloading
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.accelerator, "current_accelerator", lambda *_: CPU)  # diffusers up to 0.40 insists on one
-        apply_group_offloading(vae, CPU, CPU, offload_type="leaf_level", offload_to_disk_path=str(folder))
+        # diffusers up to 0.40 insists on one
+        patch.setattr(torch.accelerator, "current_accelerator", lambda *_: CPU)
+        apply_group_offloading(
+            vae, CPU, CPU, offload_type="leaf_level", offload_to_disk_path=str(folder)
+        )
 
 
 def block_offload(vae, folder):
@@ -128,9 +150,13 @@ def test_weights_may_come_and_go(order, change, tmp_path):
     handle = accelerate(vae)
     if order == "after":
         change(vae, tmp_path)
-    assert all(off(ours, one) <= 3 * ROUNDING for ours, one in zip(both(vae, z, x), wanted, strict=True))
+    assert all(
+        off(ours, one) <= 3 * ROUNDING for ours, one in zip(both(vae, z, x), wanted, strict=True)
+    )
     handle.undo()
-    assert all(off(theirs, one) <= ROUNDING for theirs, one in zip(both(vae, z, x), wanted, strict=True))
+    assert all(
+        off(theirs, one) <= ROUNDING for theirs, one in zip(both(vae, z, x), wanted, strict=True)
+    )
 
 
 def test_the_decoder_is_one_graph():

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: what it writes and prints, and that every failure is one sentence and exit status 2."""
+"""The command line: what it writes and prints, and that every failure is one sentence and exit
+status 2."""
+
 import io
 import json
 import re
@@ -27,12 +29,21 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(folder, tmp_path, monkeypatch, capsys):
-    """run(*arguments) -> (status, stdout, stderr), in an empty directory; `generate` gets the random model and its small size."""
+    """run(*arguments) -> (status, stdout, stderr), in an empty directory; `generate` gets the
+    random model and its small size."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, model=str(folder)):
         if arguments[0] == "generate":
-            arguments = [*arguments[:2], *SMALL_ARGS, "--model", model, "--device", "cpu", *arguments[2:]]
+            arguments = [
+                *arguments[:2],
+                *SMALL_ARGS,
+                "--model",
+                model,
+                "--device",
+                "cpu",
+                *arguments[2:],
+            ]
         try:
             status = main([*arguments])
         except SystemExit as ended:  # argparse
@@ -48,7 +59,12 @@ def frames_of(path):
 
     with av.open(str(path)) as container:
         comment = container.metadata.get("comment")
-        return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]), comment
+        return torch.stack(
+            [
+                torch.from_numpy(frame.to_ndarray(format="rgb24"))
+                for frame in container.decode(video=0)
+            ]
+        ), comment
 
 
 def test_generate_writes_mp4_and_latents_and_prints_both(run, tmp_path):
@@ -58,7 +74,13 @@ def test_generate_writes_mp4_and_latents_and_prints_both(run, tmp_path):
     frames, comment = frames_of(tmp_path / "a.mp4")
     settings = json.loads(comment)
     assert frames.shape == (5, 64, 80, 3)
-    wanted = {"prompt": PROMPT, "negative_prompt": "blue", "seed": 7, "num_inference_steps": 2, "vae_policy": "global"}
+    wanted = {
+        "prompt": PROMPT,
+        "negative_prompt": "blue",
+        "seed": 7,
+        "num_inference_steps": 2,
+        "vae_policy": "global",
+    }
     assert wanted.items() <= settings.items()
     latents, stored = pipeline.load_latents(tmp_path / "a.latents.safetensors")
     assert latents.shape == (1, 2, 8, 10, 16) and stored.to_json() == comment
@@ -71,21 +93,42 @@ def test_decode_repeats_the_file_bit_for_bit(run, tmp_path):
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     (tmp_path / "a.mp4").unlink()
     assert run("decode", "a.latents.safetensors")[0] == 0 and (tmp_path / "a.mp4").exists()
-    assert run("decode", "a.latents.safetensors", "-o", "c.gif", "--vae-policy", "official")[1].count("official decoding") == 1
+    assert (
+        run("decode", "a.latents.safetensors", "-o", "c.gif", "--vae-policy", "official")[1].count(
+            "official decoding"
+        )
+        == 1
+    )
 
 
 def test_a_memory_budget_repeats_the_file_and_preview_is_another(run, tmp_path, caplog):
     assert run("generate", PROMPT, "-o", "a.mp4", "--memory", "1.5 GiB")[0] == 0
-    assert [line.split(":")[0] for line in caplog.messages if " of 1.61 GB" in line] == ["text", "sampling", "decoding"]
-    least = re.search(r"at least (\d+)", run("decode", "a.latents.safetensors", "-o", "b.mp4", "--memory", "2mb")[2])[1]
+    assert [line.split(":")[0] for line in caplog.messages if " of 1.61 GB" in line] == [
+        "text",
+        "sampling",
+        "decoding",
+    ]
+    least = re.search(
+        r"at least (\d+)",
+        run("decode", "a.latents.safetensors", "-o", "b.mp4", "--memory", "2mb")[2],
+    )[1]
     status, _, err = run("decode", "a.latents.safetensors", "-o", "b.mp4", "--memory-budget", least)
-    assert (status, err) == (0, "") and (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-    status, out, _ = run("decode", "a.latents.safetensors", "-o", "c.mp4", "--vae-policy", "preview")
+    assert (status, err) == (0, "") and (tmp_path / "a.mp4").read_bytes() == (
+        tmp_path / "b.mp4"
+    ).read_bytes()
+    status, out, _ = run(
+        "decode", "a.latents.safetensors", "-o", "c.mp4", "--vae-policy", "preview"
+    )
     assert status == 0 and "preview decoding" in out
     frames, comment = frames_of(tmp_path / "c.mp4")
     assert frames.shape == (5, 64, 80, 3) and json.loads(comment)["vae_policy"] == "preview"
     status, _, err = run("decode", "a.latents.safetensors", "-o", "d.mp4", "--memory-budget", "1kb")
-    assert status == 2 and "requires a memory budget of at least" in err and err.count("\n") == 1 and not (tmp_path / "d.mp4").exists()
+    assert (
+        status == 2
+        and "requires a memory budget of at least" in err
+        and err.count("\n") == 1
+        and not (tmp_path / "d.mp4").exists()
+    )
 
 
 def test_without_a_seed_one_is_printed_that_repeats_the_file(run, tmp_path):
@@ -97,7 +140,9 @@ def test_without_a_seed_one_is_printed_that_repeats_the_file(run, tmp_path):
 
 def test_png_and_strip(run, tmp_path):
     status, out, _ = run("generate", PROMPT, "-o", "a.png", "--frames", "1", "--strip", "s.png")
-    assert status == 0 and out.splitlines()[:2] == ["a.png", "s.png"] and (tmp_path / "s.png").exists()
+    assert (
+        status == 0 and out.splitlines()[:2] == ["a.png", "s.png"] and (tmp_path / "s.png").exists()
+    )
     status, out, _ = run("generate", PROMPT, "-o", "b.png")
     assert out.splitlines()[:5] == [f"b_00{i}.png" for i in range(5)]
 
@@ -106,46 +151,72 @@ def test_seconds_are_rounded_to_whole_latent_frames(run, tmp_path):
     arguments = ["--size", "32x32", "--steps", "1", "--guidance", "1", "--device", "cpu"]
     with pytest.raises(SystemExit):  # seconds and frames exclude each other
         main(["generate", PROMPT, "--seconds", "1", "--frames", "5", *arguments])
-    assert main(["generate", PROMPT, "--seconds", "0.7", "--model", str(tiny_models.tiny_folder(tmp_path / "m")), *arguments]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                PROMPT,
+                "--seconds",
+                "0.7",
+                "--model",
+                str(tiny_models.tiny_folder(tmp_path / "m")),
+                *arguments,
+            ]
+        )
+        == 0
+    )
     assert pipeline.load_latents("out.latents.safetensors")[1].num_frames == 17
 
 
 def test_bundled_model_is_the_default(run, tmp_path):
     if not TINY.is_dir():
         pytest.skip("the bundled model is not in this checkout")
-    assert main(["generate", PROMPT, "--steps", "1", "--frames", "5", "--device", "cpu", "--seed", "1"]) == 0
+    assert (
+        main(
+            ["generate", PROMPT, "--steps", "1", "--frames", "5", "--device", "cpu", "--seed", "1"]
+        )
+        == 0
+    )
     frames, comment = frames_of(tmp_path / "out.mp4")
     assert frames.shape == (5, 160, 160, 3) and json.loads(comment)["model"] == "tiny"
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["generate", ""], "the prompt must say something"),
-    (["generate", "x", "--size", "250x100"], "the nearest is 256x96"),
-    (["generate", "x", "--size", "250"], "WIDTHxHEIGHT"),
-    (["generate", "x", "--frames", "18"], "the nearest is 17 or 21"),
-    (["generate", "x", "--frames", "many"], "invalid int value"),
-    (["generate", "x", "--steps", "0"], "at least 1"),
-    (["generate", "x", "--guidance", "nan"], "finite"),
-    (["generate", "x", "--seed", "-3"], "the seed must lie in"),
-    (["generate", "x", "--attention", "flash"], "invalid choice"),
-    (["generate", "x", "--vae-policy", "fast"], "invalid choice"),
-    (["generate", "x", "--memory-budget", "lots"], "write for example 10GB"),
-    (["generate", "x", "--memory-budget", "1kb"], "a memory budget of at least"),
-    (["generate", "x", "--model", "t2v-lite-sft-6s"], "did you mean t2v-lite-sft-5s"),
-    (["generate", "x", "-o", "a.webm"], "must end in .mp4 or .gif or .png"),
-    (["generate", "x", "-o", "absent/a.mp4"], "existing directory"),
-    (["generate", "x", "-o", "."], "must end in"),
-    (["generate", "x", "--prompts", "a.txt"], "a prompt or a file of prompts, got both"),
-    (["generate", "x", "--strip", "s.gif"], "must end in .png"),
-    (["generate", "x", "--device", "pancake"], "use cpu"),
-    (["decode", "absent.safetensors"], "absent.safetensors"),
-    (["decode", __file__], "complete safetensors file"),
-    (["explode"], "invalid choice"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", ""], "the prompt must say something"),
+        (["generate", "x", "--size", "250x100"], "the nearest is 256x96"),
+        (["generate", "x", "--size", "250"], "WIDTHxHEIGHT"),
+        (["generate", "x", "--frames", "18"], "the nearest is 17 or 21"),
+        (["generate", "x", "--frames", "many"], "invalid int value"),
+        (["generate", "x", "--steps", "0"], "at least 1"),
+        (["generate", "x", "--guidance", "nan"], "finite"),
+        (["generate", "x", "--seed", "-3"], "the seed must lie in"),
+        (["generate", "x", "--attention", "flash"], "invalid choice"),
+        (["generate", "x", "--vae-policy", "fast"], "invalid choice"),
+        (["generate", "x", "--memory-budget", "lots"], "write for example 10GB"),
+        (["generate", "x", "--memory-budget", "1kb"], "a memory budget of at least"),
+        (["generate", "x", "--model", "t2v-lite-sft-6s"], "did you mean t2v-lite-sft-5s"),
+        (["generate", "x", "-o", "a.webm"], "must end in .mp4 or .gif or .png"),
+        (["generate", "x", "-o", "absent/a.mp4"], "existing directory"),
+        (["generate", "x", "-o", "."], "must end in"),
+        (["generate", "x", "--prompts", "a.txt"], "a prompt or a file of prompts, got both"),
+        (["generate", "x", "--strip", "s.gif"], "must end in .png"),
+        (["generate", "x", "--device", "pancake"], "use cpu"),
+        (["decode", "absent.safetensors"], "absent.safetensors"),
+        (["decode", __file__], "complete safetensors file"),
+        (["explode"], "invalid choice"),
+    ],
+)
 def test_mistakes_are_one_sentence_and_status_2(run, tmp_path, arguments, words):
     status, out, err = run(*arguments)
     assert (status, out) == (2, "")
-    assert err.startswith("kandinsky: ") and words in err and err.count("\n") == 1 and err.endswith("\n"), err
+    assert (
+        err.startswith("kandinsky: ")
+        and words in err
+        and err.count("\n") == 1
+        and err.endswith("\n")
+    ), err
     assert not list(tmp_path.iterdir())
 
 
@@ -156,12 +227,18 @@ def test_damaged_weights_are_one_sentence(run, tmp_path, damage):
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-7])
     elif damage == "wrong":
-        file.write_bytes((model / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes())
+        file.write_bytes(
+            (model / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+        )
     else:
         file.unlink()
     status, out, err = run("generate", "x", model=str(model))
     assert (status, out) == (2, "") and err.count("\n") == 1
-    assert {"cut": "complete safetensors", "wrong": "encoder.conv_in.conv.weight", "absent": "must hold .safetensors"}[damage] in err
+    assert {
+        "cut": "complete safetensors",
+        "wrong": "encoder.conv_in.conv.weight",
+        "absent": "must hold .safetensors",
+    }[damage] in err
 
 
 def test_missing_codec_is_known_before_the_model_is_loaded(run, monkeypatch):
@@ -171,7 +248,9 @@ def test_missing_codec_is_known_before_the_model_is_loaded(run, monkeypatch):
         raise ValueError(name)
 
     monkeypatch.setattr(av.codec, "Codec", absent)
-    monkeypatch.setattr(pipeline.Kandinsky5, "from_sources", lambda *_, **__: pytest.fail("loaded before the check"))
+    monkeypatch.setattr(
+        pipeline.Kandinsky5, "from_sources", lambda *_, **__: pytest.fail("loaded before the check")
+    )
     status, _, err = run("generate", "x", "-o", "a.mp4")
     assert status == 2 and "H.264 encoder" in err and err.count("\n") == 1
 
@@ -218,7 +297,9 @@ def test_progress_names_stages_and_speed_on_a_terminal_only(run, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     assert run("generate", PROMPT)[0] == 0
     shown = terminal.getvalue()
-    positions = [shown.find(stage) for stage in ("text", "sampling", "decoding", "decoding in scheme KKKK")]
+    positions = [
+        shown.find(stage) for stage in ("text", "sampling", "decoding", "decoding in scheme KKKK")
+    ]
     assert -1 not in positions and positions == sorted(positions)
     assert "2/2" in shown and "s/step" in shown and "left" in shown
 
@@ -228,8 +309,17 @@ def test_doctor_reports_every_operator_and_the_surroundings(run):
     assert status == 0
     for op, row in kandinsky_kernels.kernels().items():
         for device, what in row.items():
-            assert any(op in line and device in line and what in line for line in out.splitlines()), op
-    for word in (torch.__version__, "diffusers", "mp4: encoder", "bundled model", "hub: cache", "cores"):
+            assert any(
+                op in line and device in line and what in line for line in out.splitlines()
+            ), op
+    for word in (
+        torch.__version__,
+        "diffusers",
+        "mp4: encoder",
+        "bundled model",
+        "hub: cache",
+        "cores",
+    ):
         assert word in out
 
 
@@ -259,7 +349,9 @@ def test_commands_of_the_readme_exist():
 def test_drawn_clips_can_be_trained_on(run, tmp_path):
     status, out, err = run("draw-clips", "clips", "--count", "2")
     assert (status, err) == (0, "") and "2 clips" in out
-    assert {path.name for path in (tmp_path / "clips").iterdir()} == {f"clip000{i}{end}" for i in (0, 1) for end in (".mp4", ".txt")}
+    assert {path.name for path in (tmp_path / "clips").iterdir()} == {
+        f"clip000{i}{end}" for i in (0, 1) for end in (".mp4", ".txt")
+    }
     verdict = shapes.judge(frames_of(tmp_path / "clips" / "clip0001.mp4")[0])
     caption = (tmp_path / "clips" / "clip0001.txt").read_text()
     assert all(word in caption for word in (verdict.color, verdict.shape, verdict.background))
@@ -272,12 +364,28 @@ def test_train_and_check_hand_their_arguments_on(run, monkeypatch, tmp_path):
     from kandinsky_model.shapes import held_out
 
     calls = []
-    shares = dict.fromkeys(("color", "background", "color_and_background", "shape", "motion", "all"), 0.5)
-    monkeypatch.setattr(kandinsky_model.train_tiny, "train_tiny", lambda *a, **k: calls.append((a, k)) or a[0])
-    monkeypatch.setattr(kandinsky_model.check_tiny, "check_tiny", lambda *a: calls.append(a) or {"prompts": 3, **shares})
+    shares = dict.fromkeys(
+        ("color", "background", "color_and_background", "shape", "motion", "all"), 0.5
+    )
+    monkeypatch.setattr(
+        kandinsky_model.train_tiny, "train_tiny", lambda *a, **k: calls.append((a, k)) or a[0]
+    )
+    monkeypatch.setattr(
+        kandinsky_model.check_tiny,
+        "check_tiny",
+        lambda *a: calls.append(a) or {"prompts": 3, **shares},
+    )
     assert run("train-tiny", "-o", "here", "--seed", "4") == (0, "here\n", "")
     status, out, _ = run("check-tiny", "here", "--count", "3", "--json", "r.json")
-    assert status == 0 and out.count("50.0%") == 6 and json.loads((tmp_path / "r.json").read_text())["prompts"] == 3
-    assert run("check-tiny", "here", "--count", "50", "--lora", "some")[0] == 0  # more than there are: they come again
-    assert calls == [(("here",), {"seed": 4, "resume": False, "device": "cpu"}), ("here", 0, None, None, held_out()[:3], None, None),
-                     ("here", 0, None, None, held_out() + held_out()[:2], None, "some")]
+    assert (
+        status == 0
+        and out.count("50.0%") == 6
+        and json.loads((tmp_path / "r.json").read_text())["prompts"] == 3
+    )
+    # more than there are: they come again
+    assert run("check-tiny", "here", "--count", "50", "--lora", "some")[0] == 0
+    assert calls == [
+        (("here",), {"seed": 4, "resume": False, "device": "cpu"}),
+        ("here", 0, None, None, held_out()[:3], None, None),
+        ("here", 0, None, None, held_out() + held_out()[:2], None, "some"),
+    ]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The nodes, called as ComfyUI calls them, on random weights: what `generate` gives in ComfyUI's forms, its bar and its stop button."""
+"""The nodes, called as ComfyUI calls them, on random weights: what `generate` gives in ComfyUI's
+forms, its bar and its stop button."""
+
 import asyncio
 import subprocess
 import sys
@@ -20,10 +22,15 @@ SIZE = dict(width=64, height=48, frames=5, steps=2)  # the same in the words of 
 
 
 def call(name, **inputs):
-    """One node, run in inference mode as ComfyUI does, widgets that are left out at their defaults; its only output, or all of them."""
+    """One node, run in inference mode as ComfyUI does, widgets that are left out at their defaults;
+    its only output, or all of them."""
     node = comfyui.NODE_CLASS_MAPPINGS[f"KandinskyKernels{name}"]
-    widgets = {key: kind[1]["default"] for part in node.INPUT_TYPES().values() for key, kind in part.items()
-               if len(kind) > 1 and "default" in kind[1]}
+    widgets = {
+        key: kind[1]["default"]
+        for part in node.INPUT_TYPES().values()
+        for key, kind in part.items()
+        if len(kind) > 1 and "default" in kind[1]
+    }
     with torch.inference_mode():
         outputs = getattr(node(), node.FUNCTION)(**widgets | inputs)
     assert len(outputs) == len(node.RETURN_TYPES) == len(node.RETURN_NAMES)
@@ -52,18 +59,26 @@ def from_image(folder):
 def pictures(tmp_path_factory, text_parts):
     """Checkpoints of pictures and of edited pictures."""
     root = tmp_path_factory.mktemp("pictures")
-    folders = {task: tiny_models.diffusers_folder(root / f"Kandinsky-5.0-{task.upper()}-Lite-Diffusers", text_parts, task)
-               for task in ("t2i", "i2i")}
+    folders = {
+        task: tiny_models.diffusers_folder(
+            root / f"Kandinsky-5.0-{task.upper()}-Lite-Diffusers", text_parts, task
+        )
+        for task in ("t2i", "i2i")
+    }
     return {task: call("LoadModel", path=str(path)) for task, path in folders.items()}
 
 
 @pytest.fixture
 def comfy(monkeypatch):
-    """A stand-in of those of ComfyUI's modules that nodes ask; what the tests look at and set is in the result."""
+    """A stand-in of those of ComfyUI's modules that nodes ask; what the tests look at and set is in
+    the result."""
+
     class Stopped(Exception):
         pass
 
-    state = SimpleNamespace(bars=[], asked=0, stop_after=None, Stopped=Stopped, device="cpu", freed=[])
+    state = SimpleNamespace(
+        bars=[], asked=0, stop_after=None, Stopped=Stopped, device="cpu", freed=[]
+    )
 
     class ProgressBar:
         def __init__(self, total):
@@ -78,7 +93,10 @@ def comfy(monkeypatch):
         if state.stop_after is not None and state.asked > state.stop_after:
             raise Stopped("stopped")
 
-    modules = {name: ModuleType(name) for name in ("comfy", "comfy.utils", "comfy.model_management", "folder_paths")}
+    modules = {
+        name: ModuleType(name)
+        for name in ("comfy", "comfy.utils", "comfy.model_management", "folder_paths")
+    }
     modules["comfy.utils"].ProgressBar = ProgressBar
     modules["comfy.model_management"].throw_exception_if_processing_interrupted = interrupted
     management = modules["comfy.model_management"]
@@ -100,14 +118,24 @@ def levels(picture):
 
 
 def test_importing_imports_neither_torch_nor_comfyui():
-    code = "import sys, kandinsky_model.comfyui; sys.exit(str({'torch', 'comfy', 'comfy_api', 'diffusers'} & {*sys.modules}))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == "set()"
+    code = (
+        "import sys, kandinsky_model.comfyui; sys.exit(str({'torch', 'comfy', 'comfy_api', "
+        "'diffusers'} & {*sys.modules}))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip()
+        == "set()"
+    )
 
 
 def test_every_node_is_whole():
     assert comfyui.NODE_CLASS_MAPPINGS.keys() == comfyui.NODE_DISPLAY_NAME_MAPPINGS.keys()
     for node in comfyui.NODE_CLASS_MAPPINGS.values():
-        assert node.TITLE and node.__doc__ == node.DESCRIPTION and callable(getattr(node, node.FUNCTION))
+        assert (
+            node.TITLE
+            and node.__doc__ == node.DESCRIPTION
+            and callable(getattr(node, node.FUNCTION))
+        )
         assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES)
         assert node.INPUT_TYPES().keys() == {"required", "optional"}
 
@@ -125,12 +153,35 @@ def test_nodes_make_the_video_that_generate_makes(model):
 
 def test_every_widget_of_the_sampler_arrives(model):
     text = call("EncodeText", model=model, prompt=PROMPT, negative_prompt="blue")
-    widgets = dict(width=48, height=96, frames=5, steps=3, guidance=2.5, scheduler_scale=7.0, attention="dense", cache="first-block",
-                   precision="reference")
+    widgets = dict(
+        width=48,
+        height=96,
+        frames=5,
+        steps=3,
+        guidance=2.5,
+        scheduler_scale=7.0,
+        attention="dense",
+        cache="first-block",
+        precision="reference",
+    )
     latent = call("Sample", model=model, text=text, seed=3, **widgets)
-    video = model.model.generate(PROMPT, "blue", seed=3, width=48, height=96, num_frames=5, num_inference_steps=3, guidance_scale=2.5,
-                                 scheduler_scale=7.0, attention="dense", cache="first-block", precision="reference")
-    assert torch.equal(model.model.from_comfy(latent), model.model.from_comfy(model.model.to_comfy(video.latents)))
+    video = model.model.generate(
+        PROMPT,
+        "blue",
+        seed=3,
+        width=48,
+        height=96,
+        num_frames=5,
+        num_inference_steps=3,
+        guidance_scale=2.5,
+        scheduler_scale=7.0,
+        attention="dense",
+        cache="first-block",
+        precision="reference",
+    )
+    assert torch.equal(
+        model.model.from_comfy(latent), model.model.from_comfy(model.model.to_comfy(video.latents))
+    )
 
 
 def test_a_batch_is_its_runs_and_decodes_one_after_the_other(model):
@@ -141,15 +192,22 @@ def test_a_batch_is_its_runs_and_decodes_one_after_the_other(model):
         torch.testing.assert_close(both["samples"][i : i + 1], alone["samples"], rtol=0, atol=1e-4)
     images = call("Decode", model=model, latent=both)
     assert images.shape == (10, 48, 64, 3)
-    assert torch.equal(images[5:], call("Decode", model=model, latent={"samples": both["samples"][1:]}))
+    assert torch.equal(
+        images[5:], call("Decode", model=model, latent={"samples": both["samples"][1:]})
+    )
 
 
 def test_a_memory_budget_changes_nothing(model):
     text = call("EncodeText", model=model, prompt=PROMPT, memory_gb=1.5)
     latent = call("Sample", model=model, text=text, seed=7, memory_gb=1.5, **SIZE)
-    free = call("Sample", model=model, text=call("EncodeText", model=model, prompt=PROMPT), seed=7, **SIZE)
+    free = call(
+        "Sample", model=model, text=call("EncodeText", model=model, prompt=PROMPT), seed=7, **SIZE
+    )
     torch.testing.assert_close(latent["samples"], free["samples"], rtol=0, atol=1e-4)
-    assert torch.equal(call("Decode", model=model, latent=latent, memory_gb=1.5), call("Decode", model=model, latent=latent))
+    assert torch.equal(
+        call("Decode", model=model, latent=latent, memory_gb=1.5),
+        call("Decode", model=model, latent=latent),
+    )
     with pytest.raises(ValueError, match="at least"):
         call("Sample", model=model, text=text, memory_gb=0.0005, **SIZE)
 
@@ -157,43 +215,76 @@ def test_a_memory_budget_changes_nothing(model):
 def test_a_video_from_pictures(from_image):
     first, last = image(), image(seed=1)
     latent, seen, width, height = call("EncodeImage", model=from_image, image=first, seed=4)
-    assert (width, height) == (80, 48) and seen.shape == (1, 48, 80, 3) and latent["samples"].shape == (1, 16, 1, 6, 10)
+    assert (
+        (width, height) == (80, 48)
+        and seen.shape == (1, 48, 80, 3)
+        and latent["samples"].shape == (1, 16, 1, 6, 10)
+    )
     end = call("EncodeImage", model=from_image, image=last, seed=4)[0]
     text = call("EncodeText", model=from_image, prompt=PROMPT)
     for given in ({"last_latent": end}, {"image_latent": latent, "last_latent": end}):
         made = call("Sample", model=from_image, text=text, seed=4, frames=5, steps=2, **given)
-        video = from_image.model.generate(PROMPT, seed=4, num_frames=5, num_inference_steps=2,
-                                          last_image=levels(last),
-                                          image=levels(first) if "image_latent" in given else None)
-        torch.testing.assert_close(from_image.model.from_comfy(made), video.latents, rtol=0, atol=1e-5)
+        video = from_image.model.generate(
+            PROMPT,
+            seed=4,
+            num_frames=5,
+            num_inference_steps=2,
+            last_image=levels(last),
+            image=levels(first) if "image_latent" in given else None,
+        )
+        torch.testing.assert_close(
+            from_image.model.from_comfy(made), video.latents, rtol=0, atol=1e-5
+        )
 
 
 def test_a_size_cuts_the_picture(from_image):
-    latent, seen, width, height = call("EncodeImage", model=from_image, image=image(), seed=4, width=64, height=64)
-    _, middle, *_ = call("EncodeImage", model=from_image, image=image()[:, :, 20:80], seed=4, width=64, height=64)
-    assert (width, height) == (64, 64) and torch.equal(seen, middle) and latent["samples"].shape == (1, 16, 1, 8, 8)
+    latent, seen, width, height = call(
+        "EncodeImage", model=from_image, image=image(), seed=4, width=64, height=64
+    )
+    _, middle, *_ = call(
+        "EncodeImage", model=from_image, image=image()[:, :, 20:80], seed=4, width=64, height=64
+    )
+    assert (
+        (width, height) == (64, 64)
+        and torch.equal(seen, middle)
+        and latent["samples"].shape == (1, 16, 1, 8, 8)
+    )
 
 
 def test_pictures_use_the_scale_of_their_own_vae(pictures):
     model = pictures["t2i"]
     text = call("EncodeText", model=model, prompt="a red cube")
-    latent = call("Sample", model=model, text=text, seed=5, width=96, height=64, steps=2, guidance=2.0)
-    one = model.model.generate("a red cube", seed=5, width=96, height=64, num_inference_steps=2, guidance_scale=2.0)
-    assert latent["samples"].shape == (1, 16, 8, 12)  # a picture's latent has no axis of time in ComfyUI
+    latent = call(
+        "Sample", model=model, text=text, seed=5, width=96, height=64, steps=2, guidance=2.0
+    )
+    one = model.model.generate(
+        "a red cube", seed=5, width=96, height=64, num_inference_steps=2, guidance_scale=2.0
+    )
+    # a picture's latent has no axis of time in ComfyUI
+    assert latent["samples"].shape == (1, 16, 8, 12)
     torch.testing.assert_close(latent["samples"] * 0.3611, one.latents[:, 0].permute(0, 3, 1, 2))
-    torch.testing.assert_close(call("Decode", model=model, latent=latent), one.frames.float() / 255, rtol=0, atol=1 / 255 + 1e-6)
+    torch.testing.assert_close(
+        call("Decode", model=model, latent=latent),
+        one.frames.float() / 255,
+        rtol=0,
+        atol=1 / 255 + 1e-6,
+    )
 
 
 def test_an_edited_picture_is_seen_by_the_text_encoder_and_the_transformer(pictures, monkeypatch):
     model, source = pictures["i2i"], image(channels=4)
     source[..., 3].round_()  # so that blending rounds nothing
-    monkeypatch.setattr(model.model, "preset", replace(model.model.preset, sizes=((64, 96), (96, 64))))
+    monkeypatch.setattr(
+        model.model, "preset", replace(model.model.preset, sizes=((64, 96), (96, 64)))
+    )
     latent, seen, width, height = call("EncodeImage", model=model, image=source, seed=5)
     assert (width, height) == (96, 64) and latent["samples"].shape == (1, 16, 8, 12)
     text = call("EncodeText", model=model, prompt="make it night", image=seen)
     made = call("Sample", model=model, text=text, seed=5, steps=2, image_latent=latent)
     white = source[..., :3] * source[..., 3:] + 1 - source[..., 3:]
-    wanted = model.model.generate("make it night", seed=5, num_inference_steps=2, image=levels(white))
+    wanted = model.model.generate(
+        "make it night", seed=5, num_inference_steps=2, image=levels(white)
+    )
     torch.testing.assert_close(model.model.from_comfy(made), wanted.latents, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="reads the picture"):
         call("EncodeText", model=model, prompt="make it night")
@@ -204,7 +295,11 @@ def test_negative_prompts_are_encoded_where_they_are_used(folder):
     assert call("EncodeText", model=model, prompt=PROMPT).uncond is not None
     model.model.preset = replace(model.model.preset, guidance=1.0)
     text = call("EncodeText", model=model, prompt=PROMPT)
-    assert text.uncond is None and call("EncodeText", model=model, prompt=PROMPT, negative_prompt="blue").uncond is not None
+    assert (
+        text.uncond is None
+        and call("EncodeText", model=model, prompt=PROMPT, negative_prompt="blue").uncond
+        is not None
+    )
     assert call("Sample", model=model, text=text, **SIZE)["samples"].isfinite().all()
     with pytest.raises(ValueError, match="requires a negative prompt"):
         call("Sample", model=model, text=text, guidance=3.0, **SIZE)
@@ -212,22 +307,35 @@ def test_negative_prompts_are_encoded_where_they_are_used(folder):
 
 def test_a_lora_acts_in_its_branch_alone(model, tmp_path):
     layer = "visual_transformer_blocks.0.self_attention.to_value"
-    save_file({f"{layer}.lora_A.weight": torch.randn(2, 64), f"{layer}.lora_B.weight": torch.randn(64, 2)}, tmp_path / "a.safetensors",
-              {"trigger": "still"})
+    save_file(
+        {
+            f"{layer}.lora_A.weight": torch.randn(2, 64),
+            f"{layer}.lora_B.weight": torch.randn(64, 2),
+        },
+        tmp_path / "a.safetensors",
+        {"trigger": "still"},
+    )
     text = call("EncodeText", model=model, prompt=PROMPT)
     before = call("Sample", model=model, text=text, seed=7, **SIZE)["samples"]
     changed = call("LoadLora", model=model, path=str(tmp_path / "a.safetensors"), strength=0.5)
     during = call("Sample", model=changed, text=text, seed=7, **SIZE)["samples"]
     assert not torch.allclose(before, during, atol=1e-3)
     assert torch.equal(call("Sample", model=model, text=text, seed=7, **SIZE)["samples"], before)
-    triggered, plain = (call("EncodeText", model=one, prompt=PROMPT).cond.embeds for one in (changed, model))
+    triggered, plain = (
+        call("EncodeText", model=one, prompt=PROMPT).cond.embeds for one in (changed, model)
+    )
     assert triggered.shape[1] == plain.shape[1] + 1
     with pytest.raises(FileNotFoundError, match="a LoRA is"):
         call("LoadLora", model=model, path="nowhere")
 
 
 def test_prompts_are_expanded_by_the_text_encoder(model, monkeypatch):
-    monkeypatch.setattr(model.model.text, "expand", lambda prompt, kind, picture: f"{prompt}, {kind}, {picture}", raising=False)
+    monkeypatch.setattr(
+        model.model.text,
+        "expand",
+        lambda prompt, kind, picture: f"{prompt}, {kind}, {picture}",
+        raising=False,
+    )
     assert call("ExpandPrompt", model=model, prompt=PROMPT) == f"{PROMPT}, video, None"
     assert call("ExpandPrompt", model=model, prompt=PROMPT, still=True) == f"{PROMPT}, image, None"
     assert "tensor(" in call("ExpandPrompt", model=model, prompt=PROMPT, image=image())
@@ -263,32 +371,53 @@ def test_comfyuis_models_make_room_on_a_gpu(model, comfy):
 
 def test_files_and_folders_of_comfyui_are_found(comfy, folder, tmp_path):
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    comfy.folders.get_filename_list = lambda kind: ["old.ckpt", "mine.safetensors"] if kind == "diffusion_models" else []
-    comfy.folders.get_full_path = lambda kind, name: str(tmp_path / kind / name) if (tmp_path / kind / name).exists() else None
+    comfy.folders.get_filename_list = lambda kind: (
+        ["old.ckpt", "mine.safetensors"] if kind == "diffusion_models" else []
+    )
+    comfy.folders.get_full_path = lambda kind, name: (
+        str(tmp_path / kind / name) if (tmp_path / kind / name).exists() else None
+    )
     comfy.folders.get_folder_paths = lambda kind: [str(tmp_path / kind)]
-    choices = comfyui.NODE_CLASS_MAPPINGS["KandinskyKernelsLoadModel"].INPUT_TYPES()["required"]["model"][0]
-    assert "tiny" in choices and "t2v-pro-sft-10s-hd" in choices and choices[-1] == "mine.safetensors"
+    choices = comfyui.NODE_CLASS_MAPPINGS["KandinskyKernelsLoadModel"].INPUT_TYPES()["required"][
+        "model"
+    ][0]
+    assert (
+        "tiny" in choices and "t2v-pro-sft-10s-hd" in choices and choices[-1] == "mine.safetensors"
+    )
     (tmp_path / "diffusion_models").mkdir()
     (tmp_path / "diffusion_models" / "mine.safetensors").write_bytes(weights.read_bytes())
     for kind in ("vae", "text_encoders"):
         (tmp_path / kind / "here").mkdir(parents=True)
     with pytest.raises((ValueError, OSError)) as error:  # found, but empty
-        call("LoadModel", model="mine.safetensors", vae="here", text_encoder="here", text_encoder_2="here")
+        call(
+            "LoadModel",
+            model="mine.safetensors",
+            vae="here",
+            text_encoder="here",
+            text_encoder_2="here",
+        )
     assert str(tmp_path / "vae" / "here") in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "inputs", "message"), [
-    ("EncodeText", {"prompt": " "}, "the prompt must say something"),
-    ("Sample", {"width": 100, "height": 64}, "multiples of 16"),
-    ("Sample", {"frames": 6}, "4k \\+ 1"),
-    ("Sample", {"image_latent": {"samples": torch.zeros(1, 16, 1, 8, 8)}}, "takes no image"),
-    ("Sample", {"last_latent": {"samples": torch.zeros(1, 16, 1, 8, 8)}}, "takes no last frame"),
-    ("Sample", {"cache": "mag"}, "calibrated"),
-    ("EncodeImage", {"image": image()}, "takes no image"),
-    ("EncodeImage", {"image": image(), "width": 64}, "given together"),
-    ("Decode", {"latent": {"samples": torch.zeros(1, 4, 8, 8)}}, "comes from another model"),
-    ("Decode", {"latent": {"samples": torch.full((1, 16, 1, 8, 8), torch.nan)}}, "finite"),
-])
+@pytest.mark.parametrize(
+    ("name", "inputs", "message"),
+    [
+        ("EncodeText", {"prompt": " "}, "the prompt must say something"),
+        ("Sample", {"width": 100, "height": 64}, "multiples of 16"),
+        ("Sample", {"frames": 6}, "4k \\+ 1"),
+        ("Sample", {"image_latent": {"samples": torch.zeros(1, 16, 1, 8, 8)}}, "takes no image"),
+        (
+            "Sample",
+            {"last_latent": {"samples": torch.zeros(1, 16, 1, 8, 8)}},
+            "takes no last frame",
+        ),
+        ("Sample", {"cache": "mag"}, "calibrated"),
+        ("EncodeImage", {"image": image()}, "takes no image"),
+        ("EncodeImage", {"image": image(), "width": 64}, "given together"),
+        ("Decode", {"latent": {"samples": torch.zeros(1, 4, 8, 8)}}, "comes from another model"),
+        ("Decode", {"latent": {"samples": torch.full((1, 16, 1, 8, 8), torch.nan)}}, "finite"),
+    ],
+)
 def test_what_does_not_fit_is_one_sentence(model, name, inputs, message):
     given = {"text": call("EncodeText", model=model, prompt=PROMPT)} if name == "Sample" else {}
     with pytest.raises((ValueError, TypeError, RuntimeError), match=message) as error:
@@ -298,7 +427,13 @@ def test_what_does_not_fit_is_one_sentence(model, name, inputs, message):
 
 def test_an_image_to_video_checkpoint_asks_for_its_image(from_image):
     with pytest.raises(ValueError, match="begins with an image"):
-        call("Sample", model=from_image, text=call("EncodeText", model=from_image, prompt=PROMPT), frames=5, steps=2)
+        call(
+            "Sample",
+            model=from_image,
+            text=call("EncodeText", model=from_image, prompt=PROMPT),
+            frames=5,
+            steps=2,
+        )
     with pytest.raises(TypeError, match="an IMAGE is"):
         call("EncodeImage", model=from_image, image=torch.zeros(3, 4))
 
@@ -321,8 +456,17 @@ def test_the_current_convention_has_the_same_nodes(monkeypatch, model):
     class Schema(SimpleNamespace):
         pass
 
-    io = SimpleNamespace(ComfyNode=object, Schema=Schema, NodeOutput=lambda *outputs: outputs, Custom=kind, Combo=kind("COMBO"),
-                         **{name: kind(name.upper()) for name in ("Int", "Float", "String", "Boolean", "Image", "Latent", "Model")})
+    io = SimpleNamespace(
+        ComfyNode=object,
+        Schema=Schema,
+        NodeOutput=lambda *outputs: outputs,
+        Custom=kind,
+        Combo=kind("COMBO"),
+        **{
+            name: kind(name.upper())
+            for name in ("Int", "Float", "String", "Boolean", "Image", "Latent", "Model")
+        },
+    )
     latest = ModuleType("comfy_api.latest")
     latest.io, latest.ComfyExtension = io, object
     monkeypatch.setitem(sys.modules, "comfy_api", ModuleType("comfy_api"))
@@ -336,8 +480,13 @@ def test_the_current_convention_has_the_same_nodes(monkeypatch, model):
         kinds = {key: "COMBO" if isinstance(kind, list) else kind for key, kind in inputs.items()}
         assert {socket.id: socket.io_type for socket in schema.inputs} == kinds
         assert [socket.io_type for socket in schema.outputs] == list(old.RETURN_TYPES)
-        assert [socket.id for socket in schema.inputs if socket.options["optional"]] == list(old.INPUT_TYPES()["optional"])
-        assert not {socket.id for socket in schema.inputs} & {socket.id for socket in schema.outputs}  # ComfyUI refuses shared ids
+        assert [socket.id for socket in schema.inputs if socket.options["optional"]] == list(
+            old.INPUT_TYPES()["optional"]
+        )
+        # ComfyUI refuses shared ids
+        assert not {socket.id for socket in schema.inputs} & {
+            socket.id for socket in schema.outputs
+        }
     encode = schemas["KandinskyKernelsEncodeText"][0]
     assert encode.execute(model=model, prompt=PROMPT)[0].cond.embeds.shape[0] == 1
     assert schemas["KandinskyKernelsSample"][1].inputs[0].io_type == MODEL

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example workflows fit the nodes and run, and `kandinsky comfyui` puts both where ComfyUI finds them."""
+"""The example workflows fit the nodes and run, and `kandinsky comfyui` puts both where ComfyUI
+finds them."""
+
 import importlib.util
 import json
 import re
@@ -25,7 +27,8 @@ def load(name):
 
 
 def widgets(node):
-    """Name -> value: the values stand in the order of the definition, each that counts up by itself followed by how."""
+    """Name -> value: the values stand in the order of the definition, each that counts up by itself
+    followed by how."""
     definition, values = definitions()[node["type"]], iter(node["widgets_values"])
     found = {}
     for name, (kind, _) in definition.inputs.items():
@@ -45,10 +48,17 @@ def test_files_are_what_the_definitions_make_of_them():
 def test_every_link_joins_sockets_of_one_type(name):
     graph, known = load(name), definitions()
     nodes = {node["id"]: node for node in graph["nodes"]}
-    assert len(nodes) == len(graph["nodes"]) == graph["last_node_id"] and len(graph["links"]) == graph["last_link_id"]
+    assert (
+        len(nodes) == len(graph["nodes"]) == graph["last_node_id"]
+        and len(graph["links"]) == graph["last_link_id"]
+    )
     for link, source, slot, target, socket, kind in graph["links"]:
         output, taken = nodes[source]["outputs"][slot], nodes[target]["inputs"][socket]
-        assert output["type"] == taken["type"] == kind and link in output["links"] and taken["link"] == link
+        assert (
+            output["type"] == taken["type"] == kind
+            and link in output["links"]
+            and taken["link"] == link
+        )
         assert known[nodes[source]["type"]].outputs[slot] == (output["name"], kind)
         assert known[nodes[target]["type"]].inputs[taken["name"]][0] == kind
         assert nodes[source]["order"] < nodes[target]["order"]
@@ -70,7 +80,11 @@ def test_every_widget_has_a_value_that_its_node_takes(name):
                 assert kind[1]["min"] <= values[key] <= kind[1]["max"]
             elif kind[0] in WIDGETS:
                 assert isinstance(values[key], {"STRING": str, "BOOLEAN": bool}[kind[0]])
-        required = {key for key, kind in kinds["required"].items() if kind[0] not in WIDGETS and not isinstance(kind[0], list)}
+        required = {
+            key
+            for key, kind in kinds["required"].items()
+            if kind[0] not in WIDGETS and not isinstance(kind[0], list)
+        }
         assert required <= {socket["name"] for socket in node["inputs"] if socket["link"]}
 
 
@@ -84,7 +98,8 @@ def test_a_wrong_link_or_name_is_refused():
 
 
 def execute(graph, change, core):
-    """Runs a workflow as ComfyUI does: change(type) -> values instead of those of widgets, core: functions for nodes of ComfyUI's own."""
+    """Runs a workflow as ComfyUI does: change(type) -> values instead of those of widgets, core:
+    functions for nodes of ComfyUI's own."""
     made, saved = {}, []
     for node in sorted(graph["nodes"], key=lambda node: node["order"]):
         inputs = {**widgets(node), **change(node["type"])}
@@ -108,11 +123,15 @@ def folders(tmp_path_factory, text_parts):
     video = tiny_models.tiny_folder(root / "tiny")
     folders = {"text_to_video": video, "image_to_video": video}
     for task, name in (("t2i", "text_to_image"), ("i2i", "image_editing")):
-        folders[name] = tiny_models.diffusers_folder(root / f"Kandinsky-5.0-{task.upper()}-Lite-Diffusers", text_parts, task)
+        folders[name] = tiny_models.diffusers_folder(
+            root / f"Kandinsky-5.0-{task.upper()}-Lite-Diffusers", text_parts, task
+        )
     return folders
 
 
-@pytest.mark.parametrize("name", ["text_to_video", "image_to_video", "text_to_image", "image_editing"])
+@pytest.mark.parametrize(
+    "name", ["text_to_video", "image_to_video", "text_to_image", "image_editing"]
+)
 def test_workflows_run(name, folders, monkeypatch):
     graph = load(f"kandinsky5_{name}.json")
     loader = comfyui.NODE_CLASS_MAPPINGS["KandinskyKernelsLoadModel"]
@@ -120,17 +139,31 @@ def test_workflows_run(name, folders, monkeypatch):
 
     def load_small(self, **inputs):
         (model,) = run(self, **inputs)
-        changes = {"sizes": ((64, 80), (80, 64))} | ({"task": "i2v", "name": "tiny-i2v"} if name == "image_to_video" else {})
+        changes = {"sizes": ((64, 80), (80, 64))} | (
+            {"task": "i2v", "name": "tiny-i2v"} if name == "image_to_video" else {}
+        )
         model.model.preset = replace(model.model.preset, **changes)
         return (model,)
 
     monkeypatch.setattr(loader, "run", load_small)
-    sizes = {"steps": 2} | ({"frames": 5} if video else {})  # as for the shape, an image or the preset settles it
-    given = {"KandinskyKernelsLoadModel": {"path": str(folders[name])}, "KandinskyKernelsSample": sizes}
-    core = {"LoadImage": lambda image: (torch.rand(1, 60, 100, 3), None), "CreateVideo": lambda images, fps: (images,),
-            "SaveVideo": lambda video, **_: (video,), "SaveImage": lambda images, **_: (images,)}
+    # as for the shape, an image or the preset settles it
+    sizes = {"steps": 2} | ({"frames": 5} if video else {})
+    given = {
+        "KandinskyKernelsLoadModel": {"path": str(folders[name])},
+        "KandinskyKernelsSample": sizes,
+    }
+    core = {
+        "LoadImage": lambda image: (torch.rand(1, 60, 100, 3), None),
+        "CreateVideo": lambda images, fps: (images,),
+        "SaveVideo": lambda video, **_: (video,),
+        "SaveImage": lambda images, **_: (images,),
+    }
     (images,) = execute(graph, lambda kind: given.get(kind, {}), core)
-    assert images.shape[-1] == 3 and images.shape[0] == (5 if video else 1) and 0 <= images.min() < images.max() <= 1
+    assert (
+        images.shape[-1] == 3
+        and images.shape[0] == (5 if video else 1)
+        and 0 <= images.min() < images.max() <= 1
+    )
 
 
 @pytest.fixture
@@ -140,7 +173,11 @@ def comfy_folder(tmp_path):
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def imported(stub):
@@ -156,7 +193,10 @@ def test_the_command_writes_the_nodes_and_the_workflows(comfy_folder, capsys):
     assert str(target) in capsys.readouterr().out
     assert {path.name for path in (target / "example_workflows").iterdir()} == set(NAMES)
     module = imported(target)
-    assert module.NODE_CLASS_MAPPINGS is comfyui.NODE_CLASS_MAPPINGS and module.comfy_entrypoint is comfyui.comfy_entrypoint
+    assert (
+        module.NODE_CLASS_MAPPINGS is comfyui.NODE_CLASS_MAPPINGS
+        and module.comfy_entrypoint is comfyui.comfy_entrypoint
+    )
     assert module.NODE_DISPLAY_NAME_MAPPINGS.keys() == module.NODE_CLASS_MAPPINGS.keys()
 
 
@@ -179,14 +219,23 @@ def test_a_failure_leaves_what_was_there(comfy_folder, monkeypatch, problem):
     if problem == "copying":
         monkeypatch.setattr(shutil, "copytree", fail)
     else:
-        monkeypatch.setattr(Path, "rename", lambda self, to: fail() if self.name == "new" else rename(self, to))
+        monkeypatch.setattr(
+            Path, "rename", lambda self, to: fail() if self.name == "new" else rename(self, to)
+        )
     with pytest.raises(OSError, match="disk full"):
         comfyui_install.install(comfy_folder)
-    assert files(comfy_folder) == before and [path.name for path in target.parent.iterdir()] == ["kandinsky5"]
+    assert files(comfy_folder) == before and [path.name for path in target.parent.iterdir()] == [
+        "kandinsky5"
+    ]
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda root: root / "nowhere", "there is no"), (lambda root: root / "custom_nodes", "must hold custom_nodes")])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: root / "nowhere", "there is no"),
+        (lambda root: root / "custom_nodes", "must hold custom_nodes"),
+    ],
+)
 def test_what_is_no_comfyui_is_refused(comfy_folder, capsys, make, message):
     assert main(["comfyui", str(make(comfy_folder))]) == 2
     error = capsys.readouterr().err
@@ -215,9 +264,18 @@ def test_the_lines_of_the_readme_do_what_it_says(comfy_folder, monkeypatch):
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     section = re.search(r"## Use it from ComfyUI\n(.*?)\n## ", readme, re.DOTALL)[1]
     commands = re.findall(r"^kandinsky (.*)$", section, re.MULTILINE)
-    assert len(commands) == 1 and [main(shlex.split(line, comments=True)) for line in commands] == [0]
+    assert len(commands) == 1 and [main(shlex.split(line, comments=True)) for line in commands] == [
+        0
+    ]
     stub = comfy_folder / "custom_nodes" / "kandinsky5"
-    assert stub.name in section and "five workflows" in section and len(list((stub / "example_workflows").iterdir())) == 5
+    assert (
+        stub.name in section
+        and "five workflows" in section
+        and len(list((stub / "example_workflows").iterdir())) == 5
+    )
     module = imported(stub)
-    assert "Accelerate Kandinsky 5" in section and "Accelerate Kandinsky 5" in module.NODE_DISPLAY_NAME_MAPPINGS.values()
+    assert (
+        "Accelerate Kandinsky 5" in section
+        and "Accelerate Kandinsky 5" in module.NODE_DISPLAY_NAME_MAPPINGS.values()
+    )
     assert {node.CATEGORY for node in module.NODE_CLASS_MAPPINGS.values()} == {"Kandinsky 5"}

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The comparators catch planted faults: without that, a green table of cases would prove nothing."""
+"""The comparators catch planted faults: without that, a green table of cases would prove
+nothing."""
+
 import math
 
 import pytest
@@ -15,13 +17,20 @@ EPS = 1e-5
 def norm(x, scale, shift, eps=EPS):
     wide = x.float()
     centred = wide - wide.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * (1 + scale[:, None]) + shift[:, None]
+    return (
+        centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * (1 + scale[:, None])
+        + shift[:, None]
+    )
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def case(request):
     g = torch.Generator().manual_seed(1)
-    x, scale, shift = torch.randn(1, 96, 256, generator=g), torch.randn(1, 256, generator=g), torch.randn(1, 256, generator=g)
+    x, scale, shift = (
+        torch.randn(1, 96, 256, generator=g),
+        torch.randn(1, 256, generator=g),
+        torch.randn(1, 256, generator=g),
+    )
     x = x.to(request.param)
     exact = reference.modulated_norm(x.double(), scale.double(), shift.double(), EPS)
     return x, scale, shift, exact, norm(x, scale, shift).to(x.dtype)
@@ -34,7 +43,8 @@ def test_honest_result_passes(case):
 
 def test_truncation_is_caught(case):
     x, scale, shift, exact, peer = case
-    cut = (norm(x, scale, shift).view(torch.int32) & -65536).view(torch.float32).to(x.dtype)  # to bfloat16, toward zero
+    # to bfloat16, toward zero
+    cut = (norm(x, scale, shift).view(torch.int32) & -65536).view(torch.float32).to(x.dtype)
     with pytest.raises(AssertionError, match="bias"):
         assert_faithful(cut, exact, peer)
 
@@ -69,7 +79,11 @@ def test_misplaced_eps_is_caught():
     exact = reference.modulated_norm(x.double(), zero.double(), zero.double(), EPS)
     centred = x - x.mean(-1, keepdim=True)
     with pytest.raises(AssertionError, match="rule 2"):
-        assert_faithful(centred / (centred.square().mean(-1, keepdim=True).sqrt() + EPS), exact, norm(x, zero, zero))
+        assert_faithful(
+            centred / (centred.square().mean(-1, keepdim=True).sqrt() + EPS),
+            exact,
+            norm(x, zero, zero),
+        )
 
 
 def test_stale_row_is_caught(case):
@@ -95,10 +109,17 @@ def test_noise_below_the_largest_error_is_caught():
         assert_faithful((exact + 5e-4 * (2 * torch.rand_like(exact) - 1)).float(), exact, peer)
 
 
-@pytest.mark.parametrize(("fault", "text"), [
-    (lambda x: x.double(), "dtype"), (lambda x: x[:, 1:], "shape"), (lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), "strides"),
-    (lambda x: x.masked_fill(x == x.max(), math.nan), "differ in being finite"),
-    (lambda x: x.masked_fill(x == x.max(), math.inf), "differ in being finite")], ids=["dtype", "shape", "strides", "nan", "inf"])
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        (lambda x: x.double(), "dtype"),
+        (lambda x: x[:, 1:], "shape"),
+        (lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), "strides"),
+        (lambda x: x.masked_fill(x == x.max(), math.nan), "differ in being finite"),
+        (lambda x: x.masked_fill(x == x.max(), math.inf), "differ in being finite"),
+    ],
+    ids=["dtype", "shape", "strides", "nan", "inf"],
+)
 def test_wrong_form_is_caught(fault, text):
     exact = torch.randn(20, 30, dtype=torch.float64)
     with pytest.raises(AssertionError, match=text):
@@ -107,7 +128,8 @@ def test_wrong_form_is_caught(fault, text):
 
 def test_non_finite_pattern_must_agree():
     exact = torch.tensor([1.0, math.inf, math.nan, 1e39, 2.0], dtype=torch.float64)
-    good = torch.tensor([1.0, math.inf, math.nan, math.inf, 2.0])  # 1e39 overflows fp32: infinity is right
+    # 1e39 overflows fp32: infinity is right
+    good = torch.tensor([1.0, math.inf, math.nan, math.inf, 2.0])
     assert_faithful(good, exact, good)
     with pytest.raises(AssertionError, match="differ in being finite"):
         assert_faithful(good * torch.tensor([1, -1, 1, 1, 1]), exact, good)
@@ -131,9 +153,17 @@ def plant_missing(keep, mass):
     return keep.scatter(-1, mass.argmax(-1, keepdim=True), False)
 
 
-@pytest.mark.parametrize("fault", [
-    plant_extra, plant_missing, lambda keep, mass: keep.roll(1, -2), lambda keep, mass: torch.zeros_like(keep),
-    lambda keep, mass: keep.transpose(-1, -2).contiguous()], ids=["extra", "missing", "stale row", "nothing", "transposed"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        plant_extra,
+        plant_missing,
+        lambda keep, mass: keep.roll(1, -2),
+        lambda keep, mass: torch.zeros_like(keep),
+        lambda keep, mass: keep.transpose(-1, -2).contiguous(),
+    ],
+    ids=["extra", "missing", "stale row", "nothing", "transposed"],
+)
 def test_wrong_selection_is_caught(scores, fault):
     keep, mass, _ = exact_blocks(scores, 0.8, "all")
     with pytest.raises(AssertionError, match="chosen wrongly"):
@@ -162,15 +192,21 @@ def test_stray_bits_are_caught(scores):
 
 def test_undecidable_blocks_are_excused_but_few_rows():
     """Two blocks of equal weight at the threshold: fp32 may take either, but not in every row."""
-    scores = torch.tensor([3.0, 1.0, 1.0 + 1e-9, 0.0], dtype=torch.float64).expand(1, 1, 400, 4).clone()
+    scores = (
+        torch.tensor([3.0, 1.0, 1.0 + 1e-9, 0.0], dtype=torch.float64).expand(1, 1, 400, 4).clone()
+    )
     scores = torch.nn.functional.pad(scores, (0, 396), value=-60.0)
     keep, mass, _ = exact_blocks(scores, float(mass_of_top_two(scores)), "stable")
     swapped = keep.clone()
     swapped[0, 0, 7, 1:3] = ~keep[0, 0, 7, 1:3]
-    assert_same_blocks(pack_selection(swapped), scores, float(mass_of_top_two(scores)), ties="stable")
+    assert_same_blocks(
+        pack_selection(swapped), scores, float(mass_of_top_two(scores)), ties="stable"
+    )
     swapped[0, 0, :, 1:3] = ~keep[0, 0, :, 1:3]
     with pytest.raises(AssertionError, match="rows undecided"):
-        assert_same_blocks(pack_selection(swapped), scores, float(mass_of_top_two(scores)), ties="stable")
+        assert_same_blocks(
+            pack_selection(swapped), scores, float(mass_of_top_two(scores)), ties="stable"
+        )
 
 
 def mass_of_top_two(scores):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streamed encoding: equal to the plain encoder, the same bits in any memory, within the bytes that the plan predicts."""
+"""Streamed encoding: equal to the plain encoder, the same bits in any memory, within the bytes that
+the plan predicts."""
+
 import itertools
 
 import pytest
@@ -18,8 +20,12 @@ from kandinsky_model.vae_stream import encoding, stream
 from kandinsky_model.weights import load_vae
 
 SIZES = [(1, 24, 40), (5, 16, 56), (13, 24, 16), (17, 8, 24)]  # video F, H, W
-SECONDS = {"5 s SD": (1, 3, 121, 512, 768), "10 s SD": (1, 3, 241, 512, 768), "5 s HD": (1, 3, 121, 768, 1280),
-           "10 s HD": (1, 3, 241, 768, 1280)}
+SECONDS = {
+    "5 s SD": (1, 3, 121, 512, 768),
+    "10 s SD": (1, 3, 241, 512, 768),
+    "5 s HD": (1, 3, 121, 768, 1280),
+    "10 s HD": (1, 3, 241, 768, 1280),
+}
 
 
 def video_of(size, dtype=torch.float32, batch=1):
@@ -44,11 +50,15 @@ def budgets(vae, video):
 @pytest.mark.parametrize("positions", [1, 300, 1500, 2**14])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_scheme_is_the_plain_encoder(monkeypatch, size, positions):
-    monkeypatch.setattr(vae_stages, "POSITIONS", positions)  # chunks of two frames, ragged ones, and all in one
+    # chunks of two frames, ragged ones, and all in one
+    monkeypatch.setattr(vae_stages, "POSITIONS", positions)
     vae, video = small_vae(dtype=torch.float64), video_of(size, torch.float64, batch=2)
     plain, schemes = vae.encoder(video).detach(), accounted(vae, video)[1].schemes()
     assert len(schemes) == len(set(schemes)) == 120
-    results = [encoded(vae, video, scheme) for scheme in schemes[:: 3 if size == (13, 24, 16) and positions == 300 else 29]]
+    results = [
+        encoded(vae, video, scheme)
+        for scheme in schemes[:: 3 if size == (13, 24, 16) and positions == 300 else 29]
+    ]
     assert rel_l2(results[0], plain) <= 1e-12
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -77,12 +87,17 @@ def test_the_budget_changes_no_bit(monkeypatch, dtype, size):
 
 def test_boundaries_of_chunks_are_boundaries_in_the_level_before(monkeypatch):
     sizes = ((1, 8, 8), (5, 8, 16), (17, 24, 40), (33, 64, 64), (121, 160, 160), (241, 512, 768))
-    for positions, (frames, height, width), times in itertools.product((1, 77, 4096), sizes, ((1, 2, 2), (2, 2, 1))):
+    for positions, (frames, height, width), times in itertools.product(
+        (1, 77, 4096), sizes, ((1, 2, 2), (2, 2, 1))
+    ):
         monkeypatch.setattr(vae_stages, "POSITIONS", positions)
         before = shrinking_lengths(frames, height, width)
         for time in times:
             assert sum(before) == frames and min(before) > 0
-            assert len(before) == 1 or before[0] % 2 and not any(length % 2 for length in before[1:-1])  # whole pairs
+            # whole pairs
+            assert (
+                len(before) == 1 or before[0] % 2 and not any(length % 2 for length in before[1:-1])
+            )
             frames, height, width = (frames - 1) // time + 1, height // 2, width // 2
             after = shrinking_lengths(frames, height, width)
             needed = {time * (end - 1) + 1 for end in itertools.accumulate(after)}
@@ -95,16 +110,29 @@ def test_boundaries_of_chunks_are_boundaries_in_the_level_before(monkeypatch):
 
 def test_bytes_are_scaled_and_the_whole_clip_is_never_converted(monkeypatch):
     monkeypatch.setattr(vae_stages, "POSITIONS", 1)
-    vae, video = small_vae().requires_grad_(False), torch.randint(256, (2, 3, 9, 16, 24), dtype=torch.uint8)
+    vae, video = (
+        small_vae().requires_grad_(False),
+        torch.randint(256, (2, 3, 9, 16, 24), dtype=torch.uint8),
+    )
     wanted, convert, seen = vae.encode(video.float() / 127.5 - 1), vae_stream.pixels, []
-    monkeypatch.setattr(vae_stream, "pixels", lambda x, like: seen.append(x.shape[1]) or convert(x, like))
+    monkeypatch.setattr(
+        vae_stream, "pixels", lambda x, like: seen.append(x.shape[1]) or convert(x, like)
+    )
     mean, logvar = vae.encode(video)
-    assert torch.equal(mean, wanted[0]) and torch.equal(logvar, wanted[1]) and max(seen) == 2 and sum(seen) == 9
+    assert (
+        torch.equal(mean, wanted[0])
+        and torch.equal(logvar, wanted[1])
+        and max(seen) == 2
+        and sum(seen) == 9
+    )
     assert mean.dtype == torch.float32
 
 
 def test_floats_of_any_width_are_taken_as_they_are():
-    vae, video = small_vae(dtype=torch.bfloat16).requires_grad_(False), video_of((5, 16, 24), torch.float64)
+    vae, video = (
+        small_vae(dtype=torch.bfloat16).requires_grad_(False),
+        video_of((5, 16, 24), torch.float64),
+    )
     assert torch.equal(vae.encode(video)[0], vae.encode(video.bfloat16())[0])
     vae.float()
     assert torch.equal(vae.encode(video)[0], vae.encode(video.float())[0])
@@ -113,9 +141,16 @@ def test_floats_of_any_width_are_taken_as_they_are():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
 def test_a_video_stays_where_it_lies(dtype):
     """The meta device stands for a GPU: whatever meets tensors of both devices fails."""
-    vae, video = small_vae(dtype=torch.bfloat16).requires_grad_(False).to("meta"), torch.ones(1, 3, 9, 16, 24).to(dtype)
+    vae, video = (
+        small_vae(dtype=torch.bfloat16).requires_grad_(False).to("meta"),
+        torch.ones(1, 3, 9, 16, 24).to(dtype),
+    )
     for moments in vae.encode(video):
-        assert (moments.device.type, moments.dtype, moments.shape) == ("meta", torch.bfloat16, (1, 4, 3, 2, 3))
+        assert (moments.device.type, moments.dtype, moments.shape) == (
+            "meta",
+            torch.bfloat16,
+            (1, 4, 3, 2, 3),
+        )
 
 
 def test_gradients_flow_through_the_plain_encoder():
@@ -134,8 +169,13 @@ def test_gradients_flow_through_the_plain_encoder():
 @pytest.mark.parametrize("scheme", ["KKKK", "RKKK", "HRHK", "SKKK", "SRKK", "SHKK", "SSRK", "SSSK"])
 def test_predicted_peak_is_the_measured_one(monkeypatch, scheme, pairs):
     monkeypatch.setattr(vae_pairs, "suits", lambda *_: pairs)
-    config = VAEConfig(latent_channels=4, block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4)
-    vae, video = small_vae(config).requires_grad_(False), torch.randint(256, (1, 3, 33, 96, 128), dtype=torch.uint8)
+    config = VAEConfig(
+        latent_channels=4, block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4
+    )
+    vae, video = (
+        small_vae(config).requires_grad_(False),
+        torch.randint(256, (1, 3, 33, 96, 128), dtype=torch.uint8),
+    )
     chain, accounting = accounted(vae, video)
     plan = accounting.plan(scheme)
     with LiveMemory() as memory:
@@ -144,26 +184,59 @@ def test_predicted_peak_is_the_measured_one(monkeypatch, scheme, pairs):
     assert 0.9 <= plan.predicted_peak_bytes / memory.peak <= 1.1
 
 
-@pytest.mark.parametrize(("clip", "scheme", "peak_gb", "flops"), [
-    ("5 s SD", "KKKK", 26, 1.0), ("10 s SD", "RKKK", 26, 1.2), ("10 s SD", "SRKK", 13, 1.7), ("10 s SD", "SHKK", 8, 1.9),
-    ("5 s HD", "SHKK", 12.1, 1.9), ("10 s HD", "SSRK", 10, 3.0)], ids=str)
+@pytest.mark.parametrize(
+    ("clip", "scheme", "peak_gb", "flops"),
+    [
+        ("5 s SD", "KKKK", 26, 1.0),
+        ("10 s SD", "RKKK", 26, 1.2),
+        ("10 s SD", "SRKK", 13, 1.7),
+        ("10 s SD", "SHKK", 8, 1.9),
+        ("5 s HD", "SHKK", 12.1, 1.9),
+        ("10 s HD", "SSRK", 10, 3.0),
+    ],
+    ids=str,
+)
 def test_the_ladder_of_the_released_vae(clip, scheme, peak_gb, flops):
     plan = encode_plan(VAEConfig(), SECONDS[clip], torch.bfloat16, int(peak_gb * 1e9))
-    assert plan.scheme == scheme and plan.predicted_peak_bytes <= peak_gb * 1e9 and plan.relative_flops <= flops
+    assert (
+        plan.scheme == scheme
+        and plan.predicted_peak_bytes <= peak_gb * 1e9
+        and plan.relative_flops <= flops
+    )
     assert "GB predicted" in str(plan) and plan.doing == "encoding"
 
 
 def test_a_ladder_falls_in_bytes_and_rises_in_flops():
     for shape in SECONDS.values():
         with torch.device("meta"):
-            plans = ladder(Accounting(encoding(small_vae(VAEConfig(), torch.bfloat16).encoder), shape))
-        peaks, flops = [plan.predicted_peak_bytes for plan in plans], [plan.relative_flops for plan in plans]
-        assert peaks == sorted(peaks, reverse=True) and flops == sorted(flops) and flops[0] == 1.0 and len(plans) >= 8
+            plans = ladder(
+                Accounting(encoding(small_vae(VAEConfig(), torch.bfloat16).encoder), shape)
+            )
+        peaks, flops = (
+            [plan.predicted_peak_bytes for plan in plans],
+            [plan.relative_flops for plan in plans],
+        )
+        assert (
+            peaks == sorted(peaks, reverse=True)
+            and flops == sorted(flops)
+            and flops[0] == 1.0
+            and len(plans) >= 8
+        )
 
 
-@pytest.mark.parametrize(("budget", "kind", "words"), [
-    (1000, ValueError, r"encoding this many frames .* at least \d+ bytes .* got 1000: raise it, or encode fewer frames"),
-    ("10GB", TypeError, "an int, of bytes, got '10GB'"), (True, TypeError, "got True")])
+@pytest.mark.parametrize(
+    ("budget", "kind", "words"),
+    [
+        (
+            1000,
+            ValueError,
+            r"encoding this many frames .* at least \d+ bytes .* got 1000: raise it, "
+            r"or encode fewer frames",
+        ),
+        ("10GB", TypeError, "an int, of bytes, got '10GB'"),
+        (True, TypeError, "got True"),
+    ],
+)
 def test_impossible_budgets_are_refused(budget, kind, words):
     vae, video = small_vae().requires_grad_(False), video_of((9, 16, 24))
     with pytest.raises(kind, match=words) as caught:
@@ -182,7 +255,11 @@ def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
     monkeypatch.setattr(vae_stages, "POSITIONS", 64)
     monkeypatch.setattr(vae_pairs, "suits", lambda *_: False)
     vae, video = small_vae().requires_grad_(False), video_of((33, 40, 48))
-    wanted, convolve, state = vae.encode(video), vae_stages.ops.causal_conv3d, {"calls": 0, "failures": 0}
+    wanted, convolve, state = (
+        vae.encode(video),
+        vae_stages.ops.causal_conv3d,
+        {"calls": 0, "failures": 0},
+    )
 
     def fail(*args):
         state["calls"] += 1
@@ -194,15 +271,20 @@ def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
     monkeypatch.setattr(vae_stages.ops, "causal_conv3d", fail)
     told = []
     mean, logvar = vae.encode(video, notify=told.append)
-    assert torch.equal(mean, wanted[0]) and torch.equal(logvar, wanted[1]) and state["failures"] == 2
+    assert (
+        torch.equal(mean, wanted[0]) and torch.equal(logvar, wanted[1]) and state["failures"] == 2
+    )
     names = [plan.scheme for plan in ladder(accounted(vae, video)[1])]
     assert [line.split()[3].rstrip(",") for line in told] == names[:3]
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(lines) == 2 and all("memory ran out while encoding" in line and "\n" not in line for line in lines)
+    assert len(lines) == 2 and all(
+        "memory ran out while encoding" in line and "\n" not in line for line in lines
+    )
 
 
 def test_autocast_costs_digits_only():
-    """On the bundled VAE, whose attention is given fp32 by what stands before it and makes bf16 of it."""
+    """On the bundled VAE, whose attention is given fp32 by what stands before it and makes bf16 of
+    it."""
     vae, video = load_vae(TINY / "vae", dtype=torch.float32), video_of((5, 32, 48))
     latents = torch.randn(1, vae.config.latent_channels, 2, 4, 6)
     plain = vae.encode(video)[0], vae.decode(latents)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What NABLA keeps, as recorded and drawn: the numbers are those of the selections, and watching changes nothing."""
+"""What NABLA keeps, as recorded and drawn: the numbers are those of the selections, and watching
+changes nothing."""
+
 import json
 import math
 
@@ -13,7 +15,10 @@ from kandinsky_model.__main__ import main
 from kandinsky_model.inspection import CURVE, Watch, _measure, inspect
 from kandinsky_model.plan import Chunks
 
-PROMPT, SIZE = "a red circle moving right", dict(num_frames=9, height=96, width=160, num_inference_steps=3, seed=1)
+PROMPT, SIZE = (
+    "a red circle moving right",
+    dict(num_frames=9, height=96, width=160, num_inference_steps=3, seed=1),
+)
 
 
 @pytest.fixture
@@ -40,15 +45,24 @@ def test_numbers_are_those_of_the_map():
 
 def test_every_pass_is_seen_and_none_is_changed(model, monkeypatch):
     asked = []
-    monkeypatch.setattr(attention, "select_blocks", lambda *args: asked.append(select_blocks(*args)) or asked[-1])
+    monkeypatch.setattr(
+        attention, "select_blocks", lambda *args: asked.append(select_blocks(*args)) or asked[-1]
+    )
     plain = model.generate(PROMPT, guidance_scale=3.0, attention="nabla", **SIZE).latents
     asked.clear()
     with Watch(model.dit, 2, [1]) as watch:
-        assert torch.equal(model.generate(PROMPT, guidance_scale=3.0, attention="nabla", **SIZE).latents, plain)
+        assert torch.equal(
+            model.generate(PROMPT, guidance_scale=3.0, attention="nabla", **SIZE).latents, plain
+        )
     L, H = len(model.dit.visual_transformer_blocks), model.dit.config.num_heads
     N = asked[0].shape[2]
-    kept = torch.stack([unpack_selection(one, N)[0].float() for one in asked]).view(3, 2, L, H, N, N)  # step, pass, layer
-    assert watch.steps == 3 and torch.allclose(watch.density, kept.mean((-1, -2)).permute(2, 0, 1, 3))
+    # step, pass, layer
+    kept = torch.stack([unpack_selection(one, N)[0].float() for one in asked]).view(
+        3, 2, L, H, N, N
+    )
+    assert watch.steps == 3 and torch.allclose(
+        watch.density, kept.mean((-1, -2)).permute(2, 0, 1, 3)
+    )
     assert list(watch.maps) == [1] and torch.equal(watch.maps[1], kept[1, 0])
     assert all(block.self_attention.watch is None for block in model.dit.visual_transformer_blocks)
 
@@ -61,24 +75,42 @@ def test_heads_in_groups_leave_the_same_record(model, monkeypatch):
 
     whole = seen()
     make_plan = pipeline.make_plan
-    monkeypatch.setattr(pipeline, "make_plan", lambda *args, chunks, **options: make_plan(*args, chunks=Chunks(heads=1), **options))
+    monkeypatch.setattr(
+        pipeline,
+        "make_plan",
+        lambda *args, chunks, **options: make_plan(*args, chunks=Chunks(heads=1), **options),
+    )
     parts = seen()
     assert whole.density.std() > 0.01 and parts.density.shape == whole.density.shape
-    assert torch.allclose(parts.density, whole.density, atol=0.01)  # a product of fewer rows may round differently
+    # a product of fewer rows may round differently
+    assert torch.allclose(parts.density, whole.density, atol=0.01)
     assert (parts.maps[0] != whole.maps[0]).float().mean() < 0.01
 
 
 def test_inspect_draws_and_leaves_the_model_as_it_was(model, tmp_path):
     before = model.preset
-    light = inspect(model, PROMPT, tmp_path / "light", keep_mass=0.3, guidance_scale=1.0, maps_at=[2], **SIZE)
+    light = inspect(
+        model, PROMPT, tmp_path / "light", keep_mass=0.3, guidance_scale=1.0, maps_at=[2], **SIZE
+    )
     full = inspect(model, PROMPT, tmp_path / "full", keep_mass=1.0, guidance_scale=1.0, **SIZE)
     assert model.preset is before
-    assert 0.1 < light.density.mean() < 0.6 and full.density.min() == 1 and torch.allclose(full.mass, torch.ones(()))
+    assert (
+        0.1 < light.density.mean() < 0.6
+        and full.density.min() == 1
+        and torch.allclose(full.mass, torch.ones(()))
+    )
     assert sorted(path.name for path in (tmp_path / "light").iterdir()) == [
-        "blocks_002.png", "curves.png", "density.png", "mass.png", "numbers.json"]
+        "blocks_002.png",
+        "curves.png",
+        "density.png",
+        "mass.png",
+        "numbers.json",
+    ]
     assert len(list((tmp_path / "full").glob("blocks_*.png"))) == 3
     numbers = json.loads((tmp_path / "light" / "numbers.json").read_text())
-    assert numbers["keep_mass"] == 0.3 and torch.allclose(torch.tensor(numbers["density"]), light.density)
+    assert numbers["keep_mass"] == 0.3 and torch.allclose(
+        torch.tensor(numbers["density"]), light.density
+    )
     with pytest.raises(ValueError, match="steps 0 to 2, got 3"):
         inspect(model, PROMPT, tmp_path, maps_at=[3], **SIZE)
 
@@ -89,17 +121,34 @@ def test_a_model_trained_with_dense_attention_can_be_looked_at(model, tmp_path):
 
 
 def test_the_command(tmp_path, capsys):
-    options = ["--frames", "5", "--size", "160x96", "--steps", "2", "--seed", "1", "--device", "cpu"]
+    options = [
+        "--frames",
+        "5",
+        "--size",
+        "160x96",
+        "--steps",
+        "2",
+        "--seed",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert main(["inspect", PROMPT, "-o", str(tmp_path / "out"), *options]) == 0
     out = capsys.readouterr().out
-    assert "layer  0:" in out and "of the blocks" in out and (tmp_path / "out" / "blocks_001.png").is_file()
+    assert (
+        "layer  0:" in out
+        and "of the blocks" in out
+        and (tmp_path / "out" / "blocks_001.png").is_file()
+    )
     assert main(["inspect", PROMPT, "-o", str(tmp_path / "out"), "--keep-mass", "2", *options]) == 2
     assert "keep_mass must lie in (0, 1], got 2" in capsys.readouterr().err
 
 
 def test_lines_lie_where_their_numbers_say():
     axes = chart.Axes("t", "x", "y", y_range=(0, 1))
-    picture = chart.lines({"flat": [(0, 0.5), (30, 0.5)], "none": [(0, math.nan)]}, axes, (400, 300))
+    picture = chart.lines(
+        {"flat": [(0, 0.5), (30, 0.5)], "none": [(0, math.nan)]}, axes, (400, 300)
+    )
     top, bottom = 50, 300 - 44
     column = [picture.getpixel((200, y)) for y in range(300)]
     colored = [y for y, pixel in enumerate(column) if max(pixel) - min(pixel) > 60]
@@ -108,7 +157,10 @@ def test_lines_lie_where_their_numbers_say():
         chart.lines({"none": [(0, math.nan)]}, axes)
 
 
-@pytest.mark.parametrize("low, high, ticks", [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.31, 0.58, [0.3, 0.4, 0.5, 0.6]), (5, 5, None)])
+@pytest.mark.parametrize(
+    "low, high, ticks",
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.31, 0.58, [0.3, 0.4, 0.5, 0.6]), (5, 5, None)],
+)
 def test_ticks_are_round_and_span_the_numbers(low, high, ticks):
     found = chart._ticks(low, high)
     assert found[0] <= low and found[-1] >= high and (ticks is None or found == ticks)
@@ -120,9 +172,16 @@ def test_cells_show_the_maps():
     picture = chart.cells(maps, side=40)
     assert [picture.getpixel((64 + 44 + 35, 48 + y)) for y in (5, 35)] == [(255,) * 3, (0,) * 3]
     assert picture.getpixel((64 + 35, 48 + 5)) == (0, 0, 0)
-    assert chart.cells(maps, side=40, title="a title that is longer than two small squares").width > picture.width
+    assert (
+        chart.cells(maps, side=40, title="a title that is longer than two small squares").width
+        > picture.width
+    )
 
 
 def test_pictures_in_a_row():
     row = chart.beside([Image.new("RGB", (3, 5), (1, 2, 3)), Image.new("RGB", (4, 2))])
-    assert row.size == (7, 5) and row.getpixel((0, 0)) == (1, 2, 3) and row.getpixel((6, 4)) == (255, 255, 255)
+    assert (
+        row.size == (7, 5)
+        and row.getpixel((0, 0)) == (1, 2, 3)
+        and row.getpixel((6, 4)) == (255, 255, 255)
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that come to the device layer by layer: the same bits however many stay there, and a network that is usable afterwards."""
+"""Weights that come to the device layer by layer: the same bits however many stay there, and a
+network that is usable afterwards."""
+
 import itertools
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,15 +32,25 @@ def network(config=CONFIG):
 
 def out(dit, mode="dense", chunks=WHOLE):
     with torch.no_grad():
-        return dit(*inputs(CONFIG, GRID, 2), make_plan(CONFIG, GRID, SCALE, MODES[mode], chunks=chunks))
+        return dit(
+            *inputs(CONFIG, GRID, 2), make_plan(CONFIG, GRID, SCALE, MODES[mode], chunks=chunks)
+        )
 
 
 def run(dit, cache=None):
     g = torch.Generator().manual_seed(4)
-    cond, uncond = (Conditioning(torch.randn(1, n, CONFIG.in_text_dim, generator=g), None, torch.randn(1, CONFIG.in_text_dim2, generator=g))
-                    for n in (5, 3))
+    cond, uncond = (
+        Conditioning(
+            torch.randn(1, n, CONFIG.in_text_dim, generator=g),
+            None,
+            torch.randn(1, CONFIG.in_text_dim2, generator=g),
+        )
+        for n in (5, 3)
+    )
     start = noise(1, (1, GRID.T, 2 * GRID.Y, 2 * GRID.X, 16))
-    *_, (_, latents) = sample(dit, start, cond, make_plan(CONFIG, GRID, SCALE), Sampling(4, 5.0, 3.0, cache=cache), uncond)
+    *_, (_, latents) = sample(
+        dit, start, cond, make_plan(CONFIG, GRID, SCALE), Sampling(4, 5.0, 3.0, cache=cache), uncond
+    )
     return latents
 
 
@@ -49,8 +61,18 @@ def addresses(dit):
 # Which layers
 
 
-@pytest.mark.parametrize("count, resident, streamed", [
-    (5, 5, []), (5, 9, []), (5, 0, [0, 1, 2, 3, 4]), (6, 3, [0, 2, 4]), (7, 5, [0, 4]), (64, 62, [0, 32]), (0, 0, [])])
+@pytest.mark.parametrize(
+    "count, resident, streamed",
+    [
+        (5, 5, []),
+        (5, 9, []),
+        (5, 0, [0, 1, 2, 3, 4]),
+        (6, 3, [0, 2, 4]),
+        (7, 5, [0, 4]),
+        (64, 62, [0, 32]),
+        (0, 0, []),
+    ],
+)
 def test_streamed_layers_are_spread(count, resident, streamed):
     assert streamed_layers(count, resident) == streamed
 
@@ -61,15 +83,20 @@ def test_streamed_layers_are_spread(count, resident, streamed):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("resident", [LAYERS, LAYERS - 1, 2, 0])
 def test_streamed_is_resident(mode, resident):
-    """Text blocks and visual blocks are of different sizes; one product still gives queries, keys and values."""
+    """Text blocks and visual blocks are of different sizes; one product still gives queries, keys
+    and values."""
     dit, joint = network(), []
     wanted, chunked, before = out(dit, mode), out(dit, mode, Chunks(1, 30)), addresses(dit)
     hosted = Offload(dit, CPU)
     for block in dit.visual_transformer_blocks:
-        block.register_forward_pre_hook(lambda block, _: joint.append(block.self_attention._is_joint()))
+        block.register_forward_pre_hook(
+            lambda block, _: joint.append(block.self_attention._is_joint())
+        )
     with hosted.on_device(resident) as placed:
         inside = addresses(dit)
-        assert torch.equal(out(placed, mode), wanted) and torch.equal(out(placed, mode, Chunks(1, 30)), chunked)
+        assert torch.equal(out(placed, mode), wanted) and torch.equal(
+            out(placed, mode, Chunks(1, 30)), chunked
+        )
         assert torch.equal(out(placed, mode), wanted)
         assert addresses(dit) == inside
     assert joint == [True] * 9 and addresses(dit) not in (before, inside)
@@ -81,24 +108,31 @@ def test_quantised_weights_stream(mode):
     dit = quantize(build(), mode)
     wanted, chunked = out(dit), out(dit, "dense", Chunks(1, 30))
     with Offload(dit, CPU).on_device(1) as placed:
-        assert torch.equal(out(placed), wanted) and torch.equal(out(placed, "dense", Chunks(1, 30)), chunked)
+        assert torch.equal(out(placed), wanted) and torch.equal(
+            out(placed, "dense", Chunks(1, 30)), chunked
+        )
     assert (chunked - wanted).norm() <= 1e-5 * wanted.norm() and torch.equal(out(dit), wanted)
 
 
 def test_layers_of_any_kind():
     """Of integers, without weights, of sizes that differ by a lot; a linear order is not needed."""
+
     class Integers(nn.Module):
         def __init__(self, seed):
             super().__init__()
             g = torch.Generator().manual_seed(seed)
-            self.register_buffer("values", torch.randint(-127, 128, (16, 16), generator=g, dtype=torch.int8))
+            self.register_buffer(
+                "values", torch.randint(-127, 128, (16, 16), generator=g, dtype=torch.int8)
+            )
             self.register_buffer("scale", torch.rand(16, 1, generator=g) / 127)
 
         def forward(self, x):
             return x @ (self.values * self.scale).T
 
     wide = nn.Sequential(nn.Linear(16, 512), nn.GELU(), nn.Linear(512, 16))
-    layers = nn.ModuleList([Integers(0), nn.Linear(16, 16), nn.Identity(), wide, Integers(1)]).requires_grad_(False)
+    layers = nn.ModuleList(
+        [Integers(0), nn.Linear(16, 16), nn.Identity(), wide, Integers(1)]
+    ).requires_grad_(False)
     x, orders = torch.randn(3, 16), [(0, 1, 2, 3, 4), (0, 0, 3, 1, 4, 4, 2), (4, 3, 2, 1, 0)]
 
     def through(order):
@@ -113,13 +147,22 @@ def test_layers_of_any_kind():
         for store in stores:
             store.refresh()
         stream = LayerStream(layers[:count], stores, CPU)
-        assert all(torch.equal(through(order), result) for order, result in zip(orders, wanted, strict=True))
+        assert all(
+            torch.equal(through(order), result)
+            for order, result in zip(orders, wanted, strict=True)
+        )
         stream.close()
-        assert all(torch.equal(through(order), result) for order, result in zip(orders, wanted, strict=True))
+        assert all(
+            torch.equal(through(order), result)
+            for order, result in zip(orders, wanted, strict=True)
+        )
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
 
-@pytest.mark.parametrize("cache", [None, MagCache(((1.0,) * 4,) * 2, retention=0.0), FirstBlockCache(1e9, most_skipped=1)])
+@pytest.mark.parametrize(
+    "cache",
+    [None, MagCache(((1.0,) * 4,) * 2, retention=0.0), FirstBlockCache(1e9, most_skipped=1)],
+)
 def test_whole_runs_with_and_without_caches(cache):
     dit = network()
     wanted = run(dit, cache)
@@ -131,7 +174,9 @@ def test_whole_runs_with_and_without_caches(cache):
 def test_each_pass_copies_each_streamed_layer_once(monkeypatch):
     dit, copied = network(), []
     hosted, copy_to = Offload(dit, CPU), Store.copy_to
-    monkeypatch.setattr(Store, "copy_to", lambda store, buffer: copied.append(store) or copy_to(store, buffer))
+    monkeypatch.setattr(
+        Store, "copy_to", lambda store, buffer: copied.append(store) or copy_to(store, buffer)
+    )
     with hosted.on_device(2) as placed:
         out(placed)
         streamed = [hosted.stores[i] for i in streamed_layers(LAYERS, 2)]
@@ -144,7 +189,10 @@ def test_each_pass_copies_each_streamed_layer_once(monkeypatch):
 
 
 def test_adapters_while_weights_are_in_host_memory(tmp_path):
-    paths = [write(tmp_path / f"{name}.safetensors", matrices(seed, rank)) for name, seed, rank in (("a", 1, 4), ("b", 2, 3))]
+    paths = [
+        write(tmp_path / f"{name}.safetensors", matrices(seed, rank))
+        for name, seed, rank in (("a", 1, 4), ("b", 2, 3))
+    ]
     plain, streamed = network(), network()
     hosted, adapters = Offload(streamed, CPU), [Adapters(plain), Adapters(streamed)]
     out_plain = out(plain)
@@ -156,12 +204,23 @@ def test_adapters_while_weights_are_in_host_memory(tmp_path):
         return result
 
     results = [same()]
-    for change in (lambda a: a.load(paths[0]), lambda a: a.load(paths[1], scale=0.5), lambda a: a.set({"a": -1.0}), lambda a: a.set({}),
-                   lambda a: a.remove(), lambda a: a.load(paths[1], name="c"), lambda a: a.merge()):
+    for change in (
+        lambda a: a.load(paths[0]),
+        lambda a: a.load(paths[1], scale=0.5),
+        lambda a: a.set({"a": -1.0}),
+        lambda a: a.set({}),
+        lambda a: a.remove(),
+        lambda a: a.load(paths[1], name="c"),
+        lambda a: a.merge(),
+    ):
         for one in adapters:
             change(one)
         results.append(same())
-    assert torch.equal(results[0], out_plain) and torch.equal(results[5], out_plain) and not torch.equal(results[7], out_plain)
+    assert (
+        torch.equal(results[0], out_plain)
+        and torch.equal(results[5], out_plain)
+        and not torch.equal(results[7], out_plain)
+    )
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(results[:4], 2))
 
 
@@ -194,7 +253,11 @@ def test_an_exception_in_the_middle_leaves_all_usable(error, resident):
         dit.visual_transformer_blocks[1].feed_forward.register_forward_pre_hook(stop)
         out(placed)
     dit.visual_transformer_blocks[1].feed_forward._forward_pre_hooks.clear()
-    homes = {piece.host.untyped_storage().data_ptr() for store in (hosted.rest, *hosted.stores) for piece in store.pieces}
+    homes = {
+        piece.host.untyped_storage().data_ptr()
+        for store in (hosted.rest, *hosted.stores)
+        for piece in store.pieces
+    }
     assert {tensor.untyped_storage().data_ptr() for tensor in tensors_of([dit], dit.once)} == homes
     assert torch.equal(out(dit), wanted)
     with hosted.on_device(1) as placed:
@@ -235,7 +298,8 @@ class Event:
 
 
 class Stream:
-    """Runs nothing by itself: its copies happen when another stream waits for an event behind them."""
+    """Runs nothing by itself: its copies happen when another stream waits for an event behind
+    them."""
 
     def __init__(self, log):
         self.tasks, self.log = [], log
@@ -253,7 +317,8 @@ class Stream:
 
 @pytest.fixture
 def acted(monkeypatch):
-    """LayerStream as on a GPU, with the least that its events promise: what is not waited for has not happened."""
+    """LayerStream as on a GPU, with the least that its events promise: what is not waited for has
+    not happened."""
     log, computing, copies, current = [], Stream([]), Stream([]), []
     computing.log = copies.log = log
 
@@ -300,10 +365,20 @@ def test_layers_wait_for_their_copies_and_copies_for_their_layers(acted):
     copies = [i for i, (what, *_) in enumerate(acted) if what == "copy"]
     for i in copies:
         _, stream, buffer = acted[i]
-        used = max((j for j in range(i) if acted[j][0] == "use" and acted[j][2] == buffer), default=-1)
-        done = [j for j in range(used + 1, i) if acted[j][0] == "record" and acted[j][1] is not stream]
-        waited = [acted[j][2] for j in range(i) if acted[j][:2] == ("wait", stream) and done and j > done[0]]
-        assert any(acted[j][2] in waited for j in done), "a buffer was overwritten while a layer used it"
+        used = max(
+            (j for j in range(i) if acted[j][0] == "use" and acted[j][2] == buffer), default=-1
+        )
+        done = [
+            j for j in range(used + 1, i) if acted[j][0] == "record" and acted[j][1] is not stream
+        ]
+        waited = [
+            acted[j][2]
+            for j in range(i)
+            if acted[j][:2] == ("wait", stream) and done and j > done[0]
+        ]
+        assert any(acted[j][2] in waited for j in done), (
+            "a buffer was overwritten while a layer used it"
+        )
     assert len(copies) == 3 * (LAYERS - 1) + 1
 
 
@@ -313,7 +388,10 @@ def test_layers_wait_for_their_copies_and_copies_for_their_layers(acted):
 def test_modulations_stay_in_host_memory():
     """Of the network, an eighth is used once per prompt; nothing of it comes to the device."""
     dit = network(replace(CONFIG, time_dim=32))
-    hosted, homes = Offload(dit, CPU), {id(tensor): tensor.data_ptr() for tensor in tensors_of(dit.once)}
+    hosted, homes = (
+        Offload(dit, CPU),
+        {id(tensor): tensor.data_ptr() for tensor in tensors_of(dit.once)},
+    )
     seen = []
     for module in dit.once:
         module.register_forward_hook(lambda module, *_: seen.append(module) or None)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures from text and pictures edited, on random weights: sizes, files, what the networks are given, and refusals."""
+"""Pictures from text and pictures edited, on random weights: sizes, files, what the networks are
+given, and refusals."""
+
 import json
 import re
 import shutil
@@ -27,13 +29,21 @@ PROMPT = "a red cube"
 
 
 def picture(height=60, width=100):
-    return torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return torch.randint(
+        256, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, text_parts):
-    root, names = tmp_path_factory.mktemp("pictures"), {task: f"Kandinsky-5.0-{task.upper()}-Lite-Diffusers" for task in ("t2i", "i2i")}
-    return {task: tiny_models.diffusers_folder(root / name, text_parts, task) for task, name in names.items()}
+    root, names = (
+        tmp_path_factory.mktemp("pictures"),
+        {task: f"Kandinsky-5.0-{task.upper()}-Lite-Diffusers" for task in ("t2i", "i2i")},
+    )
+    return {
+        task: tiny_models.diffusers_folder(root / name, text_parts, task)
+        for task, name in names.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +60,11 @@ class Listener:
     def encode(self, prompts, kind, images=None):
         self.calls.append((prompts, kind, images))
         g = torch.Generator().manual_seed(len(prompts[0]))
-        return pipeline.Conditioning(torch.randn(len(prompts), 5, 64, generator=g), torch.full((len(prompts),), 5),
-                                     torch.randn(len(prompts), 32, generator=g))
+        return pipeline.Conditioning(
+            torch.randn(len(prompts), 5, 64, generator=g),
+            torch.full((len(prompts),), 5),
+            torch.randn(len(prompts), 32, generator=g),
+        )
 
     def to(self, *_):
         return self
@@ -66,7 +79,11 @@ def editor(folders):
 
 def test_text_to_image(text_to_image, folders):
     made = text_to_image.generate(PROMPT, seed=3, **SHORT)
-    assert made.frames.shape == (1, 64, 96, 3) and made.settings.num_frames == 1 and made.settings.negative_prompt == ""
+    assert (
+        made.frames.shape == (1, 64, 96, 3)
+        and made.settings.num_frames == 1
+        and made.settings.negative_prompt == ""
+    )
     assert torch.equal(made.frames, text_to_image.generate(PROMPT, seed=3, **SHORT).frames)
     vae = load_image_vae(folders["t2i"] / "vae", torch.float32).vae
     with torch.no_grad():  # the scale alone: the checkpoints were trained without FLUX.1's shift
@@ -77,7 +94,11 @@ def test_text_to_image(text_to_image, folders):
 
 def test_prompts_are_read_as_for_images(text_to_image, monkeypatch):
     seen, encode = [], text_to_image.text.encode
-    monkeypatch.setattr(text_to_image.text, "encode", lambda prompts, kind: seen.append((prompts, kind)) or encode(prompts, kind))
+    monkeypatch.setattr(
+        text_to_image.text,
+        "encode",
+        lambda prompts, kind: seen.append((prompts, kind)) or encode(prompts, kind),
+    )
     text_to_image.generate(PROMPT, seed=0, **SHORT)
     assert seen == [([PROMPT], "image"), ([""], "image")]
     assert text_to_image.text.template("image") == official_template("image")
@@ -93,7 +114,12 @@ def test_a_batch_of_pictures_is_single_runs(text_to_image):
 def test_defaults_of_pictures(folders):
     for task in ("t2i", "i2i"):
         preset = locate(folders[task]).preset
-        assert (preset.task, preset.guidance, preset.scheduler_scale, preset.sizes[0]) == (task, 3.5, 3.0, (1024, 1024))
+        assert (preset.task, preset.guidance, preset.scheduler_scale, preset.sizes[0]) == (
+            task,
+            3.5,
+            3.0,
+            (1024, 1024),
+        )
 
 
 def test_editing(editor, folders, monkeypatch):
@@ -102,20 +128,32 @@ def test_editing(editor, folders, monkeypatch):
     made = editor.generate(["make it blue", "greener"], seed=7, image=picture(), **SHORT)
     shown = resize(crop(picture().permute(2, 0, 1), 64, 96), 64, 96)
     for (prompts, kind, images), count in zip(editor.text.calls, (2, 1), strict=True):
-        assert kind == "image_edit" and len(prompts) == len(images) == count and all(torch.equal(image, shown) for image in images)
+        assert (
+            kind == "image_edit"
+            and len(prompts) == len(images) == count
+            and all(torch.equal(image, shown) for image in images)
+        )
     source = seen[0][6].source
     with torch.no_grad():
         wanted = torch.cat([latent_of(shown, editor.vae, seed) for seed in (7, 8)])
-    assert torch.equal(source, wanted) and torch.equal(seen[0][1], torch.cat([noise(seed, (1, 1, 8, 12, 16)) for seed in (7, 8)]))
-    assert len(made) == 2 and made[0].settings.image == "given" and made[0].frames.shape == (1, 64, 96, 3)
+    assert torch.equal(source, wanted) and torch.equal(
+        seen[0][1], torch.cat([noise(seed, (1, 1, 8, 12, 16)) for seed in (7, 8)])
+    )
+    assert (
+        len(made) == 2
+        and made[0].settings.image == "given"
+        and made[0].frames.shape == (1, 64, 96, 3)
+    )
     other = editor.generate("make it blue", seed=7, image=255 - picture(), **SHORT)
     assert not torch.allclose(other.latents, made[0].latents, atol=1e-3)
 
 
 def test_editing_with_an_encoder_that_sees_the_picture(folders):
     model = pipeline.load(folders["i2i"], device="cpu")
-    one, again, other = (model.generate("make it blue", seed=7, image=image, **SHORT).latents
-                         for image in (picture(), picture(), 255 - picture()))
+    one, again, other = (
+        model.generate("make it blue", seed=7, image=image, **SHORT).latents
+        for image in (picture(), picture(), 255 - picture())
+    )
     assert torch.equal(one, again) and not torch.allclose(one, other, atol=1e-3)
     assert dict(model.text.named_children()).keys() == {"language", "vision", "clip"}
 
@@ -130,7 +168,11 @@ def test_editing_takes_the_nearest_trained_size(editor, monkeypatch):
 def test_editing_takes_pictures_of_every_mode(editor, mode, tmp_path):
     """The official code stops at anything but RGB."""
     image = Image.fromarray(picture().numpy())
-    image = Image.fromarray(picture()[..., 0].numpy().astype("uint16") * 257) if mode == "I;16" else image.convert(mode)
+    image = (
+        Image.fromarray(picture()[..., 0].numpy().astype("uint16") * 257)
+        if mode == "I;16"
+        else image.convert(mode)
+    )
     image.save(tmp_path / "a.png")
     made = editor.generate("x", seed=0, image=tmp_path / "a.png", **SHORT)
     assert made.settings.image == str(tmp_path / "a.png") and made.latents.isfinite().all()
@@ -152,8 +194,16 @@ def test_refusals(text_to_image, editor):
         (text_to_image, {"vae_policy": "preview"}, "got 1 frames and preview decoding"),
         (text_to_image, {"image": picture()}, "takes no image, got one"),
         (editor, {}, "begins with an image, got none"),
-        (editor, {"image": picture(), "last_image": picture()}, "makes no videos, so it takes no last image"),
-        (text_to_image, {"memory_budget": 10**5}, "requires a memory budget of at least .* got 100000: raise it"),
+        (
+            editor,
+            {"image": picture(), "last_image": picture()},
+            "makes no videos, so it takes no last image",
+        ),
+        (
+            text_to_image,
+            {"memory_budget": 10**5},
+            "requires a memory budget of at least .* got 100000: raise it",
+        ),
     ):
         with pytest.raises(ValueError, match=words) as caught:
             model.generate(PROMPT, **SHORT | settings)
@@ -162,9 +212,20 @@ def test_refusals(text_to_image, editor):
 
 def test_command_line(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    arguments = ["--model", str(folders["t2i"]), "--size", "96x64", "--steps", "1", "--device", "cpu"]
+    arguments = [
+        "--model",
+        str(folders["t2i"]),
+        "--size",
+        "96x64",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert main(["generate", PROMPT, "--seed", "1", *arguments]) == 0
-    assert capsys.readouterr().out == "out.png\nseed 1, 1 frame of 96x64, global decoding, latents in out.latents.safetensors\n"
+    assert capsys.readouterr().out == (
+        "out.png\nseed 1, 1 frame of 96x64, global decoding, latents in out.latents.safetensors\n"
+    )
     assert Image.open("out.png").size == (96, 64)
     assert main(["decode", "out.latents.safetensors", "-o", "again.png", "--device", "cpu"]) == 0
     assert Image.open("again.png").tobytes() == Image.open("out.png").tobytes()
@@ -174,7 +235,11 @@ def test_command_line(folders, tmp_path, monkeypatch, capsys):
 def test_official_layout_and_sizes_tell_what_a_file_is(folders, tmp_path):
     """The image VAE lies in flux/vae; a file of any name is known by the sizes of its tensors."""
     root = tmp_path / "weights"
-    for name, part in (("flux/vae", "vae"), ("text_encoder", "text_encoder"), ("text_encoder2", "text_encoder_2")):
+    for name, part in (
+        ("flux/vae", "vae"),
+        ("text_encoder", "text_encoder"),
+        ("text_encoder2", "text_encoder_2"),
+    ):
         shutil.copytree(folders["t2i"] / part, root / name)
     (root / "model").mkdir()
     file = root / "model" / "kandinsky5lite_t2i.safetensors"
@@ -186,7 +251,10 @@ def test_official_layout_and_sizes_tell_what_a_file_is(folders, tmp_path):
         folder.mkdir(parents=True)
         with torch.device("meta"):
             dit = DiffusionTransformer3D(get_preset(name).dit)
-        shapes = {key: torch.zeros(1, dtype=torch.uint8).expand(tensor.shape) for key, tensor in dit.state_dict().items()}
+        shapes = {
+            key: torch.zeros(1, dtype=torch.uint8).expand(tensor.shape)
+            for key, tensor in dit.state_dict().items()
+        }
         write_header(shapes, folder / "renamed.safetensors")
         assert locate(tmp_path / name, parts=("dit",)).preset.name == name
 
@@ -195,7 +263,11 @@ def write_header(tensors, path):
     """A sparse file that claims these tensors: only its header is read."""
     header, end = {}, 0
     for name, tensor in tensors.items():
-        header[name] = {"dtype": "U8", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.numel()]}
+        header[name] = {
+            "dtype": "U8",
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.numel()],
+        }
         end += tensor.numel()
     data = json.dumps(header).encode()
     with path.open("wb") as file:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt in, frames out, on random weights: determinism, batches, order of work, every layout, the real text encoders in miniature."""
+"""Prompt in, frames out, on random weights: determinism, batches, order of work, every layout, the
+real text encoders in miniature."""
+
 import json
 import logging
 import os
@@ -62,32 +64,58 @@ def test_a_batch_equals_its_prompts_one_by_one(model):
     assert model.generate([PROMPT], seed=0, **SMALL)[0].seed == 0
 
 
-@pytest.mark.parametrize("change", [
-    {"attention": "dense"}, {"guidance_scale": 1.0}, {"scheduler_scale": 9.0}, {"num_inference_steps": 3}, {"precision": "reference"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention": "dense"},
+        {"guidance_scale": 1.0},
+        {"scheduler_scale": 9.0},
+        {"num_inference_steps": 3},
+        {"precision": "reference"},
+    ],
+)
 def test_every_setting_matters(model, change):
-    size = dict(height=192, width=144, num_frames=9, num_inference_steps=2)  # ragged tiles, enough of them for NABLA to drop some
-    base, changed = model.generate(PROMPT, seed=1, **size), model.generate(PROMPT, seed=1, **size | change)
+    # ragged tiles, enough of them for NABLA to drop some
+    size = dict(height=192, width=144, num_frames=9, num_inference_steps=2)
+    base, changed = (
+        model.generate(PROMPT, seed=1, **size),
+        model.generate(PROMPT, seed=1, **size | change),
+    )
     assert not torch.equal(base.latents, changed.latents)
     assert {name: getattr(changed.settings, name) for name in change} == change
 
 
 def test_negative_prompt_matters_only_with_guidance(model):
-    one, other = (model.generate(PROMPT, negative, seed=1, **SMALL).latents for negative in ("blue", "green"))
+    one, other = (
+        model.generate(PROMPT, negative, seed=1, **SMALL).latents for negative in ("blue", "green")
+    )
     assert not torch.equal(one, other)
-    one, other = (model.generate(PROMPT, negative, seed=1, guidance_scale=1.0, **SMALL).latents for negative in ("blue", "green"))
+    one, other = (
+        model.generate(PROMPT, negative, seed=1, guidance_scale=1.0, **SMALL).latents
+        for negative in ("blue", "green")
+    )
     assert torch.equal(one, other)
 
 
 def test_defaults_are_the_presets(model):
     video = model.generate(PROMPT, seed=0, num_inference_steps=1, guidance_scale=1.0)
     tiny = get_preset("tiny")
-    assert (video.settings.height, video.settings.width) == tiny.sizes[0] and video.settings.num_frames == tiny.frames
-    assert (video.settings.scheduler_scale, video.settings.attention, video.settings.fps) == (tiny.scheduler_scale, "nabla", 24)
+    assert (video.settings.height, video.settings.width) == tiny.sizes[
+        0
+    ] and video.settings.num_frames == tiny.frames
+    assert (video.settings.scheduler_scale, video.settings.attention, video.settings.fps) == (
+        tiny.scheduler_scale,
+        "nabla",
+        24,
+    )
 
 
 def test_what_the_model_was_not_trained_for_is_noted(model, caplog):
     model.generate("a red cat", seed=0, **SMALL)
-    assert "does not know cat; its words are a, red" in caplog.text and "tiny was trained for 160x160" in caplog.text
+    assert (
+        "does not know cat; its words are a, red" in caplog.text
+        and ("tiny was trained for 160x160") in caplog.text
+    )
     caplog.clear()
     model.generate("a red circle", seed=0, num_inference_steps=1, guidance_scale=1.0)
     assert not caplog.text
@@ -96,7 +124,12 @@ def test_what_the_model_was_not_trained_for_is_noted(model, caplog):
 def test_callback_sees_every_stage_and_can_stop(model):
     events = []
     video = model.generate(PROMPT, seed=0, callback=lambda *event: events.append(event), **SMALL)
-    assert [event[:3] for event in events] == [("text", 0, 1), ("sampling", 0, 2), ("sampling", 1, 2), ("sampling", 2, 2)]
+    assert [event[:3] for event in events] == [
+        ("text", 0, 1),
+        ("sampling", 0, 2),
+        ("sampling", 1, 2),
+        ("sampling", 2, 2),
+    ]
     assert torch.equal(events[-1][3], video.latents)
 
     def stop(stage, step, steps, latents):
@@ -117,25 +150,32 @@ def test_nan_is_reported_with_its_step(model):
     finally:
         weight.copy_(kept)
     with pytest.raises(RuntimeError, match="finite"):
-        model.decode(torch.full((1, 1, 8, 8, 16), float("inf")), model.generate(PROMPT, **SMALL).settings)
+        model.decode(
+            torch.full((1, 1, 8, 8, 16), float("inf")), model.generate(PROMPT, **SMALL).settings
+        )
 
 
-@pytest.mark.parametrize(("prompt", "settings", "kind", "words"), [
-    ("", {}, ValueError, "prompt must say something"),
-    (["a", " "], {}, ValueError, "prompt must say something"),
-    ([], {}, ValueError, "prompt must say something"),
-    (3.0, {}, TypeError, "prompt"),
-    ("a", {"height": 100}, ValueError, "nearest is 160x96"),
-    ("a", {"num_frames": 20}, ValueError, "nearest is 17 or 21"),
-    ("a", {"num_frames": 0}, ValueError, "nearest is 1$"),
-    ("a", {"num_inference_steps": 0}, ValueError, "at least 1"),
-    ("a", {"guidance_scale": float("nan")}, ValueError, "finite"),
-    ("a", {"attention": "flash"}, ValueError, "nabla or dense"),
-    ("a", {"vae_policy": "none"}, ValueError, "global or official"),
-    ("a", {"seed": -1}, ValueError, "seed"),
-    ("a", {"frames": 5}, TypeError, "did you mean 'num_frames'"),
-])
-def test_bad_settings_are_refused_before_any_work(model, monkeypatch, prompt, settings, kind, words):
+@pytest.mark.parametrize(
+    ("prompt", "settings", "kind", "words"),
+    [
+        ("", {}, ValueError, "prompt must say something"),
+        (["a", " "], {}, ValueError, "prompt must say something"),
+        ([], {}, ValueError, "prompt must say something"),
+        (3.0, {}, TypeError, "prompt"),
+        ("a", {"height": 100}, ValueError, "nearest is 160x96"),
+        ("a", {"num_frames": 20}, ValueError, "nearest is 17 or 21"),
+        ("a", {"num_frames": 0}, ValueError, "nearest is 1$"),
+        ("a", {"num_inference_steps": 0}, ValueError, "at least 1"),
+        ("a", {"guidance_scale": float("nan")}, ValueError, "finite"),
+        ("a", {"attention": "flash"}, ValueError, "nabla or dense"),
+        ("a", {"vae_policy": "none"}, ValueError, "global or official"),
+        ("a", {"seed": -1}, ValueError, "seed"),
+        ("a", {"frames": 5}, TypeError, "did you mean 'num_frames'"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(
+    model, monkeypatch, prompt, settings, kind, words
+):
     monkeypatch.setattr(model.text, "encode", lambda *_: pytest.fail("work has begun"))
     with pytest.raises(kind, match=words) as caught:
         model.generate(prompt, **settings)
@@ -165,25 +205,40 @@ def test_a_failing_decode_loses_nothing(model, tmp_path, monkeypatch):
     with pytest.raises(MemoryError):
         video.save(tmp_path / "a.mp4")
     latents, settings = pipeline.load_latents(tmp_path / "a.latents.safetensors")
-    assert torch.equal(latents, video.latents) and settings == video.settings and not (tmp_path / "a.mp4").exists()
+    assert (
+        torch.equal(latents, video.latents)
+        and settings == video.settings
+        and not (tmp_path / "a.mp4").exists()
+    )
 
 
 def test_decoding_goes_through_the_named_policy_and_scale(model, tmp_path):
-    video = model.generate(PROMPT, seed=5, height=32, width=48, num_frames=21, num_inference_steps=1)
+    video = model.generate(
+        PROMPT, seed=5, height=32, width=48, num_frames=21, num_inference_steps=1
+    )
     video.save_latents(tmp_path / "a.safetensors")
     official = model.open(tmp_path / "a.safetensors", vae_policy="official")
     assert official.settings.vae_policy == "official" and video.settings.vae_policy == "global"
     assert not torch.equal(official.frames, video.frames)
     unscaled = (video.latents / model.vae.config.scaling_factor).permute(0, 4, 1, 2, 3)
-    with torch.no_grad():  # as the pipeline does: with gradients recorded the VAE takes another way, which rounds differently
-        wanted = ((model.vae.decode(unscaled, "official")[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0)
+    # as the pipeline does: with gradients recorded the VAE takes another way, which rounds
+    # differently
+    with torch.no_grad():
+        wanted = ((model.vae.decode(unscaled, "official")[0].clamp(-1, 1) + 1) * 127.5).permute(
+            1, 2, 3, 0
+        )
     assert torch.equal(official.frames, wanted.round().byte())
-    assert torch.equal(model.open(tmp_path / "a.safetensors", vae_policy="official", precision="reference").frames, wanted.byte())
+    assert torch.equal(
+        model.open(tmp_path / "a.safetensors", vae_policy="official", precision="reference").frames,
+        wanted.byte(),
+    )
 
 
 def test_the_default_policy_depends_on_size_alone():
-    assert [default_policy(*size) for size in ((17, 256, 256), (5, 512, 768), (121, 256, 256), (121, 512, 768))] == [
-        "global", "global", "global", "official"]
+    assert [
+        default_policy(*size)
+        for size in ((17, 256, 256), (5, 512, 768), (121, 256, 256), (121, 512, 768))
+    ] == ["global", "global", "global", "official"]
 
 
 def test_foreign_files_are_no_latents(model, folder, tmp_path):
@@ -205,10 +260,14 @@ def test_offload_moves_one_part_at_a_time(folder, monkeypatch, caplog):
     before = model.generate(PROMPT, seed=0, **SMALL).frames
     moves = []
     for name in ("text", "dit", "vae"):
-        monkeypatch.setattr(getattr(model, name), "to", lambda device, name=name: moves.append((name, str(device))))
+        monkeypatch.setattr(
+            getattr(model, name), "to", lambda device, name=name: moves.append((name, str(device)))
+        )
     model._offload, model.device = True, torch.device("cpu:0")
     assert torch.equal(model.generate(PROMPT, seed=0, **SMALL).frames, before)
-    assert moves == [(name, device) for name in ("text", "dit", "vae") for device in ("cpu:0", "cpu")]
+    assert moves == [
+        (name, device) for name in ("text", "dit", "vae") for device in ("cpu:0", "cpu")
+    ]
 
 
 def test_an_unusable_device_is_one_sentence():
@@ -222,7 +281,11 @@ def test_an_unusable_device_is_one_sentence():
 
 
 def test_official_file_and_folder_load_with_the_settings_of_their_name(folder, tmp_path):
-    for name, part in (("vae", "vae"), ("text_encoder", "text_encoder"), ("text_encoder2", "text_encoder")):
+    for name, part in (
+        ("vae", "vae"),
+        ("text_encoder", "text_encoder"),
+        ("text_encoder2", "text_encoder"),
+    ):
         shutil.copytree(folder / part, tmp_path / "weights" / name)
     (tmp_path / "weights" / "model").mkdir()
     file = tmp_path / "weights" / "model" / "kandinsky5lite_t2v_nocfg_10s.safetensors"
@@ -232,7 +295,9 @@ def test_official_file_and_folder_load_with_the_settings_of_their_name(folder, t
         assert found.dit == file and found.text_encoder_2 == tmp_path / "weights" / "text_encoder2"
     assert locate(file).preset == get_preset("t2v-lite-nocfg-10s")
     loaded = pipeline.load(file, device="cpu", parts=("dit", "vae"))
-    assert loaded.text is None and loaded.preset.dit.model_dim == 64 and loaded.preset.guidance == 1.0
+    assert (
+        loaded.text is None and loaded.preset.dit.model_dim == 64 and loaded.preset.guidance == 1.0
+    )
     with pytest.raises(RuntimeError, match="text part, which was not loaded"):
         loaded.generate(PROMPT, **SMALL)
     assert locate(file, places={"vae": folder}).vae == folder
@@ -244,13 +309,22 @@ def test_official_file_and_folder_load_with_the_settings_of_their_name(folder, t
 
 def test_a_folders_own_configuration_wins(diffusers_folder):
     found = locate(diffusers_folder, fallback="t2v-pro-sft-5s")
-    assert (found.preset.nabla, found.preset.scheduler_scale, found.preset.steps) == (NABLA, 7.0, 50)
+    assert (found.preset.nabla, found.preset.scheduler_scale, found.preset.steps) == (
+        NABLA,
+        7.0,
+        50,
+    )
     assert found.preset.dit.model_dim == 64 and found.preset.text == "qwen+clip"
 
 
-@pytest.mark.parametrize(("name", "kind", "words"), [
-    ("t2v-lite-sft-5", ValueError, "did you mean t2v-lite-sft-5s"), ("no/such/path", ValueError, "existing path"),
-    ("weights/x.safetensors", ValueError, "existing path")])
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("t2v-lite-sft-5", ValueError, "did you mean t2v-lite-sft-5s"),
+        ("no/such/path", ValueError, "existing path"),
+        ("weights/x.safetensors", ValueError, "existing path"),
+    ],
+)
 def test_unknown_models_are_refused(name, kind, words):
     with pytest.raises(kind, match=words) as caught:
         pipeline.load(name)
@@ -258,22 +332,48 @@ def test_unknown_models_are_refused(name, kind, words):
 
 
 def test_repository_from_the_hub_cache_offline(folder, tmp_path):
-    """The cache's own layout, made by hand; a process of its own, because the hub library reads its environment once."""
+    """The cache's own layout, made by hand; a process of its own, because the hub library reads its
+    environment once."""
     revision = "0123456789" * 4
     repo = tmp_path / "hub" / "models--someone--tiny-video"
     shutil.copytree(folder, repo / "snapshots" / revision)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(revision)
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-m", "kandinsky_model", "generate", PROMPT, "--seed", "1", *tiny_models.SMALL_ARGS, "--device", "cpu"]
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "kandinsky_model",
+        "generate",
+        PROMPT,
+        "--seed",
+        "1",
+        *tiny_models.SMALL_ARGS,
+        "--device",
+        "cpu",
+    ]
 
     def run(model, name):
-        return subprocess.run([*command, "--model", model, "-o", str(tmp_path / name)], env=environment, capture_output=True, text=True)
+        return subprocess.run(
+            [*command, "--model", model, "-o", str(tmp_path / name)],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
 
     done = run("someone/tiny-video", "a.gif")
     assert done.returncode == 0 and done.stdout.startswith(str(tmp_path / "a.gif")), done.stderr
     lost = run("someone/else", "b.gif")
-    assert lost.returncode == 2 and lost.stderr.count("\n") == 1 and "neither in the hub cache" in lost.stderr
+    assert (
+        lost.returncode == 2
+        and lost.stderr.count("\n") == 1
+        and "neither in the hub cache" in lost.stderr
+    )
 
 
 # Text
@@ -290,7 +390,9 @@ def test_the_diffusers_folder_generates_with_the_real_template(diffusers_folder)
 def test_a_single_frame_is_asked_for_as_an_image(folder, monkeypatch):
     model, kinds = pipeline.load(folder, device="cpu"), []
     encode = model.text.encode
-    monkeypatch.setattr(model.text, "encode", lambda prompts, kind: kinds.append(kind) or encode(prompts, kind))
+    monkeypatch.setattr(
+        model.text, "encode", lambda prompts, kind: kinds.append(kind) or encode(prompts, kind)
+    )
     for frames in (1, 5):
         model.generate(PROMPT, seed=1, **{**SMALL, "num_frames": frames})
     assert kinds == ["image", "image", "video", "video"]

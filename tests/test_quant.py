@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights and products in 8 bits: against quantising, dequantising and multiplying by hand, and against the network in full width."""
+"""Weights and products in 8 bits: against quantising, dequantising and multiplying by hand, and
+against the network in full width."""
+
 import logging
 import re
 import weakref
@@ -14,7 +16,13 @@ from kandinsky_model.config import LITE_DIT, PRO_DIT, QUANTIZATIONS
 from kandinsky_model.geometry import Grid
 from kandinsky_model.lora import Adapters
 from kandinsky_model.plan import make_plan
-from kandinsky_model.quant import QuantizedLinear, kind_of, quantization_report, quantize, quantize_rows
+from kandinsky_model.quant import (
+    QuantizedLinear,
+    kind_of,
+    quantization_report,
+    quantize,
+    quantize_rows,
+)
 from kandinsky_model.weights import empty_dit
 
 from .compare import assert_faithful
@@ -25,7 +33,11 @@ from .test_lora import matrices, write
 GRID = Grid(1, 9, 8)
 STEPS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 KINDS = {f"self_attention.{name}" for name in ("to_query", "to_key", "to_value", "out_layer")} | {
-    "cross_attention.to_query", "cross_attention.out_layer", "feed_forward.in_layer", "feed_forward.out_layer"}
+    "cross_attention.to_query",
+    "cross_attention.out_layer",
+    "feed_forward.in_layer",
+    "feed_forward.out_layer",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -46,12 +58,18 @@ def by_hand(x, mode, wide=None):
 
 
 def peer(mode, data, dtype=torch.float32, nabla=None):
-    """The network by hand: weights and, in dynamic modes, activations quantised and dequantised around plain linear layers."""
+    """The network by hand: weights and, in dynamic modes, activations quantised and dequantised
+    around plain linear layers."""
+
     def rounded(name, y):
         return by_hand(y, mode) if mode.endswith("-dynamic") and is_large(name) else y
 
-    state = {name: by_hand(x, mode, dtype) if name.endswith("weight") and is_large(name.removesuffix(".weight")) else x.to(dtype)
-             for name, x in build().state_dict().items()}
+    state = {
+        name: by_hand(x, mode, dtype)
+        if name.endswith("weight") and is_large(name.removesuffix(".weight"))
+        else x.to(dtype)
+        for name, x in build().state_dict().items()
+    }
     return plain_forward(state, CONFIG, *(x.to(dtype) for x in data), SCALE, nabla, rounded)[0]
 
 
@@ -62,30 +80,46 @@ def is_large(name):
 def layer_of(mode, inner=64, outer=96):
     torch.manual_seed(0)
     plain, layer = Linear(inner, outer), QuantizedLinear(inner, outer, True, mode, device="meta")
-    packed = {name.removeprefix("layer."): x for name, x in quant.pack("layer", plain.weight, mode).items()}
+    packed = {
+        name.removeprefix("layer."): x
+        for name, x in quant.pack("layer", plain.weight, mode).items()
+    }
     layer.load_state_dict({**packed, "bias": plain.bias}, assign=True)
     return plain, layer
 
 
 def needs_product(mode, dtype=torch.float32):
-    """Skips where this PyTorch does not multiply in 8 bits on the CPU: 2.11 has no fp8 product with a scale per row."""
-    if mode.endswith("-dynamic") and quant.reason_against(mode, torch.device("cpu"), dtype) is not None:
+    """Skips where this PyTorch does not multiply in 8 bits on the CPU: 2.11 has no fp8 product with
+    a scale per row."""
+    if (
+        mode.endswith("-dynamic")
+        and quant.reason_against(mode, torch.device("cpu"), dtype) is not None
+    ):
         pytest.skip(f"{mode} computes as stored here")
 
 
 # Rows
 
+
 @pytest.mark.parametrize("mode", STEPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_rows_are_rounded_to_the_nearest_step(mode, dtype):
     stored, largest = STEPS[mode]
-    x = (torch.randn(37, 129, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 37)[:, None]).to(dtype)
+    x = (
+        torch.randn(37, 129, generator=torch.Generator().manual_seed(1))
+        * torch.logspace(-3, 3, 37)[:, None]
+    ).to(dtype)
     x[5] = 0
     values, scale = quantize_rows(x, stored)
     assert values.dtype == stored and scale.dtype == torch.float32 and scale.shape == (37, 1)
     wide, exact = values.double(), x.double()
     error, unit = (wide * scale - exact).abs(), scale.double()
-    step = unit if mode == "int8" else torch.exp2((wide.abs().clamp_min(2**-6)).log2().floor() - 3) * unit  # three bits, subnormals below
+    # three bits, subnormals below
+    step = (
+        unit
+        if mode == "int8"
+        else torch.exp2((wide.abs().clamp_min(2**-6)).log2().floor() - 3) * unit
+    )
     assert (error <= step / 2 * (1 + 1e-5)).all() and not values[5].double().any()
     rows = [i for i in range(37) if i != 5]
     assert (wide[rows].abs().amax(-1) == largest).all() and wide.abs().amax() == largest
@@ -93,7 +127,9 @@ def test_rows_are_rounded_to_the_nearest_step(mode, dtype):
 
 @pytest.mark.parametrize("mode", STEPS)
 def test_extreme_rows(mode):
-    x = torch.tensor([[3e38, -1e38, 1.0], [1e-45, 0.0, -1e-45], [1e-38, -1e-38, 0.0], [0.0, 0.0, 0.0]])
+    x = torch.tensor(
+        [[3e38, -1e38, 1.0], [1e-45, 0.0, -1e-45], [1e-38, -1e-38, 0.0], [0.0, 0.0, 0.0]]
+    )
     values, scale = quantize_rows(x, STEPS[mode][0])
     back = values.double() * scale
     assert back.isfinite().all() and (scale > 0).all()
@@ -103,14 +139,21 @@ def test_extreme_rows(mode):
 def test_which_layers():
     for config in (LITE_DIT, PRO_DIT):
         dit = empty_dit(config, "int8")
-        found = {name: layer for name, layer in dit.named_modules() if isinstance(layer, QuantizedLinear)}
-        assert {kind_of(name) for name in found} == KINDS and len(found) == len(KINDS) * config.num_visual_blocks
+        found = {
+            name: layer for name, layer in dit.named_modules() if isinstance(layer, QuantizedLinear)
+        }
+        assert {kind_of(name) for name in found} == KINDS and len(found) == len(
+            KINDS
+        ) * config.num_visual_blocks
         assert all(is_large(name) for name in found)
-        share = sum(layer.weight.numel() for layer in found.values()) / sum(x.numel() for x in empty_dit(config).state_dict().values())
+        share = sum(layer.weight.numel() for layer in found.values()) / sum(
+            x.numel() for x in empty_dit(config).state_dict().values()
+        )
         assert share > 0.7
 
 
 # One layer
+
 
 @pytest.mark.parametrize("mode", STEPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -131,10 +174,18 @@ def test_multiplied_in_8_bits_is_the_product_by_hand(mode, dtype, rows, monkeypa
     monkeypatch.setattr(quant, "ROWS_AT_ONCE", 40)
     plain, layer = layer_of(f"{mode}-dynamic", outer=512)
     x = torch.randn(1, rows, 64).to(dtype)
-    exact = F.linear(by_hand(x.float(), mode, torch.float64), by_hand(plain.weight, mode, torch.float64), plain.bias.double())
+    exact = F.linear(
+        by_hand(x.float(), mode, torch.float64),
+        by_hand(plain.weight, mode, torch.float64),
+        plain.bias.double(),
+    )
     y = layer(x)
     assert quant._reasons == {(layer.mode, x.device, dtype): None}
-    assert_faithful(y, exact, F.linear(by_hand(x.float(), mode), by_hand(plain.weight, mode), plain.bias).to(dtype))
+    assert_faithful(
+        y,
+        exact,
+        F.linear(by_hand(x.float(), mode), by_hand(plain.weight, mode), plain.bias).to(dtype),
+    )
     assert rows == 0 or rel_l2(y, plain(x.float())) > 1e-3  # it was in 8 bits
 
 
@@ -143,7 +194,13 @@ def test_int8_products_keep_to_the_limits_of_cublas(rows, monkeypatch):
     multiply, called = torch._int_mm, []
 
     def strict(a, b):
-        assert a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[1] % 8 == 0 and a.is_contiguous() and b.T.is_contiguous()
+        assert (
+            a.shape[0] > 16
+            and a.shape[1] % 8 == 0
+            and b.shape[1] % 8 == 0
+            and a.is_contiguous()
+            and b.T.is_contiguous()
+        )
         called.append(a.shape[0])
         return multiply(a, b)
 
@@ -167,7 +224,9 @@ def test_widths_that_do_not_fit_compute_as_stored(mode, inner, outer):
 
 @pytest.mark.parametrize("fault", ["refused", "wrong"])
 @pytest.mark.parametrize("mode", ["int8-dynamic", "fp8-dynamic"])
-def test_devices_that_cannot_multiply_compute_as_stored_and_say_so_once(mode, fault, monkeypatch, caplog):
+def test_devices_that_cannot_multiply_compute_as_stored_and_say_so_once(
+    mode, fault, monkeypatch, caplog
+):
     def refused(*_):
         raise NotImplementedError("not on this card\nnor on that")
 
@@ -175,15 +234,28 @@ def test_devices_that_cannot_multiply_compute_as_stored_and_say_so_once(mode, fa
         needs_product(mode)
         quant._reasons.clear()
     multiply = quant.multiply
-    monkeypatch.setattr(quant, "multiply", refused if fault == "refused" else lambda *args: 1.1 * multiply(*args))
+    monkeypatch.setattr(
+        quant, "multiply", refused if fault == "refused" else lambda *args: 1.1 * multiply(*args)
+    )
     _, layer = layer_of(mode)
     _, stored = layer_of(mode.removesuffix("-dynamic"))
     x = torch.randn(1, 20, 64)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(layer(x), stored(x)) and torch.equal(layer(2 * x), stored(2 * x))
     (record,) = caplog.records
-    wanted = r"refused \(not on this card\)" if fault == "refused" else r"wrong by \d+\.\d% of its largest"
-    assert re.fullmatch(rf"{mode} computes as \w+ for torch.float32 activations on cpu: the product is {wanted}.*", record.message)
+    wanted = (
+        r"refused \(not on this card\)"
+        if fault == "refused"
+        else (
+            r"wrong by \d+\.\d% of "
+            r"its largest"
+        )
+    )
+    assert re.fullmatch(
+        rf"{mode} computes as \w+ for torch.float32 activations on cpu: the "
+        rf"product is {wanted}.*",
+        record.message,
+    )
 
 
 @pytest.mark.parametrize("mode", QUANTIZATIONS)
@@ -213,6 +285,7 @@ def test_gradients_reach_the_input(mode):
 
 # The network
 
+
 @pytest.mark.parametrize("attention", MODES)
 @pytest.mark.parametrize("mode", STEPS)
 def test_the_network_computes_with_the_weights_it_stores(mode, attention):
@@ -221,16 +294,26 @@ def test_the_network_computes_with_the_weights_it_stores(mode, attention):
     data = (*data[:3], data[3] / 100)
     dit = quantize(build(), mode)
     ours = dit(*data, make_plan(CONFIG, GRID, SCALE, nabla))
-    assert_faithful(ours, peer(mode, data, torch.float64, nabla), peer(mode, data, torch.float32, nabla))
+    assert_faithful(
+        ours, peer(mode, data, torch.float64, nabla), peer(mode, data, torch.float32, nabla)
+    )
 
 
 @pytest.mark.parametrize("mode", QUANTIZATIONS)
 def test_error_against_full_width_is_that_of_the_peer(mode):
     needs_product(mode)
     data, plan = inputs(CONFIG, GRID), make_plan(CONFIG, GRID, SCALE)
-    exact = plain_forward({name: x.double() for name, x in build().state_dict().items()}, CONFIG, *(x.double() for x in data), SCALE)[0]
+    exact = plain_forward(
+        {name: x.double() for name, x in build().state_dict().items()},
+        CONFIG,
+        *(x.double() for x in data),
+        SCALE,
+    )[0]
     ours, theirs = quantize(build(), mode)(*data, plan), peer(mode, data)
-    print(f"{mode}: relative error of the velocity {rel_l2(ours, exact):.3%}, by hand {rel_l2(theirs, exact):.3%}")
+    print(
+        f"{mode}: relative error of the velocity {rel_l2(ours, exact):.3%}, by hand "
+        f"{rel_l2(theirs, exact):.3%}"
+    )
     assert_faithful(ours, exact, theirs)
     assert 1e-3 < rel_l2(ours, exact) < 0.06
 
@@ -241,8 +324,14 @@ def test_one_product_gives_queries_keys_and_values(mode, attention):
     data, plan = inputs(CONFIG, GRID), make_plan(CONFIG, GRID, SCALE, MODES[attention])
     dit = quantize(build(), mode)
     attentions = [block.self_attention for block in dit.visual_transformer_blocks]
-    assert all(a._is_joint() and type(a._joint[0]) is QuantizedLinear and a._joint[0].out_features == 384 for a in attentions)
-    assert all(a.to_value.weight_scale.data_ptr() == a._joint[0].weight_scale[256:].data_ptr() for a in attentions)
+    assert all(
+        a._is_joint() and type(a._joint[0]) is QuantizedLinear and a._joint[0].out_features == 384
+        for a in attentions
+    )
+    assert all(
+        a.to_value.weight_scale.data_ptr() == a._joint[0].weight_scale[256:].data_ptr()
+        for a in attentions
+    )
     together = dit(*data, plan)
     for a in attentions:
         a.forget()
@@ -266,7 +355,11 @@ def test_casts_and_moves_keep_8_bits(mode):
     attention = dit.visual_transformer_blocks[1].self_attention
     for dtype in (torch.bfloat16, torch.float64):
         dit.to(dtype)
-        assert attention._is_joint() and attention.to_key.bias.dtype == dtype and dit(*data, plan).dtype == dtype
+        assert (
+            attention._is_joint()
+            and attention.to_key.bias.dtype == dtype
+            and dit(*data, plan).dtype == dtype
+        )
     for name, x in dit.float().state_dict().items():
         quantized = "weight" in name and is_large(name.rpartition(".")[0])
         assert not quantized or torch.equal(x, state[name]) and x.dtype == state[name].dtype, name
@@ -287,11 +380,22 @@ def test_the_quantised_network_is_one_graph(mode):
 def test_report_is_that_of_the_definition():
     plain, dit = build(), quantize(build(), "fp8")
     lines = quantization_report(plain, dit)
-    weights = {name.removesuffix(".weight"): x.double() for name, x in plain.state_dict().items() if name.endswith("weight")}
-    changes = {name: by_hand(x.float(), "fp8").double() - x for name, x in weights.items() if is_large(name)}
+    weights = {
+        name.removesuffix(".weight"): x.double()
+        for name, x in plain.state_dict().items()
+        if name.endswith("weight")
+    }
+    changes = {
+        name: by_hand(x.float(), "fp8").double() - x
+        for name, x in weights.items()
+        if is_large(name)
+    }
     for kind in KINDS:
         names = [name for name in changes if name.endswith(kind)]
-        share = (sum(changes[name].square().sum() for name in names) / sum(weights[name].square().sum() for name in names)).sqrt()
+        share = (
+            sum(changes[name].square().sum() for name in names)
+            / sum(weights[name].square().sum() for name in names)
+        ).sqrt()
         assert f"{kind:26} {share.item():7.3%} in 3 layers" in lines
     worst = max(changes, key=lambda name: rel_l2(changes[name] + weights[name], weights[name]))
     assert lines[-1].startswith(f"worst: {worst}, ") and len(lines) == len(KINDS) + 3
@@ -304,11 +408,14 @@ def test_refusals():
         quantize(quantize(build(), "int8-dynamic"), "fp8")
     dit = build()
     dit.get_submodule("visual_transformer_blocks.1.feed_forward.in_layer").weight[3, 4] = torch.inf
-    with pytest.raises(ValueError, match="NaN or infinity in visual_transformer_blocks.1.feed_forward.in_layer"):
+    with pytest.raises(
+        ValueError, match="NaN or infinity in visual_transformer_blocks.1.feed_forward.in_layer"
+    ):
         quantize(dit, "int8")
 
 
 # Adapters
+
 
 @pytest.mark.parametrize("mode", QUANTIZATIONS)
 @pytest.mark.parametrize("order", ["quantised first", "adapted first"])
@@ -321,7 +428,9 @@ def test_adapters_add_to_quantised_layers(mode, order, tmp_path):
     adapters.load(path, scale=0.5)
     if order == "adapted first":
         quantize(dit, mode)
-    layers = {name: layer for name, layer in dit.named_modules() if isinstance(layer, QuantizedLinear)}
+    layers = {
+        name: layer for name, layer in dit.named_modules() if isinstance(layer, QuantizedLinear)
+    }
     attention = dit.visual_transformer_blocks[0].self_attention
     assert not attention._is_joint() and layers
     name = "visual_transformer_blocks.0.self_attention.to_key"
@@ -339,11 +448,22 @@ def test_merging_quantises_the_sum(mode, tmp_path):
     adapters = Adapters(dit)
     adapters.load(write(tmp_path / "a.safetensors", made), scale=0.5)
     adapters.merge()
-    for name in ("visual_transformer_blocks.0.self_attention.to_value", "visual_transformer_blocks.2.feed_forward.in_layer"):
+    for name in (
+        "visual_transformer_blocks.0.self_attention.to_value",
+        "visual_transformer_blocks.2.feed_forward.in_layer",
+    ):
         down, up = made[name]
         wanted = by_hand(by_hand(build().get_submodule(name).weight, mode) + 0.5 * up @ down, mode)
-        assert rel_l2(dit.get_submodule(name).dequantized(torch.float32), wanted) <= 1e-3  # a step here and there
+        # a step here and there
+        assert rel_l2(dit.get_submodule(name).dequantized(torch.float32), wanted) <= 1e-3
     attention = dit.visual_transformer_blocks[0].self_attention
-    assert attention._is_joint() and torch.equal(attention._joint[0].weight_scale[128:256], attention.to_key.weight_scale)
-    assert rel_l2(attention.to_value.dequantized(torch.float32), build().get_submodule(
-        "visual_transformer_blocks.0.self_attention.to_value").weight) > 1e-2
+    assert attention._is_joint() and torch.equal(
+        attention._joint[0].weight_scale[128:256], attention.to_key.weight_scale
+    )
+    assert (
+        rel_l2(
+            attention.to_value.dequantized(torch.float32),
+            build().get_submodule("visual_transformer_blocks.0.self_attention.to_value").weight,
+        )
+        > 1e-2
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interrupted runs: what is kept, that going on gives the bits of a run in one piece, and refusals."""
+"""Interrupted runs: what is kept, that going on gives the bits of a run in one piece, and
+refusals."""
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,9 +32,11 @@ def model(folder):
 
 def stop_after(count):
     """A callback that acts like Ctrl-C once so many steps are done."""
+
     def callback(stage, step, steps, latents):
         if stage == "sampling" and step == count:
             raise KeyboardInterrupt
+
     return callback
 
 
@@ -46,13 +50,23 @@ def test_going_on_gives_the_same_bits(model, tmp_path, count):
         model.text = None  # everything a prompt can say is in the run
         again = model.resume(run)
         assert [video.settings for video in again] == [video.settings for video in wanted]
-        assert all(torch.equal(ours.latents, theirs.latents) for ours, theirs in zip(again, wanted, strict=True))
+        assert all(
+            torch.equal(ours.latents, theirs.latents)
+            for ours, theirs in zip(again, wanted, strict=True)
+        )
 
 
 def test_pictures_and_precision_are_kept(model, tmp_path):
     model.preset = replace(model.preset, task="i2v", sizes=((96, 96),))
     image = torch.randint(256, (60, 100, 3), dtype=torch.uint8)
-    settings = dict(image=image, last_image=255 - image, num_frames=25, num_inference_steps=3, precision="reference", cache="first-block")
+    settings = dict(
+        image=image,
+        last_image=255 - image,
+        num_frames=25,
+        num_inference_steps=3,
+        precision="reference",
+        cache="first-block",
+    )
     wanted = model.generate(PROMPT, seed=1, **settings)
     with pytest.raises(Interrupted) as caught:
         model.generate(PROMPT, seed=1, callback=stop_after(1), **settings)
@@ -61,7 +75,8 @@ def test_pictures_and_precision_are_kept(model, tmp_path):
     (again,) = model.resume(run)
     assert again.settings == wanted.settings
     assert torch.equal(again.latents[:, -1:], wanted.latents[:, -1:])
-    assert (again.latents - wanted.latents).norm() <= 0.1 * wanted.latents.norm()  # the cache has forgotten what it knew
+    # the cache has forgotten what it knew
+    assert (again.latents - wanted.latents).norm() <= 0.1 * wanted.latents.norm()
 
 
 def test_other_exceptions_pass_as_they_are(model):
@@ -93,7 +108,17 @@ def test_a_file_is_whole_or_absent(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("mode", ["", "int8"])
 def test_command_line(folder, tmp_path, monkeypatch, capsys, mode):
     monkeypatch.chdir(tmp_path)
-    arguments = ["generate", PROMPT, *SMALL_ARGS, "--model", str(folder), "--device", "cpu", "--seed", "5"]
+    arguments = [
+        "generate",
+        PROMPT,
+        *SMALL_ARGS,
+        "--model",
+        str(folder),
+        "--device",
+        "cpu",
+        "--seed",
+        "5",
+    ]
     arguments += ["--quantize", mode] if mode else []
     assert main([*arguments, "-o", "whole.mp4"]) == 0
     real = pipeline.sample
@@ -101,11 +126,17 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys, mode):
     capsys.readouterr()
     assert main([*arguments, "-o", "a.mp4"]) == 130
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "kandinsky: interrupted after 1 of 2 steps; go on with: kandinsky resume a.run.safetensors\n")
+    assert (out, err) == (
+        "",
+        "kandinsky: interrupted after 1 of 2 steps; go on with: kandinsky "
+        "resume a.run.safetensors\n",
+    )
     monkeypatch.setattr(pipeline, "sample", real)
     assert main(["resume", "a.run.safetensors", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.startswith("a.mp4\nseed 5, 5 frames of 80x64")
-    (one, settings), (other, same) = (load_latents(f"{name}.latents.safetensors") for name in ("whole", "a"))
+    (one, settings), (other, same) = (
+        load_latents(f"{name}.latents.safetensors") for name in ("whole", "a")
+    )
     assert torch.equal(one, other) and settings == same and settings.quantization == mode
     assert main(["resume", "whole.latents.safetensors"]) == 2
     assert "must hold an interrupted run" in capsys.readouterr().err

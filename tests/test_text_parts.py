@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The released checkpoints' text encoders on disk: every layout they are published in, read when needed and no sooner, strictly."""
+"""The released checkpoints' text encoders on disk: every layout they are published in, read when
+needed and no sooner, strictly."""
+
 import json
 import shutil
 from types import SimpleNamespace
@@ -61,7 +63,8 @@ def test_what_is_read_is_what_was_saved(diffusers_folder, text_parts):
 
 
 def test_networks_move_when_they_are_needed(diffusers_folder):
-    """The layers can be had before that, for someone who streams them. "meta" stands for an accelerator."""
+    """The layers can be had before that, for someone who streams them. "meta" stands for an
+    accelerator."""
     text = loaded(diffusers_folder)
     assert len(text.layers) == 2 and networks(text) == {"language"}
     text.encode(["b"])
@@ -70,29 +73,56 @@ def test_networks_move_when_they_are_needed(diffusers_folder):
     with pytest.raises(RuntimeError):  # of several kinds: there is no data
         text.encode(["a"])
     assert all(parameter.is_meta for parameter in text.parts.language.parameters())
-    with pytest.raises(NotImplementedError, match="meta"):  # nothing could be copied, but it was tried at once
+    # nothing could be copied, but it was tried at once
+    with pytest.raises(NotImplementedError, match="meta"):
         text.to("cpu")
 
 
 def test_both_published_spellings_of_qwens_tensor_names_load(diffusers_folder, tmp_path, capfd):
-    """Older files say model.layers and visual; newer ones model.language_model.layers and model.visual."""
+    """Older files say model.layers and visual; newer ones model.language_model.layers and
+    model.visual."""
     edit = (["a"], "image_edit", [picture()])
     wanted = loaded(diffusers_folder).encode(*edit).embeds
     file = copy_of(diffusers_folder, tmp_path / "model")
     tensors = load_file(file)
-    old = {name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor for name, tensor in tensors.items()}
-    new = {name if name.startswith("lm_head") else
-           "model." + (name if name.startswith("visual") else name.replace("model.", "language_model.", 1)): tensor
-           for name, tensor in old.items()}
+    old = {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor
+        for name, tensor in tensors.items()
+    }
+    new = {
+        name
+        if name.startswith("lm_head")
+        else "model."
+        + (
+            name if name.startswith("visual") else name.replace("model.", "language_model.", 1)
+        ): tensor
+        for name, tensor in old.items()
+    }
     assert set(old) != set(new)
     for renamed in (old, new):
         save_file(renamed, file, {"format": "pt"})
         assert torch.equal(loaded(tmp_path / "model").encode(*edit).embeds, wanted)
-    assert "UNEXPECTED" not in capfd.readouterr().err, "the tensors of other parts are meant to stay behind; no need to complain"
+    assert "UNEXPECTED" not in capfd.readouterr().err, (
+        "the tensors of other parts are meant to stay behind; no need to complain"
+    )
 
-    for lost, words in (("language_model.layers.1.mlp.up_proj.weight", r"1 tensors are missing, layers\.1\.mlp\.up_proj\.weight"),
-                        ("visual.blocks.0.norm1.weight", r"1 tensors are missing, blocks\.0\.norm1\.weight")):
-        save_file({name: tensor for name, tensor in new.items() if not name.endswith(lost)}, file, {"format": "pt"})
+    for lost, words in (
+        (
+            "language_model.layers.1.mlp.up_proj.weight",
+            r"1 tensors are missing, "
+            r"layers\.1\.mlp\.up_proj\.weight",
+        ),
+        (
+            "visual.blocks.0.norm1.weight",
+            r"1 tensors are missing, "
+            r"blocks\.0\.norm1\.weight",
+        ),
+    ):
+        save_file(
+            {name: tensor for name, tensor in new.items() if not name.endswith(lost)},
+            file,
+            {"format": "pt"},
+        )
         with pytest.raises(ValueError, match=words):
             loaded(tmp_path / "model").encode(*edit)
     file.write_bytes(file.read_bytes()[:-10])
@@ -115,13 +145,27 @@ def test_encoders_in_several_files_load(diffusers_folder, text_parts, tmp_path):
 
 
 def test_a_flat_configuration_is_read(diffusers_folder, tmp_path):
-    """As Qwen2.5-VL-7B is published: the language model's values are not in a part of their own, and its rotation has an old name."""
+    """As Qwen2.5-VL-7B is published: the language model's values are not in a part of their own,
+    and its rotation has an old name."""
     edit = (["a"], "image_edit", [picture()])
     wanted = loaded(diffusers_folder).encode(*edit).embeds
     path = copy_of(diffusers_folder, tmp_path / "model").with_name("config.json")
     config = json.loads(path.read_text())
-    text = {key: value for key, value in config.pop("text_config").items() if not key.startswith("rope") and key != "model_type"}
-    path.write_text(json.dumps({**text, **config, "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 4]}}))
+    text = {
+        key: value
+        for key, value in config.pop("text_config").items()
+        if not key.startswith("rope") and key != "model_type"
+    }
+    path.write_text(
+        json.dumps(
+            {
+                **text,
+                **config,
+                "rope_theta": 1e6,
+                "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 4]},
+            }
+        )
+    )
     assert torch.equal(loaded(tmp_path / "model").encode(*edit).embeds, wanted)
 
 
@@ -131,9 +175,23 @@ def test_clip_is_read_from_the_whole_model_too(diffusers_folder, text_parts, tmp
 
     wanted = loaded(diffusers_folder).encode(["a"]).pooled
     copy_of(diffusers_folder, tmp_path / "model")
-    whole = CLIPModel(CLIPConfig(text_config=text_parts[2].config.to_dict(), vision_config=dict(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16)))
-    names = {name.removeprefix("text_model."): tensor for name, tensor in text_parts[2].state_dict().items()}
+    whole = CLIPModel(
+        CLIPConfig(
+            text_config=text_parts[2].config.to_dict(),
+            vision_config=dict(
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=32,
+                patch_size=16,
+            ),
+        )
+    )
+    names = {
+        name.removeprefix("text_model."): tensor
+        for name, tensor in text_parts[2].state_dict().items()
+    }
     whole.text_model.load_state_dict(names)
     shutil.rmtree(tmp_path / "model" / "text_encoder_2")
     whole.save_pretrained(tmp_path / "model" / "text_encoder_2")
@@ -163,23 +221,42 @@ def test_without_transformers_one_sentence_says_so(diffusers_folder, monkeypatch
 
 @pytest.mark.parametrize("resident", [2, 1, 0])
 def test_networks_come_layer_by_layer(diffusers_folder, monkeypatch, resident):
-    """Read when they are needed, streamed, with the table of tokens left where it is; the same embeddings and the same words."""
+    """Read when they are needed, streamed, with the table of tokens left where it is; the same
+    embeddings and the same words."""
     requests = (["a"], "image_edit", [picture()]), (["a", "bc"],)
-    plain, text = (QwenClipEncoder.load(locate(diffusers_folder, parts=("text",)), cache=False) for _ in range(2))
+    plain, text = (
+        QwenClipEncoder.load(locate(diffusers_folder, parts=("text",)), cache=False)
+        for _ in range(2)
+    )
     hosted, streams = LateOffload(text, torch.device("cpu")), []
-    monkeypatch.setattr(offload, "LayerStream", lambda layers, *rest: streams.append(len(layers)) or LayerStream(layers, *rest))
+    monkeypatch.setattr(
+        offload,
+        "LayerStream",
+        lambda layers, *rest: streams.append(len(layers)) or LayerStream(layers, *rest),
+    )
     with hosted.on_device(resident) as placed:
         assert not networks(text)
         for request in requests:
-            torch.testing.assert_close(placed.encode(*request).embeds, plain.encode(*request).embeds, rtol=0, atol=1e-6)
-            torch.testing.assert_close(placed.encode(*request).pooled, plain.encode(*request).pooled, rtol=0, atol=1e-6)
+            torch.testing.assert_close(
+                placed.encode(*request).embeds, plain.encode(*request).embeds, rtol=0, atol=1e-6
+            )
+            torch.testing.assert_close(
+                placed.encode(*request).pooled, plain.encode(*request).pooled, rtol=0, atol=1e-6
+            )
         table = text.parts.language.embed_tokens.weight
-        assert not any(tensor is table for one in hosted.hosted.values() for store in (one.rest, *one.stores)
-                       for piece in store.pieces for tensor in piece.tensors)
+        assert not any(
+            tensor is table
+            for one in hosted.hosted.values()
+            for store in (one.rest, *one.stores)
+            for piece in store.pieces
+            for tensor in piece.tensors
+        )
     assert placed is text and streams == ([2 - resident] if resident < 2 else [])
     with hosted.on_device(resident):
         assert text.expand("a") == plain.expand("a")
-    torch.testing.assert_close(text.encode(["a"]).embeds, plain.encode(["a"]).embeds, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        text.encode(["a"]).embeds, plain.encode(["a"]).embeds, rtol=0, atol=1e-6
+    )
     assert not any(layer._forward_pre_hooks for layer in text.layers)
 
 
@@ -187,7 +264,11 @@ def test_networks_are_weighed_before_they_are_read(diffusers_folder):
     encoder = loaded(diffusers_folder)
     plain, more = encoder.weigh(), encoder.weigh(vision=True, head=True)
     assert not networks(encoder)
-    language, clip, vision, head = (Weights.of(getattr(encoder.parts, name)) for name in ("language", "clip", "vision", "head"))
+    language, clip, vision, head = (
+        Weights.of(getattr(encoder.parts, name)) for name in ("language", "clip", "vision", "head")
+    )
     near = lambda size: pytest.approx(size, abs=100 * 256)  # noqa: E731 - the gaps between tensors
     assert plain.layers == near(language.layers) and plain.once == near(language.once)
-    assert plain.rest == near(language.rest + clip.total) and more.rest == near(language.rest + clip.total + vision.total + head.total)
+    assert plain.rest == near(language.rest + clip.total) and more.rest == near(
+        language.rest + clip.total + vision.total + head.total
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Qwen2.5-VL is shown of a picture: patches against transformers' own processor and one by one, settings, positions."""
+"""What Qwen2.5-VL is shown of a picture: patches against transformers' own processor and one by
+one, settings, positions."""
+
 from types import SimpleNamespace
 
 import numpy
@@ -11,10 +13,13 @@ from kandinsky_model.text_vision import Preprocessor, look_up, positions
 from .text_peers import image_processor, picture, pil
 
 
-@pytest.mark.parametrize("size", [(130, 206), (5, 9), (28, 28), (515, 512), (60, 1000), (333, 77), (1100, 1400)])
+@pytest.mark.parametrize(
+    "size", [(130, 206), (5, 9), (28, 28), (515, 512), (60, 1000), (333, 77), (1100, 1400)]
+)
 @pytest.mark.parametrize("limits", [{}, {"min_pixels": 50000, "max_pixels": 200000}])
 def test_patches_are_those_of_transformers(size, limits):
-    """Law 1 against its processor, which works in numpy, and the same number of rows and columns."""
+    """Law 1 against its processor, which works in numpy, and the same number of rows and
+    columns."""
     image = picture(*size)
     patches, rows, columns = Preprocessor(**limits).patches(image)
     theirs = image_processor(**limits)(images=[pil(image)], return_tensors="pt")
@@ -23,7 +28,8 @@ def test_patches_are_those_of_transformers(size, limits):
 
 
 def test_patches_are_what_their_order_says():
-    """Token by token, patch by patch, channel, time, row, column: looked up one by one in a picture that needs no resizing."""
+    """Token by token, patch by patch, channel, time, row, column: looked up one by one in a picture
+    that needs no resizing."""
     image = picture(112, 168)
     patches, rows, columns = Preprocessor(min_pixels=1).patches(image)
     assert (rows, columns) == (8, 12) and patches.shape == (96, 3 * 2 * 14 * 14)
@@ -48,9 +54,15 @@ def test_a_picture_to_edit_is_halved_first():
 
 def test_settings_come_from_the_folder_that_has_them(tmp_path):
     assert Preprocessor.read(tmp_path) == Preprocessor()
-    image_processor(min_pixels=784, max_pixels=7840, image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path / "a")
-    assert Preprocessor.read(tmp_path, tmp_path / "a") == Preprocessor(784, 7840, image_mean=(0.1, 0.2, 0.3))
-    (tmp_path / "processor_config.json").write_text('{"image_processor": {"size": {"shortest_edge": 5, "longest_edge": 6}}}')
+    image_processor(min_pixels=784, max_pixels=7840, image_mean=[0.1, 0.2, 0.3]).save_pretrained(
+        tmp_path / "a"
+    )
+    assert Preprocessor.read(tmp_path, tmp_path / "a") == Preprocessor(
+        784, 7840, image_mean=(0.1, 0.2, 0.3)
+    )
+    (tmp_path / "processor_config.json").write_text(
+        '{"image_processor": {"size": {"shortest_edge": 5, "longest_edge": 6}}}'
+    )
     assert Preprocessor.read(tmp_path, tmp_path / "a") == Preprocessor(5, 6)
     (tmp_path / "preprocessor_config.json").write_text('{"min_pixels": 7}')
     assert Preprocessor.read(tmp_path) == Preprocessor(7)
@@ -62,11 +74,20 @@ def test_settings_come_from_the_folder_that_has_them(tmp_path):
 def test_positions():
     assert positions(3).tolist() == [[[0, 1, 2]]] * 4
     assert positions(2, 2, 3, 2)[:, 0].tolist() == [
-        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 2, 2, 2, 2, 2, 5, 6], [0, 1, 2, 2, 2, 3, 3, 3, 5, 6], [0, 1, 2, 3, 4, 2, 3, 4, 5, 6]]
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
+        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
+    ]
 
 
 def test_the_table_of_tokens_may_stay_on_the_cpu():
-    """"meta" stands for the accelerator that the rest of the model is on."""
+    """ "meta" stands for the accelerator that the rest of the model is on."""
     table = torch.nn.Embedding(5, 3)
-    assert torch.equal(look_up(SimpleNamespace(embed_tokens=table, norm=torch.nn.LayerNorm(3)), [4, 0]), table.weight[None, [4, 0]])
-    assert look_up(SimpleNamespace(embed_tokens=table, norm=torch.nn.LayerNorm(3, device="meta")), [4, 0]).is_meta
+    assert torch.equal(
+        look_up(SimpleNamespace(embed_tokens=table, norm=torch.nn.LayerNorm(3)), [4, 0]),
+        table.weight[None, [4, 0]],
+    )
+    assert look_up(
+        SimpleNamespace(embed_tokens=table, norm=torch.nn.LayerNorm(3, device="meta")), [4, 0]
+    ).is_meta

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drawn clips, their judge, the tiny text encoder, its training in miniature, and the bundled checkpoint."""
+"""The drawn clips, their judge, the tiny text encoder, its training in miniature, and the bundled
+checkpoint."""
 
 import json
 import random
@@ -21,21 +22,39 @@ LARGEST_BUNDLE = 16_000_000
 SMALL = replace(
     PRESETS["tiny"],
     dit=DiTConfig(
-        in_text_dim=16, in_text_dim2=16, time_dim=16, model_dim=64, ff_dim=64, num_text_blocks=1, num_visual_blocks=1, visual_cond=True
+        in_text_dim=16,
+        in_text_dim2=16,
+        time_dim=16,
+        model_dim=64,
+        ff_dim=64,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        visual_cond=True,
     ),
-    vae=VAEConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=1, scaling_factor=1.0),
+    vae=VAEConfig(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=1, scaling_factor=1.0
+    ),
 )
 
 
 def clip(color="red", shape="circle", motion="right", background="blue", seed=0):
-    return shapes.draw(shapes.random_scene(shapes.Combination(color, shape, motion, background), random.Random(seed)))
+    return shapes.draw(
+        shapes.random_scene(
+            shapes.Combination(color, shape, motion, background), random.Random(seed)
+        )
+    )
 
 
 # ---- data
 
 
 def test_enough_words_and_nothing_drawn_in_its_own_color():
-    assert len(shapes.OBJECT_COLORS) >= 6 and len(shapes.SHAPES) >= 4 and len(shapes.MOTIONS) >= 5 and len(shapes.BACKGROUNDS) >= 4
+    assert (
+        len(shapes.OBJECT_COLORS) >= 6
+        and len(shapes.SHAPES) >= 4
+        and len(shapes.MOTIONS) >= 5
+        and len(shapes.BACKGROUNDS) >= 4
+    )
     assert all(c.color != c.background for c in shapes.combinations())
     assert len(set(shapes.combinations())) == len(shapes.combinations())
 
@@ -43,14 +62,23 @@ def test_enough_words_and_nothing_drawn_in_its_own_color():
 def test_held_out_is_disjoint_from_training_and_every_pair_of_words_is_seen():
     hidden, seen = set(shapes.held_out()), set(shapes.training_combinations())
     assert len(hidden) == 48 and not hidden & seen and hidden | seen == set(shapes.combinations())
-    for pair in (("color", "shape"), ("color", "motion"), ("color", "background"), ("shape", "motion"), ("shape", "background")):
+    for pair in (
+        ("color", "shape"),
+        ("color", "motion"),
+        ("color", "background"),
+        ("shape", "motion"),
+        ("shape", "background"),
+    ):
         pairs = {tuple(getattr(c, word) for word in pair) for c in shapes.combinations()}
         assert {tuple(getattr(c, word) for word in pair) for c in seen} == pairs
 
 
 def test_training_scenes_never_show_a_held_out_combination():
     generator = random.Random(0)
-    drawn = {shapes.training_scene(generator.randrange(10**6), generator).combination for _ in range(4000)}
+    drawn = {
+        shapes.training_scene(generator.randrange(10**6), generator).combination
+        for _ in range(4000)
+    }
     assert not drawn & set(shapes.held_out()) and len(drawn) > 400
 
 
@@ -58,7 +86,10 @@ def test_prompts_name_the_words():
     combination = shapes.Combination("orange", "star", "up", "gray")
     assert shapes.prompt(combination) == "an orange star moving up on a gray background"
     for template in range(4):
-        assert all(word in shapes.prompt(combination, template) for word in ("orange", "star", "up", "gray"))
+        assert all(
+            word in shapes.prompt(combination, template)
+            for word in ("orange", "star", "up", "gray")
+        )
     assert "gray" not in shapes.prompt(combination, 4) and "up" not in shapes.prompt(combination, 5)
 
 
@@ -78,7 +109,10 @@ def test_judge_is_right_about_drawn_clips():
         assert all(shapes.marks(verdict, combination).values()), (combination, verdict)
 
 
-@pytest.mark.parametrize("word, other", [("color", "green"), ("shape", "square"), ("motion", "left"), ("background", "black")])
+@pytest.mark.parametrize(
+    "word, other",
+    [("color", "green"), ("shape", "square"), ("motion", "left"), ("background", "black")],
+)
 def test_judge_sees_one_wrong_word(word, other):
     wanted = shapes.Combination("red", "circle", "right", "blue")
     marks = shapes.marks(shapes.judge(clip(**{word: other})), wanted)
@@ -88,7 +122,9 @@ def test_judge_sees_one_wrong_word(word, other):
 def test_judge_finds_nothing_in_noise_emptiness_and_smears():
     flat = torch.full((17, 160, 160, 3), 20, dtype=torch.uint8)
     assert shapes.judge(flat).color == "none" and shapes.judge(flat).background == "black"
-    noise = torch.randint(0, 256, flat.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(
+        0, 256, flat.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     assert shapes.judge(noise).shape == "none"
     smear = flat.clone()
     smear[:, 72:84, 15:145] = torch.tensor([205, 25, 40], dtype=torch.uint8)
@@ -118,7 +154,11 @@ def encoder():
 
 def test_encode_shapes_and_independence_of_neighbours(encoder):
     both = encoder.encode(["a red circle moving right on a blue background", "star"])
-    assert both.embeds.shape == (2, 10, 64) and both.pooled.shape == (2, 32) and both.lengths.tolist() == [10, 2]
+    assert (
+        both.embeds.shape == (2, 10, 64)
+        and both.pooled.shape == (2, 32)
+        and both.lengths.tolist() == [10, 2]
+    )
     alone = encoder.encode(["star"])
     torch.testing.assert_close(both.embeds[1, :2], alone.embeds[0])
     torch.testing.assert_close(both.pooled[1], alone.pooled[0])
@@ -130,7 +170,12 @@ def test_words_case_aliases_unknown_and_empty(encoder):
     assert encoder.tokens("") == [START] and encoder.tokens("zebra") == [START, UNKNOWN]
     assert encoder.encode([""]).lengths.tolist() == [1]
     assert len(encoder.tokens("star " * 100)) == encoder.config["max_length"]
-    assert UNKNOWN not in {i for c in shapes.combinations() for t in range(7) for i in encoder.tokens(shapes.prompt(c, t))}
+    assert UNKNOWN not in {
+        i
+        for c in shapes.combinations()
+        for t in range(7)
+        for i in encoder.tokens(shapes.prompt(c, t))
+    }
 
 
 def test_encode_errors(encoder):
@@ -144,7 +189,9 @@ def test_encode_errors(encoder):
 
 def test_text_encoder_round_trip_and_damage(encoder, tmp_path):
     encoder.save(tmp_path)
-    torch.testing.assert_close(TinyTextEncoder.load(tmp_path).encode(["star"]).embeds, encoder.encode(["star"]).embeds)
+    torch.testing.assert_close(
+        TinyTextEncoder.load(tmp_path).encode(["star"]).embeds, encoder.encode(["star"]).embeds
+    )
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="text encoder"):
         TinyTextEncoder.load(tmp_path)
@@ -190,7 +237,9 @@ def test_folding_time_keeps_stills_and_undoes_delay():
         torch.testing.assert_close(vae.encode(still)[0], before, rtol=1e-4, atol=1e-5)
         video = train_tiny.crop_batch(1, 5, 64, random.Random(1))
         conv = vae.encoder.conv_in
-        torch.testing.assert_close(conv(video)[:, :, 3], conv(video[:, :, 3:4])[:, :, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            conv(video)[:, :, 3], conv(video[:, :, 3:4])[:, :, 0], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_stars_are_shown_as_often_as_asked():
@@ -201,7 +250,13 @@ def test_stars_are_shown_as_often_as_asked():
         assert [scenes[int(row) // 2].combination for row in latents.flatten()] == shown
         share = sum(combination.shape == "star" for combination in shown) / len(shown)
         expected = sum(stars for scene in scenes if scene.combination.shape == "star")
-        assert abs(share - expected / (expected + sum(scene.combination.shape != "star" for scene in scenes))) < 0.03
+        assert (
+            abs(
+                share
+                - expected / (expected + sum(scene.combination.shape != "star" for scene in scenes))
+            )
+            < 0.03
+        )
 
 
 def test_sample_times_cover_the_schedule():
@@ -215,22 +270,38 @@ def test_training_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "HEIGHT", 64)
     monkeypatch.setattr(shapes, "WIDTH", 64)
     vae_plan = train_tiny.VAEPlan(phases=((12, 2, 1, 32), (1, 1, 5, 32)))
-    flow_plan = train_tiny.FlowPlan(phases=((12, 4, 1, False), (2, 2, 5, False), (1, 1, 5, True)), copies=1, compile=False)
+    flow_plan = train_tiny.FlowPlan(
+        phases=((12, 4, 1, False), (2, 2, 5, False), (1, 1, 5, True)), copies=1, compile=False
+    )
     train_tiny.train_tiny(tmp_path, 1, vae_plan, flow_plan)
-    train_tiny.train_tiny(tmp_path, 1, None, train_tiny.FlowPlan(phases=((2, 1, 1, False),), copies=1, compile=False), resume=True)
+    train_tiny.train_tiny(
+        tmp_path,
+        1,
+        None,
+        train_tiny.FlowPlan(phases=((2, 1, 1, False),), copies=1, compile=False),
+        resume=True,
+    )
     stages = json.loads((tmp_path / "training.json").read_text())["stages"]
-    assert [s["stage"] for s in stages] == ["vae", "flow", "flow"] and [s["continued"] for s in stages] == [False, False, True]
+    assert [s["stage"] for s in stages] == ["vae", "flow", "flow"] and [
+        s["continued"] for s in stages
+    ] == [False, False, True]
     assert [s["seed"] for s in stages] == [1, 1, 2]
     assert stages[0]["losses"] and stages[1]["steps"] == 15 and stages[2]["steps"] == 2
     dit, vae = load_dit(tmp_path / "transformer"), load_vae(tmp_path / "vae")
     assert dit.config == SMALL.dit and vae.config == SMALL.vae
-    assert TinyTextEncoder.load(tmp_path / "text_encoder").encode(["a star"]).embeds.shape == (1, 3, 16)
+    assert TinyTextEncoder.load(tmp_path / "text_encoder").encode(["a star"]).embeds.shape == (
+        1,
+        3,
+        16,
+    )
 
 
 def test_flow_training_learns():
     torch.manual_seed(0)
     networks = train_tiny.new_networks(SMALL.dit, 0)
-    pool = train_tiny.Pool(torch.randn(2, 1, 1, 1, 16).half().expand(2, 1, 4, 4, 16), train_tiny.pool_scenes(1, 0)[:2])
+    pool = train_tiny.Pool(
+        torch.randn(2, 1, 1, 1, 16).half().expand(2, 1, 4, 4, 16), train_tiny.pool_scenes(1, 0)[:2]
+    )
     plan = train_tiny.FlowPlan(rate=1e-2, boost=1.0, phases=((120, 16, 1, False),), compile=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "HEIGHT", 32)
@@ -253,7 +324,10 @@ def test_bundle_is_small_and_says_where_it_came_from():
 
 def test_bundle_loads_strictly_and_equals_the_preset():
     preset = PRESETS["tiny"]
-    assert load_dit(BUNDLE / "transformer").config == preset.dit and load_vae(BUNDLE / "vae").config == preset.vae
+    assert (
+        load_dit(BUNDLE / "transformer").config == preset.dit
+        and load_vae(BUNDLE / "vae").config == preset.vae
+    )
     TinyTextEncoder.load(BUNDLE / "text_encoder")
 
 
@@ -263,10 +337,16 @@ def test_bundle_draws_a_held_out_prompt():
 
 
 def test_bundled_adapter_stands_for_guidance():
-    """One pass with it ends nearer to what guidance makes in two than one pass without it, from the same noise."""
-    model, asked = pipeline.load(BUNDLE, device="cpu", parts=("text", "dit")), dict(num_inference_steps=6, seed=3)
+    """One pass with it ends nearer to what guidance makes in two than one pass without it, from the
+    same noise."""
+    model, asked = (
+        pipeline.load(BUNDLE, device="cpu", parts=("text", "dit")),
+        dict(num_inference_steps=6, seed=3),
+    )
     prompt = shapes.prompt(shapes.held_out()[1])
-    guided, plain = (model.generate(prompt, guidance_scale=scale, **asked).latents for scale in (3.0, 1.0))
+    guided, plain = (
+        model.generate(prompt, guidance_scale=scale, **asked).latents for scale in (3.0, 1.0)
+    )
     model.lora.load(BUNDLE / "nocfg")
     adapted = model.generate(prompt, guidance_scale=1.0, **asked).latents
     distances = [(latents - guided).norm().item() for latents in (adapted, plain)]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of training data: what is read of it, in which order, what is wrong with it, and what stays of it on disk."""
+"""A folder of training data: what is read of it, in which order, what is wrong with it, and what
+stays of it on disk."""
+
 import json
 import logging
 import random
@@ -14,7 +16,15 @@ from kandinsky_model.__main__ import main
 from kandinsky_model.locate import locate
 from kandinsky_model.train_batches import Draws, Passes, draw
 from kandinsky_model.train_cache import Cache, Sample, Wanted
-from kandinsky_model.train_data import Bad, BadData, Item, find_items, nearest_size, read_clip, read_item
+from kandinsky_model.train_data import (
+    Bad,
+    BadData,
+    Item,
+    find_items,
+    nearest_size,
+    read_clip,
+    read_item,
+)
 
 from .conftest import shared_data
 from .train_folders import SMALL, clips
@@ -29,7 +39,8 @@ def data(tmp_path_factory):
 
 
 def numbered(path, rates, count):
-    """A clip of grey frames, the i-th of brightness 10 i; rates: frames per second of the file and of its timestamps."""
+    """A clip of grey frames, the i-th of brightness 10 i; rates: frames per second of the file and
+    of its timestamps."""
     import av
 
     with av.open(str(path), "w") as container:
@@ -37,15 +48,24 @@ def numbered(path, rates, count):
         stream.width = stream.height = 64
         stream.pix_fmt, stream.codec_context.color_range = "yuv420p", 1
         for i in range(count):
-            frame = av.VideoFrame.from_ndarray(torch.full((64, 64, 3), 10 * i, dtype=torch.uint8).numpy(), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                torch.full((64, 64, 3), 10 * i, dtype=torch.uint8).numpy(), format="rgb24"
+            )
             frame.pts, frame.time_base = i, Fraction(1, rates)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
 
 
-@pytest.mark.parametrize(("rate", "wanted"), [(24, [0, 1, 2, 3, 4, 5, 6, 7]), (12, [0, 0, 1, 1, 2, 2, 3, 3]),
-                                              (30, [0, 1, 3, 4, 5, 6, 8, 9]), (60, [1, 3, 6, 8, 11, 13, 16, 18])])
+@pytest.mark.parametrize(
+    ("rate", "wanted"),
+    [
+        (24, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (12, [0, 0, 1, 1, 2, 2, 3, 3]),
+        (30, [0, 1, 3, 4, 5, 6, 8, 9]),
+        (60, [1, 3, 6, 8, 11, 13, 16, 18]),
+    ],
+)
 @pytest.mark.parametrize("kind", ["mp4", "mkv"])
 def test_clips_of_any_rate(tmp_path, rate, wanted, kind):
     frames = read_clip(numbered(tmp_path / f"a.{kind}", rate, 24), 24, 8, [(64, 64)])
@@ -74,10 +94,17 @@ def test_sizes_and_lengths_are_the_nearest(tmp_path):
 def test_captions(tmp_path):
     folder = clips(tmp_path, 3)
     (folder / "clip1.txt").unlink()
-    (folder / "captions.jsonl").write_text('{"file": "clip1.mp4", "caption": "from the\\nlist"}\n\n{"file": "clip0.mp4", "caption": "x"}\n')
+    (folder / "captions.jsonl").write_text(
+        '{"file": "clip1.mp4", "caption": "from '
+        'the\\nlist"}\n\n{"file": "clip0.mp4", "caption": '
+        '"x"}\n'
+    )
     items = find_items(folder, Bad())
     assert [item.path.name for item in items] == ["clip0.mp4", "clip1.mp4", "clip2.mp4"]
-    assert items[1].caption == "from the list" and items[0].caption == (folder / "clip0.txt").read_text().strip()
+    assert (
+        items[1].caption == "from the list"
+        and items[0].caption == (folder / "clip0.txt").read_text().strip()
+    )
     (folder / "captions.jsonl").write_text('{"file": "clip1.mp4", "caption": "x"}\n{"file": 3}\n')
     with pytest.raises(ValueError, match="line 2 of .*captions.jsonl must be like"):
         find_items(folder, Bad())
@@ -92,28 +119,53 @@ def spoil(folder):
     (folder / "no_caption.mp4").write_bytes(whole)
     (folder / "blank_caption.mp4").write_bytes(whole)
     (folder / "blank_caption.txt").write_text(" \n")
-    video.save(shapes.draw(shapes.training_scene(1, random.Random(2)), range(3)), folder / "short.mp4")
+    video.save(
+        shapes.draw(shapes.training_scene(1, random.Random(2)), range(3)), folder / "short.mp4"
+    )
     Image.new("RGB", (64, 64)).save(folder / "still.png")
     (folder / "broken.png").write_bytes(b"no picture")
     for name in ("cut", "noise", "empty", "short", "still", "broken"):
         (folder / f"{name}.txt").write_text("something")
-    return {"cut.mp4": "cannot be decoded: there is not one frame", "noise.mp4": "cannot be decoded", "empty.webm": "cannot be decoded",
-            "no_caption.mp4": "it has no caption, neither in no_caption.txt nor in captions.jsonl", "blank_caption.mp4": "has no caption",
-            "short.mp4": "has 3 frames at 24 per second, but the shortest length asked for is 5", "still.png": "is a picture, but",
-            "broken.png": "must be one that Pillow can read"}
+    return {
+        "cut.mp4": "cannot be decoded: there is not one frame",
+        "noise.mp4": "cannot be decoded",
+        "empty.webm": "cannot be decoded",
+        "no_caption.mp4": "it has no caption, neither in no_caption.txt nor in captions.jsonl",
+        "blank_caption.mp4": "has no caption",
+        "short.mp4": "has 3 frames at 24 per second, but the shortest length asked for is 5",
+        "still.png": "is a picture, but",
+        "broken.png": "must be one that Pillow can read",
+    }
 
 
 def test_bad_data_are_named_and_skipped_or_stop(tmp_path, caplog, capsys):
     folder = clips(tmp_path / "data")
     wanted = spoil(folder)
-    arguments = ["train", str(folder), "-o", str(tmp_path / "out"), *SMALL, "--steps", "1", "--device", "cpu"]
+    arguments = [
+        "train",
+        str(folder),
+        "-o",
+        str(tmp_path / "out"),
+        *SMALL,
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert main(arguments) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("kandinsky: ") and "blank_caption.mp4 cannot be trained on: it has no caption" in said
+    assert (
+        said.startswith("kandinsky: ")
+        and ("blank_caption.mp4 cannot be trained on: it has no caption") in said
+    )
     assert "--bad-data skip" in said
     with caplog.at_level(logging.WARNING, "kandinsky_model.train_data"):
         assert main([*arguments, "--bad-data", "skip"]) == 0
-    skipped = [record.getMessage() for record in caplog.records if record.name == "kandinsky_model.train_data"]
+    skipped = [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "kandinsky_model.train_data"
+    ]
     for name, reason in wanted.items():
         assert [line for line in skipped if f"{name}: " in line and reason in line], (name, skipped)
     assert len(skipped) == len(wanted)
@@ -147,14 +199,22 @@ def test_a_real_clip():
 
 
 def cache_of(folder, **wanted):
-    return Cache(folder, locate("tiny"), Wanted(**{"sizes": ((64, 64),), "lengths": (5,)} | wanted), CPU, torch.float32)
+    return Cache(
+        folder,
+        locate("tiny"),
+        Wanted(**{"sizes": ((64, 64),), "lengths": (5,)} | wanted),
+        CPU,
+        torch.float32,
+    )
 
 
 def test_entries_are_made_once_and_again_where_broken(data, tmp_path, monkeypatch):
     items, cache = find_items(data, Bad()), cache_of(tmp_path)
     cache.fill(items, Bad())
     samples = cache.samples(items)
-    assert [sample.shape for sample in samples] == [(2, 8, 8)] * 4 and len(list(tmp_path.iterdir())) == 4 + 4 + 1
+    assert [sample.shape for sample in samples] == [(2, 8, 8)] * 4 and len(
+        list(tmp_path.iterdir())
+    ) == 4 + 4 + 1
     entry = train_cache.load(samples[0].latents)
     assert entry["latents"].shape == (2, 8, 8, 16) and 0.1 < entry["latents"].float().std() < 3
     made = []
@@ -164,7 +224,13 @@ def test_entries_are_made_once_and_again_where_broken(data, tmp_path, monkeypatc
     samples[1].latents.write_bytes(samples[1].latents.read_bytes()[:-5])
     cache_of(tmp_path).fill(items, Bad())
     assert made == [samples[1].latents]
-    assert len({s.latents for s in samples} | {s.latents for s in cache_of(tmp_path, lengths=(1,)).samples(items)}) == 4
+    assert (
+        len(
+            {s.latents for s in samples}
+            | {s.latents for s in cache_of(tmp_path, lengths=(1,)).samples(items)}
+        )
+        == 4
+    )
     assert cache_of(tmp_path, trigger="zap").samples(items)[0].caption.startswith("zap ")
 
 
@@ -173,7 +239,8 @@ def test_a_full_disk_leaves_nothing_half_written(data, tmp_path, monkeypatch):
     items, before = find_items(data, Bad()), resource.getrlimit(resource.RLIMIT_FSIZE)
     cache_of(tmp_path).fill(items[:1], Bad())
     kept = sorted(tmp_path.iterdir())
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # what a file may have: writing more fails as on a full disk
+    # what a file may have: writing more fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
     try:
         with pytest.raises(OSError, match="must have room .* start again: what is there is whole"):
             cache_of(tmp_path).fill(items, Bad("skip"))
@@ -199,7 +266,9 @@ def test_every_epoch_shows_every_sample_once():
     orders, numbers = [], []
     for epoch in range(4):
         members = [passes[i] for i in range(epoch * passes.length, (epoch + 1) * passes.length)]
-        assert all(len({sample.shape for sample, _ in one}) == 1 and len(one) <= 2 for one in members)
+        assert all(
+            len({sample.shape for sample, _ in one}) == 1 and len(one) <= 2 for one in members
+        )
         orders.append([sample.name for one in members for sample, _ in one])
         numbers += [number for one in members for _, number in one]
         assert sorted(orders[-1]) == [str(i) for i in range(8)]
@@ -212,7 +281,10 @@ def test_random_numbers_depend_on_seed_and_number_alone(data, tmp_path):
     items, cache = find_items(data, Bad()), cache_of(tmp_path)
     cache.fill(items, Bad())
     samples, how = cache.samples(items), Draws(1, 5.0, 0.5)
-    alone, pair = draw([(samples[0], 7)], how, "t2v", CPU), draw([(samples[2], 3), (samples[0], 7)], how, "t2v", CPU)
+    alone, pair = (
+        draw([(samples[0], 7)], how, "t2v", CPU),
+        draw([(samples[2], 3), (samples[0], 7)], how, "t2v", CPU),
+    )
     assert torch.equal(alone.noise[0], pair.noise[1]) and torch.equal(alone.times[0], pair.times[1])
     assert torch.equal(alone.cond.embeds[0], pair.cond.embeds[1, : alone.cond.lengths[0]])
     assert not torch.equal(alone.noise[0], draw([(samples[0], 8)], how, "t2v", CPU).noise[0])
@@ -245,9 +317,16 @@ def test_pictures_before_edits(tmp_path):
         Image.new("RGB", (80, 64), colour).save(tmp_path / name)
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("make it red")
-    with pytest.raises(ValueError, match="b.jpg cannot be trained on: the picture before the edit is missing, b.source.jpg"):
+    with pytest.raises(
+        ValueError,
+        match="b.jpg cannot be trained on: the picture before the edit is missing, b.source.jpg",
+    ):
         find_items(tmp_path, Bad(), edits=True)
     bad = Bad("skip")
     (item,) = find_items(tmp_path, bad, edits=True)
-    assert (item.path.name, item.source.name, list(bad.skipped)) == ("a.png", "a.source.png", ["b.jpg"])
+    assert (item.path.name, item.source.name, list(bad.skipped)) == (
+        "a.png",
+        "a.source.png",
+        ["b.jpg"],
+    )
     assert json.dumps(bad.skipped) and isinstance(BadData("x"), ValueError)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of training: those of adapters and of whole networks against a plain rewriting in fp64, however a pass is computed."""
+"""Gradients of training: those of adapters and of whole networks against a plain rewriting in fp64,
+however a pass is computed."""
+
 import pytest
 import torch
 
@@ -16,15 +18,24 @@ from .plain_dit import plain_forward
 from .test_dit import CONFIG, MODES, SCALE, SEED_WITHOUT_FLIPS, build, inputs, rel_l2
 
 GRID, CPU = Grid(3, 9, 8), torch.device("cpu")
-WAYS = {"everything kept": Way(checkpoint=False), "blocks again": Way(), "few tokens at a time": Way(tokens=100),
-        "inputs in host memory": Way(host=True, tokens=100), "one block resident": Way(resident=1, tokens=100),
-        "all streamed": Way(host=True, resident=0)}
+WAYS = {
+    "everything kept": Way(checkpoint=False),
+    "blocks again": Way(),
+    "few tokens at a time": Way(tokens=100),
+    "inputs in host memory": Way(host=True, tokens=100),
+    "one block resident": Way(resident=1, tokens=100),
+    "all streamed": Way(host=True, resident=0),
+}
 
 
 def trained(way=WAYS["everything kept"], targets=TARGETS):
-    """A network with an adapter whose second matrices are not zero, so that gradients reach the first ones."""
+    """A network with an adapter whose second matrices are not zero, so that gradients reach the
+    first ones."""
     network = TrainNetwork(build().prepare(), CPU, way)
-    parameters, g = attach(network.dit, LoRAConfig(4, 6.0, targets), 0, CPU), torch.Generator().manual_seed(3)
+    parameters, g = (
+        attach(network.dit, LoRAConfig(4, 6.0, targets), 0, CPU),
+        torch.Generator().manual_seed(3),
+    )
     for name, parameter in parameters.items():
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=g) / 12
@@ -46,7 +57,10 @@ def plain_gradients(state, made, scale, nabla, dtype):
     made = {name: matrix.detach().to(dtype).requires_grad_() for name, matrix in made.items()}
     state = {name: tensor.to(dtype) for name, tensor in state.items()}
     for module in {name.rsplit(".lora_", 1)[0] for name in made}:
-        state[f"{module}.weight"] = state[f"{module}.weight"] + scale * made[f"{module}.lora_B.weight"] @ made[f"{module}.lora_A.weight"]
+        state[f"{module}.weight"] = (
+            state[f"{module}.weight"]
+            + scale * made[f"{module}.lora_B.weight"] @ made[f"{module}.lora_A.weight"]
+        )
     data = (x.to(dtype) for x in inputs(CONFIG, GRID, seed=SEED_WITHOUT_FLIPS))
     out = plain_forward(state, CONFIG, *data, SCALE, nabla)[0]
     out.square().mean().backward()
@@ -54,18 +68,25 @@ def plain_gradients(state, made, scale, nabla, dtype):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("way", [WAYS["everything kept"], WAYS["few tokens at a time"]], ids=["kept", "again"])
+@pytest.mark.parametrize(
+    "way", [WAYS["everything kept"], WAYS["few tokens at a time"]], ids=["kept", "again"]
+)
 def test_gradients_of_an_adapter_are_right(mode, way):
     network, parameters = trained(way=way)
     _, ours = gradients(network, parameters, make_plan(CONFIG, GRID, SCALE, MODES[mode]))
     state = build().state_dict()
-    exact, peer = (plain_gradients(state, parameters, 1.5, MODES[mode], dtype) for dtype in (torch.float64, torch.float32))
+    exact, peer = (
+        plain_gradients(state, parameters, 1.5, MODES[mode], dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
     assert len(ours) == 2 * (3 * 10 + 2 * 6)
     for name in ours:
         assert exact[name].any()
     for half in "AB":
-        ours_, exact_, peer_ = (torch.cat([found[name].flatten() for name in sorted(found) if f"lora_{half}" in name])
-                                for found in (ours, exact, peer))
+        ours_, exact_, peer_ = (
+            torch.cat([found[name].flatten() for name in sorted(found) if f"lora_{half}" in name])
+            for found in (ours, exact, peer)
+        )
         assert_faithful(ours_, exact_, peer_)
 
 
@@ -84,10 +105,13 @@ def test_ways_give_the_same_gradients(mode, name):
 
 
 def test_chunks_of_the_plan_are_left_alone_while_an_adapter_trains():
-    """Neither the first block's input and text nor its weights need a gradient, only the adapter does: it must not be done piece by piece,
-    in place."""
+    """Neither the first block's input and text nor its weights need a gradient, only the adapter
+    does: it must not be done piece by piece, in place."""
     plans = [make_plan(CONFIG, GRID, SCALE, chunks=Chunks(tokens=tokens)) for tokens in (10**6, 50)]
-    (_, wanted), (_, found) = (gradients(*trained(targets=["visual_transformer_blocks.0.self_attention.to_query"]), plan) for plan in plans)
+    (_, wanted), (_, found) = (
+        gradients(*trained(targets=["visual_transformer_blocks.0.self_attention.to_query"]), plan)
+        for plan in plans
+    )
     assert all(rel_l2(found[key], wanted[key]) <= 1e-6 for key in wanted)
 
 
@@ -113,12 +137,14 @@ def test_sixteen_bit_activations_on_full_weights():
 
 
 def test_targets_are_the_official_ones():
-    """The published adapter of Pro, of rank 128 in 16 bits, has 1.71 GB: text blocks have one too."""
+    """The published adapter of Pro, of rank 128 in 16 bits, has 1.71 GB: text blocks have one
+    too."""
     layers = targeted(empty_dit(PRO_DIT), TARGETS)
     size = sum(2 * 128 * (layer.in_features + layer.out_features) for layer in layers.values())
     assert len(layers) == 60 * 10 + 4 * 6 and round(size / 1e9, 2) == 1.71
     assert set(targeted(empty_dit(LITE_DIT), ["cross_attention.to_query"])) == {
-        f"visual_transformer_blocks.{i}.cross_attention.to_query" for i in range(32)}
+        f"visual_transformer_blocks.{i}.cross_attention.to_query" for i in range(32)
+    }
     with pytest.raises(ValueError, match="got 'to_nothing', which is none's"):
         targeted(empty_dit(LITE_DIT), ["to_nothing"])
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of every kind of checkpoint on random weights, distillation, and what diffusers makes of an adapter."""
+"""Training of every kind of checkpoint on random weights, distillation, and what diffusers makes of
+an adapter."""
+
 from dataclasses import replace
 
 import pytest
@@ -22,13 +24,22 @@ from .test_dit import CONFIG, SCALE, build, inputs, rel_l2
 from .train_folders import clips
 
 CPU = torch.device("cpu")
-NAMES = {"t2i": "Kandinsky-5.0-T2I-Lite-Diffusers", "i2i": "Kandinsky-5.0-I2I-Lite-Diffusers", "i2v": "Kandinsky-5.0-I2V-Lite-5s-Diffusers"}
+NAMES = {
+    "t2i": "Kandinsky-5.0-T2I-Lite-Diffusers",
+    "i2i": "Kandinsky-5.0-I2I-Lite-Diffusers",
+    "i2v": "Kandinsky-5.0-I2V-Lite-5s-Diffusers",
+}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, text_parts):
     root = tmp_path_factory.mktemp("models")
-    return {task: tiny_models.diffusers_folder(root / name, text_parts, "t2v" if task == "i2v" else task) for task, name in NAMES.items()}
+    return {
+        task: tiny_models.diffusers_folder(
+            root / name, text_parts, "t2v" if task == "i2v" else task
+        )
+        for task, name in NAMES.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +56,32 @@ def datas(tmp_path_factory):
 
 
 def config(model, task, **changes):
-    return replace(TrainConfig(model=str(model), lora=LoRAConfig(4), sizes=((64, 64),), lengths=(1,) if task[1:] == "2i" else (9,), batch=2,
-                               passes=1, rate=1e-2, warmup=0, steps=2, drop=0.0, device="cpu"), **changes)
+    return replace(
+        TrainConfig(
+            model=str(model),
+            lora=LoRAConfig(4),
+            sizes=((64, 64),),
+            lengths=(1,) if task[1:] == "2i" else (9,),
+            batch=2,
+            passes=1,
+            rate=1e-2,
+            warmup=0,
+            steps=2,
+            drop=0.0,
+            device="cpu",
+        ),
+        **changes,
+    )
 
 
 @pytest.mark.parametrize("task", NAMES)
 def test_every_kind_of_checkpoint(models, datas, tmp_path, task):
     """What the network is shown, and that what it learned loads."""
-    run = Run(datas[task], tmp_path / "out", config(models[task], task, sample_every=2, samples=1, sample_steps=2))
+    run = Run(
+        datas[task],
+        tmp_path / "out",
+        config(models[task], task, sample_every=2, samples=1, sample_steps=2),
+    )
     run.begin(resume=False)
     seen, call = [], run.network.__call__
     run.network = lambda *args: seen.append(args) or call(*args)
@@ -62,11 +91,19 @@ def test_every_kind_of_checkpoint(models, datas, tmp_path, task):
     x, out = seen[0][0], call(*seen[0]).float()
     error = (out - (batch.noise - batch.clean)).square()
     if task == "i2v":  # the first latent frame is shown clean, flagged, and does not count
-        assert torch.equal(x[:, 0, ..., :16], batch.clean[:, 0]) and torch.equal(x[:, 1:, ..., :16], batch.noisy[:, 1:])
-        assert x[:, 0, ..., 32].eq(1).all() and not x[:, 1:, ..., 32].any() and not x[..., 16:32].any()
+        assert torch.equal(x[:, 0, ..., :16], batch.clean[:, 0]) and torch.equal(
+            x[:, 1:, ..., :16], batch.noisy[:, 1:]
+        )
+        assert (
+            x[:, 0, ..., 32].eq(1).all() and not x[:, 1:, ..., 32].any() and not x[..., 16:32].any()
+        )
         error = error[:, 1:]
     elif task == "i2i":
-        assert torch.equal(x[..., 16:32], batch.given.source) and x[..., 32].eq(1).all() and batch.given.source.std() > 0
+        assert (
+            torch.equal(x[..., 16:32], batch.given.source)
+            and x[..., 32].eq(1).all()
+            and batch.given.source.std() > 0
+        )
         assert torch.equal(x[..., :16], batch.noisy)
     else:
         assert torch.equal(x, batch.noisy)
@@ -79,25 +116,39 @@ def test_every_kind_of_checkpoint(models, datas, tmp_path, task):
     assert model.preset.task == task and len(model.lora.load(run.out).modules) == 2 * 10 + 6
 
 
-@pytest.mark.parametrize(("task", "length", "words"), [("t2i", 5, "makes pictures, of 1 frame, got lengths of 5"),
-                                                       ("i2v", 1, "learns what follows a first frame")])
+@pytest.mark.parametrize(
+    ("task", "length", "words"),
+    [
+        ("t2i", 5, "makes pictures, of 1 frame, got lengths of 5"),
+        ("i2v", 1, "learns what follows a first frame"),
+    ],
+)
 def test_lengths_that_a_checkpoint_does_not_learn(models, datas, tmp_path, task, length, words):
     with pytest.raises(ValueError, match=words):
         train(datas[task], tmp_path / "out", config(models[task], task, lengths=(length,)))
 
 
 def test_an_image_to_video_model_stays_one(models, datas, tmp_path):
-    out = train(datas["i2v"], tmp_path / "anything", config(models["i2v"], "i2v", lora=None, rate=1e-4))
+    out = train(
+        datas["i2v"], tmp_path / "anything", config(models["i2v"], "i2v", lora=None, rate=1e-4)
+    )
     model = pipeline.load(out, device="cpu")
     assert model.preset.name == "i2v-lite-5s"
     picture = Image.new("RGB", (64, 64), "red")
-    video = model.generate("it waves", image=picture, height=64, width=64, num_frames=5, num_inference_steps=1, seed=0)
+    video = model.generate(
+        "it waves", image=picture, height=64, width=64, num_frames=5, num_inference_steps=1, seed=0
+    )
     assert video.frames.shape == (5, 64, 64, 3)
 
 
 def test_distillation_fits_dense_attention(models, datas, tmp_path):
-    """Without the adapter the student is the checkpoint under NABLA, and its loss the distance to the same under dense attention."""
-    run = Run(datas["i2v"], tmp_path / "out", config(models["i2v"], "i2v", sizes=((192, 192),), distill="dense", rate=2e-4, ema=0.0))
+    """Without the adapter the student is the checkpoint under NABLA, and its loss the distance to
+    the same under dense attention."""
+    run = Run(
+        datas["i2v"],
+        tmp_path / "out",
+        config(models["i2v"], "i2v", sizes=((192, 192),), distill="dense", rate=2e-4, ema=0.0),
+    )
     run.begin(resume=False)
     batch = run.drawn(0)
     run.drawn = lambda _: batch
@@ -115,8 +166,13 @@ def test_distillation_fits_dense_attention(models, datas, tmp_path):
 
 
 def test_distillation_of_guidance_needs_one_pass_for_two(models, datas, tmp_path):
-    """The student's first loss is the distance between guided and plain velocity; captions are never left out; then it falls."""
-    run = Run(datas["i2v"], tmp_path / "out", config(models["i2v"], "i2v", distill="guidance", rate=2e-4, ema=0.0, drop=1.0))
+    """The student's first loss is the distance between guided and plain velocity; captions are
+    never left out; then it falls."""
+    run = Run(
+        datas["i2v"],
+        tmp_path / "out",
+        config(models["i2v"], "i2v", distill="guidance", rate=2e-4, ema=0.0, drop=1.0),
+    )
     run.begin(resume=False)
     batch = run.drawn(0)
     told = load_file(run.passes[0][0][0].text)["embeds"]
@@ -124,11 +180,16 @@ def test_distillation_of_guidance_needs_one_pass_for_two(models, datas, tmp_path
     x = model_input(run.network.dit, with_frames(batch.noisy, batch.given.frames), batch.given)
     plan = run.plan(tuple(x.shape[1:4]))
     with torch.no_grad():
-        told, untold = (run.network.dit(x, text.embeds, text.pooled, 1000 * batch.times, plan, text.lengths)
-                        for text in (batch.cond, batch.null))
+        told, untold = (
+            run.network.dit(x, text.embeds, text.pooled, 1000 * batch.times, plan, text.lengths)
+            for text in (batch.cond, batch.null)
+        )
     wanted = (run.preset.guidance - 1) * (told - untold)
     loss = run._losses(batch)
-    assert torch.allclose(loss, wanted[:, 1:].square().mean((1, 2, 3, 4)), rtol=1e-4) and loss.min() > 0
+    assert (
+        torch.allclose(loss, wanted[:, 1:].square().mean((1, 2, 3, 4)), rtol=1e-4)
+        and loss.min() > 0
+    )
     run.drawn = lambda _: batch
     for _ in range(6):
         run.advance()
@@ -136,20 +197,34 @@ def test_distillation_of_guidance_needs_one_pass_for_two(models, datas, tmp_path
     assert run.gallery.sources.preset.guidance == 1 and run.preset.guidance > 1
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(distill="guided"), "distill must be dense or guidance"), (dict(distill="dense", attention="dense"), "fits sparse attention")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(distill="guided"), "distill must be dense or guidance"),
+        (dict(distill="dense", attention="dense"), "fits sparse attention"),
+    ],
+)
 def test_impossible_distillations_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         TrainConfig(**changes)
 
 
 def test_distillation_of_all_weights_keeps_the_teacher(models, datas, tmp_path):
-    run = Run(datas["i2v"], tmp_path / "out", config(models["i2v"], "i2v", lora=None, distill="dense", rate=1e-3))
+    run = Run(
+        datas["i2v"],
+        tmp_path / "out",
+        config(models["i2v"], "i2v", lora=None, distill="dense", rate=1e-3),
+    )
     run.begin(resume=False)
     before = {name: tensor.clone() for name, tensor in run.teacher.dit.state_dict().items()}
     run.advance()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in run.teacher.dit.state_dict().items())
-    assert any(not torch.equal(tensor, before[name]) for name, tensor in run.network.dit.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in run.teacher.dit.state_dict().items()
+    )
+    assert any(
+        not torch.equal(tensor, before[name])
+        for name, tensor in run.network.dit.state_dict().items()
+    )
 
 
 def adapter(folder, alpha):
@@ -170,24 +245,50 @@ def test_diffusers_loads_the_adapter(tmp_path, monkeypatch, alpha):
     theirs = diffusers_of(build(), True, monkeypatch)
     grid, read = Grid(2, 8, 8), inputs(CONFIG, Grid(2, 8, 8))
     x, text, pooled, time = read
-    call = dict(hidden_states=x, encoder_hidden_states=text, pooled_projections=pooled, timestep=time, scale_factor=SCALE,
-                visual_rope_pos=[torch.arange(n) for n in (grid.T, grid.Y, grid.X)], text_rope_pos=torch.arange(text.shape[1]),
-                sparse_params=None, return_dict=False)
+    call = dict(
+        hidden_states=x,
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        timestep=time,
+        scale_factor=SCALE,
+        visual_rope_pos=[torch.arange(n) for n in (grid.T, grid.Y, grid.X)],
+        text_rope_pos=torch.arange(text.shape[1]),
+        sparse_params=None,
+        return_dict=False,
+    )
     with torch.no_grad():
         before = theirs(**call)[0]
-        theirs.load_lora_adapter(str(tmp_path / "lora"), weight_name="lora.safetensors", prefix=None)
+        theirs.load_lora_adapter(
+            str(tmp_path / "lora"), weight_name="lora.safetensors", prefix=None
+        )
         after, wanted = theirs(**call)[0], ours(*read, make_plan(CONFIG, grid, SCALE))
-    print(f"with the adapter: rel_l2 {rel_l2(after, wanted):.2g}; it changes {rel_l2(before, wanted):.2g}")
+    print(
+        f"with the adapter: rel_l2 {rel_l2(after, wanted):.2g}; it changes "
+        f"{rel_l2(before, wanted):.2g}"
+    )
     assert rel_l2(after, wanted) <= 1e-5 and rel_l2(before, wanted) > 1e-2
 
 
 def test_diffusers_takes_the_names(tmp_path):
-    """What its loader asks of a state dict in PEFT's form: every key is one, and names a linear layer of its transformer."""
+    """What its loader asks of a state dict in PEFT's form: every key is one, and names a linear
+    layer of its transformer."""
     module = pytest.importorskip("diffusers.models.transformers.transformer_kandinsky")
     adapter(tmp_path / "lora", None)
     with torch.device("meta"):
-        layers = {name for name, layer in module.Kandinsky5Transformer3DModel(
-            **{key: getattr(CONFIG, key) for key in CONFIG.__dataclass_fields__ if key != "instruct_type"}).named_modules()
-            if isinstance(layer, torch.nn.Linear)}
+        layers = {
+            name
+            for name, layer in module.Kandinsky5Transformer3DModel(
+                **{
+                    key: getattr(CONFIG, key)
+                    for key in CONFIG.__dataclass_fields__
+                    if key != "instruct_type"
+                }
+            ).named_modules()
+            if isinstance(layer, torch.nn.Linear)
+        }
     names = load_file(tmp_path / "lora" / "lora.safetensors")
-    assert names and all(name.endswith((".lora_A.weight", ".lora_B.weight")) and name.rsplit(".lora_", 1)[0] in layers for name in names)
+    assert names and all(
+        name.endswith((".lora_A.weight", ".lora_B.weight"))
+        and name.rsplit(".lora_", 1)[0] in layers
+        for name in names
+    )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The VAE against diffusers' class, against the golden files, and the laws of its tiles."""
+
 import json
 
 import pytest
@@ -10,11 +11,21 @@ from safetensors.torch import load_file
 
 import kandinsky_kernels as ops
 from kandinsky_model.config import VAEConfig
-from kandinsky_model.vae import CausalConv3d, FrameCausalAttention, HunyuanVideoVAE, TilePlan, Upsample, sample_posterior
+from kandinsky_model.vae import (
+    CausalConv3d,
+    FrameCausalAttention,
+    HunyuanVideoVAE,
+    TilePlan,
+    Upsample,
+    sample_posterior,
+)
 
-SMALL = VAEConfig(latent_channels=4, block_out_channels=(8, 16, 16, 24), layers_per_block=1, norm_num_groups=4)
+SMALL = VAEConfig(
+    latent_channels=4, block_out_channels=(8, 16, 16, 24), layers_per_block=1, norm_num_groups=4
+)
 SIZES = [(1, 4, 4), (2, 3, 5), (3, 5, 2), (5, 4, 3)]  # latent T, Y, X
-MODES = pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])  # on a CPU two ways of computing the same
+# on a CPU two ways of computing the same
+MODES = pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 
 
 def rel_l2(actual, expected):
@@ -37,9 +48,13 @@ def peer_of(vae):
 
     config = vae.config
     peer = AutoencoderKLHunyuanVideo(
-        latent_channels=config.latent_channels, block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
-        norm_num_groups=config.norm_num_groups, down_block_types=("HunyuanVideoDownBlock3D",) * len(config.block_out_channels),
-        up_block_types=("HunyuanVideoUpBlock3D",) * len(config.block_out_channels))
+        latent_channels=config.latent_channels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        norm_num_groups=config.norm_num_groups,
+        down_block_types=("HunyuanVideoDownBlock3D",) * len(config.block_out_channels),
+        up_block_types=("HunyuanVideoUpBlock3D",) * len(config.block_out_channels),
+    )
     peer.use_framewise_decoding = peer.use_framewise_encoding = False
     peer.load_state_dict(vae.state_dict(), strict=True)
     return peer.to(next(vae.parameters()).dtype)
@@ -56,7 +71,13 @@ def test_published_names_and_sizes():
     assert sum(tensor.numel() for tensor in state.values()) == 246_478_803
     assert sum(t.numel() for name, t in state.items() if name.startswith("encoder.")) == 100_341_408
     assert sum(t.numel() for name, t in state.items() if name.startswith("decoder.")) == 146_136_067
-    assert state["decoder.up_blocks.2.resnets.0.conv_shortcut.conv.weight"].shape == (256, 512, 1, 1, 1)
+    assert state["decoder.up_blocks.2.resnets.0.conv_shortcut.conv.weight"].shape == (
+        256,
+        512,
+        1,
+        1,
+        1,
+    )
     assert state["encoder.mid_block.attentions.0.to_out.0.weight"].shape == (512, 512)
     assert state["decoder.up_blocks.1.upsamplers.0.conv.conv.bias"].shape == (512,)
 
@@ -70,7 +91,10 @@ def test_decode_equals_diffusers(size, grad):
         expected = peer_of(vae).decode(latents).sample
     with torch.set_grad_enabled(grad):
         actual = vae.decode(latents)
-    assert actual.shape == (2, 3, 4 * (size[0] - 1) + 1, 8 * size[1], 8 * size[2]) and actual.is_contiguous()
+    assert (
+        actual.shape == (2, 3, 4 * (size[0] - 1) + 1, 8 * size[1], 8 * size[2])
+        and actual.is_contiguous()
+    )
     assert rel_l2(actual, expected) <= 1e-5
 
 
@@ -89,8 +113,17 @@ def test_encode_equals_diffusers(size, grad):
 
 @pytest.mark.parametrize("widths", [(8, 8, 16), (8, 8, 16, 16, 16)], ids=str)
 def test_other_depths_equal_diffusers(widths):
-    vae = small_vae(VAEConfig(latent_channels=4, block_out_channels=widths, layers_per_block=2, norm_num_groups=4), torch.float64)
-    peer, latents, video = peer_of(vae), torch.randn(1, 4, 3, 2, 3).double(), video_like(3, 2, 3, torch.float64)
+    vae = small_vae(
+        VAEConfig(
+            latent_channels=4, block_out_channels=widths, layers_per_block=2, norm_num_groups=4
+        ),
+        torch.float64,
+    )
+    peer, latents, video = (
+        peer_of(vae),
+        torch.randn(1, 4, 3, 2, 3).double(),
+        video_like(3, 2, 3, torch.float64),
+    )
     with torch.no_grad():
         assert rel_l2(vae.decode(latents), peer.decode(latents).sample) <= 1e-12
         assert rel_l2(vae.encode(video)[0], peer.encode(video).latent_dist.mean) <= 1e-12
@@ -103,12 +136,19 @@ def test_gradients_equal_diffusers():
     peer.decode(peer.encode(video).latent_dist.mean).sample.square().mean().backward()
     gradients = dict(peer.named_parameters())
     for name, parameter in vae.named_parameters():
-        # a convolution's bias in front of a one-channel-wide shift can have a true gradient of zero: compare with the largest
-        assert (parameter.grad - gradients[name].grad).norm() <= 1e-9 * (1e-3 + gradients[name].grad.norm()), name
+        # a convolution's bias in front of a one-channel-wide shift can have a true gradient of
+        # zero: compare with the largest
+        assert (parameter.grad - gradients[name].grad).norm() <= 1e-9 * (
+            1e-3 + gradients[name].grad.norm()
+        ), name
 
 
 def test_no_grad_path_equals_the_differentiable_one_in_fp64():
-    vae, latents, video = small_vae(dtype=torch.float64), torch.randn(2, 4, 3, 3, 5).double(), video_like(2, 3, 2, torch.float64)
+    vae, latents, video = (
+        small_vae(dtype=torch.float64),
+        torch.randn(2, 4, 3, 3, 5).double(),
+        video_like(2, 3, 2, torch.float64),
+    )
     with torch.no_grad():
         plain, moments = vae.decode(latents), torch.cat(vae.encode(video))
     assert rel_l2(plain, vae.decode(latents).detach()) <= 1e-12
@@ -128,11 +168,18 @@ def test_golden_files():
     folder = shared_data() / "golden"
     config = json.loads((folder / "config.json").read_text())
     sizes, tile = config["vae"], config["vae_official_tile"]
-    vae = HunyuanVideoVAE(VAEConfig(**{**sizes, "block_out_channels": tuple(sizes["block_out_channels"])}))
+    vae = HunyuanVideoVAE(
+        VAEConfig(**{**sizes, "block_out_channels": tuple(sizes["block_out_channels"])})
+    )
     vae.load_state_dict(load_file(folder / "vae.safetensors"), strict=True)
     io = load_file(folder / "vae_io.safetensors")
-    plan = TilePlan(tile["min_height"], tile["min_width"], overlap=tile["min_height"] - tile["stride_height"],
-                    frames=tile["min_frames"] + 1, frame_stride=tile["stride_frames"])
+    plan = TilePlan(
+        tile["min_height"],
+        tile["min_width"],
+        overlap=tile["min_height"] - tile["stride_height"],
+        frames=tile["min_frames"] + 1,
+        frame_stride=tile["stride_frames"],
+    )
     with torch.no_grad():
         assert rel_l2(torch.cat(vae.encode(io["video"]), dim=1), io["moments"]) <= 1e-5
         assert rel_l2(vae.decode(io["latents"]), io["decoded_global"]) <= 1e-5
@@ -141,9 +188,14 @@ def test_golden_files():
 
 def test_statistics_survive_many_values_far_from_zero():
     norm = torch.nn.GroupNorm(2, 4, eps=1e-6)
-    rows = torch.randn(1, 3, 300, 300, 4) * 0.1 + torch.tensor([30.0, 30.1, -7.0, -7.2])  # [B, T, Y, X, C]
-    scale, shift = (v.view(1, 1, 1, 4) for v in ops.group_affine(ops.group_moments(rows, 2), norm.weight, norm.bias, norm.eps))
-    variance, mean = torch.var_mean(rows.double().unflatten(-1, (2, 2)), (1, 2, 3, 5), correction=0)  # [B, G]
+    # [B, T, Y, X, C]
+    rows = torch.randn(1, 3, 300, 300, 4) * 0.1 + torch.tensor([30.0, 30.1, -7.0, -7.2])
+    scale, shift = (
+        v.view(1, 1, 1, 4)
+        for v in ops.group_affine(ops.group_moments(rows, 2), norm.weight, norm.bias, norm.eps)
+    )
+    # [B, G]
+    variance, mean = torch.var_mean(rows.double().unflatten(-1, (2, 2)), (1, 2, 3, 5), correction=0)
     rstd = (variance + 1e-6).rsqrt()
     assert rel_l2(scale, rstd.repeat_interleave(2).view(1, 1, 1, 4)) <= 1e-6
     assert rel_l2(shift, -(mean * rstd).repeat_interleave(2).view(1, 1, 1, 4)) <= 1e-6
@@ -179,7 +231,8 @@ def test_upsampling_and_attention_are_causal(grad):
     attention.group_norm = torch.nn.Identity()  # its statistics see every frame, by design
     with torch.set_grad_enabled(grad):
         assert upsample(x).shape == (1, 4, 7, 6, 6)
-        assert torch.equal(upsample(x)[:, :, :3], upsample(later)[:, :, :3])  # frame 2 becomes output frames 3 and 4
+        # frame 2 becomes output frames 3 and 4
+        assert torch.equal(upsample(x)[:, :, :3], upsample(later)[:, :, :3])
         assert torch.allclose(attention(x)[:, :, :2], attention(later)[:, :, :2], atol=1e-6)
         assert not torch.allclose(attention(x)[:, :, 2:], attention(later)[:, :, 2:], atol=1e-1)
 
@@ -200,19 +253,37 @@ def test_folded_upsampling_is_upsampling_and_convolution(grad, factors, shape):
 # Tiles
 
 
-@pytest.mark.parametrize("size, tile, tiles", [
-    ((512, 768), (512, 768), (1, 1)), ((768, 512), (768, 512), (1, 1)), ((256, 256), (256, 256), (1, 1)), ((16, 24), (40, 40), (1, 1)),
-    ((768, 1280), (400, 448), (2, 3)), ((1024, 1024), (528, 528), (2, 2)), ((896, 1152), (464, 592), (2, 2)),
-    ((640, 1408), (640, 496), (1, 3)), ((1408, 640), (496, 640), (3, 1)), ((768, 1408), (400, 496), (2, 3))], ids=str)
+@pytest.mark.parametrize(
+    "size, tile, tiles",
+    [
+        ((512, 768), (512, 768), (1, 1)),
+        ((768, 512), (768, 512), (1, 1)),
+        ((256, 256), (256, 256), (1, 1)),
+        ((16, 24), (40, 40), (1, 1)),
+        ((768, 1280), (400, 448), (2, 3)),
+        ((1024, 1024), (528, 528), (2, 2)),
+        ((896, 1152), (464, 592), (2, 2)),
+        ((640, 1408), (640, 496), (1, 3)),
+        ((1408, 640), (496, 640), (3, 1)),
+        ((768, 1408), (400, 496), (2, 3)),
+    ],
+    ids=str,
+)
 def test_plan_of_a_frame(size, tile, tiles):
     plan = TilePlan.for_frame(*size)
-    assert (plan.height, plan.width, plan.overlap, plan.frames, plan.frame_stride) == (*tile, 32, 17, 8)
+    assert (plan.height, plan.width, plan.overlap, plan.frames, plan.frame_stride) == (
+        *tile,
+        32,
+        17,
+        8,
+    )
     covered = [1 + max(0, -(-(s - t) // (t - 32))) for s, t in zip(size, tile, strict=True)]
     assert tuple(covered) == tiles
 
 
 class Marked(HunyuanVideoVAE):
-    """A VAE whose decoder only repeats the latent, so that any misplaced, missing or doubled pixel of a tiling shows."""
+    """A VAE whose decoder only repeats the latent, so that any misplaced, missing or doubled pixel
+    of a tiling shows."""
 
     def marks(self, latents):
         x = latents[:, :3].repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)
@@ -226,14 +297,20 @@ class Marked(HunyuanVideoVAE):
 @pytest.mark.parametrize("height, width", [(2, 3), (5, 11), (16, 35), (17, 24)])
 def test_official_tiles_put_every_pixel_in_its_place(frames, height, width):
     vae, latents = Marked(SMALL), torch.randn(1, 4, frames, height, width)
-    for plan in (None, TilePlan(64, 96), TilePlan(64, 48, overlap=16, frames=9, frame_stride=4), TilePlan(48, 64, overlap=0)):
+    for plan in (
+        None,
+        TilePlan(64, 96),
+        TilePlan(64, 48, overlap=16, frames=9, frame_stride=4),
+        TilePlan(48, 64, overlap=0),
+    ):
         actual = vae.decode(latents, "official", plan)
         assert actual.shape == (1, 3, 4 * frames - 3, 8 * height, 8 * width)
         torch.testing.assert_close(actual, vae.marks(latents), rtol=0, atol=1e-6)
 
 
 def test_official_tiles_reach_the_border_upstream_does_not():
-    """Proportions of 640x1408, whose last columns upstream loses: two latents are left after tiles at 0, 14 and 28."""
+    """Proportions of 640x1408, whose last columns upstream loses: two latents are left after tiles
+    at 0, 14 and 28."""
     vae, latents = small_vae(), torch.randn(1, 4, 2, 5, 47)
     with torch.no_grad():
         tiled = vae.decode(latents, "official", TilePlan(40, 136, overlap=24))
@@ -250,14 +327,21 @@ def test_one_official_tile_is_the_global_decode():
 
 
 def blended(tiles, extent):
-    """Upstream's order, written pixel by pixel: every tile fades in from the one above and then from the one on its left."""
+    """Upstream's order, written pixel by pixel: every tile fades in from the one above and then
+    from the one on its left."""
     for i, row in enumerate(tiles):
         for j, tile in enumerate(row):
             for y in range(extent if i else 0):
                 tile[y] = tiles[i - 1][j][y - extent] * (1 - y / extent) + tile[y] * y / extent
             for x in range(extent if j else 0):
                 tile[:, x] = row[j - 1][:, x - extent] * (1 - x / extent) + tile[:, x] * x / extent
-    kept = [[tile[: None if row is tiles[-1] else -extent, : None if tile is row[-1] else -extent] for tile in row] for row in tiles]
+    kept = [
+        [
+            tile[: None if row is tiles[-1] else -extent, : None if tile is row[-1] else -extent]
+            for tile in row
+        ]
+        for row in tiles
+    ]
     return torch.cat([torch.cat(row, dim=1) for row in kept])
 
 
@@ -265,7 +349,10 @@ def test_blends_follow_upstreams_order():
     vae, latents = small_vae(), torch.randn(1, 4, 1, 8, 11)
     with torch.no_grad():
         # starts 0, 3 down and 0, 3, 6 across: 3 x 5 latents share 2 with the next
-        tiles = [[vae.decode(latents[..., y : y + 5, x : x + 5])[0, 0, 0] for x in (0, 3, 6)] for y in (0, 3)]
+        tiles = [
+            [vae.decode(latents[..., y : y + 5, x : x + 5])[0, 0, 0] for x in (0, 3, 6)]
+            for y in (0, 3)
+        ]
         actual = vae.decode(latents, "official", TilePlan(40, 40, overlap=16))[0, 0, 0]
     torch.testing.assert_close(actual, blended(tiles, 16), rtol=0, atol=1e-6)
 
@@ -277,7 +364,9 @@ def test_time_blend_is_linear_over_eight_frames():
         actual = vae.decode(latents, "official")
     weight = (torch.arange(8) / 8).view(8, 1, 1)
     torch.testing.assert_close(actual[:, :, :9], first[:, :, :9])
-    torch.testing.assert_close(actual[:, :, 9:17], first[:, :, 9:] * (1 - weight) + second[:, :, :8] * weight)
+    torch.testing.assert_close(
+        actual[:, :, 9:17], first[:, :, 9:] * (1 - weight) + second[:, :, :8] * weight
+    )
     torch.testing.assert_close(actual[:, :, 17:], second[:, :, 8:])
 
 
@@ -286,7 +375,9 @@ def test_time_blend_is_linear_over_eight_frames():
 
 def test_posterior_is_seeded_and_clamped():
     mean, logvar = torch.randn(1, 4, 2, 3, 3), torch.full((1, 4, 2, 3, 3), 2.0)
-    draws = [sample_posterior(mean, logvar, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
+    draws = [
+        sample_posterior(mean, logvar, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
+    ]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(draws[0], mean + torch.e * noise)
@@ -294,13 +385,23 @@ def test_posterior_is_seeded_and_clamped():
     assert sample_posterior(mean, logvar + 1e6).isfinite().all()
 
 
-@pytest.mark.parametrize("video, error, words", [
-    (torch.zeros(1, 3, 4, 16, 16), ValueError, r"4k\+1 frames .* got 4 frames of 16x16: crop"),
-    (torch.zeros(1, 3, 5, 16, 12), ValueError, r"divisible by 8, got 5 frames of 16x12"),
-    (torch.zeros(1, 4, 5, 16, 16), ValueError, r"\[B, 3, F, H, W\], got \[1, 4, 5, 16, 16\]"),
-    (torch.zeros(3, 5, 16, 16), ValueError, r"got \[3, 5, 16, 16\]: permute"),
-    (torch.zeros(1, 3, 0, 16, 16), ValueError, r"non-empty"),
-    (torch.zeros(1, 3, 5, 16, 16, dtype=torch.int64), TypeError, r"float dtype or torch.uint8, got torch.int64")], ids=range(6))
+@pytest.mark.parametrize(
+    "video, error, words",
+    [
+        (torch.zeros(1, 3, 4, 16, 16), ValueError, r"4k\+1 frames .* got 4 frames of 16x16: crop"),
+        (torch.zeros(1, 3, 5, 16, 12), ValueError, r"divisible by 8, got 5 frames of 16x12"),
+        (torch.zeros(1, 4, 5, 16, 16), ValueError, r"\[B, 3, F, H, W\], got \[1, 4, 5, 16, 16\]"),
+        (torch.zeros(3, 5, 16, 16), ValueError, r"got \[3, 5, 16, 16\]: permute"),
+        (torch.zeros(1, 3, 0, 16, 16), ValueError, r"non-empty"),
+        (
+            torch.zeros(1, 3, 5, 16, 16, dtype=torch.int64),
+            TypeError,
+            r"float dtype or torch.uint8, "
+            r"got torch.int64",
+        ),
+    ],
+    ids=range(6),
+)
 def test_encode_says_what_is_wrong(video, error, words):
     with pytest.raises(error, match=words):
         Marked(SMALL).encode(video)
@@ -308,7 +409,11 @@ def test_encode_says_what_is_wrong(video, error, words):
 
 def test_decode_says_what_is_wrong():
     vae, latents = Marked(SMALL), torch.zeros(1, 4, 2, 3, 3)
-    with pytest.raises(ValueError, match=r"latents must be a non-empty \[B, 4, T, Y, X\], got \[1, 3, 2, 3, 3\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"latents must be a non-empty \[B, 4, T, Y, X\], got "
+        r"\[1, 3, 2, 3, 3\]",
+    ):
         vae.decode(latents[:, :3])
     with pytest.raises(ValueError, match=r"got \[1, 4, 0, 3, 3\]"):
         vae.decode(latents[:, :, :0])
@@ -320,9 +425,16 @@ def test_decode_says_what_is_wrong():
         vae.decode(latents.long())
 
 
-@pytest.mark.parametrize("height, options, words", [
-    (60, {}, r"multiples of 8, got \(60, 64, 32\)"), (32, {}, "exceed its overlap"),
-    (64, {"frames": 16}, "got 16 and 8"), (64, {"frame_stride": 20}, "got 17 and 20")], ids=str)
+@pytest.mark.parametrize(
+    "height, options, words",
+    [
+        (60, {}, r"multiples of 8, got \(60, 64, 32\)"),
+        (32, {}, "exceed its overlap"),
+        (64, {"frames": 16}, "got 16 and 8"),
+        (64, {"frame_stride": 20}, "got 17 and 20"),
+    ],
+    ids=str,
+)
 def test_impossible_plans_are_refused(height, options, words):
     with pytest.raises(ValueError, match=words):
         TilePlan(height, 64, **options)

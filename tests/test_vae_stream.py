@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streamed decoding: equal to the plain decoder, the same bits in any memory, within the bytes that the plan predicts."""
+"""Streamed decoding: equal to the plain decoder, the same bits in any memory, within the bytes that
+the plan predicts."""
+
 import random
 from types import SimpleNamespace
 
@@ -16,9 +18,18 @@ from kandinsky_model.vae import decode_plan
 from kandinsky_model.vae_stream import Chain, decoding, stream
 
 SIZES = [(1, 3, 4), (2, 5, 2), (5, 3, 3), (6, 2, 5)]  # latent T, Y, X
-DEEP = VAEConfig(latent_channels=4, block_out_channels=(8, 8, 16, 16, 16), layers_per_block=1, norm_num_groups=4)
-FLAT = VAEConfig(latent_channels=4, block_out_channels=(8, 8, 16), layers_per_block=2, norm_num_groups=4)
-SECONDS = {"5 s SD": (1, 16, 31, 64, 96), "10 s SD": (1, 16, 61, 64, 96), "5 s HD": (1, 16, 31, 96, 160), "10 s HD": (1, 16, 61, 96, 160)}
+DEEP = VAEConfig(
+    latent_channels=4, block_out_channels=(8, 8, 16, 16, 16), layers_per_block=1, norm_num_groups=4
+)
+FLAT = VAEConfig(
+    latent_channels=4, block_out_channels=(8, 8, 16), layers_per_block=2, norm_num_groups=4
+)
+SECONDS = {
+    "5 s SD": (1, 16, 31, 64, 96),
+    "10 s SD": (1, 16, 61, 64, 96),
+    "5 s HD": (1, 16, 31, 96, 160),
+    "10 s HD": (1, 16, 61, 96, 160),
+}
 
 
 def accounted(vae, latents):
@@ -39,12 +50,16 @@ def budgets(vae, latents):
 @pytest.mark.parametrize("positions", [1, 20, 4096])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_scheme_is_the_plain_decoder(monkeypatch, size, positions):
-    monkeypatch.setattr(vae_stages, "POSITIONS", positions)  # chunks of one frame, ragged ones, and all in one
+    # chunks of one frame, ragged ones, and all in one
+    monkeypatch.setattr(vae_stages, "POSITIONS", positions)
     vae, latents = small_vae(dtype=torch.float64), torch.randn(2, 4, *size).double()
     plain = vae.decoder(vae.post_quant_conv(latents)).detach()
     schemes = accounted(vae, latents)[1].schemes()
     assert len(schemes) == 30
-    results = [decoded(vae, latents, scheme) for scheme in schemes[:: 1 if size == (5, 3, 3) and positions == 20 else 6]]
+    results = [
+        decoded(vae, latents, scheme)
+        for scheme in schemes[:: 1 if size == (5, 3, 3) and positions == 20 else 6]
+    ]
     assert rel_l2(results[0], plain) <= 1e-12
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -58,10 +73,17 @@ def test_schemes_of_other_depths(config):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("policy", "tiles"), [("global", None), ("official", TilePlan(48, 56, frames=9, frame_stride=4))], ids=str)
+@pytest.mark.parametrize(
+    ("policy", "tiles"),
+    [("global", None), ("official", TilePlan(48, 56, frames=9, frame_stride=4))],
+    ids=str,
+)
 def test_the_budget_changes_no_bit(monkeypatch, dtype, policy, tiles):
     monkeypatch.setattr(vae_stages, "POSITIONS", 30)
-    vae, latents = small_vae(dtype=dtype).requires_grad_(False), torch.randn(1, 4, 9, 8, 9).to(dtype)
+    vae, latents = (
+        small_vae(dtype=dtype).requires_grad_(False),
+        torch.randn(1, 4, 9, 8, 9).to(dtype),
+    )
     told, results = [], []
     for budget in (None, 10**12, *budgets(vae, latents)):
         frames = list(vae.decode_frames(latents, policy, tiles, budget, told.append))
@@ -76,13 +98,22 @@ def test_frames_leave_in_order_while_the_last_pass_runs(monkeypatch):
     vae, latents = small_vae().requires_grad_(False), torch.randn(2, 4, 5, 40, 40)
     monkeypatch.setattr(vae_pairs, "suits", lambda *_: False)
     convolve, calls = vae_stages.ops.causal_conv3d, []
-    monkeypatch.setattr(vae_stages.ops, "causal_conv3d", lambda *args: calls.append(1) or convolve(*args))
+    monkeypatch.setattr(
+        vae_stages.ops, "causal_conv3d", lambda *args: calls.append(1) or convolve(*args)
+    )
     seen, pieces = [], []
     for piece in vae.decode_frames(latents):
         pieces.append(piece)
         seen.append(len(calls))
-    assert [piece.shape[2] for piece in pieces] == [1] + [2] * 8 and pieces[0].shape == (2, 3, 1, 320, 320)
-    assert all(earlier < later for earlier, later in zip(seen, seen[1:], strict=False))  # work is left when the first ones leave
+    assert [piece.shape[2] for piece in pieces] == [1] + [2] * 8 and pieces[0].shape == (
+        2,
+        3,
+        1,
+        320,
+        320,
+    )
+    # work is left when the first ones leave
+    assert all(earlier < later for earlier, later in zip(seen, seen[1:], strict=False))
     assert torch.equal(torch.cat(pieces, 2), vae.decode(latents))
 
 
@@ -97,12 +128,17 @@ def test_upsampling_weights_are_folded_once(monkeypatch):
     assert len(count) == 2 * len(set(count)) == 6
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=str
+)
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 2, 2)])
 def test_convolution_in_pairs_is_convolution(dtype, limit, frames, first, kernel):
-    conv, padded = torch.nn.Conv3d(8, 12, kernel).to(dtype).requires_grad_(False), torch.randn(2, frames + 2, 6, 7, 8, dtype=dtype)
+    conv, padded = (
+        torch.nn.Conv3d(8, 12, kernel).to(dtype).requires_grad_(False),
+        torch.randn(2, frames + 2, 6, 7, 8, dtype=dtype),
+    )
     if first:
         padded[:, :2] = padded[:, 2:3]
     direct = vae_stages.ops.causal_conv3d(padded, conv.weight, conv.bias)
@@ -116,10 +152,17 @@ def test_pairs_are_for_fp32_on_a_cpu_and_as_exact(monkeypatch):
     little, much = (vae_pairs.suits(torch.nn.Conv3d(48, 48, 3), side * side) for side in (20, 80))
     assert much and not little
     vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 5, 3, 4)
-    in_pairs, exact = vae.decode(latents), small_vae(dtype=torch.float64).requires_grad_(False).decode(latents.double())
+    in_pairs, exact = (
+        vae.decode(latents),
+        small_vae(dtype=torch.float64).requires_grad_(False).decode(latents.double()),
+    )
     monkeypatch.setattr(vae_pairs, "suits", lambda *_: False)
     direct = vae.decode(latents)
-    assert not torch.equal(in_pairs, direct) and rel_l2(in_pairs, exact) <= 5e-6 and rel_l2(direct, exact) <= 5e-6
+    assert (
+        not torch.equal(in_pairs, direct)
+        and rel_l2(in_pairs, exact) <= 5e-6
+        and rel_l2(direct, exact) <= 5e-6
+    )
 
 
 # Memory
@@ -129,7 +172,9 @@ def test_pairs_are_for_fp32_on_a_cpu_and_as_exact(monkeypatch):
 @pytest.mark.parametrize("scheme", ["KKKK", "KKKR", "RRRR", "KKKS", "KKSS", "KSSS"])
 def test_predicted_peak_is_the_measured_one(monkeypatch, scheme, pairs):
     monkeypatch.setattr(vae_pairs, "suits", lambda *_: pairs)
-    config = VAEConfig(latent_channels=4, block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4)
+    config = VAEConfig(
+        latent_channels=4, block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4
+    )
     vae, latents = small_vae(config).requires_grad_(False), torch.randn(1, 4, 9, 12, 16)
     chain, accounting = accounted(vae, latents)
     plan = accounting.plan(scheme)
@@ -139,12 +184,26 @@ def test_predicted_peak_is_the_measured_one(monkeypatch, scheme, pairs):
     assert 0.9 <= plan.predicted_peak_bytes / memory.peak <= 1.1
 
 
-@pytest.mark.parametrize(("clip", "scheme", "peak_gb", "flops"), [
-    ("5 s SD", "KKKK", 26, 1.0), ("10 s SD", "KKKK", 51, 1.0), ("10 s SD", "KKKR", 27, 1.4), ("10 s SD", "KKRS", 9.5, 3.4),
-    ("5 s SD", "KKKS", 7.1, 3.3), ("5 s HD", "KKRS", 16, 3.3), ("10 s HD", "KKRS", 24, 3.1)], ids=str)
+@pytest.mark.parametrize(
+    ("clip", "scheme", "peak_gb", "flops"),
+    [
+        ("5 s SD", "KKKK", 26, 1.0),
+        ("10 s SD", "KKKK", 51, 1.0),
+        ("10 s SD", "KKKR", 27, 1.4),
+        ("10 s SD", "KKRS", 9.5, 3.4),
+        ("5 s SD", "KKKS", 7.1, 3.3),
+        ("5 s HD", "KKRS", 16, 3.3),
+        ("10 s HD", "KKRS", 24, 3.1),
+    ],
+    ids=str,
+)
 def test_the_ladder_of_the_released_vae(clip, scheme, peak_gb, flops):
     plan = decode_plan(VAEConfig(), SECONDS[clip], torch.bfloat16, int(peak_gb * 1e9))
-    assert plan.scheme == scheme and plan.predicted_peak_bytes <= peak_gb * 1e9 and plan.relative_flops <= flops
+    assert (
+        plan.scheme == scheme
+        and plan.predicted_peak_bytes <= peak_gb * 1e9
+        and plan.relative_flops <= flops
+    )
 
 
 def test_ten_seconds_fit_twelve_gigabytes():
@@ -165,13 +224,29 @@ def test_a_ladder_falls_in_bytes_and_rises_in_flops():
         with torch.device("meta"):
             accounting = accounted(small_vae(VAEConfig(), torch.bfloat16), torch.empty(shape))[1]
         plans = ladder(accounting)
-        peaks, flops = [plan.predicted_peak_bytes for plan in plans], [plan.relative_flops for plan in plans]
-        assert peaks == sorted(peaks, reverse=True) and flops == sorted(flops) and flops[0] == 1.0 and len(plans) >= 5
+        peaks, flops = (
+            [plan.predicted_peak_bytes for plan in plans],
+            [plan.relative_flops for plan in plans],
+        )
+        assert (
+            peaks == sorted(peaks, reverse=True)
+            and flops == sorted(flops)
+            and flops[0] == 1.0
+            and len(plans) >= 5
+        )
 
 
-@pytest.mark.parametrize(("budget", "kind", "words"), [
-    (1000, ValueError, r"at least \d+ bytes .* got 1000: raise it"), (0, ValueError, "got 0"), (-5, ValueError, "got -5"),
-    ("10GB", TypeError, "an int, of bytes, got '10GB'"), (1e9, TypeError, "got 1000000000.0"), (True, TypeError, "got True")])
+@pytest.mark.parametrize(
+    ("budget", "kind", "words"),
+    [
+        (1000, ValueError, r"at least \d+ bytes .* got 1000: raise it"),
+        (0, ValueError, "got 0"),
+        (-5, ValueError, "got -5"),
+        ("10GB", TypeError, "an int, of bytes, got '10GB'"),
+        (1e9, TypeError, "got 1000000000.0"),
+        (True, TypeError, "got True"),
+    ],
+)
 def test_impossible_budgets_are_refused(budget, kind, words):
     vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 3, 4, 4)
     for policy in ("global", "official"):
@@ -184,8 +259,17 @@ def test_impossible_budgets_are_refused(budget, kind, words):
     assert vae.decode(latents, memory_budget=least).isfinite().all()
 
 
-@pytest.mark.parametrize(("text", "size"), [
-    ("10GB", 10**10), ("9.5 GiB", int(9.5 * 2**30)), ("800mb", 8 * 10**8), ("123", 123), (" 5 kib ", 5120), ("7B", 7)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("10GB", 10**10),
+        ("9.5 GiB", int(9.5 * 2**30)),
+        ("800mb", 8 * 10**8),
+        ("123", 123),
+        (" 5 kib ", 5120),
+        ("7B", 7),
+    ],
+)
 def test_bytes_are_read(text, size):
     assert parse_bytes(text) == size
 
@@ -204,11 +288,19 @@ def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
     monkeypatch.setattr(vae_stages, "POSITIONS", 64)
     monkeypatch.setattr(vae_pairs, "suits", lambda *_: False)
     vae, latents = small_vae().requires_grad_(False), torch.randn(1, 4, 12, 8, 9)
-    wanted, convolve, state = vae.decode(latents), vae_stages.ops.causal_conv3d, {"calls": 0, "failures": 0, "frames": 0}
+    wanted, convolve, state = (
+        vae.decode(latents),
+        vae_stages.ops.causal_conv3d,
+        {"calls": 0, "failures": 0, "frames": 0},
+    )
 
     def fail(*args):
         state["calls"] += 1
-        due = {"at once": 1, "in the first pass": 7, "after some frames": 1 if state["frames"] >= 5 else 10**9}[when]
+        due = {
+            "at once": 1,
+            "in the first pass": 7,
+            "after some frames": 1 if state["frames"] >= 5 else 10**9,
+        }[when]
         if state["failures"] < 2 and state["calls"] >= due:
             state.update(calls=0, failures=state["failures"] + 1)
             raise torch.OutOfMemoryError("injected")
@@ -254,8 +346,11 @@ def test_without_a_budget_a_gpu_is_asked(monkeypatch):
     with torch.device("meta"):
         chain = decoding(small_vae(VAEConfig(), torch.bfloat16).decoder)
     chain = OnCard(chain.doing, chain.stages, chain.lengths)
-    for free_gb, scheme in ((140, "KKKK"), (40, "KKKR"), (12, "KKRS"), (1, "KSSS")):  # too little for any: the smallest is tried
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free_gb: (free * 10**9 - 10**9, 0))
+    # too little for any: the smallest is tried
+    for free_gb, scheme in ((140, "KKKK"), (40, "KKKR"), (12, "KKRS"), (1, "KSSS")):
+        monkeypatch.setattr(
+            torch.cuda, "mem_get_info", lambda _, free=free_gb: (free * 10**9 - 10**9, 0)
+        )
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2 * 10**9)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 10**9)
         assert memory.plans(chain, SECONDS["10 s SD"], None)[0].scheme == scheme
@@ -277,7 +372,9 @@ def test_preview_is_deterministic_and_of_the_right_colours():
     with torch.no_grad():
         latents = vae.encode(crop_batch(1, 9, 96, random.Random(3)).float())[0]
         preview, video = vae.decode(latents, "preview"), vae.decode(latents)
-        assert torch.equal(preview, load_vae(TINY / "vae", dtype=torch.float32).decode(latents, "preview"))
+        assert torch.equal(
+            preview, load_vae(TINY / "vae", dtype=torch.float32).decode(latents, "preview")
+        )
     assert preview.shape == video.shape and preview.dtype == video.dtype
     assert torch.corrcoef(torch.stack([preview.flatten(), video.flatten()]))[0, 1] >= 0.8
     assert all(torch.equal(preview[:, :, 1], preview[:, :, t]) for t in (2, 3, 4))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kandinsky verify` and `kandinsky download`: what a file is, and where the parts of a preset are."""
+"""`kandinsky verify` and `kandinsky download`: what a file is, and where the parts of a preset
+are."""
+
 import hashlib
 
 import pytest
@@ -23,17 +25,30 @@ def test_bundled_model(capsys):
     lines = capsys.readouterr().out.splitlines()
     count = sum(x.numel() for x in load_file(file).values())
     assert lines[0].startswith("transformer, complete: ") and f" {count:,} parameters, " in lines[0]
-    assert lines[1:] == ["presets: tiny", f"{WEIGHTS}: sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}"]
+    assert lines[1:] == [
+        "presets: tiny",
+        f"{WEIGHTS}: sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}",
+    ]
     assert verify(TINY / "vae")[0].startswith("VAE, complete: ") and len(verify(TINY / "vae")) == 2
 
 
 def test_names_decide_between_presets_of_one_network(tmp_path):
     lite, pro = get_preset("t2v-lite-nocfg-10s"), get_preset("t2v-pro-sft-5s")
     assert _presets(lite.dit, tmp_path / lite.filename, tmp_path) == ["t2v-lite-nocfg-10s"]
-    assert _presets(pro.dit, tmp_path / pro.filename, tmp_path) == ["t2v-pro-sft-5s", "t2v-pro-sft-5s-hd"]  # two presets, one file
+    # two presets, one file
+    assert _presets(pro.dit, tmp_path / pro.filename, tmp_path) == [
+        "t2v-pro-sft-5s",
+        "t2v-pro-sft-5s-hd",
+    ]
     renamed = _presets(lite.dit, tmp_path / "mine.safetensors", tmp_path)
-    assert len(renamed) == 9 and "i2v-lite-5s" in renamed and not any("pro" in name for name in renamed)
-    assert _presets(pro.dit, tmp_path / lite.filename, tmp_path) == [n for n in _presets(pro.dit, tmp_path, tmp_path) if "pro" in n]
+    assert (
+        len(renamed) == 9
+        and "i2v-lite-5s" in renamed
+        and not any("pro" in name for name in renamed)
+    )
+    assert _presets(pro.dit, tmp_path / lite.filename, tmp_path) == [
+        n for n in _presets(pro.dit, tmp_path, tmp_path) if "pro" in n
+    ]
 
 
 def test_dtypes_are_counted(tmp_path):
@@ -56,7 +71,9 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="complete safetensors"):
         verify(folder)
     save_file({"a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match="transformer or its video VAE, got 1 tensors such as a.lora_A.weight"):
+    with pytest.raises(
+        ValueError, match="transformer or its video VAE, got 1 tensors such as a.lora_A.weight"
+    ):
         verify(tmp_path / "lora.safetensors")
     assert main(["verify", str(tmp_path / "nothing")]) == 2
 
@@ -73,4 +90,8 @@ def test_download_tells_where_the_parts_are(monkeypatch, tmp_path, capsys):
     assert main(["download", "t2v-lite-sft-10s", "--revision", "abc"]) == 0
     assert asked[0] == ("kandinskylab/Kandinsky-5.0-T2V-Lite-sft-10s", "abc") and len(asked) == 4
     out = capsys.readouterr().out
-    assert "kandinsky5lite_t2v_sft_10s.safetensors" in out and "Qwen2.5-VL-7B-Instruct" in out and out.count("\n") == 4
+    assert (
+        "kandinsky5lite_t2v_sft_10s.safetensors" in out
+        and "Qwen2.5-VL-7B-Instruct" in out
+        and out.count("\n") == 4
+    )

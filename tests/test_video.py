@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that players open: what was written is read back by another reader."""
+
 import os
 
 import pytest
@@ -26,14 +27,28 @@ def test_mp4_says_what_it_is_and_holds_the_frames(tmp_path):
     with av.open(str(tmp_path / "a.mp4")) as container:
         stream, codec = container.streams.video[0], container.streams.video[0].codec_context
         assert container.metadata["comment"] == comment
-        assert (stream.frames, stream.average_rate, codec.name, codec.pix_fmt) == (9, 24, "h264", "yuv420p")
+        assert (stream.frames, stream.average_rate, codec.name, codec.pix_fmt) == (
+            9,
+            24,
+            "h264",
+            "yuv420p",
+        )
         assert (codec.width, codec.height) == (64, 48)
-        assert [codec.color_primaries, codec.color_trc, codec.colorspace, codec.color_range] == [1, 1, 1, 1]
-        back = torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)])
+        assert [codec.color_primaries, codec.color_trc, codec.colorspace, codec.color_range] == [
+            1,
+            1,
+            1,
+            1,
+        ]
+        back = torch.stack(
+            [torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
+        )
     error = (back.float() - frames.float()).square().mean(dim=(1, 2, 3))
     assert (10 * torch.log10(255**2 / error)).min() > 28  # dB; neighbouring frames are 15 dB apart
     data = (tmp_path / "a.mp4").read_bytes()
-    assert 0 < data.find(b"moov") < data.find(b"mdat"), "the index must come first, so that a browser can start at once"
+    assert 0 < data.find(b"moov") < data.find(b"mdat"), (
+        "the index must come first, so that a browser can start at once"
+    )
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.png"])
@@ -57,7 +72,8 @@ def test_mp4_colours_are_bt709(tmp_path):
     with av.open(str(tmp_path / "a.mp4")) as container:
         planes = next(container.decode(video=0)).planes
         luma, blue, red_difference = (bytes(plane)[0] for plane in planes)
-    # Limited-range BT.709: Y = 16 + 219 * 0.2126, Cb = 128 - 224 * 0.2126 / 1.8556, Cr = 128 + 224 / 2. BT.601 would say Y = 81.
+    # Limited-range BT.709: Y = 16 + 219 * 0.2126, Cb = 128 - 224 * 0.2126 / 1.8556, Cr = 128 + 224
+    # / 2. BT.601 would say Y = 81.
     assert abs(luma - 63) <= 1 and abs(blue - 102) <= 1 and abs(red_difference - 240) <= 1
 
 
@@ -84,16 +100,21 @@ def test_png_is_one_file_for_one_frame_and_numbered_otherwise(tmp_path):
     written = video.save(frames, tmp_path / "b.png")
     assert [path.name for path in written] == ["b_000.png", "b_001.png", "b_002.png"]
     with Image.open(tmp_path / "a.png") as image:
-        assert image.info["Comment"] == "é" and torch.equal(torch.from_numpy(np.array(image)), frames[0])
+        assert image.info["Comment"] == "é" and torch.equal(
+            torch.from_numpy(np.array(image)), frames[0]
+        )
     with Image.open(written[2]) as image:
         assert torch.equal(torch.from_numpy(np.array(image)), frames[2])
 
 
-@pytest.mark.parametrize(("name", "kind", "words"), [
-    ("a.avi", ValueError, "must end in .mp4 or .gif or .png"),
-    ("absent/a.mp4", OSError, "existing directory"),
-    ("folder.png", ValueError, "is a directory"),
-])
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("a.avi", ValueError, "must end in .mp4 or .gif or .png"),
+        ("absent/a.mp4", OSError, "existing directory"),
+        ("folder.png", ValueError, "is a directory"),
+    ],
+)
 def test_impossible_outputs_are_refused_in_one_sentence(tmp_path, name, kind, words):
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(kind, match=words) as caught:
@@ -101,7 +122,9 @@ def test_impossible_outputs_are_refused_in_one_sentence(tmp_path, name, kind, wo
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs a directory that nobody may write to")
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/self/fd"), reason="needs a directory that nobody may write to"
+)
 def test_unwritable_directory_is_refused():
     with pytest.raises(OSError, match="must be writable"):
         video.check_output("/proc/self/a.gif")
@@ -133,10 +156,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize(("frames", "kind", "words"), [
-    (clip().float(), TypeError, "uint8"), (clip()[0], ValueError, r"\[F, H, W, 3\]"), (clip()[:0], ValueError, "at least one frame"),
-    (clip(height=47), ValueError, "even sides"),
-])
+@pytest.mark.parametrize(
+    ("frames", "kind", "words"),
+    [
+        (clip().float(), TypeError, "uint8"),
+        (clip()[0], ValueError, r"\[F, H, W, 3\]"),
+        (clip()[:0], ValueError, "at least one frame"),
+        (clip(height=47), ValueError, "even sides"),
+    ],
+)
 def test_frames_that_do_not_fit_are_named(tmp_path, frames, kind, words):
     with pytest.raises(kind, match=words):
         video.save(frames, tmp_path / "a.mp4")

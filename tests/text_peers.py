@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The way of transformers and diffusers with the same tiny encoders, and a picture to show them."""
+
 from inspect import signature
 
 import torch
@@ -25,18 +26,26 @@ def pil(image):
 def image_processor(**settings):
     """transformers' own, in the form that does without torchvision."""
     try:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as kind
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil as kind,
+        )
     except ImportError:
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as kind
-    return kind(**{"min_pixels": Preprocessor.min_pixels, "max_pixels": Preprocessor.max_pixels, **settings})
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import (
+            Qwen2VLImageProcessor as kind,
+        )
+    return kind(
+        **{"min_pixels": Preprocessor.min_pixels, "max_pixels": Preprocessor.max_pixels, **settings}
+    )
 
 
 class Processor:
-    """What the pipelines of diffusers take for a Qwen2.5-VL processor, whose own needs torchvision."""
+    """What the pipelines of diffusers take for a Qwen2.5-VL processor, whose own needs
+    torchvision."""
 
     def __init__(self, qwen, tokenizer):
         self.tokenizer, self.image_token_id = tokenizer, qwen.config.image_token_id
-        self.tells_types = "mm_token_type_ids" in signature(qwen.forward).parameters  # transformers >= 5
+        # transformers >= 5
+        self.tells_types = "mm_token_type_ids" in signature(qwen.forward).parameters
 
     def __call__(self, text, images=None, videos=None, **options):
         from transformers import BatchFeature
@@ -44,8 +53,10 @@ class Processor:
         seen = {}
         if images is not None:
             seen = dict(image_processor()(images=images, return_tensors="pt"))
-            text = [line.replace("<|image_pad|>", "<|image_pad|>" * int(grid.prod() // 4))
-                    for line, grid in zip(text, seen["image_grid_thw"], strict=True)]
+            text = [
+                line.replace("<|image_pad|>", "<|image_pad|>" * int(grid.prod() // 4))
+                for line, grid in zip(text, seen["image_grid_thw"], strict=True)
+            ]
         tokens = self.tokenizer(text, **options)
         if images is not None and self.tells_types:
             seen["mm_token_type_ids"] = (tokens["input_ids"] == self.image_token_id).int()
@@ -59,6 +70,8 @@ def reference_pipeline(parts, name, template, crop):
     """diffusers' pipeline around the same networks, with our template and crop."""
     import diffusers
 
-    pipe = getattr(diffusers, name)(None, None, parts[0], Processor(*parts[:2]), parts[2], parts[3], None)
+    pipe = getattr(diffusers, name)(
+        None, None, parts[0], Processor(*parts[:2]), parts[2], parts[3], None
+    )
     pipe.prompt_template, pipe.prompt_template_encode_start_idx = template, crop
     return pipe

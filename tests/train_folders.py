@@ -1,11 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders to train on: small clips of drawn shapes, with captions."""
+
 import random
 from pathlib import Path
 
 from kandinsky_model import shapes, video
 
-SMALL = ["--size", "64x64", "--frames", "5", "--lora-rank", "4", "--batch", "2", "--passes", "2", "--rate", "1e-2", "--warmup", "2"]
+SMALL = [
+    "--size",
+    "64x64",
+    "--frames",
+    "5",
+    "--lora-rank",
+    "4",
+    "--batch",
+    "2",
+    "--passes",
+    "2",
+    "--rate",
+    "1e-2",
+    "--warmup",
+    "2",
+]
 
 
 def clips(folder: Path, count: int = 4, frames: int = 5, window=(32, 32, 96, 80)) -> Path:

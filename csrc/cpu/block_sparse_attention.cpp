@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Softmax attention over the kept blocks of keys, on the CPU. One task is one block of queries of one head; it walks its
-// kept blocks in ascending order.
+// Softmax attention over the kept blocks of keys, on the CPU. One task is one block of queries of
+// one head; it walks its kept blocks in ascending order.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -16,22 +16,26 @@
 namespace kandinsky {
 namespace {
 
-constexpr int64_t kPackedBytes = 16 << 20;  // keys and values packed at once: as many heads as fit, at least one
+constexpr int64_t kPackedBytes =
+    16 << 20;  // keys and values packed at once: as many heads as fit, at least one
 
 struct Attention {
-  const float* query;        // [S, heads, D] with the strides below
+  const float* query;  // [S, heads, D] with the strides below
   int64_t query_token, query_head;
   const float *key, *value;  // [heads, S, D]
   const int32_t* selection;  // [heads, N, words]
   const int32_t* offsets;    // [N + 1]
   float* out;                // [S, heads, D] with the stride below
   int64_t out_token;
-  float* lse;                // [heads, S]
+  float* lse;  // [heads, S]
   int64_t heads, S, D, N, words;
   float scale;
-  std::atomic<int64_t>* next_task;  // threads take tasks one by one, because rows keep very different numbers of blocks
+  std::atomic<int64_t>* next_task;  // threads take tasks one by one, because rows keep very
+                                    // different numbers of blocks
 
-  KANDINSKY_INLINE int64_t length(int64_t block) const { return offsets[block + 1] - offsets[block]; }
+  KANDINSKY_INLINE int64_t length(int64_t block) const {
+    return offsets[block + 1] - offsets[block];
+  }
 
   // Fills `kept` with the key blocks that a task keeps, in ascending order.
   KANDINSKY_INLINE void list_kept(int64_t task, std::vector<KeyBlock>& kept) const {
@@ -51,26 +55,32 @@ struct Attention {
     Scratch memory(OnlineSoftmax<W>::floats(D) * kPanels + kMaxBlock * P);
     float* weights = memory.floats();
     OnlineSoftmax<W> states[kPanels];
-    for (int p = 0; p < kPanels; ++p) states[p] = {weights + kMaxBlock * P + p * OnlineSoftmax<W>::floats(D), D};
+    for (int p = 0; p < kPanels; ++p)
+      states[p] = {weights + kMaxBlock * P + p * OnlineSoftmax<W>::floats(D), D};
     std::vector<KeyBlock> kept;
     for (int64_t task; (task = next_task->fetch_add(1)) < heads * N;) {
-      const int64_t head = task / N, first = offsets[task % N], tokens = length(task % N), panels = (tokens + P - 1) / P;
+      const int64_t head = task / N, first = offsets[task % N], tokens = length(task % N),
+                    panels = (tokens + P - 1) / P;
       list_kept(task, kept);
       const float* queries = query + first * query_token + head * query_head;
       for (int64_t p = 0; p < panels; ++p)
-        states[p].begin(queries + p * P * query_token, query_token, std::min<int64_t>(P, tokens - p * P), D, scale);
+        states[p].begin(queries + p * P * query_token, query_token,
+                        std::min<int64_t>(P, tokens - p * P), D, scale);
       for (size_t i = 0; i < kept.size(); ++i)
         for (int64_t p = 0; p < panels; ++p)
-          states[p].attend(kept[i], p == 0 && i + 1 < kept.size() ? &kept[i + 1] : nullptr, D, weights);
+          states[p].attend(kept[i], p == 0 && i + 1 < kept.size() ? &kept[i + 1] : nullptr, D,
+                           weights);
       for (int64_t p = 0; p < panels; ++p)
-        states[p].end(out + (first + p * P) * out_token + head * D, out_token, lse + head * S + first + p * P,
-                      std::min<int64_t>(P, tokens - p * P), D, kept.empty());
+        states[p].end(out + (first + p * P) * out_token + head * D, out_token,
+                      lse + head * S + first + p * P, std::min<int64_t>(P, tokens - p * P), D,
+                      kept.empty());
     }
   }
 };
 
-std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                  const Tensor& selection, const Tensor& offsets, double scale, double) {
+std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Tensor& key,
+                                                  const Tensor& value, const Tensor& selection,
+                                                  const Tensor& offsets, double scale, double) {
   require(query.dim() == 4, "query must have shape [B, S, H, D], got ", shape_of(query), ".");
   const int64_t B = query.size(0), S = query.size(1), H = query.size(2), D = query.size(3);
   require_blocks(offsets, S);
@@ -81,20 +91,39 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
   require_type(selection, "selection", ScalarType::Int);
   require_rows(query, "query");
   const Tensor wide = to_float(query), bits = torch::stable::contiguous(selection);
-  const Tensor out = torch::stable::new_empty(query, std::vector<int64_t>{B, S, H, D}, ScalarType::Float);
-  const Tensor lse = torch::stable::new_empty(query, std::vector<int64_t>{B, H, S}, ScalarType::Float);
+  const Tensor out =
+      torch::stable::new_empty(query, std::vector<int64_t>{B, S, H, D}, ScalarType::Float);
+  const Tensor lse =
+      torch::stable::new_empty(query, std::vector<int64_t>{B, H, S}, ScalarType::Float);
   const int64_t group = std::max<int64_t>(1, kPackedBytes / std::max<int64_t>(1, 8 * S * D));
   for (int64_t i = 0; i < B * H; i += std::min(group, H - i % H)) {
     const int64_t sample = i / H, first = i % H, heads = std::min(group, H - first);
-    const Tensor packed_key = pack(key, sample, first, heads), packed_value = pack(value, sample, first, heads);
+    const Tensor packed_key = pack(key, sample, first, heads),
+                 packed_value = pack(value, sample, first, heads);
     std::atomic<int64_t> next_task{0};
-    const Attention kernel{data<float>(wide) + sample * wide.stride(0) + first * wide.stride(2), wide.stride(1), wide.stride(2),
-        data<float>(packed_key), data<float>(packed_value), data<int32_t>(bits) + i * N * words, data<int32_t>(offsets),
-        mutable_data<float>(out) + (sample * S * H + first) * D, H * D, mutable_data<float>(lse) + i * S,
-        heads, S, D, N, words, float(scale), &next_task};
-    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t a, int64_t b) { run_simd(kernel, a, b); });
+    const Attention kernel{data<float>(wide) + sample * wide.stride(0) + first * wide.stride(2),
+                           wide.stride(1),
+                           wide.stride(2),
+                           data<float>(packed_key),
+                           data<float>(packed_value),
+                           data<int32_t>(bits) + i * N * words,
+                           data<int32_t>(offsets),
+                           mutable_data<float>(out) + (sample * S * H + first) * D,
+                           H * D,
+                           mutable_data<float>(lse) + i * S,
+                           heads,
+                           S,
+                           D,
+                           N,
+                           words,
+                           float(scale),
+                           &next_task};
+    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1,
+                                [&](int64_t a, int64_t b) { run_simd(kernel, a, b); });
   }
-  return {query.scalar_type() == ScalarType::Float ? out : torch::stable::to(out, query.scalar_type()), lse};
+  return {
+      query.scalar_type() == ScalarType::Float ? out : torch::stable::to(out, query.scalar_type()),
+      lse};
 }
 
 }  // namespace

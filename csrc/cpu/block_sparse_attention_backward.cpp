@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients of softmax attention over the kept blocks of keys, on the CPU, in fp32 (arXiv 2205.14135, appendix B.2). With the weights
-// P = exp(scale Q K^T - lse) of a kept pair of blocks and the change dS = P (dO V^T - common) of its logits, where common is the sum of
-// dO O of a row, less the gradient of its lse:  dV += P^T dO,  dK += scale dS^T Q,  dQ += scale dS K.
-// A task of the first kind owns a block of keys, sums up its dK and dV, and leaves dS behind; a task of the second kind owns a block of
-// queries and sums up its dQ from them. So there are five products per pair and no two tasks add to one number: the order of every sum,
-// and with it every bit, is the same for any number of threads. What is left behind is bounded: both take a strip of keys at a time.
+// Gradients of softmax attention over the kept blocks of keys, on the CPU, in fp32 (arXiv
+// 2205.14135, appendix B.2). With the weights P = exp(scale Q K^T - lse) of a kept pair of blocks
+// and the change dS = P (dO V^T - common) of its logits, where common is the sum of dO O of a row,
+// less the gradient of its lse:  dV += P^T dO,  dK += scale dS^T Q,  dQ += scale dS K. A task of
+// the first kind owns a block of keys, sums up its dK and dV, and leaves dS behind; a task of the
+// second kind owns a block of queries and sums up its dQ from them. So there are five products per
+// pair and no two tasks add to one number: the order of every sum, and with it every bit, is the
+// same for any number of threads. What is left behind is bounded: both take a strip of keys at a
+// time.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -24,21 +27,28 @@
 namespace kandinsky {
 namespace {
 
-constexpr int64_t kPair = kMaxBlock * kMaxBlock;  // floats that a pair of blocks leaves behind: [queries][kMaxBlock keys]
-constexpr int64_t kStripPairs = 1024;             // 16 MiB of them, or those of one block of keys
-constexpr int64_t kPackedBytes = 16 << 20;        // queries, keys, values and gradients packed at once: as many heads as fit, or one
+constexpr int64_t kPair =
+    kMaxBlock * kMaxBlock;  // floats that a pair of blocks leaves behind: [queries][kMaxBlock keys]
+constexpr int64_t kStripPairs = 1024;  // 16 MiB of them, or those of one block of keys
+constexpr int64_t kPackedBytes =
+    16 << 20;  // queries, keys, values and gradients packed at once: as many heads as fit, or one
 
-// The kept pairs of blocks of some heads, numbered by blocks of keys: those of block j (of head h, as h * N + j) are
-// [column_start[j], column_start[j + 1]), and pair p is of the block of queries query_of[p]. Blocks of queries know their pairs' numbers.
+// The kept pairs of blocks of some heads, numbered by blocks of keys: those of block j (of head h,
+// as h * N + j) are [column_start[j], column_start[j + 1]), and pair p is of the block of queries
+// query_of[p]. Blocks of queries know their pairs' numbers.
 struct Pairs {
   std::vector<int64_t> column_start, row_start;
   std::vector<int32_t> query_of, key_of;  // key_of is in the order of row_pair
   std::vector<int64_t> row_pair;
 
-  Pairs(const int32_t* selection, int64_t heads, int64_t N, int64_t words) : column_start(heads * N + 1), row_start(heads * N + 1) {
-    each(selection, heads, N, words, [&](int64_t row, int64_t column) { ++row_start[row + 1], ++column_start[column + 1]; });
-    for (int64_t i = 0; i < heads * N; ++i) row_start[i + 1] += row_start[i], column_start[i + 1] += column_start[i];
-    query_of.resize(row_start.back()), key_of.resize(row_start.back()), row_pair.resize(row_start.back());
+  Pairs(const int32_t* selection, int64_t heads, int64_t N, int64_t words)
+      : column_start(heads * N + 1), row_start(heads * N + 1) {
+    each(selection, heads, N, words,
+         [&](int64_t row, int64_t column) { ++row_start[row + 1], ++column_start[column + 1]; });
+    for (int64_t i = 0; i < heads * N; ++i)
+      row_start[i + 1] += row_start[i], column_start[i + 1] += column_start[i];
+    query_of.resize(row_start.back()), key_of.resize(row_start.back()),
+        row_pair.resize(row_start.back());
     std::vector<int64_t> next = column_start;
     int64_t entry = 0;
     each(selection, heads, N, words, [&](int64_t row, int64_t column) {
@@ -49,7 +59,8 @@ struct Pairs {
   }
 
   template <class Visit>
-  static void each(const int32_t* selection, int64_t heads, int64_t N, int64_t words, const Visit& visit) {
+  static void each(const int32_t* selection, int64_t heads, int64_t N, int64_t words,
+                   const Visit& visit) {
     for (int64_t row = 0; row < heads * N; ++row)
       for (int64_t j = 0; j < N; ++j) {
         const uint32_t word = uint32_t(selection[row * words + j / 32]) >> j % 32;
@@ -65,14 +76,16 @@ struct Backward {
   const float* lse;                             // [heads, S]
   const int32_t* offsets;                       // [N + 1]
   const Pairs& pairs;
-  float *common, *lanes;                        // scratch: [heads, S]; keys as [heads][D / P][S][P]
-  float* changes;                               // scratch: of the pairs in the strip
-  float *grad_query, *grad_key, *grad_value;    // [S, heads, D] with the stride below
+  float *common, *lanes;                      // scratch: [heads, S]; keys as [heads][D / P][S][P]
+  float* changes;                             // scratch: of the pairs in the strip
+  float *grad_query, *grad_key, *grad_value;  // [S, heads, D] with the stride below
   int64_t token;
   int64_t heads, S, D, N;
   float scale;
 
-  KANDINSKY_INLINE int64_t length(int64_t block) const { return offsets[block + 1] - offsets[block]; }
+  KANDINSKY_INLINE int64_t length(int64_t block) const {
+    return offsets[block + 1] - offsets[block];
+  }
 };
 
 // `to` of `width` floats: `count` of them, then zeros.
@@ -81,10 +94,12 @@ KANDINSKY_INLINE void copy_lanes(const float* from, int64_t count, float* to, in
   for (int64_t i = count; i < width; ++i) to[i] = 0.0f;
 }
 
-// The first pass over everything: `common` of every row, and keys with their dimensions in lanes. `common` is summed in the order of the
-// products it is taken off, so that the change of a weight of 1 is exactly 0.
+// The first pass over everything: `common` of every row, and keys with their dimensions in lanes.
+// `common` is summed in the order of the products it is taken off, so that the change of a weight
+// of 1 is exactly 0.
 struct Prepare : Backward {
-  static constexpr int kTogether = 8;  // rows, so that each addition need not wait for the one before it
+  static constexpr int kTogether =
+      8;  // rows, so that each addition need not wait for the one before it
 
   template <int W>
   KANDINSKY_INLINE void run(int64_t begin, int64_t end) const {
@@ -94,23 +109,27 @@ struct Prepare : Backward {
       float sums[kTogether]{};
       const int64_t rows = std::min<int64_t>(kTogether, end - first);
       for (int64_t d = 0; d < D; ++d)
-        for (int64_t i = 0; i < rows; ++i) sums[i] += out[(first + i) * D + d] * grad_out[(first + i) * D + d];
+        for (int64_t i = 0; i < rows; ++i)
+          sums[i] += out[(first + i) * D + d] * grad_out[(first + i) * D + d];
       for (int64_t row = first; row < first + rows; ++row) {
         common[row] = grad_lse ? sums[row - first] - grad_lse[row] : sums[row - first];
         float* to = lanes + (row / S * panels * S + row % S) * P;
-        for (int64_t d = 0; d < D; d += P, to += S * P) copy_lanes(key + row * D + d, std::min<int64_t>(P, D - d), to, P);
+        for (int64_t d = 0; d < D; d += P, to += S * P)
+          copy_lanes(key + row * D + d, std::min<int64_t>(P, D - d), to, P);
       }
     }
   }
 };
 
-// Tasks of the first kind: block of keys `task`, all of whose pairs are in the strip that starts with pair `first`.
+// Tasks of the first kind: block of keys `task`, all of whose pairs are in the strip that starts
+// with pair `first`.
 struct OfKeys : Backward {
   int64_t first, stop_task;
   std::atomic<int64_t>* next_task;
 
   struct State {
-    float *key, *value, *grad_key, *grad_value;  // [D][P], a key in each lane; `key` times scale, so that products are logits
+    float *key, *value, *grad_key,
+        *grad_value;  // [D][P], a key in each lane; `key` times scale, so that products are logits
   };
 
   template <int W>
@@ -122,49 +141,58 @@ struct OfKeys : Backward {
     for (int64_t i = 0; i < D * P; ++i) state.key[i] *= scale;
   }
 
-  // One pair of blocks: queries [row, row + rows) and the keys of one panel, whose changes also go to `left`. `ahead`: the row from which
-  // on queries are brought towards the cache meanwhile, because they are not where hardware would guess; or none of them, -1.
+  // One pair of blocks: queries [row, row + rows) and the keys of one panel, whose changes also go
+  // to `left`. `ahead`: the row from which on queries are brought towards the cache meanwhile,
+  // because they are not where hardware would guess; or none of them, -1.
   template <int W>
-  KANDINSKY_INLINE void attend(const State& state, int64_t row, int64_t rows, int64_t ahead, float* weights, float* left) const {
+  KANDINSKY_INLINE void attend(const State& state, int64_t row, int64_t rows, int64_t ahead,
+                               float* weights, float* left) const {
     using F = typename Lanes<W>::F;
     constexpr int P = kPanel<W>;
     float* change = weights + kMaxBlock * P;
     const float *q = query + row * D, *g = grad_out + row * D;
-    product<W>(q, D, 1, state.key, D, rows, [&](int64_t i, const F& low, const F& high) __attribute__((always_inline)) {
-      for (int64_t d = 0; ahead >= 0 && d < D; d += 16) {
-        __builtin_prefetch(query + (ahead + i) * D + d, 0, 2);
-        __builtin_prefetch(grad_out + (ahead + i) * D + d, 0, 2);
-      }
-      store<W>(weights + i * P, share(low - lse[row + i]));
-      store<W>(weights + i * P + W, share(high - lse[row + i]));
-    });
-    product<W>(g, D, 1, state.value, D, rows, [&](int64_t i, const F& low, const F& high) __attribute__((always_inline)) {
-      const F x = load<W>(weights + i * P) * (low - common[row + i]), y = load<W>(weights + i * P + W) * (high - common[row + i]);
-      store<W>(change + i * P, x);
-      store<W>(change + i * P + W, y);
-      store<W>(left + i * kMaxBlock, x);
-      store<W>(left + i * kMaxBlock + W, y);
-    });
+    product<W>(q, D, 1, state.key, D, rows,
+               [&](int64_t i, const F& low, const F& high) __attribute__((always_inline)) {
+                 for (int64_t d = 0; ahead >= 0 && d < D; d += 16) {
+                   __builtin_prefetch(query + (ahead + i) * D + d, 0, 2);
+                   __builtin_prefetch(grad_out + (ahead + i) * D + d, 0, 2);
+                 }
+                 store<W>(weights + i * P, share(low - lse[row + i]));
+                 store<W>(weights + i * P + W, share(high - lse[row + i]));
+               });
+    product<W>(g, D, 1, state.value, D, rows,
+               [&](int64_t i, const F& low, const F& high) __attribute__((always_inline)) {
+                 const F x = load<W>(weights + i * P) * (low - common[row + i]),
+                         y = load<W>(weights + i * P + W) * (high - common[row + i]);
+                 store<W>(change + i * P, x);
+                 store<W>(change + i * P + W, y);
+                 store<W>(left + i * kMaxBlock, x);
+                 store<W>(left + i * kMaxBlock + W, y);
+               });
     add<W>(g, weights, rows, state.grad_value);
     add<W>(q, change, rows, state.grad_key);
   }
 
   // e^t. A logit may exceed its row's log-sum-exp by no more than rounding.
   template <class F>
-  KANDINSKY_INLINE static F share(const F& t) { return exp2_of_negative((t > 0.0f ? F{} : t) * std::numbers::log2e_v<float>); }
+  KANDINSKY_INLINE static F share(const F& t) {
+    return exp2_of_negative((t > 0.0f ? F{} : t) * std::numbers::log2e_v<float>);
+  }
 
   template <int W>
   KANDINSKY_INLINE void add(const float* a, const float* panel, int64_t rows, float* sums) const {
     using F = typename Lanes<W>::F;
-    product<W>(a, 1, D, panel, rows, D, [&](int64_t d, const F& low, const F& high) __attribute__((always_inline)) {
-      float* sum = sums + d * kPanel<W>;
-      store<W>(sum, load<W>(sum) + low);
-      store<W>(sum + W, load<W>(sum + W) + high);
-    });
+    product<W>(a, 1, D, panel, rows, D,
+               [&](int64_t d, const F& low, const F& high) __attribute__((always_inline)) {
+                 float* sum = sums + d * kPanel<W>;
+                 store<W>(sum, load<W>(sum) + low);
+                 store<W>(sum + W, load<W>(sum + W) + high);
+               });
   }
 
   template <int W>
-  KANDINSKY_INLINE void end(const State& state, int64_t head, int64_t first_token, int64_t count) const {
+  KANDINSKY_INLINE void end(const State& state, int64_t head, int64_t first_token,
+                            int64_t count) const {
     constexpr int P = kPanel<W>;
     for (int64_t i = 0; i < D * P; ++i) state.grad_key[i] *= scale;
     transpose<W>(state.grad_key, P, D, count, grad_key + first_token * token + head * D, token);
@@ -182,36 +210,44 @@ struct OfKeys : Backward {
       states[p] = {at, at + D * P, at + 2 * D * P, at + 3 * D * P};
     }
     for (int64_t task; (task = next_task->fetch_add(1)) < stop_task;) {
-      const int64_t head = task / N, start = offsets[task % N], tokens = length(task % N), panels = (tokens + P - 1) / P;
-      for (int64_t p = 0; p < panels; ++p) begin<W>(states[p], head * S + start + p * P, std::min<int64_t>(P, tokens - p * P));
+      const int64_t head = task / N, start = offsets[task % N], tokens = length(task % N),
+                    panels = (tokens + P - 1) / P;
+      for (int64_t p = 0; p < panels; ++p)
+        begin<W>(states[p], head * S + start + p * P, std::min<int64_t>(P, tokens - p * P));
       for (int64_t pair = pairs.column_start[task]; pair < pairs.column_start[task + 1]; ++pair) {
         const int64_t block = pairs.query_of[pair], last = pairs.column_start[task + 1] - 1;
         const int64_t ahead = pair < last ? head * S + offsets[pairs.query_of[pair + 1]] : -1;
         for (int64_t p = 0; p < panels; ++p)
-          attend<W>(states[p], head * S + offsets[block], length(block), p ? -1 : ahead, weights, changes + (pair - first) * kPair + p * P);
+          attend<W>(states[p], head * S + offsets[block], length(block), p ? -1 : ahead, weights,
+                    changes + (pair - first) * kPair + p * P);
       }
-      for (int64_t p = 0; p < panels; ++p) end<W>(states[p], head, start + p * P, std::min<int64_t>(P, tokens - p * P));
+      for (int64_t p = 0; p < panels; ++p)
+        end<W>(states[p], head, start + p * P, std::min<int64_t>(P, tokens - p * P));
     }
   }
 };
 
-// Tasks of the second kind: block of queries `task`, and what its pairs [first, stop) have left behind. The sum so far is in grad_query,
-// so that where strips end does not change its order.
+// Tasks of the second kind: block of queries `task`, and what its pairs [first, stop) have left
+// behind. The sum so far is in grad_query, so that where strips end does not change its order.
 struct OfQueries : Backward {
   int64_t first, stop;
   std::atomic<int64_t>* next_task;
 
-  // sums [D / P][queries][P] += change [queries][kMaxBlock] * keys. `ahead`: the next change, brought towards the cache meanwhile.
+  // sums [D / P][queries][P] += change [queries][kMaxBlock] * keys. `ahead`: the next change,
+  // brought towards the cache meanwhile.
   template <int W>
-  KANDINSKY_INLINE void add(const float* change, const float* ahead, const float* keys, int64_t tokens, int64_t rows, float* sums) const {
+  KANDINSKY_INLINE void add(const float* change, const float* ahead, const float* keys,
+                            int64_t tokens, int64_t rows, float* sums) const {
     using F = typename Lanes<W>::F;
     constexpr int P = kPanel<W>;
     for (int64_t d = 0; d < D; d += P, keys += S * P, sums += kMaxBlock * P)
-      product<W>(change, kMaxBlock, 1, keys, tokens, rows, [&](int64_t i, const F& low, const F& high) __attribute__((always_inline)) {
-        for (int64_t j = 0; d == 0 && j < tokens; j += 16) __builtin_prefetch(ahead + i * kMaxBlock + j, 0, 2);
-        store<W>(sums + i * P, load<W>(sums + i * P) + low);
-        store<W>(sums + i * P + W, load<W>(sums + i * P + W) + high);
-      });
+      product<W>(change, kMaxBlock, 1, keys, tokens, rows,
+                 [&](int64_t i, const F& low, const F& high) __attribute__((always_inline)) {
+                   for (int64_t j = 0; d == 0 && j < tokens; j += 16)
+                     __builtin_prefetch(ahead + i * kMaxBlock + j, 0, 2);
+                   store<W>(sums + i * P, load<W>(sums + i * P) + low);
+                   store<W>(sums + i * P + W, load<W>(sums + i * P + W) + high);
+                 });
   }
 
   template <int W>
@@ -229,12 +265,13 @@ struct OfQueries : Backward {
       const auto change_of = [&](int64_t pair) { return changes + (pair - first) * kPair; };
       for (int64_t p = 0; p < panels; ++p)
         for (int64_t row = 0; row < rows; ++row)
-          copy_lanes(grad + row * token + p * P, std::min<int64_t>(P, D - p * P), sums + (p * kMaxBlock + row) * P, P);
+          copy_lanes(grad + row * token + p * P, std::min<int64_t>(P, D - p * P),
+                     sums + (p * kMaxBlock + row) * P, P);
       for (; i < end && numbers[i] < stop; ++i) {
         const int64_t block = pairs.key_of[i];
         const int64_t next = i + 1 < end && numbers[i + 1] < stop ? i + 1 : i;
-        add<W>(change_of(numbers[i]), change_of(numbers[next]), lanes + (head * panels * S + offsets[block]) * P, length(block), rows,
-               sums);
+        add<W>(change_of(numbers[i]), change_of(numbers[next]),
+               lanes + (head * panels * S + offsets[block]) * P, length(block), rows, sums);
       }
       const float factor = i == end ? scale : 1.0f;
       for (int64_t p = 0; p < panels; ++p)
@@ -247,7 +284,8 @@ struct OfQueries : Backward {
 
 template <class Kernel>
 void run_on_all_threads(const Kernel& kernel) {
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t a, int64_t b) { run_simd(kernel, a, b); });
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1,
+                              [&](int64_t a, int64_t b) { run_simd(kernel, a, b); });
 }
 
 Tensor scratch(const Tensor& like, int64_t floats) {
@@ -255,7 +293,8 @@ Tensor scratch(const Tensor& like, int64_t floats) {
 }
 
 void run_backward(Backward& backward, const Tensor& like) {
-  torch::stable::parallel_for(0, backward.heads * backward.S, 256, [&](int64_t a, int64_t b) { run_simd(Prepare{backward}, a, b); });
+  torch::stable::parallel_for(0, backward.heads * backward.S, 256,
+                              [&](int64_t a, int64_t b) { run_simd(Prepare{backward}, a, b); });
   const std::vector<int64_t>& starts = backward.pairs.column_start;
   const int64_t columns = int64_t(starts.size()) - 1;
   int64_t most = kStripPairs;
@@ -271,41 +310,67 @@ void run_backward(Backward& backward, const Tensor& like) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                                   const Tensor& out, const Tensor& lse, const Tensor& selection,
-                                                                   const Tensor& offsets, const Tensor& grad_out,
-                                                                   const std::optional<Tensor>& grad_lse, double scale) {
+std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+    const Tensor& lse, const Tensor& selection, const Tensor& offsets, const Tensor& grad_out,
+    const std::optional<Tensor>& grad_lse, double scale) {
   require(query.dim() == 4, "query must have shape [B, S, H, D], got ", shape_of(query), ".");
   const int64_t B = query.size(0), S = query.size(1), H = query.size(2), D = query.size(3);
   require_blocks(offsets, S);
   const int64_t N = offsets.numel() - 1, words = (N + 31) / 32;
-  const std::pair<const Tensor*, const char*> alike[] = {{&key, "key"}, {&value, "value"}, {&out, "out"}, {&grad_out, "grad_out"}};
+  const std::pair<const Tensor*, const char*> alike[] = {
+      {&key, "key"}, {&value, "value"}, {&out, "out"}, {&grad_out, "grad_out"}};
   for (const auto& [tensor, name] : alike) require_shape(*tensor, name, {B, S, H, D});
   require_shape(lse, "lse", {B, H, S});
   if (grad_lse) require_shape(*grad_lse, "grad_lse", {B, H, S});
   require_shape(selection, "selection", {B, H, N, words});
   require_type(selection, "selection", ScalarType::Int);
-  const Tensor bits = torch::stable::contiguous(selection), sums = torch::stable::contiguous(to_float(lse));
+  const Tensor bits = torch::stable::contiguous(selection),
+               sums = torch::stable::contiguous(to_float(lse));
   const Tensor grad_sums = grad_lse ? torch::stable::contiguous(to_float(*grad_lse)) : sums;
   Tensor gradients[3];
-  for (Tensor& gradient : gradients) gradient = torch::stable::new_zeros(query, std::vector<int64_t>{B, S, H, D}, ScalarType::Float);
-  const int64_t group = std::max<int64_t>(1, kPackedBytes / std::max<int64_t>(1, 24 * S * D)), lane_D = (D + 31) / 32 * 32;
-  const Tensor common = scratch(query, std::min(group, H) * S), lanes = scratch(query, std::min(group, H) * S * lane_D);
+  for (Tensor& gradient : gradients)
+    gradient = torch::stable::new_zeros(query, std::vector<int64_t>{B, S, H, D}, ScalarType::Float);
+  const int64_t group = std::max<int64_t>(1, kPackedBytes / std::max<int64_t>(1, 24 * S * D)),
+                lane_D = (D + 31) / 32 * 32;
+  const Tensor common = scratch(query, std::min(group, H) * S),
+               lanes = scratch(query, std::min(group, H) * S * lane_D);
   for (int64_t i = 0; i < B * H; i += std::min(group, H - i % H)) {
     const int64_t sample = i / H, first = i % H, heads = std::min(group, H - first);
     Tensor packed[5];
     int64_t next = 0;
-    for (const Tensor* t : {&query, &key, &value, &grad_out, &out}) packed[next++] = pack(*t, sample, first, heads);
-    const auto heads_of = [&](int gradient) { return mutable_data<float>(gradients[gradient]) + (sample * S * H + first) * D; };
+    for (const Tensor* t : {&query, &key, &value, &grad_out, &out})
+      packed[next++] = pack(*t, sample, first, heads);
+    const auto heads_of = [&](int gradient) {
+      return mutable_data<float>(gradients[gradient]) + (sample * S * H + first) * D;
+    };
     const Pairs pairs(data<int32_t>(bits) + i * N * words, heads, N, words);
-    Backward backward{data<float>(packed[0]), data<float>(packed[1]), data<float>(packed[2]), data<float>(packed[3]),
-        data<float>(packed[4]), grad_lse ? data<float>(grad_sums) + i * S : nullptr, data<float>(sums) + i * S, data<int32_t>(offsets),
-        pairs, mutable_data<float>(common), mutable_data<float>(lanes), nullptr, heads_of(0), heads_of(1), heads_of(2), H * D,
-        heads, S, D, N, float(scale)};
+    Backward backward{data<float>(packed[0]),
+                      data<float>(packed[1]),
+                      data<float>(packed[2]),
+                      data<float>(packed[3]),
+                      data<float>(packed[4]),
+                      grad_lse ? data<float>(grad_sums) + i * S : nullptr,
+                      data<float>(sums) + i * S,
+                      data<int32_t>(offsets),
+                      pairs,
+                      mutable_data<float>(common),
+                      mutable_data<float>(lanes),
+                      nullptr,
+                      heads_of(0),
+                      heads_of(1),
+                      heads_of(2),
+                      H * D,
+                      heads,
+                      S,
+                      D,
+                      N,
+                      float(scale)};
     run_backward(backward, query);
   }
   for (Tensor& gradient : gradients)
-    if (query.scalar_type() != ScalarType::Float) gradient = torch::stable::to(gradient, query.scalar_type());
+    if (query.scalar_type() != ScalarType::Float)
+      gradient = torch::stable::to(gradient, query.scalar_type());
   return {gradients[0], gradients[1], gradients[2]};
 }
 
@@ -313,5 +378,6 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(const Tensor&
 }  // namespace kandinsky
 
 STABLE_TORCH_LIBRARY_IMPL(kandinsky_kernels, CPU, library) {
-  library.impl("block_sparse_attention_backward", TORCH_BOX(&kandinsky::block_sparse_attention_backward));
+  library.impl("block_sparse_attention_backward",
+               TORCH_BOX(&kandinsky::block_sparse_attention_backward));
 }

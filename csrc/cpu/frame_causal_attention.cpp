@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of every frame to its own and earlier frames, on the CPU. One task is some queries of one frame; it walks the keys
-// from the first frame on, a block at a time, copied together once for all its queries.
+// Attention of every frame to its own and earlier frames, on the CPU. One task is some queries of
+// one frame; it walks the keys from the first frame on, a block at a time, copied together once for
+// all its queries.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -17,7 +18,8 @@ namespace {
 
 constexpr int64_t kQueries = 256;  // of a task: a block of keys is read and copied once for so many
 template <int W>
-constexpr int64_t kKeys = kChain / kRows<W> * kRows<W>;  // at once: one chain of sums, in whole tiles of the products
+constexpr int64_t kKeys =
+    kChain / kRows<W> * kRows<W>;  // at once: one chain of sums, in whole tiles of the products
 
 // [B, T, P, D] with contiguous rows.
 template <class E>
@@ -25,8 +27,11 @@ struct Frames {
   const E* base;
   int64_t batch, frame, token;
 
-  explicit Frames(const Tensor& t) : base(data<E>(t)), batch(t.stride(0)), frame(t.stride(1)), token(t.stride(2)) {}
-  KANDINSKY_INLINE const E* at(int64_t b, int64_t t, int64_t p) const { return base + b * batch + t * frame + p * token; }
+  explicit Frames(const Tensor& t)
+      : base(data<E>(t)), batch(t.stride(0)), frame(t.stride(1)), token(t.stride(2)) {}
+  KANDINSKY_INLINE const E* at(int64_t b, int64_t t, int64_t p) const {
+    return base + b * batch + t * frame + p * token;
+  }
 };
 
 template <int W, class From, class To>
@@ -39,11 +44,12 @@ KANDINSKY_INLINE void copy_row(const From* from, int64_t D, To* to) {
 template <class E>
 struct FrameAttention {
   Frames<E> query, key, value;
-  E* out;      // [B, T, P, D]
-  float* lse;  // [B, T, P]
+  E* out;                                 // [B, T, P, D]
+  float* lse;                             // [B, T, P]
   int64_t B, T, P, D, keys, first_frame;  // keys: tokens of a frame of keys
   float scale;
-  std::atomic<int64_t>* next_task;  // threads take tasks one by one, because late frames see more keys
+  std::atomic<int64_t>*
+      next_task;  // threads take tasks one by one, because late frames see more keys
 
   // Token `first` and those after it, of all frames as one row.
   template <int W>
@@ -58,8 +64,10 @@ struct FrameAttention {
   }
 
   template <int W>
-  KANDINSKY_INLINE void begin(const OnlineSoftmax<W>& state, int64_t b, int64_t t, int64_t p, int64_t count) const {
-    for (int64_t i = 0; i < count; ++i) copy_row<W>(query.at(b, t, p + i), D, state.out + i * D);  // not in use yet
+  KANDINSKY_INLINE void begin(const OnlineSoftmax<W>& state, int64_t b, int64_t t, int64_t p,
+                              int64_t count) const {
+    for (int64_t i = 0; i < count; ++i)
+      copy_row<W>(query.at(b, t, p + i), D, state.out + i * D);  // not in use yet
     state.begin(state.out, D, count, D, scale);
   }
 
@@ -75,45 +83,67 @@ struct FrameAttention {
     Scratch memory(OnlineSoftmax<W>::floats(D) * kPanels + kKeys<W> * (width + 2 * D));
     float *weights = memory.floats(), *copies = weights + kKeys<W> * width;
     OnlineSoftmax<W> states[kPanels];
-    for (int64_t i = 0; i < kPanels; ++i) states[i] = {copies + 2 * kKeys<W> * D + i * OnlineSoftmax<W>::floats(D), D};
+    for (int64_t i = 0; i < kPanels; ++i)
+      states[i] = {copies + 2 * kKeys<W> * D + i * OnlineSoftmax<W>::floats(D), D};
     const int64_t pieces = (P + kQueries - 1) / kQueries;
     for (int64_t task; (task = next_task->fetch_add(1)) < B * T * pieces;) {
-      const int64_t t = T - 1 - task / pieces / B, b = task / pieces % B, first = task % pieces * kQueries;  // the longest ones first
-      const int64_t queries = std::min(kQueries, P - first), panels = (queries + width - 1) / width, seen = (first_frame + t + 1) * keys;
-      const auto count = [&](int64_t i) __attribute__((always_inline)) { return std::min(width, queries - i * width); };
+      const int64_t t = T - 1 - task / pieces / B, b = task / pieces % B,
+                    first = task % pieces * kQueries;  // the longest ones first
+      const int64_t queries = std::min(kQueries, P - first), panels = (queries + width - 1) / width,
+                    seen = (first_frame + t + 1) * keys;
+      const auto count = [&](int64_t i) __attribute__((always_inline)) {
+        return std::min(width, queries - i * width);
+      };
       for (int64_t i = 0; i < panels; ++i) begin<W>(states[i], b, t, first + i * width, count(i));
       for (int64_t j = 0; j < seen; j += kKeys<W>) {
         const KeyBlock block = copy_keys<W>(b, j, std::min(kKeys<W>, seen - j), copies);
         for (int64_t i = 0; i < panels; ++i) states[i].attend(block, nullptr, D, weights);
       }
-      for (int64_t i = 0; i < panels; ++i) end<W>(states[i], (b * T + t) * P + first + i * width, count(i));
+      for (int64_t i = 0; i < panels; ++i)
+        end<W>(states[i], (b * T + t) * P + first + i * width, count(i));
     }
   }
 };
 
-std::tuple<Tensor, Tensor> frame_causal_attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t first_frame,
+std::tuple<Tensor, Tensor> frame_causal_attention(const Tensor& query, const Tensor& key,
+                                                  const Tensor& value, int64_t first_frame,
                                                   double scale) {
-  require(query.dim() == 4 && key.dim() == 4, "query and key must have shape [B, T, P, D], got ", shape_of(query), " and ",
-          shape_of(key), ".");
-  const int64_t B = query.size(0), T = query.size(1), P = query.size(2), D = query.size(3), frames = key.size(1), keys = key.size(2);
+  require(query.dim() == 4 && key.dim() == 4, "query and key must have shape [B, T, P, D], got ",
+          shape_of(query), " and ", shape_of(key), ".");
+  const int64_t B = query.size(0), T = query.size(1), P = query.size(2), D = query.size(3),
+                frames = key.size(1), keys = key.size(2);
   require_shape(key, "key", {B, frames, keys, D});
   require_shape(value, "value", {B, frames, keys, D});
   require(keys > 0 && first_frame >= 0 && frames >= first_frame + T,
-          "key must have the frames of query and first_frame >= 0 earlier ones, got ", frames, " frames for ", T, " and ", first_frame,
-          ".");
-  const std::tuple<const Tensor*, const char*> inputs[] = {{&query, "query"}, {&key, "key"}, {&value, "value"}};
+          "key must have the frames of query and first_frame >= 0 earlier ones, got ", frames,
+          " frames for ", T, " and ", first_frame, ".");
+  const std::tuple<const Tensor*, const char*> inputs[] = {
+      {&query, "query"}, {&key, "key"}, {&value, "value"}};
   for (const auto& [x, name] : inputs) {
     require_rows(*x, name);
     require_type(*x, name, query.scalar_type());
   }
   const Tensor out = torch::stable::new_empty(query, std::vector<int64_t>{B, T, P, D});
-  const Tensor lse = torch::stable::new_empty(query, std::vector<int64_t>{B, T, P}, ScalarType::Float);
+  const Tensor lse =
+      torch::stable::new_empty(query, std::vector<int64_t>{B, T, P}, ScalarType::Float);
   dispatch_float(query, "query", [&](auto type) {
     using E = decltype(type);
     std::atomic<int64_t> next_task{0};
-    const FrameAttention<E> kernel{Frames<E>(query), Frames<E>(key), Frames<E>(value), mutable_data<E>(out), mutable_data<float>(lse),
-                                   B, T, P, D, keys, first_frame, float(scale), &next_task};
-    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t a, int64_t b) { run_simd(kernel, a, b); });
+    const FrameAttention<E> kernel{Frames<E>(query),
+                                   Frames<E>(key),
+                                   Frames<E>(value),
+                                   mutable_data<E>(out),
+                                   mutable_data<float>(lse),
+                                   B,
+                                   T,
+                                   P,
+                                   D,
+                                   keys,
+                                   first_frame,
+                                   float(scale),
+                                   &next_task};
+    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1,
+                                [&](int64_t a, int64_t b) { run_simd(kernel, a, b); });
   });
   return {out, lse};
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// W floats at once, in the compiler's own vector types: the same source becomes SSE2 or NEON, AVX2 or AVX-512 code
-// depending on the target of the function it is inlined into. Everything here must therefore inline.
+// W floats at once, in the compiler's own vector types: the same source becomes SSE2 or NEON, AVX2
+// or AVX-512 code depending on the target of the function it is inlined into. Everything here must
+// therefore inline.
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -79,8 +80,10 @@ KANDINSKY_INLINE typename Lanes<W>::F load(const Half* p) {
   using F = typename Lanes<W>::F;
   using U = typename Lanes<W>::U;
   const U h = load_halves<W>(p);
-  const F magnitude = bits<F>((h & 0x7fff) << 13) * 0x1p112f;  // moves the exponent bias from 15 to 127, subnormals too
-  const U special = bits<U>(magnitude >= 65536.0f) & 0x7f800000;  // infinities and NaN keep an all-ones exponent
+  const F magnitude = bits<F>((h & 0x7fff) << 13) *
+                      0x1p112f;  // moves the exponent bias from 15 to 127, subnormals too
+  const U special =
+      bits<U>(magnitude >= 65536.0f) & 0x7f800000;  // infinities and NaN keep an all-ones exponent
   return bits<F>(bits<U>(magnitude) | special | ((h & 0x8000) << 16));
 }
 
@@ -90,8 +93,10 @@ KANDINSKY_INLINE void store(Half* p, const typename Lanes<W>::F& v) {
   using U = typename Lanes<W>::U;
   const U u = bits<U>(v), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
   const U normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  const U subnormal = bits<U>(bits<F>(magnitude) + 0.5f) - 0x3f000000;  // the addition rounds at 2^-24
-  const U tiny = bits<U>(magnitude < 0x38800000u), big = bits<U>(magnitude >= 0x477ff000u), nan = bits<U>(magnitude > 0x7f800000u);
+  const U subnormal =
+      bits<U>(bits<F>(magnitude) + 0.5f) - 0x3f000000;  // the addition rounds at 2^-24
+  const U tiny = bits<U>(magnitude < 0x38800000u), big = bits<U>(magnitude >= 0x477ff000u),
+          nan = bits<U>(magnitude > 0x7f800000u);
   const U finite = (subnormal & tiny) | (normal & ~tiny);
   store_halves<W>(p, (finite & ~big) | (0x7c00 & big & ~nan) | (0x7e00 & nan) | sign);
 }

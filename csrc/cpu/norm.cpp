@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// modulated_norm, gated_add_norm and norm_rope on the CPU. Rows are widened to fp32, stay in the first-level cache over
-// the passes that need them, and are rounded once; the cost is one trip of the tensors through memory.
+// modulated_norm, gated_add_norm and norm_rope on the CPU. Rows are widened to fp32, stay in the
+// first-level cache over the passes that need them, and are rounded once; the cost is one trip of
+// the tensors through memory.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -15,7 +16,8 @@ namespace kandinsky {
 namespace {
 
 template <int W, class T>
-KANDINSKY_INLINE void modulate(const float* row, const Moments& m, const float* scale, const float* shift, int64_t n, T* out) {
+KANDINSKY_INLINE void modulate(const float* row, const Moments& m, const float* scale,
+                               const float* shift, int64_t n, T* out) {
   sweep<W, 1>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) {
     store<V>(out + i, m.centred<V>(row + i) * m.inverse * load<V>(scale + i) + load<V>(shift + i));
   });
@@ -58,7 +60,8 @@ struct GatedAddNorm {
       });
       if (!scale) continue;
       const float* wide = widened<W>(sum, C, scratch.data());
-      modulate<W>(wide, safe_moments<W>(wide, C, eps), scale + sample, shift + sample, C, normed[row]);
+      modulate<W>(wide, safe_moments<W>(wide, C, eps), scale + sample, shift + sample, C,
+                  normed[row]);
     }
   }
 };
@@ -67,7 +70,7 @@ template <class T>
 struct NormRope {
   const T* x;
   T* y;
-  const float* weight;     // [D]
+  const float* weight;  // [D]
   Angles angles;
   const int32_t* offsets;  // [N + 1], or null: then a unit of work is one token
   float* means;            // [B, H, N, D]
@@ -80,7 +83,8 @@ struct NormRope {
     float *twice_cos = scratch + D, *signed_sin = scratch + 2 * D;
     if (angles.cos) angles.spread(token, twice_cos, signed_sin);
     for (int64_t head = 0; head < H; ++head) {
-      const float* row = widened<W>(x + batch * batch_stride + token * token_stride + head * head_stride, D, scratch);
+      const float* row = widened<W>(
+          x + batch * batch_stride + token * token_stride + head * head_stride, D, scratch);
       T* out = y + ((batch * S + token) * H + head) * D;
       float* sum = sums + head * D;
       const float inverse = inverse_rms<W>(row, D, eps);
@@ -106,7 +110,8 @@ struct NormRope {
       for (int64_t t = offsets[block]; t < offsets[block + 1]; ++t) {
         token<W>(batch, t, scratch.data(), partial.data());
         if ((t - offsets[block]) % 8 < 7 && t + 1 < offsets[block + 1]) continue;
-        for (size_t i = 0; i < sums.size(); ++i) sums[i] += std::exchange(partial[i], 0.0f);  // 8 by 8: short chains round less
+        for (size_t i = 0; i < sums.size(); ++i)
+          sums[i] += std::exchange(partial[i], 0.0f);  // 8 by 8: short chains round less
       }
       for (int64_t head = 0; head < H; ++head) {
         float* mean = means + ((batch * H + head) * N + block) * D;
@@ -126,15 +131,19 @@ Tensor modulated_norm(const Tensor& x, const Tensor& scale, const Tensor& shift,
   const auto wide_scale = vectors(scale, "scale", 1.0f), wide_shift = vectors(shift, "shift");
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
-    run_parallel(ModulatedNorm<T>{Rows<T>(x), Rows<T>(out), wide_scale.data(), wide_shift.data(), S, C, eps}, B * S, C);
+    run_parallel(
+        ModulatedNorm<T>{Rows<T>(x), Rows<T>(out), wide_scale.data(), wide_shift.data(), S, C, eps},
+        B * S, C);
   });
   return out;
 }
 
 std::tuple<Tensor, Tensor> gated_add_norm(const Tensor& x, const Tensor& branch, const Tensor& gate,
-                                          const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, double eps) {
+                                          const std::optional<Tensor>& scale,
+                                          const std::optional<Tensor>& shift, double eps) {
   require(x.dim() == 3, "x must have shape [B, S, C], got ", shape_of(x), ".");
-  require(scale.has_value() == shift.has_value(), "scale and shift must be given together, got only one of them.");
+  require(scale.has_value() == shift.has_value(),
+          "scale and shift must be given together, got only one of them.");
   const int64_t B = x.size(0), S = x.size(1), C = x.size(2);
   require_rows(x, "x");
   require_rows(branch, "branch");
@@ -143,7 +152,8 @@ std::tuple<Tensor, Tensor> gated_add_norm(const Tensor& x, const Tensor& branch,
   require_shape(gate, "gate", {B, C});
   const std::vector<int64_t> shape{B, S, C};
   Tensor y = torch::stable::new_empty(x, shape);
-  Tensor normed = scale ? torch::stable::new_empty(x, shape) : torch::stable::new_empty(x, std::vector<int64_t>{0});
+  Tensor normed = scale ? torch::stable::new_empty(x, shape)
+                        : torch::stable::new_empty(x, std::vector<int64_t>{0});
   const auto wide_gate = vectors(gate, "gate");
   std::vector<float> wide_scale, wide_shift;
   if (scale) {
@@ -154,27 +164,34 @@ std::tuple<Tensor, Tensor> gated_add_norm(const Tensor& x, const Tensor& branch,
   }
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
-    run_parallel(GatedAddNorm<T>{Rows<T>(x), Rows<T>(branch), Rows<T>(y), Rows<T>(scale ? normed : y), wide_gate.data(),
-                                 scale ? wide_scale.data() : nullptr, wide_shift.data(), S, C, eps}, B * S, C);
+    run_parallel(GatedAddNorm<T>{Rows<T>(x), Rows<T>(branch), Rows<T>(y),
+                                 Rows<T>(scale ? normed : y), wide_gate.data(),
+                                 scale ? wide_scale.data() : nullptr, wide_shift.data(), S, C, eps},
+                 B * S, C);
   });
   return {y, normed};
 }
 
 void require_offsets(const Tensor& offsets, int64_t S) {
-  require(offsets.dim() == 1 && offsets.is_contiguous() && offsets.numel() > 0, "block_offsets must have shape [N + 1], got ",
-          shape_of(offsets), ".");
+  require(offsets.dim() == 1 && offsets.is_contiguous() && offsets.numel() > 0,
+          "block_offsets must have shape [N + 1], got ", shape_of(offsets), ".");
   require_type(offsets, "block_offsets", ScalarType::Int);
   const int32_t* p = data<int32_t>(offsets);
   const int64_t N = offsets.numel() - 1;
   bool ascending = p[0] == 0 && p[N] == S;
   for (int64_t i = 0; i < N; ++i) ascending = ascending && p[i] < p[i + 1];
-  require(ascending, "block_offsets must ascend from 0 to the number of tokens ", S, " without empty blocks.");
+  require(ascending, "block_offsets must ascend from 0 to the number of tokens ", S,
+          " without empty blocks.");
 }
 
-std::tuple<Tensor, Tensor> norm_rope(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& cos,
-                                     const std::optional<Tensor>& sin, const std::optional<Tensor>& positions,
-                                     const std::vector<int64_t>& pairs, const std::optional<Tensor>& offsets, double eps) {
-  require(x.dim() == 4 && x.size(3) % 2 == 0, "x must have shape [B, S, H, D] with even D, got ", shape_of(x), ".");
+std::tuple<Tensor, Tensor> norm_rope(const Tensor& x, const Tensor& weight,
+                                     const std::optional<Tensor>& cos,
+                                     const std::optional<Tensor>& sin,
+                                     const std::optional<Tensor>& positions,
+                                     const std::vector<int64_t>& pairs,
+                                     const std::optional<Tensor>& offsets, double eps) {
+  require(x.dim() == 4 && x.size(3) % 2 == 0, "x must have shape [B, S, H, D] with even D, got ",
+          shape_of(x), ".");
   const int64_t B = x.size(0), S = x.size(1), H = x.size(2), D = x.size(3);
   require_rows(x, "x");
   require_shape(weight, "weight", {D});
@@ -182,14 +199,28 @@ std::tuple<Tensor, Tensor> norm_rope(const Tensor& x, const Tensor& weight, cons
   if (offsets) require_offsets(*offsets, S);
   const int64_t N = offsets ? offsets->numel() - 1 : 0;
   Tensor y = torch::stable::new_empty(x, std::vector<int64_t>{B, S, H, D});
-  const std::vector<int64_t> mean_shape = offsets ? std::vector<int64_t>{B, H, N, D} : std::vector<int64_t>{0};
+  const std::vector<int64_t> mean_shape =
+      offsets ? std::vector<int64_t>{B, H, N, D} : std::vector<int64_t>{0};
   Tensor means = torch::stable::new_empty(x, mean_shape, ScalarType::Float);
   const auto wide_weight = vectors(weight, "weight");
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
-    const NormRope<T> kernel{data<T>(x), mutable_data<T>(y), wide_weight.data(), angles, offsets ? data<int32_t>(*offsets) : nullptr,
-                             mutable_data<float>(means), S, H, D, N, x.stride(0), x.stride(1), x.stride(2), eps};
-    run_parallel(kernel, offsets ? B * N : B * S, offsets ? S / std::max<int64_t>(1, N) * H * D : H * D);
+    const NormRope<T> kernel{data<T>(x),
+                             mutable_data<T>(y),
+                             wide_weight.data(),
+                             angles,
+                             offsets ? data<int32_t>(*offsets) : nullptr,
+                             mutable_data<float>(means),
+                             S,
+                             H,
+                             D,
+                             N,
+                             x.stride(0),
+                             x.stride(1),
+                             x.stride(2),
+                             eps};
+    run_parallel(kernel, offsets ? B * N : B * S,
+                 offsets ? S / std::max<int64_t>(1, N) * H * D : H * D);
   });
   return {y, means};
 }

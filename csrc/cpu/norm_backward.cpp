@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients of modulated_norm, gated_add_norm and norm_rope on the CPU. With n the normalised row, g the gradient of n and C its length,
-// the row's own gradient is (g - mean(g) - n mean(g n)) / deviation; without mean(g) for a root mean square.
-// Vectors that all rows share get sums over rows: 8 rows, or a token's heads, in one chain of fp32; the chains of a chunk of rows in fp64,
-// then the chunks in fp64. A chunk is one task whose rows do not depend on the number of threads, nor does any bit of the result.
+// Gradients of modulated_norm, gated_add_norm and norm_rope on the CPU. With n the normalised row,
+// g the gradient of n and C its length, the row's own gradient is (g - mean(g) - n mean(g n)) /
+// deviation; without mean(g) for a root mean square. Vectors that all rows share get sums over
+// rows: 8 rows, or a token's heads, in one chain of fp32; the chains of a chunk of rows in fp64,
+// then the chunks in fp64. A chunk is one task whose rows do not depend on the number of threads,
+// nor does any bit of the result.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -46,20 +48,22 @@ struct LayerNormBackward {
   const float* scale;                 // [B, C], holds 1 + scale
   Rows<T> branch, more, grad_branch;  // Gated; more: y's own gradient, where it has one
   bool has_more;
-  const float* gate;                  // [B, C]
-  float* sums;                        // [B, chunks, kVectors, C]
+  const float* gate;  // [B, C]
+  float* sums;        // [B, chunks, kVectors, C]
   int64_t S, C;
   double eps;
 
   template <int W>
   KANDINSKY_INLINE void row(int64_t row, float* wide_x, float* wide_grad, float* chain) const {
     const int64_t sample = row / S * C;
-    const float *at = widened<W>(x[row], C, wide_x), *g = widened<W>(grad[row], C, wide_grad), *factor = scale + sample;
+    const float *at = widened<W>(x[row], C, wide_x), *g = widened<W>(grad[row], C, wide_grad),
+                *factor = scale + sample;
     const Moments m = safe_moments<W>(at, C, eps);
     const Sums s = reduce<W>(C, [&]<int V>(int64_t i) __attribute__((always_inline)) {
       return Two<V>{load<V>(g + i) * load<V>(factor + i), m.centred<V>(at + i)};
     });
-    const float mean = float(s.values / double(C)), along = float(s.products / double(C) * m.exact_inverse * m.exact_inverse);
+    const float mean = float(s.values / double(C)),
+                along = float(s.products / double(C) * m.exact_inverse * m.exact_inverse);
     const float inverse = m.inverse * m.scale;
     T* out = grad_x[row];
     const T *b = Gated ? branch[row] : nullptr, *own = Gated && has_more ? more[row] : nullptr;
@@ -84,7 +88,8 @@ struct LayerNormBackward {
     std::vector<float> scratch(2 * C);
     ChunkSums partial(kVectors * C);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t first = unit % chunks * kChunk, last = std::min(first + kChunk, S), start = unit / chunks * S;
+      const int64_t first = unit % chunks * kChunk, last = std::min(first + kChunk, S),
+                    start = unit / chunks * S;
       partial.begin();
       for (int64_t i = first; i < last; ++i) {
         row<W>(start + i, scratch.data(), scratch.data() + C, partial.chain());
@@ -111,8 +116,10 @@ struct NormRopeBackward {
     float *turned = scratch + D, *twice_cos = scratch + 2 * D, *signed_sin = scratch + 3 * D;
     if (angles.cos) angles.spread(token, twice_cos, signed_sin);
     for (int64_t head = 0; head < H; ++head) {
-      const float* at = widened<W>(x + batch * strides[0] + token * strides[1] + head * strides[2], D, scratch);
-      const T* given = grad + batch * grad_strides[0] + token * grad_strides[1] + head * grad_strides[2];
+      const float* at =
+          widened<W>(x + batch * strides[0] + token * strides[1] + head * strides[2], D, scratch);
+      const T* given =
+          grad + batch * grad_strides[0] + token * grad_strides[1] + head * grad_strides[2];
       const float inverse = inverse_rms<W>(at, D, eps);
       sweep<W, 2>(D, [&]<int V>(int64_t i) __attribute__((always_inline)) {
         auto v = load<V>(given + i);
@@ -149,7 +156,9 @@ struct NormRopeBackward {
   }
 };
 
-Tensor floats(const Tensor& like, const std::vector<int64_t>& shape) { return torch::stable::new_empty(like, shape, ScalarType::Float); }
+Tensor floats(const Tensor& like, const std::vector<int64_t>& shape) {
+  return torch::stable::new_empty(like, shape, ScalarType::Float);
+}
 
 // totals[i] [rows, C] = the sums of [rows, chunks, n, C] over chunks, for i < n.
 std::vector<Tensor> totals(const Tensor& sums, int64_t rows, int64_t chunks, int64_t n, int64_t C) {
@@ -175,32 +184,37 @@ void require_like(const Tensor& tensor, const char* name, const Tensor& x, const
   for (int64_t i = 0; i < x.dim(); ++i) shape.push_back(x.size(i));
   require_shape(tensor, name, shape);
   require(tensor.scalar_type() == x.scalar_type(), name, " must have the dtype of ", of, ", ",
-          torch::headeronly::toString(x.scalar_type()), ", got ", torch::headeronly::toString(tensor.scalar_type()), "; cast it first.");
+          torch::headeronly::toString(x.scalar_type()), ", got ",
+          torch::headeronly::toString(tensor.scalar_type()), "; cast it first.");
   require_rows(tensor, name);
 }
 
-std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward(const Tensor& x, const Tensor& scale, const Tensor& grad, double eps) {
+std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward(const Tensor& x, const Tensor& scale,
+                                                           const Tensor& grad, double eps) {
   require(x.dim() == 3, "x must have shape [B, S, C], got ", shape_of(x), ".");
   const int64_t B = x.size(0), S = x.size(1), C = x.size(2), chunks = chunks_of(S);
   require_rows(x, "x");
   require_shape(scale, "scale", {B, C});
   require_like(grad, "grad", x, "x");
-  const Tensor grad_x = torch::stable::new_empty(x, std::vector<int64_t>{B, S, C}), sums = floats(x, {B, chunks, 2, C});
+  const Tensor grad_x = torch::stable::new_empty(x, std::vector<int64_t>{B, S, C}),
+               sums = floats(x, {B, chunks, 2, C});
   const auto wide_scale = vectors(scale, "scale", 1.0f);
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
     const Rows<T> unused(x);
-    const LayerNormBackward<T, false> kernel{unused, Rows<T>(grad), Rows<T>(grad_x), wide_scale.data(), unused, unused, unused, false,
-                                             nullptr, mutable_data<float>(sums), S, C, eps};
+    const LayerNormBackward<T, false> kernel{
+        unused, Rows<T>(grad), Rows<T>(grad_x), wide_scale.data(),         unused, unused,
+        unused, false,         nullptr,         mutable_data<float>(sums), S,      C,
+        eps};
     run_parallel(kernel, B * chunks, kChunk * C);
   });
   const auto shared = totals(sums, B, chunks, 2, C);
   return {grad_x, shared[0], shared[1]};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_add_norm_backward(const Tensor& y, const Tensor& branch, const Tensor& gate,
-                                                                           const Tensor& scale, const std::optional<Tensor>& grad_y,
-                                                                           const Tensor& grad_normed, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_add_norm_backward(
+    const Tensor& y, const Tensor& branch, const Tensor& gate, const Tensor& scale,
+    const std::optional<Tensor>& grad_y, const Tensor& grad_normed, double eps) {
   require(y.dim() == 3, "y must have shape [B, S, C], got ", shape_of(y), ".");
   const int64_t B = y.size(0), S = y.size(1), C = y.size(2), chunks = chunks_of(S);
   require_rows(y, "y");
@@ -210,36 +224,61 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_add_norm_backward(const
   require_like(grad_normed, "grad_normed", y, "y");
   if (grad_y) require_like(*grad_y, "grad_y", y, "y");
   const std::vector<int64_t> shape{B, S, C};
-  const Tensor grad_x = torch::stable::new_empty(y, shape), grad_branch = torch::stable::new_empty(y, shape);
+  const Tensor grad_x = torch::stable::new_empty(y, shape),
+               grad_branch = torch::stable::new_empty(y, shape);
   const Tensor sums = floats(y, {B, chunks, 3, C});
   const auto wide_scale = vectors(scale, "scale", 1.0f), wide_gate = vectors(gate, "gate");
   dispatch_float(y, "y", [&](auto type) {
     using T = decltype(type);
-    const LayerNormBackward<T, true> kernel{Rows<T>(y), Rows<T>(grad_normed), Rows<T>(grad_x), wide_scale.data(), Rows<T>(branch),
-                                            Rows<T>(grad_y ? *grad_y : y), Rows<T>(grad_branch), grad_y.has_value(), wide_gate.data(),
-                                            mutable_data<float>(sums), S, C, eps};
+    const LayerNormBackward<T, true> kernel{Rows<T>(y),
+                                            Rows<T>(grad_normed),
+                                            Rows<T>(grad_x),
+                                            wide_scale.data(),
+                                            Rows<T>(branch),
+                                            Rows<T>(grad_y ? *grad_y : y),
+                                            Rows<T>(grad_branch),
+                                            grad_y.has_value(),
+                                            wide_gate.data(),
+                                            mutable_data<float>(sums),
+                                            S,
+                                            C,
+                                            eps};
     run_parallel(kernel, B * chunks, kChunk * C);
   });
   const auto shared = totals(sums, B, chunks, 3, C);
   return {grad_x, grad_branch, shared[2], shared[0], shared[1]};
 }
 
-std::tuple<Tensor, Tensor> norm_rope_backward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& cos,
-                                              const std::optional<Tensor>& sin, const std::optional<Tensor>& positions,
-                                              const std::vector<int64_t>& pairs, const Tensor& grad, double eps) {
-  require(x.dim() == 4 && x.size(3) % 2 == 0, "x must have shape [B, S, H, D] with even D, got ", shape_of(x), ".");
+std::tuple<Tensor, Tensor> norm_rope_backward(const Tensor& x, const Tensor& weight,
+                                              const std::optional<Tensor>& cos,
+                                              const std::optional<Tensor>& sin,
+                                              const std::optional<Tensor>& positions,
+                                              const std::vector<int64_t>& pairs, const Tensor& grad,
+                                              double eps) {
+  require(x.dim() == 4 && x.size(3) % 2 == 0, "x must have shape [B, S, H, D] with even D, got ",
+          shape_of(x), ".");
   const int64_t B = x.size(0), S = x.size(1), H = x.size(2), D = x.size(3), chunks = chunks_of(S);
   require_rows(x, "x");
   require_shape(weight, "weight", {D});
   require_like(grad, "grad", x, "x");
   const Angles angles = angles_of(cos, sin, positions, pairs, S, D);
-  const Tensor grad_x = torch::stable::new_empty(x, std::vector<int64_t>{B, S, H, D}), sums = floats(x, {B, chunks, D});
+  const Tensor grad_x = torch::stable::new_empty(x, std::vector<int64_t>{B, S, H, D}),
+               sums = floats(x, {B, chunks, D});
   const auto wide_weight = vectors(weight, "weight");
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
-    const NormRopeBackward<T> kernel{data<T>(x), data<T>(grad), mutable_data<T>(grad_x), wide_weight.data(), angles,
-                                     mutable_data<float>(sums), S, H, D, {x.stride(0), x.stride(1), x.stride(2)},
-                                     {grad.stride(0), grad.stride(1), grad.stride(2)}, eps};
+    const NormRopeBackward<T> kernel{data<T>(x),
+                                     data<T>(grad),
+                                     mutable_data<T>(grad_x),
+                                     wide_weight.data(),
+                                     angles,
+                                     mutable_data<float>(sums),
+                                     S,
+                                     H,
+                                     D,
+                                     {x.stride(0), x.stride(1), x.stride(2)},
+                                     {grad.stride(0), grad.stride(1), grad.stride(2)},
+                                     eps};
     run_parallel(kernel, B * chunks, kChunk * H * D);
   });
   return {grad_x, torch::stable::select(totals(sums, 1, B * chunks, 1, D)[0], 0, 0)};

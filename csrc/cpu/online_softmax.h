@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention over keys that come block by block, with a running maximum (arXiv 2205.14135), all in fp32: what the attention
-// kernels of the CPU share. The queries of one panel; which keys they see is for their kernel to say.
+// Attention over keys that come block by block, with a running maximum (arXiv 2205.14135), all in
+// fp32: what the attention kernels of the CPU share. The queries of one panel; which keys they see
+// is for their kernel to say.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -18,8 +19,8 @@ struct KeyBlock {
   int64_t step, tokens;
 };
 
-// The running softmax of the kPanel<W> queries of a panel: `out` is the sum of weight * value and `total` the sum of
-// weights, where weight = e^(logit - maximum).
+// The running softmax of the kPanel<W> queries of a panel: `out` is the sum of weight * value and
+// `total` the sum of weights, where weight = e^(logit - maximum).
 template <int W>
 struct OnlineSoftmax {
   using F = typename Lanes<W>::F;
@@ -30,25 +31,33 @@ struct OnlineSoftmax {
 
   static constexpr int64_t floats(int64_t D) { return (2 * D + 2) * P; }
 
-  static KANDINSKY_INLINE F share(const F& below) { return exp2_of_negative(below * std::numbers::log2e_v<float>); }
+  static KANDINSKY_INLINE F share(const F& below) {
+    return exp2_of_negative(below * std::numbers::log2e_v<float>);
+  }
 
   OnlineSoftmax() = default;
   OnlineSoftmax(float* memory, int64_t D)
-      : query(memory), out(memory + D * P), maximum(memory + 2 * D * P), total(memory + (2 * D + 1) * P) {}
+      : query(memory),
+        out(memory + D * P),
+        maximum(memory + 2 * D * P),
+        total(memory + (2 * D + 1) * P) {}
 
   // `count` queries of D floats, `step` floats apart.
-  KANDINSKY_INLINE void begin(const float* queries, int64_t step, int64_t count, int64_t D, float scale) const {
+  KANDINSKY_INLINE void begin(const float* queries, int64_t step, int64_t count, int64_t D,
+                              float scale) const {
     std::fill(query, query + D * P, 0.0f);
     transpose<W>(queries, step, count, D, query, P);
     for (int64_t i = 0; i < D * P; ++i) query[i] *= scale;
     std::fill(out, out + D * P, 0.0f);
-    std::fill(maximum, maximum + P, -FLT_MAX);  // finite, so that logits of -infinity weigh 0 and not NaN
+    std::fill(maximum, maximum + P,
+              -FLT_MAX);  // finite, so that logits of -infinity weigh 0 and not NaN
     std::fill(total, total + P, 0.0f);
   }
 
-  // Adds one block of keys; weights: [block.tokens][P] of scratch. `ahead`, if any, is brought towards the cache meanwhile: it is not
-  // where hardware would guess.
-  KANDINSKY_INLINE void attend(const KeyBlock& block, const KeyBlock* ahead, int64_t D, float* weights) const {
+  // Adds one block of keys; weights: [block.tokens][P] of scratch. `ahead`, if any, is brought
+  // towards the cache meanwhile: it is not where hardware would guess.
+  KANDINSKY_INLINE void attend(const KeyBlock& block, const KeyBlock* ahead, int64_t D,
+                               float* weights) const {
     const F old0 = load<W>(maximum), old1 = load<W>(maximum + W);
     F top0 = old0, top1 = old1, sum0{}, sum1{};
     const auto weigh = [&](int64_t j, const F& low, const F& high) __attribute__((always_inline)) {
@@ -83,8 +92,10 @@ struct OnlineSoftmax {
     product<W>(block.value, 1, block.step, weights, block.tokens, D, gather);
   }
 
-  // `count` results of D floats, `step` floats apart, and their natural log-sum-exp. `empty`: there were no keys; zeros.
-  KANDINSKY_INLINE void end(float* results, int64_t step, float* lse, int64_t count, int64_t D, bool empty) const {
+  // `count` results of D floats, `step` floats apart, and their natural log-sum-exp. `empty`: there
+  // were no keys; zeros.
+  KANDINSKY_INLINE void end(float* results, int64_t step, float* lse, int64_t count, int64_t D,
+                            bool empty) const {
     for (int64_t d = 0; d < D && !empty; ++d)
       for (int64_t lane = 0; lane < P; lane += W)
         store<W>(out + d * P + lane, load<W>(out + d * P + lane) / load<W>(total + lane));

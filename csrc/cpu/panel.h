@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the attention kernels compute with: a panel is float [depth][P] with one query in each of its P lanes. Every query has
-// its own lane from the first product to the last sum, so nothing is ever reduced across lanes, keys and values are read
-// as they lie, and a query's result cannot depend on its neighbours.
+// What the attention kernels compute with: a panel is float [depth][P] with one query in each of
+// its P lanes. Every query has its own lane from the first product to the last sum, so nothing is
+// ever reduced across lanes, keys and values are read as they lie, and a query's result cannot
+// depend on its neighbours.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -12,7 +13,8 @@
 
 namespace kandinsky {
 
-// Working memory of one thread. It starts on a cache line, because unaligned vectors would each touch two.
+// Working memory of one thread. It starts on a cache line, because unaligned vectors would each
+// touch two.
 class Scratch {
  public:
   explicit Scratch(int64_t floats) : lines_((floats + 15) / 16 + 1) {}
@@ -28,18 +30,21 @@ class Scratch {
 template <int W>
 constexpr int kPanel = 2 * W;
 
-// Rows of a product held in registers: 8 x 2 accumulators of AVX-512's 32, 6 x 2 of the others' 16. On a Zen 5 core at
-// 4 GHz: 229 of 8 x 2, 204 of 4 x 4 and 161 GFLOP/s of 6 x 4 with AVX-512, 118 of 6 x 2 and 109 of 4 x 2 with AVX2.
+// Rows of a product held in registers: 8 x 2 accumulators of AVX-512's 32, 6 x 2 of the others' 16.
+// On a Zen 5 core at 4 GHz: 229 of 8 x 2, 204 of 4 x 4 and 161 GFLOP/s of 6 x 4 with AVX-512, 118
+// of 6 x 2 and 109 of 4 x 2 with AVX2.
 template <int W>
 constexpr int kRows = W == 16 ? 8 : 6;
 
-// Terms added to one accumulator before it is set aside: the error of a sum grows with the length of its chain.
+// Terms added to one accumulator before it is set aside: the error of a sum grows with the length
+// of its chain.
 constexpr int64_t kChain = 128;
 
 // low[r] and high[r] = sum_k a[r * row_step + k * depth_step] * panel[k], over `depth` terms.
 template <int W, int R>
-KANDINSKY_INLINE void accumulate(const float* a, int64_t row_step, int64_t depth_step, const float* panel, int64_t depth,
-                                 typename Lanes<W>::F (&low)[R], typename Lanes<W>::F (&high)[R]) {
+KANDINSKY_INLINE void accumulate(const float* a, int64_t row_step, int64_t depth_step,
+                                 const float* panel, int64_t depth, typename Lanes<W>::F (&low)[R],
+                                 typename Lanes<W>::F (&high)[R]) {
   using F = typename Lanes<W>::F;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) low[r] = high[r] = F{};
@@ -54,15 +59,17 @@ KANDINSKY_INLINE void accumulate(const float* a, int64_t row_step, int64_t depth
   }
 }
 
-// done(row, low, high) receives sum_k a[row * row_step + k * depth_step] * panel[k] for R rows from `row` on.
+// done(row, low, high) receives sum_k a[row * row_step + k * depth_step] * panel[k] for R rows from
+// `row` on.
 template <int W, int R, class Done>
-KANDINSKY_INLINE void tile(const float* a, int64_t row_step, int64_t depth_step, const float* panel, int64_t depth, int64_t row,
-                           const Done& done) {
+KANDINSKY_INLINE void tile(const float* a, int64_t row_step, int64_t depth_step, const float* panel,
+                           int64_t depth, int64_t row, const Done& done) {
   typename Lanes<W>::F low[R], high[R], more_low[R], more_high[R];
   a += row * row_step;
   accumulate<W, R>(a, row_step, depth_step, panel, std::min(depth, kChain), low, high);
   for (int64_t k = kChain; k < depth; k += kChain) {
-    accumulate<W, R>(a + k * depth_step, row_step, depth_step, panel + k * kPanel<W>, std::min(depth - k, kChain), more_low, more_high);
+    accumulate<W, R>(a + k * depth_step, row_step, depth_step, panel + k * kPanel<W>,
+                     std::min(depth - k, kChain), more_low, more_high);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) low[r] += more_low[r], high[r] += more_high[r];
   }
@@ -72,8 +79,9 @@ KANDINSKY_INLINE void tile(const float* a, int64_t row_step, int64_t depth_step,
 
 // The same for rows [row, rows): kRows at a time, then fewer.
 template <int W, int R = kRows<W>, class Done>
-KANDINSKY_INLINE void product(const float* a, int64_t row_step, int64_t depth_step, const float* panel, int64_t depth, int64_t rows,
-                              const Done& done, int64_t row = 0) {
+KANDINSKY_INLINE void product(const float* a, int64_t row_step, int64_t depth_step,
+                              const float* panel, int64_t depth, int64_t rows, const Done& done,
+                              int64_t row = 0) {
   for (; row + R <= rows; row += R) tile<W, R>(a, row_step, depth_step, panel, depth, row, done);
   if constexpr (R > 1) {
     constexpr int kFewer = R == 6 ? 4 : R / 2;
@@ -82,7 +90,8 @@ KANDINSKY_INLINE void product(const float* a, int64_t row_step, int64_t depth_st
 }
 
 template <int W, int Step, int... Lane>
-KANDINSKY_INLINE void swap_corners(typename Lanes<W>::F& a, typename Lanes<W>::F& b, std::integer_sequence<int, Lane...>) {
+KANDINSKY_INLINE void swap_corners(typename Lanes<W>::F& a, typename Lanes<W>::F& b,
+                                   std::integer_sequence<int, Lane...>) {
   const auto x = a, y = b;
 #if defined(__clang__)
   a = __builtin_shufflevector(x, y, (Lane & Step ? W + Lane - Step : Lane)...);
@@ -94,18 +103,22 @@ KANDINSKY_INLINE void swap_corners(typename Lanes<W>::F& a, typename Lanes<W>::F
 #endif
 }
 
-// A W x W square in registers: swap its off-diagonal quarters, then those of its quarters, and so on.
+// A W x W square in registers: swap its off-diagonal quarters, then those of its quarters, and so
+// on.
 template <int W, int Step = W / 2>
 KANDINSKY_INLINE void transpose_square(typename Lanes<W>::F (&rows)[W]) {
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i)
-    if (!(i & Step)) swap_corners<W, Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, W>());
+    if (!(i & Step))
+      swap_corners<W, Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, W>());
   if constexpr (Step > 1) transpose_square<W, Step / 2>(rows);
 }
 
-// to[column][row] = from[row][column]. By squares, because W rows in flight hide the latency of memory that one would not.
+// to[column][row] = from[row][column]. By squares, because W rows in flight hide the latency of
+// memory that one would not.
 template <int W>
-KANDINSKY_INLINE void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+KANDINSKY_INLINE void transpose(const float* from, int64_t from_stride, int64_t rows,
+                                int64_t columns, float* to, int64_t to_stride) {
   const int64_t square_rows = rows - rows % W, square_columns = columns - columns % W;
   for (int64_t r = 0; r < square_rows; r += W) {
     for (int64_t c = 0; c < square_columns; c += W) {
@@ -118,14 +131,18 @@ KANDINSKY_INLINE void transpose(const float* from, int64_t from_stride, int64_t 
     }
   }
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = r < square_rows ? square_columns : 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+    for (int64_t c = r < square_rows ? square_columns : 0; c < columns; ++c)
+      to[c * to_stride + r] = from[r * from_stride + c];
 }
 
-// 2^t for t <= 0, zero below 2^-126, to 8e-8 of the result: 2^round(t) times a polynomial of the rest, |rest| <= 1/2.
+// 2^t for t <= 0, zero below 2^-126, to 8e-8 of the result: 2^round(t) times a polynomial of the
+// rest, |rest| <= 1/2.
 template <class F>
 KANDINSKY_INLINE F exp2_of_negative(const F& t) {
   using I = decltype(t < t);
-  constexpr float kShift = 0x1.8p23f + 127;  // adding it leaves round(t) + 127 in the low bits: the exponent of 2^round(t)
+  constexpr float kShift =
+      0x1.8p23f +
+      127;  // adding it leaves round(t) + 127 in the low bits: the exponent of 2^round(t)
   const F shifted = t + kShift, rest = t - (shifted - kShift);
   F power = rest * 1.53533620e-4f + 1.33988750e-3f;
   power = power * rest + 9.61843692e-3f;

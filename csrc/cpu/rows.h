@@ -28,12 +28,14 @@ KANDINSKY_INLINE const float* widened(const T* row, int64_t n, float* scratch) {
   if constexpr (std::is_same_v<T, float>) {
     return row;
   } else {
-    sweep<W, 1>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) { store<V>(scratch + i, load<V>(row + i)); });
+    sweep<W, 1>(n, [&]<int V>(int64_t i)
+                       __attribute__((always_inline)) { store<V>(scratch + i, load<V>(row + i)); });
     return scratch;
   }
 }
 
-// Power of two that brings the largest magnitude of the row near one; 1 for rows with an infinity or NaN.
+// Power of two that brings the largest magnitude of the row near one; 1 for rows with an infinity
+// or NaN.
 KANDINSKY_INLINE float taming_scale(const float* row, int64_t n) {
   float largest = 0;
   for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::fabs(row[i]));
@@ -42,14 +44,17 @@ KANDINSKY_INLINE float taming_scale(const float* row, int64_t n) {
   return std::isfinite(largest) ? std::ldexp(1.0f, -exponent) : 1.0f;
 }
 
-// normalised = ((x * scale - mean) - offset) * inverse. `offset` is what rounding left out of `mean`, so that a constant
-// row gives exact zeros; `scale` is 1 unless the squares of the row would overflow.
+// normalised = ((x * scale - mean) - offset) * inverse. `offset` is what rounding left out of
+// `mean`, so that a constant row gives exact zeros; `scale` is 1 unless the squares of the row
+// would overflow.
 struct Moments {
   float scale, mean, offset, inverse;
   double exact_inverse;  // before it was rounded
 
   template <int W>
-  KANDINSKY_INLINE typename Lanes<W>::F centred(const float* x) const { return (load<W>(x) * scale - mean) - offset; }
+  KANDINSKY_INLINE typename Lanes<W>::F centred(const float* x) const {
+    return (load<W>(x) * scale - mean) - offset;
+  }
 };
 
 struct Sums {
@@ -61,8 +66,9 @@ struct Two {
   typename Lanes<W>::F value, factor;
 };
 
-// Sums of the values that map.operator()<V>(i) gives over [0, n), and of their products with its factors. Four chains of additions hide
-// their latency, and none is longer than 16 before it joins the total: rounding grows with the chain, and narrow lanes make long ones.
+// Sums of the values that map.operator()<V>(i) gives over [0, n), and of their products with its
+// factors. Four chains of additions hide their latency, and none is longer than 16 before it joins
+// the total: rounding grows with the chain, and narrow lanes make long ones.
 template <int W, class Map>
 KANDINSKY_INLINE Sums reduce(int64_t n, const Map& map) {
   Sums sums;
@@ -108,12 +114,16 @@ KANDINSKY_INLINE Sums sums_and_squares(int64_t n, const Map& map) {
 
 template <int W>
 KANDINSKY_INLINE Moments moments(const float* row, int64_t n, float scale, double eps) {
-  const Sums first = sums_and_squares<W>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) { return load<V>(row + i) * scale; });
+  const Sums first = sums_and_squares<W>(
+      n, [&]<int V>(int64_t i) __attribute__((always_inline)) { return load<V>(row + i) * scale; });
   const float mean = float(first.values / double(n));
-  const Sums second =
-      sums_and_squares<W>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) { return load<V>(row + i) * scale - mean; });
-  const double offset = second.values / double(n), variance = std::max(second.products / double(n) - offset * offset, 0.0);
-  const double inverse = std::min(1.0 / std::sqrt(variance + eps * scale * scale), 3e38);  // finite for a huge constant
+  const Sums second = sums_and_squares<W>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) {
+    return load<V>(row + i) * scale - mean;
+  });
+  const double offset = second.values / double(n),
+               variance = std::max(second.products / double(n) - offset * offset, 0.0);
+  const double inverse = std::min(1.0 / std::sqrt(variance + eps * scale * scale),
+                                  3e38);  // finite for a huge constant
   return {scale, mean, float(offset), float(inverse), inverse};
 }
 
@@ -126,7 +136,8 @@ KANDINSKY_INLINE Moments safe_moments(const float* row, int64_t n, double eps) {
 
 template <int W>
 KANDINSKY_INLINE float inverse_rms(const float* row, int64_t n, double eps) {
-  const Sums sums = sums_and_squares<W>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) { return load<V>(row + i); });
+  const Sums sums = sums_and_squares<W>(
+      n, [&]<int V>(int64_t i) __attribute__((always_inline)) { return load<V>(row + i); });
   const float inverse = float(1.0 / std::sqrt(sums.products / double(n) + eps));
   if (inverse > 0 || inverse != inverse) return inverse;
   double squares = 0;  // fp32 squares overflowed
@@ -137,7 +148,8 @@ KANDINSKY_INLINE float inverse_rms(const float* row, int64_t n, double eps) {
 // The angle of every pair of every token, by tables: cos and sin are null where nothing turns.
 struct Angles {
   const float *cos = nullptr, *sin = nullptr;  // [P, D / 2] with the strides below
-  const int32_t* positions = nullptr;          // [S, axes]: a token's row of the tables for the pairs of each axis
+  const int32_t* positions =
+      nullptr;  // [S, axes]: a token's row of the tables for the pairs of each axis
   const std::vector<int64_t>* pairs = nullptr;
   int64_t cos_stride = 0, sin_stride = 0;
 
@@ -161,20 +173,26 @@ struct Rows {
   T* base;
   int64_t S, batch_stride, stride;
 
-  explicit Rows(const Tensor& t) : base(mutable_data<T>(t)), S(t.size(1)), batch_stride(t.stride(0)), stride(t.stride(1)) {}
-  KANDINSKY_INLINE T* operator[](int64_t row) const { return base + row / S * batch_stride + row % S * stride; }
+  explicit Rows(const Tensor& t)
+      : base(mutable_data<T>(t)), S(t.size(1)), batch_stride(t.stride(0)), stride(t.stride(1)) {}
+  KANDINSKY_INLINE T* operator[](int64_t row) const {
+    return base + row / S * batch_stride + row % S * stride;
+  }
 };
 
 template <class Kernel>
 void run_parallel(const Kernel& kernel, int64_t units, int64_t elements_per_unit) {
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements_per_unit));
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { run_simd(kernel, begin, end); });
+  const int64_t grain =
+      std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements_per_unit));
+  torch::stable::parallel_for(0, units, grain,
+                              [&](int64_t begin, int64_t end) { run_simd(kernel, begin, end); });
 }
 
 // [B, C] or [D] in any float type as contiguous fp32, plus a constant.
 inline std::vector<float> vectors(const Tensor& t, const char* name, float plus = 0) {
   require_rows(t, name);
-  const int64_t C = t.size(t.dim() - 1), rows = t.dim() == 2 ? t.size(0) : 1, stride = t.dim() == 2 ? t.stride(0) : 0;
+  const int64_t C = t.size(t.dim() - 1), rows = t.dim() == 2 ? t.size(0) : 1,
+                stride = t.dim() == 2 ? t.stride(0) : 0;
   std::vector<float> wide(rows * C);
   dispatch_float(t, name, [&](auto type) {
     const auto* source = data<decltype(type)>(t);
@@ -191,7 +209,8 @@ inline const float* table_of(const Tensor& table, const char* name, int64_t P, i
   return data<float>(table);
 }
 
-inline const int32_t* positions_of(const Tensor& positions, int64_t S, const std::vector<int64_t>& pairs, int64_t P, int64_t D) {
+inline const int32_t* positions_of(const Tensor& positions, int64_t S,
+                                   const std::vector<int64_t>& pairs, int64_t P, int64_t D) {
   int64_t sum = 0;
   for (const int64_t count : pairs) {
     require(count >= 0, "pairs must not be negative, got ", count, ".");
@@ -202,19 +221,22 @@ inline const int32_t* positions_of(const Tensor& positions, int64_t S, const std
   require_type(positions, "positions", ScalarType::Int);
   require(positions.is_contiguous(), "positions must be contiguous; call .contiguous() first.");
   const int32_t* p = data<int32_t>(positions);
-  const bool inside = std::all_of(p, p + positions.numel(), [&](int32_t row) { return 0 <= row && row < P; });
+  const bool inside =
+      std::all_of(p, p + positions.numel(), [&](int32_t row) { return 0 <= row && row < P; });
   require(inside, "positions must lie in the tables' rows 0 to ", P - 1, ".");
   return p;
 }
 
-inline Angles angles_of(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, const std::optional<Tensor>& positions,
-                        const std::vector<int64_t>& pairs, int64_t S, int64_t D) {
+inline Angles angles_of(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                        const std::optional<Tensor>& positions, const std::vector<int64_t>& pairs,
+                        int64_t S, int64_t D) {
   require(cos.has_value() == sin.has_value() && cos.has_value() == positions.has_value(),
           "cos, sin and positions must be given together, got only some of them.");
   if (!cos) return {};
   const int64_t P = cos->dim() ? cos->size(0) : 0;
   const float *cos_data = table_of(*cos, "cos", P, D), *sin_data = table_of(*sin, "sin", P, D);
-  return {cos_data, sin_data, positions_of(*positions, S, pairs, P, D), &pairs, cos->stride(0), sin->stride(0)};
+  return {cos_data, sin_data,       positions_of(*positions, S, pairs, P, D),
+          &pairs,   cos->stride(0), sin->stride(0)};
 }
 
 }  // namespace kandinsky

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// NABLA's choice of key blocks (arXiv 2507.13546) on the CPU, without sorting: masses are integers, so the sum of those up
-// to a limit does not depend on their order, and bisecting the limit finds the lightest block worth keeping exactly.
+// NABLA's choice of key blocks (arXiv 2507.13546) on the CPU, without sorting: masses are integers,
+// so the sum of those up to a limit does not depend on their order, and bisecting the limit finds
+// the lightest block worth keeping exactly.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -17,7 +18,8 @@
 namespace kandinsky {
 namespace {
 
-// One sum per lane in double: exact, because masses are integers up to 2^32 and a row has fewer than 2^21 of them.
+// One sum per lane in double: exact, because masses are integers up to 2^32 and a row has fewer
+// than 2^21 of them.
 template <int W>
 struct Sums {
   typedef double D __attribute__((vector_size(4 * W)));
@@ -53,23 +55,26 @@ struct Selection {
 
   // logits [N][P], and for each lane its maximum, NaN where it is not finite or a logit is NaN.
   template <int W>
-  KANDINSKY_INLINE void score(const float* panel, const float* keys, float* logits, float* maximum) const {
+  KANDINSKY_INLINE void score(const float* panel, const float* keys, float* logits,
+                              float* maximum) const {
     using F = typename Lanes<W>::F;
     constexpr int P = kPanel<W>;
     F top0 = F{} - INFINITY, top1 = top0, nan0{}, nan1{};
-    product<W>(keys, D, 1, panel, D, N, [&](int64_t j, const F& low, const F& high) __attribute__((always_inline)) {
-      store<W>(logits + j * P, low);
-      store<W>(logits + j * P + W, high);
-      top0 = low > top0 ? low : top0;
-      top1 = high > top1 ? high : top1;
-      nan0 = low == low ? nan0 : low;
-      nan1 = high == high ? nan1 : high;
-    });
+    product<W>(keys, D, 1, panel, D, N,
+               [&](int64_t j, const F& low, const F& high) __attribute__((always_inline)) {
+                 store<W>(logits + j * P, low);
+                 store<W>(logits + j * P + W, high);
+                 top0 = low > top0 ? low : top0;
+                 top1 = high > top1 ? high : top1;
+                 nan0 = low == low ? nan0 : low;
+                 nan1 = high == high ? nan1 : high;
+               });
     store<W>(maximum, top0 + (top0 - top0) + nan0);  // infinity - infinity is NaN
     store<W>(maximum + W, top1 + (top1 - top1) + nan1);
   }
 
-  // Replaces W lanes' logits by masses round(2^32 exp(logit - maximum)), zeros where the maximum is NaN; sums them.
+  // Replaces W lanes' logits by masses round(2^32 exp(logit - maximum)), zeros where the maximum is
+  // NaN; sums them.
   template <int W>
   KANDINSKY_INLINE void weigh(float* logits, const float* maximum, double* total) const {
     using F = typename Lanes<W>::F;
@@ -77,7 +82,8 @@ struct Selection {
     Sums<W> sums;
     for (int64_t j = 0; j < N; ++j, logits += kPanel<W>) {
       F mass = exp2_of_negative(load<W>(logits) - top) * 0x1p32f;
-      mass = mass < 0x1p23f ? (mass + 0x1p23f) - 0x1p23f : mass;  // from 2^23 on every float is an integer
+      mass = mass < 0x1p23f ? (mass + 0x1p23f) - 0x1p23f
+                            : mass;  // from 2^23 on every float is an integer
       mass = top == top ? mass : F{};
       store<W>(logits, mass);
       sums.add(mass);
@@ -131,7 +137,8 @@ struct Selection {
 
   // Packs W lanes; rows [lane] of `packed` are `words` apart, the first `count` exist.
   template <int W>
-  KANDINSKY_INLINE void pack(const float* masses, const Verdict<W>& verdict, int64_t count, int32_t* packed) const {
+  KANDINSKY_INLINE void pack(const float* masses, const Verdict<W>& verdict, int64_t count,
+                             int32_t* packed) const {
     using F = typename Lanes<W>::F;
     using I = typename Lanes<W>::I;
     const F least = load<W>(verdict.least);
@@ -169,14 +176,16 @@ struct Selection {
     constexpr int P = kPanel<W>;
     float *panel = memory, *maximum = panel + D * P, *masses = maximum + P;
     const float factor = std::numbers::log2e_v<float> / std::sqrt(float(D));
-    transpose<W>(query + head / H * batch_stride + head % H * head_stride + row * row_stride, row_stride, count, D, panel, P);
+    transpose<W>(query + head / H * batch_stride + head % H * head_stride + row * row_stride,
+                 row_stride, count, D, panel, P);
     for (int64_t i = 0; i < D * P; ++i) panel[i] *= factor;
     score<W>(panel, key + head * N * D, masses, maximum);
     int32_t* packed = selection + (head * N + row) * words;
     for (int64_t lane = 0; lane < count; lane += W) {
       double total[W];
       weigh<W>(masses + lane, maximum + lane, total);
-      pack<W>(masses + lane, judge<W>(masses + lane, total), std::min<int64_t>(W, count - lane), packed + lane * words);
+      pack<W>(masses + lane, judge<W>(masses + lane, total), std::min<int64_t>(W, count - lane),
+              packed + lane * words);
     }
     for (int64_t i = 0; i < count && !tiles.empty(); ++i) add_window(row + i, packed + i * words);
   }
@@ -185,26 +194,45 @@ struct Selection {
   KANDINSKY_INLINE void run(int64_t begin, int64_t end) const {
     Scratch memory((D + 1 + N) * kPanel<W>);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task / chunks(), first = task % chunks() * kTaskRows, last = std::min(N, first + kTaskRows);
+      const int64_t head = task / chunks(), first = task % chunks() * kTaskRows,
+                    last = std::min(N, first + kTaskRows);
       for (int64_t row = first; row < last; row += kPanel<W>)
         select<W>(head, row, std::min<int64_t>(kPanel<W>, last - row), memory.floats());
     }
   }
 };
 
-Tensor select_blocks(const Tensor& query_means, const Tensor& key_means, double keep_mass, const std::vector<int64_t>& tiles,
-                     const std::vector<int64_t>& window, const std::string& ties) {
-  require(query_means.dim() == 4, "query_means must have shape [B, H, N, D], got ", shape_of(query_means), ".");
-  const int64_t B = query_means.size(0), H = query_means.size(1), N = query_means.size(2), D = query_means.size(3);
+Tensor select_blocks(const Tensor& query_means, const Tensor& key_means, double keep_mass,
+                     const std::vector<int64_t>& tiles, const std::vector<int64_t>& window,
+                     const std::string& ties) {
+  require(query_means.dim() == 4, "query_means must have shape [B, H, N, D], got ",
+          shape_of(query_means), ".");
+  const int64_t B = query_means.size(0), H = query_means.size(1), N = query_means.size(2),
+                D = query_means.size(3);
   require_shape(key_means, "key_means", {B, H, N, D});
   require_rows(query_means, "query_means");
-  require(tiles.empty() || (tiles.size() == 3 && window.size() == 3 && tiles[0] * tiles[1] * tiles[2] == N),
+  require(tiles.empty() ||
+              (tiles.size() == 3 && window.size() == 3 && tiles[0] * tiles[1] * tiles[2] == N),
           "tiles and window must be three numbers each, the tiles with product N = ", N, ".");
   const Tensor query = to_float(query_means), key = torch::stable::contiguous(to_float(key_means));
-  const Tensor selection = torch::stable::new_empty(query, std::vector<int64_t>{B, H, N, (N + 31) / 32}, ScalarType::Int);
-  const Selection kernel{data<float>(query), query.stride(0), query.stride(1), query.stride(2), data<float>(key),
-                         mutable_data<int32_t>(selection), H, N, D, (N + 31) / 32, 1.0 - keep_mass, ties == "stable", tiles, window};
-  torch::stable::parallel_for(0, B * H * kernel.chunks(), 1, [&](int64_t begin, int64_t end) { run_simd(kernel, begin, end); });
+  const Tensor selection = torch::stable::new_empty(
+      query, std::vector<int64_t>{B, H, N, (N + 31) / 32}, ScalarType::Int);
+  const Selection kernel{data<float>(query),
+                         query.stride(0),
+                         query.stride(1),
+                         query.stride(2),
+                         data<float>(key),
+                         mutable_data<int32_t>(selection),
+                         H,
+                         N,
+                         D,
+                         (N + 31) / 32,
+                         1.0 - keep_mass,
+                         ties == "stable",
+                         tiles,
+                         window};
+  torch::stable::parallel_for(0, B * H * kernel.chunks(), 1,
+                              [&](int64_t begin, int64_t end) { run_simd(kernel, begin, end); });
   return selection;
 }
 

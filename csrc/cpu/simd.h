@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instruction set the CPU kernels use: the best of the processor at start, or the one a test asks for.
+// The instruction set the CPU kernels use: the best of the processor at start, or the one a test
+// asks for.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -14,10 +15,12 @@ enum class Simd : int { scalar = 0, avx2 = 1, avx512 = 2 };
 
 inline Simd best_simd() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     return Simd::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return Simd::avx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    return Simd::avx2;
 #endif
   return Simd::scalar;
 }
@@ -44,7 +47,9 @@ inline void set_simd_level(const char* name) {
     }
   }
   throw std::invalid_argument("the instruction set must be one this processor has, up to " +
-                              std::string(best_simd() == Simd::avx512 ? "avx512" : best_simd() == Simd::avx2 ? "avx2" : "scalar") +
+                              std::string(best_simd() == Simd::avx512 ? "avx512"
+                                          : best_simd() == Simd::avx2 ? "avx2"
+                                                                      : "scalar") +
                               ", got \"" + wanted + "\".");
 }
 
@@ -63,7 +68,8 @@ KANDINSKY_AVX512 void run_avx512(const Kernel& kernel, int64_t begin, int64_t en
 }
 #endif
 
-// kernel.run<W>(begin, end), compiled for the instruction set in use. run must be KANDINSKY_INLINE, as all it calls.
+// kernel.run<W>(begin, end), compiled for the instruction set in use. run must be KANDINSKY_INLINE,
+// as all it calls.
 template <class Kernel>
 void run_simd(const Kernel& kernel, int64_t begin, int64_t end) {
 #if defined(__x86_64__)

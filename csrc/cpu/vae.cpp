@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// group_moments and group_norm_silu of the video VAE on the CPU, channels-last. Both are bound by memory: the first reads its input
-// once, the second reads it once and writes its padded output once, borders included.
+// group_moments and group_norm_silu of the video VAE on the CPU, channels-last. Both are bound by
+// memory: the first reads its input once, the second reads it once and writes its padded output
+// once, borders included.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -18,16 +19,22 @@
 namespace kandinsky {
 namespace {
 
-constexpr int64_t kSlabElements = 1 << 16;  // of one task; a frame is cut by its own size alone, so threads cannot change its sums
-constexpr int64_t kSlabs = 32;              // at most, per frame
-constexpr int64_t kPixels = 16;             // summed in fp32 before they join the fp64 sums of their channels
-constexpr int64_t kPivotPixels = 64;        // of a frame's first row: one outlier alone must not become the pivot
-constexpr int64_t kFewPixels = 256;         // of a frame: too few for the roundings of fp32 sums to cancel, and quick in fp64
+constexpr int64_t kSlabElements =
+    1
+    << 16;  // of one task; a frame is cut by its own size alone, so threads cannot change its sums
+constexpr int64_t kSlabs = 32;   // at most, per frame
+constexpr int64_t kPixels = 16;  // summed in fp32 before they join the fp64 sums of their channels
+constexpr int64_t kPivotPixels =
+    64;  // of a frame's first row: one outlier alone must not become the pivot
+constexpr int64_t kFewPixels =
+    256;  // of a frame: too few for the roundings of fp32 sums to cancel, and quick in fp64
 
 template <class Kernel>
 void run_parallel(const Kernel& kernel, int64_t units, int64_t elements_per_unit) {
-  const int64_t grain = std::max<int64_t>(1, kSlabElements / std::max<int64_t>(1, elements_per_unit));
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { run_simd(kernel, begin, end); });
+  const int64_t grain =
+      std::max<int64_t>(1, kSlabElements / std::max<int64_t>(1, elements_per_unit));
+  torch::stable::parallel_for(0, units, grain,
+                              [&](int64_t begin, int64_t end) { run_simd(kernel, begin, end); });
 }
 
 // A [B, T, Y, X, C] tensor whose pixels are contiguous.
@@ -37,8 +44,15 @@ struct Video {
   int64_t T_, batch, frame, row, pixel;
 
   explicit Video(const Tensor& t)
-      : base(mutable_data<T>(t)), T_(t.size(1)), batch(t.stride(0)), frame(t.stride(1)), row(t.stride(2)), pixel(t.stride(3)) {}
-  KANDINSKY_INLINE T* at(int64_t b, int64_t t, int64_t y) const { return base + b * batch + t * frame + y * row; }
+      : base(mutable_data<T>(t)),
+        T_(t.size(1)),
+        batch(t.stride(0)),
+        frame(t.stride(1)),
+        row(t.stride(2)),
+        pixel(t.stride(3)) {}
+  KANDINSKY_INLINE T* at(int64_t b, int64_t t, int64_t y) const {
+    return base + b * batch + t * frame + y * row;
+  }
 };
 
 template <int W>
@@ -46,13 +60,14 @@ struct Doubles {
   typedef double D __attribute__((vector_size(8 * W)));
 };
 
-// Sums of x - pivot and of its square per channel: in fp32 over kPixels pixels, from there in fp64. The pivot is a mean of
-// pixels of the frame, so that what cancels is small beside the variance it belongs to. Squares that leave fp32 are summed again in fp64.
+// Sums of x - pivot and of its square per channel: in fp32 over kPixels pixels, from there in fp64.
+// The pivot is a mean of pixels of the frame, so that what cancels is small beside the variance it
+// belongs to. Squares that leave fp32 are summed again in fp64.
 template <class T>
 struct FrameSums {
   Video<T> x;
-  float* pivot;   // [frames, C]
-  double* sums;   // [frames, slabs, 2, C]
+  float* pivot;  // [frames, C]
+  double* sums;  // [frames, slabs, 2, C]
   int64_t Y, X, C, slabs, rows;
 
   void choose_pivot(int64_t frame) const {
@@ -64,7 +79,8 @@ struct FrameSums {
     for (int64_t c = 0; c < C; ++c) mean[c] = std::isfinite(mean[c]) ? mean[c] : 0.0f;
   }
 
-  // One pixel after the other as they lie: two at once, whose lines alternate, came at half the speed from memory (8 of 17 GB/s).
+  // One pixel after the other as they lie: two at once, whose lines alternate, came at half the
+  // speed from memory (8 of 17 GB/s).
   template <int V>
   KANDINSKY_INLINE void add(const T* p, const float* about, float* first, float* second) const {
     const auto d = load<V>(p) - load<V>(about);
@@ -73,7 +89,8 @@ struct FrameSums {
   }
 
   template <int V>
-  KANDINSKY_INLINE void add_pixels(const T* p, int64_t count, const float* about, float* first, double* sums_of_slab) const {
+  KANDINSKY_INLINE void add_pixels(const T* p, int64_t count, const float* about, float* first,
+                                   double* sums_of_slab) const {
     const int64_t channels = C, step = x.pixel;
     float* second = first + channels;
     std::fill(first, second + channels, 0.0f);
@@ -86,7 +103,8 @@ struct FrameSums {
   }
 
   // The sums of channels [from, to) over again, in fp64.
-  KANDINSKY_INLINE void add_wide(const T* p, int64_t from, int64_t to, const float* about, double* first, double* second) const {
+  KANDINSKY_INLINE void add_wide(const T* p, int64_t from, int64_t to, const float* about,
+                                 double* first, double* second) const {
     for (int64_t i = 0; i < X; ++i, p += x.pixel) {
       for (int64_t c = from; c < to; ++c) {
         const double d = double(float(p[c])) - about[c];
@@ -101,14 +119,18 @@ struct FrameSums {
     const bool few = Y * X < kFewPixels;
     Scratch memory(2 * C);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t frame = unit / slabs, start = unit % slabs * rows, stop = std::min(Y, start + rows);
+      const int64_t frame = unit / slabs, start = unit % slabs * rows,
+                    stop = std::min(Y, start + rows);
       const float* about = pivot + frame * C;
       double *first = sums + unit * 2 * C, *second = first + C;
-      const auto row = [&](int64_t y) __attribute__((always_inline)) { return x.at(frame / x.T_, frame % x.T_, y); };
+      const auto row = [&](int64_t y) __attribute__((always_inline)) {
+        return x.at(frame / x.T_, frame % x.T_, y);
+      };
       std::fill(first, first + 2 * C, 0.0);
       for (int64_t y = start; y < stop; ++y) {
         for (int64_t i = 0; i < X && !few; i += kPixels)
-          add_pixels<W>(row(y) + i * x.pixel, std::min(kPixels, X - i), about, memory.floats(), first);
+          add_pixels<W>(row(y) + i * x.pixel, std::min(kPixels, X - i), about, memory.floats(),
+                        first);
         if (few) add_wide(row(y), 0, C, about, first, second);
       }
       for (int64_t c = 0; c < C; ++c) {
@@ -120,11 +142,14 @@ struct FrameSums {
   }
 };
 
-// From the sums of a frame's slabs, added in order, to the mean and variance of its groups. All channels have `count` pixels.
-void join(const double* sums, const float* pivot, int64_t slabs, int64_t C, int64_t G, double count, double* moments) {
+// From the sums of a frame's slabs, added in order, to the mean and variance of its groups. All
+// channels have `count` pixels.
+void join(const double* sums, const float* pivot, int64_t slabs, int64_t C, int64_t G, double count,
+          double* moments) {
   std::vector<double> mean(C), spread(C);
   for (int64_t slab = 0; slab < slabs; ++slab)
-    for (int64_t c = 0; c < C; ++c) mean[c] += sums[2 * slab * C + c], spread[c] += sums[(2 * slab + 1) * C + c];
+    for (int64_t c = 0; c < C; ++c)
+      mean[c] += sums[2 * slab * C + c], spread[c] += sums[(2 * slab + 1) * C + c];
   for (int64_t c = 0; c < C; ++c) {
     mean[c] /= count;
     spread[c] = std::max(spread[c] / count - mean[c] * mean[c], std::isnan(mean[c]) ? NAN : 0.0);
@@ -135,7 +160,8 @@ void join(const double* sums, const float* pivot, int64_t slabs, int64_t C, int6
     double middle = 0, variance = 0;
     for (int64_t c = g * width; c < (g + 1) * width; ++c) middle += mean[c];
     middle /= double(width);
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) variance += spread[c] + (mean[c] - middle) * (mean[c] - middle);
+    for (int64_t c = g * width; c < (g + 1) * width; ++c)
+      variance += spread[c] + (mean[c] - middle) * (mean[c] - middle);
     moments[2 * g] = middle;
     moments[2 * g + 1] = variance / double(width);
   }
@@ -145,9 +171,12 @@ Tensor group_moments(const Tensor& x, int64_t groups) {
   require(x.dim() == 5, "x must have shape [B, T, Y, X, C], got ", shape_of(x), ".");
   require_rows(x, "x");
   const int64_t B = x.size(0), T = x.size(1), Y = x.size(2), X = x.size(3), C = x.size(4);
-  require(groups > 0 && C % groups == 0, "groups must divide the ", C, " channels of x, got ", groups, ".");
-  const Tensor moments = torch::stable::new_empty(x, std::vector<int64_t>{B, T, groups, 2}, ScalarType::Double);
-  const int64_t rows = std::max<int64_t>({1, (Y + kSlabs - 1) / kSlabs, kSlabElements / std::max<int64_t>(1, X * C)});
+  require(groups > 0 && C % groups == 0, "groups must divide the ", C, " channels of x, got ",
+          groups, ".");
+  const Tensor moments =
+      torch::stable::new_empty(x, std::vector<int64_t>{B, T, groups, 2}, ScalarType::Double);
+  const int64_t rows = std::max<int64_t>(
+      {1, (Y + kSlabs - 1) / kSlabs, kSlabElements / std::max<int64_t>(1, X * C)});
   const int64_t slabs = (Y + rows - 1) / rows;
   std::vector<float> pivot(B * T * C);
   std::vector<double> sums(B * T * slabs * 2 * C);
@@ -158,8 +187,8 @@ Tensor group_moments(const Tensor& x, int64_t groups) {
     run_parallel(kernel, B * T * slabs, rows * X * C);
   });
   for (int64_t frame = 0; frame < B * T; ++frame)
-    join(sums.data() + frame * slabs * 2 * C, pivot.data() + frame * C, slabs, C, groups, double(Y * X),
-         mutable_data<double>(moments) + frame * groups * 2);
+    join(sums.data() + frame * slabs * 2 * C, pivot.data() + frame * C, slabs, C, groups,
+         double(Y * X), mutable_data<double>(moments) + frame * groups * 2);
   return moments;
 }
 
@@ -172,22 +201,25 @@ KANDINSKY_INLINE F silu_of(const F& x) {
 
 template <class T, bool kSilu>
 struct GroupNormSilu {
-  Video<T> x, front;  // front [B, 2, Y + 2, X + 2, C], where `before` is 2
-  T* out;             // [B, T + 2 pad, Y + 2 pad, X + 2 pad, C]
+  Video<T> x, front;           // front [B, 2, Y + 2, X + 2, C], where `before` is 2
+  T* out;                      // [B, T + 2 pad, Y + 2 pad, X + 2 pad, C]
   const float *scale, *shift;  // [B, C]
   int64_t before, Y, X, C, pad;
 
   template <int V>
   static KANDINSKY_INLINE void apply(const T* from, const float* by, const float* plus, T* to) {
     const auto y = load<V>(from) * load<V>(by) + load<V>(plus);
-    if constexpr (kSilu) store<V>(to, silu_of(y));
-    else store<V>(to, y);
+    if constexpr (kSilu)
+      store<V>(to, silu_of(y));
+    else
+      store<V>(to, y);
   }
 
   // One row of pixels inside its left and right border.
   template <int W>
   KANDINSKY_INLINE void norm_row(const T* from, const float* by, const float* plus, T* to) const {
-    const int64_t channels = C, step = x.pixel;  // a store could change members, as far as the compiler can tell
+    const int64_t channels = C,
+                  step = x.pixel;  // a store could change members, as far as the compiler can tell
     T* q = to + pad * channels;
     for (int64_t i = X; i > 0; --i, from += step, q += channels) {
       int64_t c = 0;
@@ -202,10 +234,12 @@ struct GroupNormSilu {
   KANDINSKY_INLINE void copy_row(int64_t b, int64_t t, int64_t y, T* to) const {
     const T* from = front.at(b, t, y);
     if (front.pixel == C) return void(std::memcpy(to, from, (X + 2) * C * sizeof(T)));
-    for (int64_t i = 0; i < X + 2; ++i) std::memcpy(to + i * C, from + i * front.pixel, C * sizeof(T));
+    for (int64_t i = 0; i < X + 2; ++i)
+      std::memcpy(to + i * C, from + i * front.pixel, C * sizeof(T));
   }
 
-  // Unit: a row of a frame of `front`, or of x. The first and last ones also write the rows and frames that repeat them.
+  // Unit: a row of a frame of `front`, or of x. The first and last ones also write the rows and
+  // frames that repeat them.
   template <int W>
   KANDINSKY_INLINE void run(int64_t begin, int64_t end) const {
     const int64_t row = (X + 2 * pad) * C, frame = (Y + 2 * pad) * row, frames = x.T_ + before;
@@ -234,25 +268,33 @@ Tensor vectors(const Tensor& t, const char* name, int64_t B, int64_t C) {
   return torch::stable::contiguous(to_float(t));
 }
 
-Tensor group_norm_silu(const Tensor& x, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& front, bool pad, bool silu) {
+Tensor group_norm_silu(const Tensor& x, const Tensor& scale, const Tensor& shift,
+                       const std::optional<Tensor>& front, bool pad, bool silu) {
   require(x.dim() == 5, "x must have shape [B, T, Y, X, C], got ", shape_of(x), ".");
   require_rows(x, "x");
-  const int64_t B = x.size(0), T = x.size(1), Y = x.size(2), X = x.size(3), C = x.size(4), edge = pad ? 2 : 0;
-  require(!pad || (Y * X > 0 && (T > 0 || front)), "x must have a pixel to repeat, got ", shape_of(x), ".");
+  const int64_t B = x.size(0), T = x.size(1), Y = x.size(2), X = x.size(3), C = x.size(4),
+                edge = pad ? 2 : 0;
+  require(!pad || (Y * X > 0 && (T > 0 || front)), "x must have a pixel to repeat, got ",
+          shape_of(x), ".");
   if (front) {
     require(pad, "front must come with pad.");
     require_shape(*front, "front", {B, 2, Y + 2, X + 2, C});
     require_type(*front, "front", x.scalar_type());
     require_rows(*front, "front");
   }
-  const Tensor wide_scale = vectors(scale, "scale", B, C), wide_shift = vectors(shift, "shift", B, C);
-  Tensor out = torch::stable::new_empty(x, std::vector<int64_t>{B, T + edge, Y + edge, X + edge, C});
+  const Tensor wide_scale = vectors(scale, "scale", B, C),
+               wide_shift = vectors(shift, "shift", B, C);
+  Tensor out =
+      torch::stable::new_empty(x, std::vector<int64_t>{B, T + edge, Y + edge, X + edge, C});
   dispatch_float(x, "x", [&](auto type) {
     using E = decltype(type);
     const int64_t before = front ? 2 : 0;
     const auto run = [&](auto with_silu) {
-      run_parallel(GroupNormSilu<E, with_silu>{Video<E>(x), Video<E>(front ? *front : x), mutable_data<E>(out), data<float>(wide_scale),
-                                               data<float>(wide_shift), before, Y, X, C, pad ? 1 : 0}, B * (T + before) * Y, X * C);
+      run_parallel(
+          GroupNormSilu<E, with_silu>{Video<E>(x), Video<E>(front ? *front : x),
+                                      mutable_data<E>(out), data<float>(wide_scale),
+                                      data<float>(wide_shift), before, Y, X, C, pad ? 1 : 0},
+          B * (T + before) * Y, X * C);
     };
     silu ? run(std::true_type()) : run(std::false_type());
   });

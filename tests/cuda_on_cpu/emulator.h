@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs CUDA C++ kernels on a CPU, one thread block after the other and every thread of a block as a fiber, so that barriers and exchanges
-// between the lanes of a warp mean what they mean on a GPU. A thread gives way only where it must wait for others: whatever is not ordered by
-// a barrier happens in the order of `emulator::launch(..., backwards)`, and a kernel whose result depends on that order has a race.
+// Runs CUDA C++ kernels on a CPU, one thread block after the other and every thread of a block as a
+// fiber, so that barriers and exchanges between the lanes of a warp mean what they mean on a GPU. A
+// thread gives way only where it must wait for others: whatever is not ordered by a barrier happens
+// in the order of `emulator::launch(..., backwards)`, and a kernel whose result depends on that
+// order has a race.
 //
-// Include it before the kernel. Dynamic shared memory starts as NaN; a block that writes beyond it, waits for ever or leaves threads behind
-// at a barrier ends the program with one line.
+// Include it before the kernel. Dynamic shared memory starts as NaN; a block that writes beyond it,
+// waits for ever or leaves threads behind at a barrier ends the program with one line.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -46,11 +48,13 @@ inline dim3 blockDim, gridDim;
 
 namespace emulator {
 
-constexpr size_t kStack = 64 << 10, kGuard = 4096, kBytes = 64;  // bytes of a lane's contribution to an exchange
+constexpr size_t kStack = 64 << 10, kGuard = 4096,
+                 kBytes = 64;  // bytes of a lane's contribution to an exchange
 constexpr unsigned char kCanary = 0xA5;
 
 [[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "emulator: block (%u, %u, %u): %s\n", blockIdx.x, blockIdx.y, blockIdx.z, what);
+  std::fprintf(stderr, "emulator: block (%u, %u, %u): %s\n", blockIdx.x, blockIdx.y, blockIdx.z,
+               what);
   std::abort();
 }
 
@@ -61,8 +65,9 @@ struct Gate {
 
 struct Warp {
   Gate gate;
-  unsigned mask = 0;                           // of the exchange under way
-  alignas(16) unsigned char shared[2][32][kBytes];  // in turns: a lane may enter the next exchange before others have read this one
+  unsigned mask = 0;                                // of the exchange under way
+  alignas(16) unsigned char shared[2][32][kBytes];  // in turns: a lane may enter the next exchange
+                                                    // before others have read this one
 };
 
 struct Thread {
@@ -105,7 +110,8 @@ inline void meet(Gate& gate, unsigned count) {
   if (!_setjmp(self.state)) _longjmp(block.scheduler, 1);
 }
 
-// Every lane of `mask` contributes a value; calls read(lane) -> the value of that lane, when all have.
+// Every lane of `mask` contributes a value; calls read(lane) -> the value of that lane, when all
+// have.
 template <class T, class Read>
 auto exchange(unsigned mask, const T& value, Read read) {
   static_assert(sizeof(T) <= kBytes);
@@ -170,14 +176,16 @@ inline void run_block(bool backwards) {
       moved = true;
       done += thread.done;
     }
-    if (!moved) fail("its threads wait for one another: not all of them come to a barrier or an exchange");
+    if (!moved)
+      fail("its threads wait for one another: not all of them come to a barrier or an exchange");
   }
   for (size_t i = shared_size; i < shared.size(); ++i)
     if (shared[i] != kCanary) fail("it writes beyond its shared memory");
 }
 
 // Calls kernel() for every thread of every block.
-inline void launch(dim3 grid, dim3 threads, size_t shared_bytes, std::function<void()> kernel, bool backwards = false) {
+inline void launch(dim3 grid, dim3 threads, size_t shared_bytes, std::function<void()> kernel,
+                   bool backwards = false) {
   gridDim = grid;
   blockDim = threads;
   const unsigned count = threads.x * threads.y * threads.z;

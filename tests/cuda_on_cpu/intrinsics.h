@@ -8,8 +8,12 @@
 using std::max;
 using std::min;
 
-inline void __syncthreads() { emulator::meet(emulator::block.gate, emulator::block.threads.size()); }
-inline void __syncwarp(unsigned mask = ~0u) { emulator::exchange(mask, 0, [](auto) { return 0; }); }
+inline void __syncthreads() {
+  emulator::meet(emulator::block.gate, emulator::block.threads.size());
+}
+inline void __syncwarp(unsigned mask = ~0u) {
+  emulator::exchange(mask, 0, [](auto) { return 0; });
+}
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from) {
@@ -21,14 +25,18 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned distance) {
-  return __shfl_sync(mask, value, emulator::lane() + distance < 32 ? emulator::lane() + distance : emulator::lane());
+  return __shfl_sync(
+      mask, value,
+      emulator::lane() + distance < 32 ? emulator::lane() + distance : emulator::lane());
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned distance) {
-  return __shfl_sync(mask, value, emulator::lane() >= distance ? emulator::lane() - distance : emulator::lane());
+  return __shfl_sync(mask, value,
+                     emulator::lane() >= distance ? emulator::lane() - distance : emulator::lane());
 }
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
-  return emulator::reduce(mask, unsigned(vote) << emulator::lane(), [](unsigned a, unsigned b) { return a | b; });
+  return emulator::reduce(mask, unsigned(vote) << emulator::lane(),
+                          [](unsigned a, unsigned b) { return a | b; });
 }
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote); }
 inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == mask; }
@@ -42,8 +50,12 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
   return emulator::reduce(mask, value, [](unsigned a, unsigned b) { return max(a, b); });
 }
 
-inline unsigned atomicOr(unsigned* where, unsigned bits) { return std::exchange(*where, *where | bits); }
-inline unsigned atomicAdd(unsigned* where, unsigned value) { return std::exchange(*where, *where + value); }
+inline unsigned atomicOr(unsigned* where, unsigned bits) {
+  return std::exchange(*where, *where | bits);
+}
+inline unsigned atomicAdd(unsigned* where, unsigned value) {
+  return std::exchange(*where, *where + value);
+}
 
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
@@ -83,7 +95,8 @@ inline void mma_tf32(float (&sum)[4], float a0, float a1, float a2, float a3, fl
       const unsigned row = g + i / 2 * 8, column = 2 * t + i % 2;
       double total = sum[i];
       for (unsigned k = 0; k < 8; ++k) {
-        const float a = of(row % 8 * 4 + k % 4).a[k / 4 * 2 + row / 8], b = of(column * 4 + k % 4).b[k / 4];
+        const float a = of(row % 8 * 4 + k % 4).a[k / 4 * 2 + row / 8],
+                    b = of(column * 4 + k % 4).b[k / 4];
         total += double(a) * b;
       }
       sum[i] = towards_zero(total);
