@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kandinsky_kernels as ops
 from kandinsky_model.config import LITE_DIT, PRO_DIT
-from kandinsky_model.geometry import Grid, local_window
+from kandinsky_model.dit.geometry import Grid, local_window
 
 from .clock import commit
 

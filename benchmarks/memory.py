@@ -13,8 +13,8 @@ import torch
 
 from kandinsky_model.clip import default_policy
 from kandinsky_model.config import PRESETS, DiTConfig, Preset, VAEConfig
-from kandinsky_model.dit import DiffusionTransformer3D
-from kandinsky_model.geometry import Grid
+from kandinsky_model.dit.geometry import Grid
+from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.memory import parse_bytes
 from kandinsky_model.placement import Job, RunPlan, Stage, Weights, plan_run, ways_to_run
 from kandinsky_model.vae import HunyuanVideoVAE

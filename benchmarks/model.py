@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import kandinsky_kernels as ops
-from kandinsky_model import attention as attention_module
 from kandinsky_model.config import HUNYUAN_VAE, LITE_DIT, DiTConfig, NablaConfig, VAEConfig
-from kandinsky_model.dit import DiffusionTransformer3D
-from kandinsky_model.plan import make_plan
+from kandinsky_model.dit import attention as attention_module
+from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.tiles import TilePlan
 from kandinsky_model.vae import HunyuanVideoVAE
 

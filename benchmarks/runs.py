@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kandinsky_model.config import PRESETS, DiTConfig, Preset, VAEConfig
-from kandinsky_model.dit import DiffusionTransformer3D
+from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.pipeline import Kandinsky5
 from kandinsky_model.text import TextEmbeddings
 from kandinsky_model.vae import HunyuanVideoVAE

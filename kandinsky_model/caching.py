@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .config import CACHES
-from .dit import DiffusionTransformer3D, Modulations
-from .plan import Plan
+from .dit.layout import Plan
+from .dit.transformer import DiffusionTransformer3D, Modulations
 
 
 class Branch(ABC):

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import video as files
 from .caching import make_cache
 from .config import ATTENTIONS, CACHES, Preset
-from .geometry import Grid
+from .dit.geometry import Grid
 from .sampler import PRECISIONS
 from .vae import POLICIES
 from .weights import read_headers

@@ -19,7 +19,7 @@ from kandinsky_kernels import unpack_selection
 
 from . import chart
 from .config import NablaConfig
-from .dit import DiffusionTransformer3D
+from .dit.transformer import DiffusionTransformer3D
 
 CURVE = 100  # parts of a mass curve
 LARGEST_MAP = 256  # blocks of a side of a map that is kept; larger ones are averaged down to it

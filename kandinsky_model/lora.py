@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import ALL, Linear
+from .dit.attention import ALL, Linear
 from .weights import Entry, read_headers
 
 CONFIG_NAMES = ("config_lora.json", "adapter_config.json")

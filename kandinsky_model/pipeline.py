@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from .caching import make_cache
 from .clip import Notify, Settings, Video, complete, load_latents
 from .config import NablaConfig, Preset
+from .dit.layout import Chunks, make_plan
+from .dit.quantized import mode_of
 from .image import crop, fitting_size, latent_of, read_image, resize
 from .image_vae import is_image_vae, load_image_vae
 from .locate import PARTS, Sources, locate
@@ -25,8 +27,6 @@ from .lora import Adapters
 from .offload import LateOffload, Offload, tensors_of
 from .parallel import Ranks, from_first, share
 from .placement import Job, RunPlan, Weights, free_bytes, plan_run, ways_to_run
-from .plan import Chunks, make_plan
-from .quant import mode_of
 from .run import Interrupted, Run
 from .sampler import Conditioning, Given, Sampling, noise, sample
 from .vae import HunyuanVideoVAE

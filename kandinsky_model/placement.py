@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from .config import DiTConfig
-from .geometry import Grid
+from .dit.geometry import Grid
+from .dit.layout import Chunks
+from .dit.quantized import ROWS_AT_ONCE
 from .memory import FREE_SHARE
 from .offload import layout, streamed_layers, tensors_of
-from .plan import Chunks
-from .quant import ROWS_AT_ONCE
 from .tiles import TilePlan
 from .vae import HunyuanVideoVAE
 from .vae_stages import POSITIONS

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .dit.quantized import check_mode, kind_of, pack, report_lines, weight_error
 from .locate import locate
-from .quant import check_mode, kind_of, pack, report_lines, weight_error
 from .weights import (
     CONFIG_NAME,
     INDEX_NAMES,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .caching import FirstBlockCache, MagCache
-from .dit import DiffusionTransformer3D
-from .plan import Plan
+from .dit.layout import Plan
+from .dit.transformer import DiffusionTransformer3D
 
 TIME_UNIT = 1000.0  # the network is told 1000 t
 NO_GUIDANCE = 1e-6  # a guidance this close to 1 needs no unconditional pass

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .dit import DiffusionTransformer3D
+from .dit.transformer import DiffusionTransformer3D
 from .locate import PRESET_KEY, Sources
 from .weights import cast, dit_config_json, save_tensors
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .attention import Linear
+from .dit.attention import Linear
 from .lora import Additions
 from .train_config import TARGETS, LoRAConfig
 from .video import replacing

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from kandinsky_kernels import modulated_norm
 
-from .dit import DiffusionTransformer3D, Modulations, ModulationTable
+from .dit.layout import Plan
+from .dit.transformer import DiffusionTransformer3D, Modulations, ModulationTable
 from .offload import LayerStream, Store, streamed_layers
-from .plan import Plan
 
 
 @dataclass(frozen=True)

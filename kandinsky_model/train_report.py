@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .chart import Axes, lines
 from .clip import Settings, Video
+from .dit.layout import Plan
 from .locate import Sources
 from .pipeline import Kandinsky5
-from .plan import Plan
 from .sampler import Sampling, noise, sample
 from .train_batches import conditioning, given
 from .train_cache import Sample, load

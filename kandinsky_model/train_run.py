@@ -22,13 +22,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .config import NablaConfig
-from .dit import DiffusionTransformer3D
-from .geometry import Grid
+from .dit.geometry import Grid
+from .dit.layout import Plan, make_plan
+from .dit.transformer import DiffusionTransformer3D
 from .locate import locate
 from .parallel import processes
 from .pipeline import NABLA_FOR_DENSE, choose_device
 from .placement import Job, Weights, free_bytes
-from .plan import Plan, make_plan
 from .sampler import TIME_UNIT, Conditioning, model_input, with_frames
 from .train_batches import Batch, Draws, Passes, draw
 from .train_cache import Cache, Sample, Wanted

@@ -22,9 +22,9 @@ from torch import nn
 
 from . import shapes
 from .config import PRESETS
-from .dit import DiffusionTransformer3D
-from .geometry import Grid, frequencies
-from .plan import make_plan
+from .dit.geometry import Grid, frequencies
+from .dit.layout import make_plan
+from .dit.transformer import DiffusionTransformer3D
 from .text import UNKNOWN, TinyTextEncoder
 from .train import Average, Clock, Optimizer, machine, short_attention, training_dtype
 from .vae import (

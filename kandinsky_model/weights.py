@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import DiTConfig, NablaConfig, VAEConfig
-from .dit import DiffusionTransformer3D
-from .quant import check_mode, kind_of, mode_of, pack, replace_layers
+from .dit.quantized import check_mode, kind_of, mode_of, pack, replace_layers
+from .dit.transformer import DiffusionTransformer3D
 from .vae import HunyuanVideoVAE
 from .video import replacing
 

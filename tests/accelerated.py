@@ -12,7 +12,7 @@ import torch
 
 from kandinsky_model import accelerate
 from kandinsky_model.config import DiTConfig, NablaConfig
-from kandinsky_model.geometry import Grid
+from kandinsky_model.dit.geometry import Grid
 
 from .diffusers_dit import diffusers_of
 from .plain_dit import plain_forward, random_state

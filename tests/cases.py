@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 import kandinsky_kernels as ops
 from kandinsky_model.config import LITE_DIT, PRO_DIT
-from kandinsky_model.geometry import Grid, block_offsets, local_window
+from kandinsky_model.dit.geometry import Grid, block_offsets, local_window
 
 from .compare import assert_faithful, assert_same_blocks
 

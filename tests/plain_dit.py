@@ -13,13 +13,13 @@ from einops import rearrange
 from torch.nn import functional as F
 
 from kandinsky_model.config import DiTConfig, NablaConfig
-from kandinsky_model.geometry import Grid, local_window
+from kandinsky_model.dit.geometry import Grid, local_window
 
 
 def random_state(config: DiTConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     """Every parameter random, modulations too: freshly built ones are zero and would gate every
     block off."""
-    from kandinsky_model.dit import DiffusionTransformer3D
+    from kandinsky_model.dit.transformer import DiffusionTransformer3D
 
     generator = torch.Generator().manual_seed(seed)
     state = {}

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from kandinsky_model import accelerate
-from kandinsky_model.geometry import Grid
+from kandinsky_model.dit.geometry import Grid
 
 from .accelerated import ROUNDING, WHOLE, off, stock, velocity
 

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import kandinsky_kernels as ops
 from kandinsky_kernels import _guard, _library, nabla, norm, reference, tuning
-from kandinsky_model.geometry import Grid
+from kandinsky_model.dit.geometry import Grid
 
 from .backward import BACKWARDS, INPUTS, Backward, without_gradients
 from .cases import BF16, FP32, OPERATORS, attention, heads, rows, tensors

@@ -15,7 +15,7 @@ import torch
 from benchmarks import clock, door, gpu, memory, ops, report, vae
 from kandinsky_model import vae_stages
 from kandinsky_model.config import VAEConfig
-from kandinsky_model.geometry import Grid
+from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.vae import HunyuanVideoVAE
 
 from .cases import BENCHES, CASES

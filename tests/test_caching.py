@@ -10,8 +10,8 @@ import torch
 
 from kandinsky_model.caching import FirstBlockCache, MagCache, make_cache
 from kandinsky_model.config import PRESETS
-from kandinsky_model.geometry import Grid
-from kandinsky_model.plan import Chunks, make_plan
+from kandinsky_model.dit.geometry import Grid
+from kandinsky_model.dit.layout import Chunks, make_plan
 from kandinsky_model.sampler import Conditioning, Sampling, noise, sample
 
 from .test_dit import CONFIG, NABLA, SCALE, build

@@ -11,7 +11,7 @@ from torch import nn
 from kandinsky_model import comfyui
 from kandinsky_model.comfyui_accelerate import accelerated, released
 from kandinsky_model.config import PRESETS, DiTConfig, NablaConfig
-from kandinsky_model.geometry import Grid
+from kandinsky_model.dit.geometry import Grid
 
 from .comfy_network import Kandinsky5, ModelPatcher
 from .compare import assert_faithful

@@ -14,7 +14,7 @@ import torch
 
 import kandinsky_kernels as ops
 from kandinsky_kernels import _guard, _library, nabla, reference, tuning
-from kandinsky_model.geometry import local_window
+from kandinsky_model.dit.geometry import local_window
 
 from .cases import CASES
 from .compare import assert_same_blocks

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kandinsky_model.attention import Attention
 from kandinsky_model.config import (
     IMAGE_DIT,
     IMAGE_EDIT_DIT,
@@ -22,9 +21,10 @@ from kandinsky_model.config import (
     NablaConfig,
     get_preset,
 )
-from kandinsky_model.dit import DiffusionTransformer3D
-from kandinsky_model.geometry import Grid, local_window
-from kandinsky_model.plan import Chunks, make_plan
+from kandinsky_model.dit.attention import Attention
+from kandinsky_model.dit.geometry import Grid, local_window
+from kandinsky_model.dit.layout import Chunks, make_plan
+from kandinsky_model.dit.transformer import DiffusionTransformer3D
 
 from .compare import assert_faithful
 from .conftest import shared_data

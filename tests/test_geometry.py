@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from kandinsky_model.config import PRESETS
-from kandinsky_model.geometry import (
+from kandinsky_model.dit.geometry import (
     Grid,
     block_offsets,
     frequencies,

@@ -12,11 +12,11 @@ from torch.testing import assert_close
 import kandinsky_kernels as ops
 from kandinsky_kernels import kernels
 from kandinsky_model.config import DiTConfig, NablaConfig
-from kandinsky_model.dit import DiffusionTransformer3D
-from kandinsky_model.geometry import Grid, block_offsets
+from kandinsky_model.dit.geometry import Grid, block_offsets
+from kandinsky_model.dit.layout import Chunks, make_plan
+from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.offload import Offload
 from kandinsky_model.placement import Job, Weights, sampling_bytes
-from kandinsky_model.plan import Chunks, make_plan
 from kandinsky_model.sampler import Conditioning, Sampling, noise, sample
 
 from .backward import INPUTS, Backward

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from kandinsky_model.commands import scaled_path
-from kandinsky_model.geometry import Grid
+from kandinsky_model.dit.geometry import Grid
+from kandinsky_model.dit.layout import make_plan
 from kandinsky_model.lora import Adapters
-from kandinsky_model.plan import make_plan
 
 from .test_dit import CONFIG, NABLA, SCALE, build, inputs, rel_l2
 

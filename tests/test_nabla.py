@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import kandinsky_kernels as ops
 from kandinsky_kernels import _library, reference
-from kandinsky_model.geometry import Grid, block_offsets, local_window
+from kandinsky_model.dit.geometry import Grid, block_offsets, local_window
 
 from .cases import token_mask
 from .compare import assert_faithful, assert_same_blocks

@@ -11,7 +11,7 @@ from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 
 import kandinsky_kernels as ops
-from kandinsky_model.geometry import Grid
+from kandinsky_model.dit.geometry import Grid
 
 from .cases import (
     CASES,

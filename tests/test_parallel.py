@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from kandinsky_model.caching import FirstBlockCache, MagCache
 from kandinsky_model.clip import load_latents
 from kandinsky_model.config import DiTConfig, NablaConfig
-from kandinsky_model.dit import DiffusionTransformer3D
-from kandinsky_model.geometry import Grid
+from kandinsky_model.dit.geometry import Grid
+from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.parallel import Ranks, from_first, share
-from kandinsky_model.plan import make_plan
 from kandinsky_model.sampler import Conditioning, Sampling, noise, sample
 
 from .plain_dit import random_state

@@ -17,7 +17,7 @@ from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
 from kandinsky_model.clip import load_latents
 from kandinsky_model.config import get_preset
-from kandinsky_model.dit import DiffusionTransformer3D
+from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.image import crop, latent_of, resize
 from kandinsky_model.image_vae import load_image_vae
 from kandinsky_model.locate import locate

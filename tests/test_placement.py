@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from benchmarks import memory as paper
-from kandinsky_model.attention import Linear
 from kandinsky_model.caching import FirstBlockCache, MagCache
 from kandinsky_model.config import PRESETS, DiTConfig, NablaConfig, VAEConfig
-from kandinsky_model.dit import DiffusionTransformer3D
-from kandinsky_model.geometry import Grid
+from kandinsky_model.dit.attention import Linear
+from kandinsky_model.dit.geometry import Grid
+from kandinsky_model.dit.layout import Chunks, make_plan
+from kandinsky_model.dit.quantized import quantize
+from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.lora import Adapters
 from kandinsky_model.offload import Offload
 from kandinsky_model.placement import (
@@ -28,8 +30,6 @@ from kandinsky_model.placement import (
     sampling_bytes,
     sampling_ways,
 )
-from kandinsky_model.plan import Chunks, make_plan
-from kandinsky_model.quant import quantize
 from kandinsky_model.sampler import Conditioning, Sampling, noise, sample
 
 from .live_memory import LiveMemory

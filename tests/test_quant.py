@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kandinsky_model import quant
-from kandinsky_model.attention import Linear
 from kandinsky_model.config import LITE_DIT, PRO_DIT, QUANTIZATIONS
-from kandinsky_model.geometry import Grid
-from kandinsky_model.lora import Adapters
-from kandinsky_model.plan import make_plan
-from kandinsky_model.quant import (
+from kandinsky_model.dit import quantized as quant
+from kandinsky_model.dit.attention import Linear
+from kandinsky_model.dit.geometry import Grid
+from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.quantized import (
     QuantizedLinear,
     kind_of,
     quantization_report,
     quantize,
     quantize_rows,
 )
+from kandinsky_model.lora import Adapters
 from kandinsky_model.weights import empty_dit
 
 from .compare import assert_faithful

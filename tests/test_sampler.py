@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from kandinsky_model import sampler
 from kandinsky_model.config import DiTConfig, NablaConfig
-from kandinsky_model.dit import DiffusionTransformer3D, Modulations
-from kandinsky_model.geometry import Grid
-from kandinsky_model.plan import make_plan
+from kandinsky_model.dit.geometry import Grid
+from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.transformer import DiffusionTransformer3D, Modulations
 from kandinsky_model.sampler import (
     Conditioning,
     Given,

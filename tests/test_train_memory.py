@@ -10,10 +10,10 @@ import torch
 
 import kandinsky_kernels  # noqa: F401 - its operators are asked for below
 from kandinsky_model.config import PRESETS, DiTConfig, NablaConfig
-from kandinsky_model.dit import DiffusionTransformer3D
-from kandinsky_model.geometry import Grid
+from kandinsky_model.dit.geometry import Grid
+from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.placement import Job, Weights
-from kandinsky_model.plan import make_plan
 from kandinsky_model.train_config import LoRAConfig, TrainConfig
 from kandinsky_model.train_lora import attach
 from kandinsky_model.train_memory import Trained, plan_training, step_bytes, ways_to_train

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kandinsky_model.config import LITE_DIT, PRO_DIT
-from kandinsky_model.geometry import Grid
-from kandinsky_model.plan import Chunks, make_plan
+from kandinsky_model.dit.geometry import Grid
+from kandinsky_model.dit.layout import Chunks, make_plan
 from kandinsky_model.train_config import TARGETS, LoRAConfig
 from kandinsky_model.train_lora import attach, switched_off, targeted
 from kandinsky_model.train_network import TrainNetwork, Way

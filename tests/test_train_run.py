@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
-from kandinsky_model.geometry import Grid
+from kandinsky_model.dit.geometry import Grid
+from kandinsky_model.dit.layout import make_plan
 from kandinsky_model.locate import TINY
 from kandinsky_model.lora import Adapters
-from kandinsky_model.plan import make_plan
 from kandinsky_model.train_config import LoRAConfig, TrainConfig
 from kandinsky_model.train_run import Run, train
 from kandinsky_model.weights import load_dit
@@ -270,9 +270,7 @@ def one_thread():
 def contents(path):
     """Every bit of a file but the order of its header."""
     with safe_open(path, framework="pt") as file:
-        return file.metadata(), {
-            name: file.get_tensor(name).numpy().tobytes() for name in file
-        }  # noqa: SIM118 - not a mapping
+        return file.metadata(), {name: file.get_tensor(name).numpy().tobytes() for name in file}  # noqa: SIM118 - not a mapping
 
 
 def start(*arguments):

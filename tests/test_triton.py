@@ -16,7 +16,7 @@ import torch
 
 import kandinsky_kernels as ops
 from kandinsky_kernels import _guard, _library, kernels, nabla, norm, tuning, vae
-from kandinsky_model.geometry import Grid
+from kandinsky_model.dit.geometry import Grid
 
 from .backward import BACKWARDS
 from .cases import (

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kandinsky_model.config import DiTConfig, NablaConfig, VAEConfig
-from kandinsky_model.dit import DiffusionTransformer3D
+from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.vae import HunyuanVideoVAE
 from kandinsky_model.weights import (
     CONFIG_NAME,

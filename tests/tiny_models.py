@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 
 from kandinsky_model.config import DiTConfig, NablaConfig, VAEConfig
-from kandinsky_model.dit import DiffusionTransformer3D
+from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.text import TinyTextEncoder
 from kandinsky_model.text_vision import Preprocessor
 from kandinsky_model.vae import HunyuanVideoVAE

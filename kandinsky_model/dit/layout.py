@@ -11,9 +11,9 @@ from torch import Tensor
 
 from kandinsky_kernels import Rotary
 
+from ..config import DiTConfig, NablaConfig
+from ..parallel import Ranks
 from . import geometry
-from .config import DiTConfig, NablaConfig
-from .parallel import Ranks
 
 
 @dataclass(frozen=True)

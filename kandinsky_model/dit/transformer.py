@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 from kandinsky_kernels import gated_add_norm, modulated_norm
 
+from ..config import DiTConfig
 from . import geometry
 from .attention import Attention, Linear
-from .config import DiTConfig
-from .plan import Plan
+from .layout import Plan
 
 _log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from kandinsky_kernels import (
     select_blocks,
 )
 
-from .plan import Plan
+from .layout import Plan
 
 ALL = slice(None)
 
