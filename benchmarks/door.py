@@ -22,7 +22,7 @@ from kandinsky_kernels import selection_density
 from kandinsky_model import accelerate, diffusers_transformer
 from kandinsky_model.config import LITE_DIT, DiTConfig, VAEConfig
 from kandinsky_model.dit.geometry import Grid
-from kandinsky_model.vae import HunyuanVideoVAE
+from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 from tests.diffusers_dit import dense_mask, without_cast
 
 from .clock import keep_memory, machine, measure, roofs

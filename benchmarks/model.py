@@ -13,8 +13,8 @@ from kandinsky_model.config import HUNYUAN_VAE, LITE_DIT, DiTConfig, NablaConfig
 from kandinsky_model.dit import attention as attention_module
 from kandinsky_model.dit.layout import make_plan
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
-from kandinsky_model.tiles import TilePlan
-from kandinsky_model.vae import HunyuanVideoVAE
+from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
+from kandinsky_model.vae.tiles import TilePlan
 
 from .device import FULL, Clock, Size, block_mask, masks, peak_memory, ratios, show
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from kandinsky_model.config import PRESETS, VAEConfig
-from kandinsky_model.memory import Accounting
-from kandinsky_model.vae import HunyuanVideoVAE, Upsample
-from kandinsky_model.vae_stages import Chunk, Enlarge
-from kandinsky_model.vae_stream import decoding, encoding
+from kandinsky_model.vae.hunyuan import HunyuanVideoVAE, Upsample
+from kandinsky_model.vae.schemes import Accounting
+from kandinsky_model.vae.stages import Chunk, Enlarge
+from kandinsky_model.vae.stream import decoding, encoding
 from tests.live_memory import LiveMemory
 
 from .clock import keep_memory, machine, measure, roofs

@@ -35,7 +35,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _bytes(text: str) -> int:
-    from .memory import parse_bytes
+    from .vae.schemes import parse_bytes
 
     try:
         return parse_bytes(text)

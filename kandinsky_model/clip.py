@@ -21,7 +21,7 @@ from .caching import make_cache
 from .config import ATTENTIONS, CACHES, Preset
 from .dit.geometry import Grid
 from .sampler import PRECISIONS
-from .vae import POLICIES
+from .vae.hunyuan import POLICIES
 from .weights import read_headers
 
 PIXELS_PER_TOKEN = 16

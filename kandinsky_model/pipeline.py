@@ -21,7 +21,6 @@ from .config import NablaConfig, Preset
 from .dit.layout import Chunks, make_plan
 from .dit.quantized import mode_of
 from .image import crop, fitting_size, latent_of, read_image, resize
-from .image_vae import is_image_vae, load_image_vae
 from .locate import PARTS, Sources, locate
 from .lora import Adapters
 from .offload import LateOffload, Offload, tensors_of
@@ -29,7 +28,8 @@ from .parallel import Ranks, from_first, share
 from .placement import Job, RunPlan, Weights, free_bytes, plan_run, ways_to_run
 from .run import Interrupted, Run
 from .sampler import Conditioning, Given, Sampling, noise, sample
-from .vae import HunyuanVideoVAE
+from .vae.flux import is_image_vae, load_image_vae
+from .vae.hunyuan import HunyuanVideoVAE
 from .weights import load_dit, load_vae
 
 # what --attention nabla means for a checkpoint released with dense attention

@@ -21,11 +21,11 @@ from .config import DiTConfig
 from .dit.geometry import Grid
 from .dit.layout import Chunks
 from .dit.quantized import ROWS_AT_ONCE
-from .memory import FREE_SHARE
 from .offload import layout, streamed_layers, tensors_of
-from .tiles import TilePlan
-from .vae import HunyuanVideoVAE
-from .vae_stages import POSITIONS
+from .vae.hunyuan import HunyuanVideoVAE
+from .vae.schemes import FREE_SHARE
+from .vae.stages import POSITIONS
+from .vae.tiles import TilePlan
 
 # On a GPU, beside the tensors of a block: lists or maps of a kernel of ours (64 MiB, or those of
 # one head where that is more), workspaces of cuBLAS, and what the allocator rounds up.

@@ -27,7 +27,7 @@ from .pipeline import KINDS, Kandinsky5
 from .placement import Weights, free_bytes, text_ways
 from .text_cache import identity
 from .train_data import Bad, Item, read_item, read_source
-from .vae import HunyuanVideoVAE
+from .vae.hunyuan import HunyuanVideoVAE
 from .video import replacing
 from .weights import read_headers
 

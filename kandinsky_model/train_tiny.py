@@ -27,7 +27,7 @@ from .dit.layout import make_plan
 from .dit.transformer import DiffusionTransformer3D
 from .text import UNKNOWN, TinyTextEncoder
 from .train import Average, Clock, Optimizer, machine, short_attention, training_dtype
-from .vae import (
+from .vae.hunyuan import (
     CausalConv3d,
     Downsample,
     FrameCausalAttention,

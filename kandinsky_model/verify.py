@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from .config import PRESETS
 from .locate import recognise
-from .vae import HunyuanVideoVAE
+from .vae.hunyuan import HunyuanVideoVAE
 from .weights import (
     check_names,
     empty_dit,

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .config import DiTConfig, NablaConfig, VAEConfig
 from .dit.quantized import check_mode, kind_of, mode_of, pack, replace_layers
 from .dit.transformer import DiffusionTransformer3D
-from .vae import HunyuanVideoVAE
+from .vae.hunyuan import HunyuanVideoVAE
 from .video import replacing
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"

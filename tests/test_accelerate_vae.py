@@ -8,7 +8,8 @@ import pytest
 import tiny_models
 import torch
 
-from kandinsky_model import accelerate, vae_pairs
+from kandinsky_model import accelerate
+from kandinsky_model.vae import winograd as vae_pairs
 
 from .accelerated import ROUNDING, off, told
 

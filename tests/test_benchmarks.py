@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from benchmarks import clock, door, gpu, memory, ops, report, vae
-from kandinsky_model import vae_stages
 from kandinsky_model.config import VAEConfig
 from kandinsky_model.dit.geometry import Grid
-from kandinsky_model.vae import HunyuanVideoVAE
+from kandinsky_model.vae import stages as vae_stages
+from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 
 from .cases import BENCHES, CASES
 

@@ -10,7 +10,7 @@ import torch
 from kandinsky_model.config import HUNYUAN_VAE
 from kandinsky_model.image import latent_of, read_image, resize
 from kandinsky_model.locate import TINY
-from kandinsky_model.vae import HunyuanVideoVAE
+from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 from kandinsky_model.weights import load_vae
 
 from .conftest import shared_data

@@ -15,7 +15,7 @@ from kandinsky_model.config import PRESETS, DiTConfig, VAEConfig
 from kandinsky_model.locate import TINY as BUNDLE
 from kandinsky_model.text import START, UNKNOWN, TinyTextEncoder
 from kandinsky_model.train import Optimizer, orthogonalize
-from kandinsky_model.vae import HunyuanVideoVAE
+from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 from kandinsky_model.weights import load_dit, load_vae
 
 LARGEST_BUNDLE = 16_000_000

@@ -19,7 +19,7 @@ from kandinsky_model.clip import Settings, load_latents
 from kandinsky_model.config import PRESETS, get_preset
 from kandinsky_model.sampler import Sampling, normalize_first_frame
 from kandinsky_model.text_qwen import EDIT_CROPS, OFFICIAL_EDIT_CROP, QwenClipEncoder
-from kandinsky_model.tiles import TilePlan, starts
+from kandinsky_model.vae.tiles import TilePlan, starts
 
 PROMPT, SMALL = "a red circle", dict(tiny_models.SMALL, guidance_scale=2.0)
 
@@ -126,7 +126,7 @@ def test_06_tiles_cover_the_frame_whatever_memory_is_free(size):
 
 def test_07_pictures_are_scaled_as_the_checkpoints_were_trained():
     """By FLUX.1's factor without its shift; theirs uses the video VAE's factor in ComfyUI."""
-    from kandinsky_model.image_vae import ImageVAE
+    from kandinsky_model.vae.flux import ImageVAE
 
     vae = ImageVAE(tiny_models.random_image_vae())
     assert (

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import kandinsky_kernels as ops
 from kandinsky_model.config import VAEConfig
-from kandinsky_model.vae import (
+from kandinsky_model.vae.hunyuan import (
     CausalConv3d,
     FrameCausalAttention,
     HunyuanVideoVAE,

@@ -10,12 +10,14 @@ import torch
 from live_memory import LiveMemory
 from test_vae import SMALL, rel_l2, small_vae
 
-from kandinsky_model import memory, vae_pairs, vae_stages
 from kandinsky_model.config import VAEConfig
-from kandinsky_model.memory import Accounting, choose, ladder, parse_bytes
-from kandinsky_model.tiles import TilePlan
-from kandinsky_model.vae import decode_plan
-from kandinsky_model.vae_stream import Chain, decoding, stream
+from kandinsky_model.vae import schemes as memory
+from kandinsky_model.vae import stages as vae_stages
+from kandinsky_model.vae import winograd as vae_pairs
+from kandinsky_model.vae.hunyuan import decode_plan
+from kandinsky_model.vae.schemes import Accounting, choose, ladder, parse_bytes
+from kandinsky_model.vae.stream import Chain, decoding, stream
+from kandinsky_model.vae.tiles import TilePlan
 
 SIZES = [(1, 3, 4), (2, 5, 2), (5, 3, 3), (6, 2, 5)]  # latent T, Y, X
 DEEP = VAEConfig(
@@ -118,7 +120,7 @@ def test_frames_leave_in_order_while_the_last_pass_runs(monkeypatch):
 
 
 def test_upsampling_weights_are_folded_once(monkeypatch):
-    from kandinsky_model.vae import Upsample
+    from kandinsky_model.vae.hunyuan import Upsample
 
     folded, count = Upsample.folded, []
     monkeypatch.setattr(Upsample, "folded", lambda self: count.append(self) or folded(self))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kandinsky_model.config import DiTConfig, NablaConfig, VAEConfig
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
-from kandinsky_model.vae import HunyuanVideoVAE
+from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 from kandinsky_model.weights import (
     CONFIG_NAME,
     WEIGHTS_NAME,

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import VAEConfig
-from .memory import Accounting, StreamPlan, choose, ladder, plans, stream_within
+from ..config import VAEConfig
+from .schemes import Accounting, StreamPlan, choose, ladder, plans, stream_within
+from .stages import pixels
+from .stream import Chain, decoding, encoding
 from .tiles import TilePlan, tiled
-from .vae_stages import pixels
-from .vae_stream import Chain, decoding, encoding
 
 POLICIES = ("global", "official", "preview")
 _EPS = 1e-6

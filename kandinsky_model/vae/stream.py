@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import kandinsky_kernels as ops
 
-from .vae_stages import (
+from .stages import (
     Attend,
     Chunk,
     Convolve,

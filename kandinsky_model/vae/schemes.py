@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .vae_stream import Chain, stream
+from .stream import Chain, stream
 
 # What a level (everything between two resizings) keeps of the inputs of its stages: what enters it,
 # what is inside a resnet's detour, and what lies between the resnets. K keeps all. R keeps one

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import kandinsky_kernels as ops
 
-from . import vae_pairs
+from . import winograd as vae_pairs
 
 # A chunk has as many frames as it takes to reach this many positions: below it convolutions repack
 # their weights for too little work.

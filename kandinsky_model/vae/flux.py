@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from .vae_stages import pixels
-from .weights import find_weights, read_headers
+from ..weights import find_weights, read_headers
+from .stages import pixels
 
 
 class ImageVAE(nn.Module):
