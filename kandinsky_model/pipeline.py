@@ -606,10 +606,10 @@ def _load_vae(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 def _load_text(sources: Sources, dtype: torch.dtype, cache: bool) -> nn.Module:
     if sources.text_encoder_2 is None:
-        from .text import TinyTextEncoder
+        from .text.tiny import TinyTextEncoder
 
         return TinyTextEncoder.load(sources.text_encoder)
-    from .text_qwen import QwenClipEncoder
+    from .text.qwen_clip import QwenClipEncoder
 
     return QwenClipEncoder.load(sources, dtype, cache=cache)
 

@@ -25,7 +25,7 @@ from .locate import Sources
 from .offload import LateOffload, Offload
 from .pipeline import KINDS, Kandinsky5
 from .placement import Weights, free_bytes, text_ways
-from .text_cache import identity
+from .text.cache import identity
 from .train_data import Bad, Item, read_item, read_source
 from .vae.hunyuan import HunyuanVideoVAE
 from .video import replacing

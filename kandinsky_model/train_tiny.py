@@ -25,7 +25,7 @@ from .config import PRESETS
 from .dit.geometry import Grid, frequencies
 from .dit.layout import make_plan
 from .dit.transformer import DiffusionTransformer3D
-from .text import UNKNOWN, TinyTextEncoder
+from .text.tiny import UNKNOWN, TinyTextEncoder
 from .train import Average, Clock, Optimizer, machine, short_attention, training_dtype
 from .vae.hunyuan import (
     CausalConv3d,

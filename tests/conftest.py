@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kandinsky_kernels import _library
-from kandinsky_model import text_cache
+from kandinsky_model.text import cache as text_cache
 
 if not torch.cuda.is_available():
     # before anything imports Triton, which reads it once

@@ -439,7 +439,7 @@ def test_an_image_to_video_checkpoint_asks_for_its_image(from_image):
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch, diffusers_folder):
-    monkeypatch.setattr("kandinsky_model.text_parts.find_spec", lambda name: None)
+    monkeypatch.setattr("kandinsky_model.text.parts.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="require transformers") as error:
         call("LoadModel", path=str(diffusers_folder))
     assert "\n" not in str(error.value)

@@ -21,7 +21,7 @@ from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.image import crop, latent_of, resize
 from kandinsky_model.locate import locate
 from kandinsky_model.sampler import noise, sample
-from kandinsky_model.text_qwen import official_template
+from kandinsky_model.text.qwen_clip import official_template
 from kandinsky_model.vae.flux import load_image_vae
 
 SHORT = dict(height=64, width=96, num_inference_steps=2, guidance_scale=2.0)

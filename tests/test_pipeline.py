@@ -22,7 +22,7 @@ from kandinsky_model.clip import default_policy
 from kandinsky_model.config import get_preset
 from kandinsky_model.locate import locate
 from kandinsky_model.sampler import schedule
-from kandinsky_model.text_qwen import official_negative, official_template
+from kandinsky_model.text.qwen_clip import official_negative, official_template
 
 PROMPT = "a red circle moving right"
 

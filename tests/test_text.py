@@ -11,15 +11,15 @@ import torch
 from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
 from kandinsky_model.clip import load_latents
-from kandinsky_model.text_expand import INSTRUCTIONS, continue_greedily, request
-from kandinsky_model.text_qwen import (
+from kandinsky_model.text.expand import INSTRUCTIONS, continue_greedily, request
+from kandinsky_model.text.qwen_clip import (
     END,
     OFFICIAL_EDIT_CROP,
     QwenClipEncoder,
     official_negative,
     official_template,
 )
-from kandinsky_model.text_vision import PICTURE, positions
+from kandinsky_model.text.vision import PICTURE, positions
 
 from . import tiny_models
 from .text_peers import Processor, picture, pil, reference_pipeline
@@ -221,7 +221,7 @@ def talkative(text_parts):
 @pytest.fixture
 def few_tokens(monkeypatch):
     """Instead of 256."""
-    monkeypatch.setattr("kandinsky_model.text_expand.MOST_TOKENS", FEW_TOKENS)
+    monkeypatch.setattr("kandinsky_model.text.expand.MOST_TOKENS", FEW_TOKENS)
 
 
 def generated(parts, text, image, shrink):
@@ -257,7 +257,7 @@ def test_expansion_is_greedy_generation(talkative, few_tokens, caplog, kind, ima
         text.count("Кот") == 1 and text.count(PICTURE) == (image is not None) and "{}" not in text
     )
     assert shrink == (4 if kind == "image_edit" else 1)
-    with caplog.at_level(logging.INFO, "kandinsky_model.text_qwen"):
+    with caplog.at_level(logging.INFO, "kandinsky_model.text.qwen_clip"):
         written = encoder.expand("Кот", kind, image)
     assert written == generated(talkative, text, image, shrink) != ""
     assert f"expanded prompt: {written}" in caplog.text
@@ -275,7 +275,7 @@ def test_expansion_ends_where_the_model_ends_it(encoder, few_tokens, monkeypatch
     picture_token, letter = encoder.parts.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "b"])
     for tokens, written in (([picture_token, letter, stop, picture_token], None), ([], "a cat")):
         monkeypatch.setattr(
-            "kandinsky_model.text_qwen.continue_greedily", lambda *_, tokens=tokens: tokens
+            "kandinsky_model.text.qwen_clip.continue_greedily", lambda *_, tokens=tokens: tokens
         )
         assert encoder.expand("a cat") == (
             written or encoder.parts.tokenizer.decode([letter, stop]).strip()

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from kandinsky_model import pipeline, text_cache
+from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
-from kandinsky_model.text_cache import TensorCache, checksum, default_folder, identity
-from kandinsky_model.text_qwen import QwenClipEncoder
+from kandinsky_model.text import cache as text_cache
+from kandinsky_model.text.cache import TensorCache, checksum, default_folder, identity
+from kandinsky_model.text.qwen_clip import QwenClipEncoder
 
 from . import tiny_models
 
@@ -139,7 +140,7 @@ def test_another_file_is_another_encoder(tmp_path):
 
 def test_every_wish_has_its_own_entry(text_parts, tmp_path, monkeypatch):
     """Whatever changes the embeddings changes the name of the entry."""
-    monkeypatch.setattr("kandinsky_model.text_expand.MOST_TOKENS", 4)
+    monkeypatch.setattr("kandinsky_model.text.expand.MOST_TOKENS", 4)
 
     def encoder(template=TEMPLATE, **options):
         return QwenClipEncoder(

@@ -15,9 +15,9 @@ from kandinsky_model import offload, pipeline
 from kandinsky_model.locate import locate
 from kandinsky_model.offload import LateOffload, LayerStream
 from kandinsky_model.placement import Weights
-from kandinsky_model.text_parts import Parts
-from kandinsky_model.text_qwen import QwenClipEncoder
-from kandinsky_model.text_vision import Preprocessor
+from kandinsky_model.text.parts import Parts
+from kandinsky_model.text.qwen_clip import QwenClipEncoder
+from kandinsky_model.text.vision import Preprocessor
 
 from . import tiny_models
 from .text_peers import picture
@@ -25,7 +25,7 @@ from .text_peers import picture
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch):
-    monkeypatch.setattr("kandinsky_model.text_expand.MOST_TOKENS", 4)
+    monkeypatch.setattr("kandinsky_model.text.expand.MOST_TOKENS", 4)
 
 
 def copy_of(folder, target):
@@ -211,7 +211,7 @@ def test_a_head_tied_to_the_embeddings_or_none(diffusers_folder, tmp_path):
 
 
 def test_without_transformers_one_sentence_says_so(diffusers_folder, monkeypatch):
-    monkeypatch.setattr("kandinsky_model.text_parts.find_spec", lambda name: None)
+    monkeypatch.setattr("kandinsky_model.text.parts.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="require transformers >= 4.57, which is not installed"):
         loaded(diffusers_folder)
 

@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from kandinsky_model.text_vision import Preprocessor, look_up, positions
+from kandinsky_model.text.vision import Preprocessor, look_up, positions
 
 from .text_peers import image_processor, picture, pil
 

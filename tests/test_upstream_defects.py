@@ -18,7 +18,7 @@ from kandinsky_model.caching import make_cache
 from kandinsky_model.clip import Settings, load_latents
 from kandinsky_model.config import PRESETS, get_preset
 from kandinsky_model.sampler import Sampling, normalize_first_frame
-from kandinsky_model.text_qwen import EDIT_CROPS, OFFICIAL_EDIT_CROP, QwenClipEncoder
+from kandinsky_model.text.qwen_clip import EDIT_CROPS, OFFICIAL_EDIT_CROP, QwenClipEncoder
 from kandinsky_model.vae.tiles import TilePlan, starts
 
 PROMPT, SMALL = "a red circle", dict(tiny_models.SMALL, guidance_scale=2.0)

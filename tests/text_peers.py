@@ -6,7 +6,7 @@ from inspect import signature
 import torch
 from torch import nn
 
-from kandinsky_model.text_vision import Preprocessor
+from kandinsky_model.text.vision import Preprocessor
 
 PICTURE_SIZE = (130, 206)  # halved and rounded: 2 x 4 tokens
 

@@ -15,9 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from .placement import Weights
-from .text_vision import Preprocessor
-from .weights import find_weights, read_headers
+from ..placement import Weights
+from ..weights import find_weights, read_headers
+from .vision import Preprocessor
 
 HEAD, CLIP_DTYPE = "lm_head.weight", torch.float32
 _LAYER = re.compile(r"\blayers\.(\d+)\.")

@@ -9,7 +9,7 @@ from inspect import signature
 
 from torch import Tensor, nn
 
-from .text_vision import PICTURE, look_up
+from .vision import PICTURE, look_up
 
 MOST_TOKENS = 256
 # a picture to edit is shown with a quarter of its sides and a first frame whole, as in the official

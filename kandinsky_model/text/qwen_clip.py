@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .placement import Weights
-from .text import TextEmbeddings
-from .text_cache import TensorCache, checksum, identity
-from .text_expand import STOPS, continue_greedily, request
-from .text_parts import Parts
-from .text_vision import PICTURE, PLACEHOLDER, look_up, positions
+from ..placement import Weights
+from .cache import TensorCache, checksum, identity
+from .expand import STOPS, continue_greedily, request
+from .parts import Parts
+from .tiny import TextEmbeddings
+from .vision import PICTURE, PLACEHOLDER, look_up, positions
 
 KINDS = ("video", "image", "image_edit")
 # A text -> the file of diffusers that holds it, and its SHA-256.
