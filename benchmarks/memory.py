@@ -11,11 +11,11 @@ from functools import cache
 
 import torch
 
-from kandinsky_model.clip import default_policy
 from kandinsky_model.config import PRESETS, DiTConfig, Preset, VAEConfig
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.placement import Job, RunPlan, Stage, Weights, plan_run, ways_to_run
+from kandinsky_model.sampling.result import default_policy
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 from kandinsky_model.vae.schemes import parse_bytes
 from kandinsky_model.weights import FP32_NAMES

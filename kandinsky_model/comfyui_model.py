@@ -16,11 +16,11 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from .clip import complete
 from .image import resize
 from .pipeline import Callback, Kandinsky5
-from .run import Run
-from .sampler import Conditioning, Given
+from .sampling.result import complete
+from .sampling.run import Run
+from .sampling.sampler import Conditioning, Given
 
 
 @dataclass(frozen=True, eq=False)

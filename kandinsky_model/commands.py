@@ -111,7 +111,7 @@ def _settings(args) -> dict:
 
 def _prompts(args) -> list[str]:
     """The prompt, or those of the file, with settings that fit."""
-    from . import clip
+    from .sampling import result as clip
 
     if (args.prompt is None) == (args.prompts is None):
         what = "neither" if args.prompt is None else "both"
@@ -170,9 +170,10 @@ def _loaded(args, sources, device):
 
 
 def inspect(args) -> None:
-    from . import clip, pipeline
+    from . import pipeline
     from .inspection import inspect
     from .locate import locate
+    from .sampling import result as clip
 
     settings = _settings(args)
     clip.check_settings(args.prompt, **settings)
@@ -210,7 +211,7 @@ def inspect(args) -> None:
 
 def resume(args) -> None:
     from . import pipeline, video
-    from .run import Run
+    from .sampling.run import Run
 
     run = Run.load(args.run_file)
     settings = run.settings[0]
@@ -235,7 +236,8 @@ def resume(args) -> None:
 
 def _outputs(args, count: int) -> list[tuple[Path, Path | None]]:
     """Where videos and strips go, if they could be written now; several are numbered."""
-    from . import clip, video
+    from . import video
+    from .sampling import result as clip
 
     def named(path: str, i: int) -> Path:
         path = Path(path)
@@ -255,7 +257,7 @@ def _outputs(args, count: int) -> list[tuple[Path, Path | None]]:
 def _kept(output: Path | None):
     """An interruption of what is sampled inside leaves a file, and says how to go on; without an
     output another process does that."""
-    from .run import Interrupted
+    from .sampling.run import Interrupted
 
     try:
         yield
@@ -267,7 +269,8 @@ def _kept(output: Path | None):
 
 
 def _keep(result, output: Path, strip: Path | None, progress: Progress) -> None:
-    from . import clip, video
+    from . import video
+    from .sampling import result as clip
 
     # first: from here on nothing that fails can cost the sampling
     latents = result.save_latents(clip.latents_path(output))
@@ -278,7 +281,8 @@ def _keep(result, output: Path, strip: Path | None, progress: Progress) -> None:
 
 
 def decode(args) -> None:
-    from . import clip, pipeline, video
+    from . import pipeline, video
+    from .sampling import result as clip
 
     _, settings = clip.load_latents(args.latents)
     output = video.check_output(

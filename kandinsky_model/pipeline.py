@@ -15,8 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .caching import make_cache
-from .clip import Notify, Settings, Video, complete, load_latents
 from .config import NablaConfig, Preset
 from .dit.layout import Chunks, make_plan
 from .dit.quantized import mode_of
@@ -26,8 +24,10 @@ from .lora import Adapters
 from .offload import LateOffload, Offload, tensors_of
 from .parallel import Ranks, from_first, share
 from .placement import Job, RunPlan, Weights, free_bytes, plan_run, ways_to_run
-from .run import Interrupted, Run
-from .sampler import Conditioning, Given, Sampling, noise, sample
+from .sampling.result import Notify, Settings, Video, complete, load_latents
+from .sampling.run import Interrupted, Run
+from .sampling.sampler import Conditioning, Given, Sampling, noise, sample
+from .sampling.step_cache import make_cache
 from .vae.flux import is_image_vae, load_image_vae
 from .vae.hunyuan import HunyuanVideoVAE
 from .weights import load_dit, load_vae

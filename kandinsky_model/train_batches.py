@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .sampler import Conditioning, Given
+from .sampling.sampler import Conditioning, Given
 from .train_cache import Sample, load
 
 

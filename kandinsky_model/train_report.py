@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .chart import Axes, lines
-from .clip import Settings, Video
 from .dit.layout import Plan
 from .locate import Sources
 from .pipeline import Kandinsky5
-from .sampler import Sampling, noise, sample
+from .sampling.result import Settings, Video
+from .sampling.sampler import Sampling, noise, sample
 from .train_batches import conditioning, given
 from .train_cache import Sample, load
 from .video import replacing

@@ -29,7 +29,7 @@ from .locate import locate
 from .parallel import processes
 from .pipeline import NABLA_FOR_DENSE, choose_device
 from .placement import Job, Weights, free_bytes
-from .sampler import TIME_UNIT, Conditioning, model_input, with_frames
+from .sampling.sampler import TIME_UNIT, Conditioning, model_input, with_frames
 from .train_batches import Batch, Draws, Passes, draw
 from .train_cache import Cache, Sample, Wanted
 from .train_config import TrainConfig

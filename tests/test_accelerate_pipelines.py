@@ -11,7 +11,7 @@ import torch
 
 from kandinsky_model import accelerate
 from kandinsky_model.config import NablaConfig
-from kandinsky_model.sampler import schedule
+from kandinsky_model.sampling.sampler import schedule
 
 from .accelerated import NAMES, off, pipeline, run
 

@@ -12,7 +12,7 @@ from tiny_models import SMALL
 
 from kandinsky_model import pipeline
 from kandinsky_model import video as files
-from kandinsky_model.run import Interrupted, Run
+from kandinsky_model.sampling.run import Interrupted, Run
 
 from .live_memory import LiveMemory
 from .test_lora import write

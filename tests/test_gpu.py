@@ -17,7 +17,7 @@ from kandinsky_model.dit.layout import Chunks, make_plan
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.offload import Offload
 from kandinsky_model.placement import Job, Weights, sampling_bytes
-from kandinsky_model.sampler import Conditioning, Sampling, noise, sample
+from kandinsky_model.sampling.sampler import Conditioning, Sampling, noise, sample
 
 from .backward import INPUTS, Backward
 from .cases import OPERATORS, Case, attention, frames, heads, means, normed, rows, tensors, video

@@ -10,9 +10,9 @@ from PIL import Image
 
 from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
-from kandinsky_model.clip import load_latents
 from kandinsky_model.image import crop, latent_of, resize
-from kandinsky_model.sampler import finish
+from kandinsky_model.sampling.result import load_latents
+from kandinsky_model.sampling.sampler import finish
 
 from . import tiny_models
 

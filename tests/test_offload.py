@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from kandinsky_model import offload
-from kandinsky_model.caching import FirstBlockCache, MagCache
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import Chunks, make_plan
 from kandinsky_model.dit.quantized import quantize
 from kandinsky_model.lora import Adapters
 from kandinsky_model.offload import LayerStream, Offload, Store, streamed_layers, tensors_of
-from kandinsky_model.sampler import Conditioning, Sampling, noise, sample
+from kandinsky_model.sampling.sampler import Conditioning, Sampling, noise, sample
+from kandinsky_model.sampling.step_cache import FirstBlockCache, MagCache
 
 from .test_dit import CONFIG, MODES, SCALE, build, inputs
 from .test_lora import matrices, write

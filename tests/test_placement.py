@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from benchmarks import memory as paper
-from kandinsky_model.caching import FirstBlockCache, MagCache
 from kandinsky_model.config import PRESETS, DiTConfig, NablaConfig, VAEConfig
 from kandinsky_model.dit.attention import Linear
 from kandinsky_model.dit.geometry import Grid
@@ -30,7 +29,8 @@ from kandinsky_model.placement import (
     sampling_bytes,
     sampling_ways,
 )
-from kandinsky_model.sampler import Conditioning, Sampling, noise, sample
+from kandinsky_model.sampling.sampler import Conditioning, Sampling, noise, sample
+from kandinsky_model.sampling.step_cache import FirstBlockCache, MagCache
 
 from .live_memory import LiveMemory
 from .test_lora import write

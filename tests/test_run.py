@@ -13,8 +13,8 @@ from tiny_models import SMALL, SMALL_ARGS
 
 from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
-from kandinsky_model.clip import load_latents
-from kandinsky_model.run import Interrupted, Run
+from kandinsky_model.sampling.result import load_latents
+from kandinsky_model.sampling.run import Interrupted, Run
 
 PROMPT = "a red circle moving right"
 STEPS = dict(SMALL, num_inference_steps=4)

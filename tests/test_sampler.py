@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kandinsky_model import sampler
 from kandinsky_model.config import DiTConfig, NablaConfig
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_plan
 from kandinsky_model.dit.transformer import DiffusionTransformer3D, Modulations
-from kandinsky_model.sampler import (
+from kandinsky_model.sampling import sampler
+from kandinsky_model.sampling.sampler import (
     Conditioning,
     Given,
     Sampling,

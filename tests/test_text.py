@@ -10,7 +10,7 @@ import torch
 
 from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
-from kandinsky_model.clip import load_latents
+from kandinsky_model.sampling.result import load_latents
 from kandinsky_model.text.expand import INSTRUCTIONS, continue_greedily, request
 from kandinsky_model.text.qwen_clip import (
     END,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from kandinsky_model import pipeline
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_plan
-from kandinsky_model.sampler import model_input, with_frames
+from kandinsky_model.sampling.sampler import model_input, with_frames
 from kandinsky_model.train_config import LoRAConfig, TrainConfig
 from kandinsky_model.train_lora import attach, save_lora, switched_off
 from kandinsky_model.train_network import TrainNetwork

@@ -14,10 +14,10 @@ import torch
 
 from kandinsky_model import config, locate, pipeline
 from kandinsky_model.__main__ import main, parser
-from kandinsky_model.caching import make_cache
-from kandinsky_model.clip import Settings, load_latents
 from kandinsky_model.config import PRESETS, get_preset
-from kandinsky_model.sampler import Sampling, normalize_first_frame
+from kandinsky_model.sampling.result import Settings, load_latents
+from kandinsky_model.sampling.sampler import Sampling, normalize_first_frame
+from kandinsky_model.sampling.step_cache import make_cache
 from kandinsky_model.text.qwen_clip import EDIT_CROPS, OFFICIAL_EDIT_CROP, QwenClipEncoder
 from kandinsky_model.vae.tiles import TilePlan, starts
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from . import video as files
-from .clip import Settings
+from .. import video as files
+from ..weights import read_headers
+from .result import Settings
 from .sampler import Conditioning, Given
-from .weights import read_headers
 
 ABOUT = "kandinsky_run"  # the tensor of bytes that hold settings and step as JSON
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .caching import FirstBlockCache, MagCache
-from .dit.layout import Plan
-from .dit.transformer import DiffusionTransformer3D
+from ..dit.layout import Plan
+from ..dit.transformer import DiffusionTransformer3D
+from .step_cache import FirstBlockCache, MagCache
 
 TIME_UNIT = 1000.0  # the network is told 1000 t
 NO_GUIDANCE = 1e-6  # a guidance this close to 1 needs no unconditional pass

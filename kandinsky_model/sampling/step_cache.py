@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import CACHES
-from .dit.layout import Plan
-from .dit.transformer import DiffusionTransformer3D, Modulations
+from ..config import CACHES
+from ..dit.layout import Plan
+from ..dit.transformer import DiffusionTransformer3D, Modulations
 
 
 class Branch(ABC):

@@ -16,13 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import video as files
-from .caching import make_cache
-from .config import ATTENTIONS, CACHES, Preset
-from .dit.geometry import Grid
+from .. import video as files
+from ..config import ATTENTIONS, CACHES, Preset
+from ..dit.geometry import Grid
+from ..vae.hunyuan import POLICIES
+from ..weights import read_headers
 from .sampler import PRECISIONS
-from .vae.hunyuan import POLICIES
-from .weights import read_headers
+from .step_cache import make_cache
 
 PIXELS_PER_TOKEN = 16
 METADATA_KEY = "kandinsky"
