@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 
+from kandinsky_model.checkpoints.load import FP32_NAMES
 from kandinsky_model.config import PRESETS, DiTConfig, Preset, VAEConfig
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
@@ -18,7 +19,6 @@ from kandinsky_model.placement import Job, RunPlan, Stage, Weights, plan_run, wa
 from kandinsky_model.sampling.result import default_policy
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 from kandinsky_model.vae.schemes import parse_bytes
-from kandinsky_model.weights import FP32_NAMES
 
 # Qwen2.5-VL-7B in bf16 without its head and vision part (28 decoder layers, the table of tokens),
 # and CLIP-L's text model in fp32.

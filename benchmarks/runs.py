@@ -10,12 +10,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from kandinsky_model.checkpoints.load import FP32_NAMES
 from kandinsky_model.config import PRESETS, DiTConfig, Preset, VAEConfig
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.pipeline import Kandinsky5
 from kandinsky_model.text.tiny import TextEmbeddings
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
-from kandinsky_model.weights import FP32_NAMES
 
 from .device import FULL, Clock, Size, show
 from .memory import CLIP, QWEN_LAYERS

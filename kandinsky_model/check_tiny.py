@@ -5,7 +5,7 @@ import logging
 import math
 
 from . import pipeline, shapes
-from .locate import TINY
+from .checkpoints.locate import TINY
 
 logger = logging.getLogger(__name__)
 WORDS = ("color", "background", "shape", "motion")

@@ -136,7 +136,7 @@ def _prompts(args) -> list[str]:
 def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | None):
     """The model, and where its results go: one (output, strip) for each prompt."""
     from . import pipeline
-    from .locate import PARTS, locate
+    from .checkpoints.locate import PARTS, locate
 
     for name, shown in (
         ("sampler", args.cache not in (None, "none")),
@@ -171,8 +171,8 @@ def _loaded(args, sources, device):
 
 def inspect(args) -> None:
     from . import pipeline
+    from .checkpoints.locate import locate
     from .inspection import inspect
-    from .locate import locate
     from .sampling import result as clip
 
     settings = _settings(args)
@@ -323,21 +323,21 @@ def doctor(args) -> None:
 
 
 def verify(args) -> None:
-    from .verify import verify as lines_about
+    from .checkpoints.verify import verify as lines_about
 
     for line in lines_about(args.path):
         print(line)
 
 
 def quantize(args) -> None:
-    from .quant_file import quantize_file
+    from .checkpoints.quantize import quantize_file
 
     for line in quantize_file(args.model, args.folder, args.mode):
         print(line)
 
 
 def download(args) -> None:
-    from .locate import locate
+    from .checkpoints.locate import locate
 
     sources = locate(args.preset, args.revision)
     for name in ("dit", "vae", "text_encoder", "text_encoder_2"):
@@ -456,7 +456,7 @@ def train_tiny(args) -> None:
 
 def check_tiny(args) -> None:
     from .check_tiny import check_tiny
-    from .locate import TINY
+    from .checkpoints.locate import TINY
     from .shapes import held_out
 
     combinations = tuple(islice(cycle(held_out()), args.count))

@@ -13,7 +13,7 @@ import torch
 
 import kandinsky_kernels
 
-from .locate import TINY
+from .checkpoints.locate import TINY
 from .video import h264_encoder
 
 # Package -> what it is for. Those with "always" come with the installation.

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .checkpoints.load import load_dit, load_vae
+from .checkpoints.locate import PARTS, Sources, locate
+from .checkpoints.lora import Adapters
 from .config import NablaConfig, Preset
 from .dit.layout import Chunks, make_plan
 from .dit.quantized import mode_of
 from .image import crop, fitting_size, latent_of, read_image, resize
-from .locate import PARTS, Sources, locate
-from .lora import Adapters
 from .offload import LateOffload, Offload, tensors_of
 from .parallel import Ranks, from_first, share
 from .placement import Job, RunPlan, Weights, free_bytes, plan_run, ways_to_run
@@ -30,7 +31,6 @@ from .sampling.sampler import Conditioning, Given, Sampling, noise, sample
 from .sampling.step_cache import make_cache
 from .vae.flux import is_image_vae, load_image_vae
 from .vae.hunyuan import HunyuanVideoVAE
-from .weights import load_dit, load_vae
 
 # what --attention nabla means for a checkpoint released with dense attention
 NABLA_FOR_DENSE = NablaConfig(0.9)

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .locate import Sources
+from .checkpoints.load import read_headers
+from .checkpoints.locate import Sources
 from .offload import LateOffload, Offload
 from .pipeline import KINDS, Kandinsky5
 from .placement import Weights, free_bytes, text_ways
@@ -29,7 +30,6 @@ from .text.cache import identity
 from .train_data import Bad, Item, read_item, read_source
 from .vae.hunyuan import HunyuanVideoVAE
 from .video import replacing
-from .weights import read_headers
 
 # latents lie within +-10 or so, where this keeps 11 bits of them and bf16 would keep 8
 LATENT_DTYPE = torch.float16

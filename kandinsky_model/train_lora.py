@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .checkpoints.lora import Additions
 from .dit.attention import Linear
-from .lora import Additions
 from .train_config import TARGETS, LoRAConfig
 from .video import replacing
 

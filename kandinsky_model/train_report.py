@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .chart import Axes, lines
+from .checkpoints.locate import Sources
 from .dit.layout import Plan
-from .locate import Sources
 from .pipeline import Kandinsky5
 from .sampling.result import Settings, Video
 from .sampling.sampler import Sampling, noise, sample

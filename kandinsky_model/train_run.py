@@ -21,11 +21,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .checkpoints.load import load_dit
+from .checkpoints.locate import locate
 from .config import NablaConfig
 from .dit.geometry import Grid
 from .dit.layout import Plan, make_plan
 from .dit.transformer import DiffusionTransformer3D
-from .locate import locate
 from .parallel import processes
 from .pipeline import NABLA_FOR_DENSE, choose_device
 from .placement import Job, Weights, free_bytes
@@ -40,7 +41,6 @@ from .train_memory import Trained, plan_training
 from .train_network import TrainNetwork, Way
 from .train_report import Gallery, save_curve
 from .train_state import State, read_about
-from .weights import load_dit
 
 _log = logging.getLogger(__name__)
 STATE, FREE = (

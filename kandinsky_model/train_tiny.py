@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from . import shapes
+from .checkpoints.load import load_dit, load_vae, save_dit, save_vae
 from .config import PRESETS
 from .dit.geometry import Grid, frequencies
 from .dit.layout import make_plan
@@ -36,7 +37,6 @@ from .vae.hunyuan import (
     Upsample,
     sample_posterior,
 )
-from .weights import load_dit, load_vae, save_dit, save_vae
 
 logger = logging.getLogger(__name__)
 LOG_NAME, POOL_NAME = "training.json", "pool.safetensors"

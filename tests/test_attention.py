@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from kandinsky_model.checkpoints.load import load_dit, save_dit
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_plan
-from kandinsky_model.weights import load_dit, save_dit
 
 from .test_dit import CONFIG, MODES, SCALE, build, inputs, rel_l2
 

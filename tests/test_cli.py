@@ -17,7 +17,7 @@ from tiny_models import SMALL_ARGS
 import kandinsky_kernels
 from kandinsky_model import commands, pipeline, shapes, video
 from kandinsky_model.__main__ import main, parser
-from kandinsky_model.locate import TINY
+from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.sampling import result as clip
 
 PROMPT = "a red circle moving right"

@@ -10,8 +10,9 @@ from live_memory import LiveMemory
 from test_vae import rel_l2, small_vae
 from test_vae_stream import DEEP, FLAT
 
+from kandinsky_model.checkpoints.load import load_vae
+from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.config import VAEConfig
-from kandinsky_model.locate import TINY
 from kandinsky_model.vae import stages as vae_stages
 from kandinsky_model.vae import stream as vae_stream
 from kandinsky_model.vae import winograd as vae_pairs
@@ -19,7 +20,6 @@ from kandinsky_model.vae.hunyuan import encode_plan
 from kandinsky_model.vae.schemes import Accounting, ladder
 from kandinsky_model.vae.stages import shrinking_lengths
 from kandinsky_model.vae.stream import encoding, stream
-from kandinsky_model.weights import load_vae
 
 SIZES = [(1, 24, 40), (5, 16, 56), (13, 24, 16), (17, 8, 24)]  # video F, H, W
 SECONDS = {

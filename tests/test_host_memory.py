@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kandinsky_model import offload
-from kandinsky_model.lora import Adapters
+from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.offload import LayerStream, Offload, Store, layout, tensors_of
 
 from .test_lora import MODULES, matrices, write

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.commands import scaled_path
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_plan
-from kandinsky_model.lora import Adapters
 
 from .test_dit import CONFIG, NABLA, SCALE, build, inputs, rel_l2
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kandinsky_model.checkpoints.load import empty_dit
+from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.config import LITE_DIT, PRO_DIT, QUANTIZATIONS
 from kandinsky_model.dit import quantized as quant
 from kandinsky_model.dit.attention import Linear
@@ -22,8 +24,6 @@ from kandinsky_model.dit.quantized import (
     quantize,
     quantize_rows,
 )
-from kandinsky_model.lora import Adapters
-from kandinsky_model.weights import empty_dit
 
 from .compare import assert_faithful
 from .plain_dit import plain_forward

@@ -10,14 +10,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kandinsky_model import quant_file
 from kandinsky_model.__main__ import main
+from kandinsky_model.checkpoints import quantize as quant_file
+from kandinsky_model.checkpoints.load import WEIGHTS_NAME, load_dit, read_dit_config, save_dit
+from kandinsky_model.checkpoints.locate import TINY
+from kandinsky_model.checkpoints.quantize import quantize_file
+from kandinsky_model.checkpoints.verify import verify
 from kandinsky_model.config import QUANTIZATIONS, get_preset
 from kandinsky_model.dit.quantized import mode_of, quantization_report, quantize
-from kandinsky_model.locate import TINY
-from kandinsky_model.quant_file import quantize_file
-from kandinsky_model.verify import verify
-from kandinsky_model.weights import WEIGHTS_NAME, load_dit, read_dit_config, save_dit
 
 from .test_dit import CONFIG, NABLA, build
 from .test_quant import is_large

@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 
+from kandinsky_model.checkpoints.load import load_vae
+from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.config import HUNYUAN_VAE
 from kandinsky_model.image import latent_of, read_image, resize
-from kandinsky_model.locate import TINY
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
-from kandinsky_model.weights import load_vae
 
 from .conftest import shared_data
 from .tiny_models import diffusers_video_vae

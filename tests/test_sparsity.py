@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import sparsity
-from kandinsky_model.locate import TINY
+from kandinsky_model.checkpoints.locate import TINY
 
 
 def test_ssim_is_one_for_equals_and_falls_with_noise():

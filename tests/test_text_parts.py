@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kandinsky_model import offload, pipeline
-from kandinsky_model.locate import locate
+from kandinsky_model.checkpoints.locate import locate
 from kandinsky_model.offload import LateOffload, LayerStream
 from kandinsky_model.placement import Weights
 from kandinsky_model.text.parts import Parts

@@ -11,12 +11,12 @@ import torch
 
 from kandinsky_model import pipeline, shapes, train_tiny
 from kandinsky_model.check_tiny import check_tiny
+from kandinsky_model.checkpoints.load import load_dit, load_vae
+from kandinsky_model.checkpoints.locate import TINY as BUNDLE
 from kandinsky_model.config import PRESETS, DiTConfig, VAEConfig
-from kandinsky_model.locate import TINY as BUNDLE
 from kandinsky_model.text.tiny import START, UNKNOWN, TinyTextEncoder
 from kandinsky_model.train import Optimizer, orthogonalize
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
-from kandinsky_model.weights import load_dit, load_vae
 
 LARGEST_BUNDLE = 16_000_000
 SMALL = replace(

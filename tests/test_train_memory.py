@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import kandinsky_kernels  # noqa: F401 - its operators are asked for below
+from kandinsky_model.checkpoints.load import empty_dit
 from kandinsky_model.config import PRESETS, DiTConfig, NablaConfig
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_plan
@@ -19,7 +20,6 @@ from kandinsky_model.train_lora import attach
 from kandinsky_model.train_memory import Trained, plan_training, step_bytes, ways_to_train
 from kandinsky_model.train_network import TrainNetwork, Way
 from kandinsky_model.train_run import Run
-from kandinsky_model.weights import empty_dit
 
 from .live_memory import LiveMemory
 from .plain_dit import random_state

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 
 from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
+from kandinsky_model.checkpoints.load import load_dit
+from kandinsky_model.checkpoints.locate import TINY
+from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_plan
-from kandinsky_model.locate import TINY
-from kandinsky_model.lora import Adapters
 from kandinsky_model.train_config import LoRAConfig, TrainConfig
 from kandinsky_model.train_run import Run, train
-from kandinsky_model.weights import load_dit
 
 from .test_dit import inputs, rel_l2
 from .train_folders import SMALL, clips

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kandinsky_model import locate as locate_module
 from kandinsky_model.__main__ import main
+from kandinsky_model.checkpoints import locate as locate_module
+from kandinsky_model.checkpoints.locate import TINY
+from kandinsky_model.checkpoints.verify import _presets, verify
 from kandinsky_model.config import get_preset
-from kandinsky_model.locate import TINY
-from kandinsky_model.verify import _presets, verify
 
 from . import tiny_models
 

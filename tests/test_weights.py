@@ -9,10 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kandinsky_model.config import DiTConfig, NablaConfig, VAEConfig
-from kandinsky_model.dit.transformer import DiffusionTransformer3D
-from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
-from kandinsky_model.weights import (
+from kandinsky_model.checkpoints.load import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     load_dit,
@@ -21,6 +18,9 @@ from kandinsky_model.weights import (
     save_dit,
     save_vae,
 )
+from kandinsky_model.config import DiTConfig, NablaConfig, VAEConfig
+from kandinsky_model.dit.transformer import DiffusionTransformer3D
+from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 
 from .plain_dit import random_state
 

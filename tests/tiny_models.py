@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import torch
 
+from kandinsky_model.checkpoints.load import save_dit, save_vae
 from kandinsky_model.config import DiTConfig, NablaConfig, VAEConfig
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.text.tiny import TinyTextEncoder
 from kandinsky_model.text.vision import Preprocessor
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
-from kandinsky_model.weights import save_dit, save_vae
 
 WORDS = [
     "a",

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import video as files
+from ..checkpoints.load import read_headers
 from ..config import ATTENTIONS, CACHES, Preset
 from ..dit.geometry import Grid
 from ..vae.hunyuan import POLICIES
-from ..weights import read_headers
 from .sampler import PRECISIONS
 from .step_cache import make_cache
 

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .. import video as files
-from ..weights import read_headers
+from ..checkpoints.load import read_headers
 from .result import Settings
 from .sampler import Conditioning, Given
 

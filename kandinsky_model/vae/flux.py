@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from ..weights import find_weights, read_headers
+from ..checkpoints.load import find_weights, read_headers
 from .stages import pixels
 
 

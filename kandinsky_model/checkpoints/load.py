@@ -25,11 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import DiTConfig, NablaConfig, VAEConfig
-from .dit.quantized import check_mode, kind_of, mode_of, pack, replace_layers
-from .dit.transformer import DiffusionTransformer3D
-from .vae.hunyuan import HunyuanVideoVAE
-from .video import replacing
+from ..config import DiTConfig, NablaConfig, VAEConfig
+from ..dit.quantized import check_mode, kind_of, mode_of, pack, replace_layers
+from ..dit.transformer import DiffusionTransformer3D
+from ..vae.hunyuan import HunyuanVideoVAE
+from ..video import replacing
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 # of shards, as diffusers and transformers write them

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .dit.attention import ALL, Linear
-from .weights import Entry, read_headers
+from ..dit.attention import ALL, Linear
+from .load import Entry, read_headers
 
 CONFIG_NAMES = ("config_lora.json", "adapter_config.json")
 _PREFIX = re.compile(r"^(base_model\.model\.|transformer\.|diffusion_model\.)+")

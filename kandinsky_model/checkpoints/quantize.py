@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .dit.quantized import check_mode, kind_of, pack, report_lines, weight_error
-from .locate import locate
-from .weights import (
+from ..dit.quantized import check_mode, kind_of, pack, report_lines, weight_error
+from .load import (
     CONFIG_NAME,
     INDEX_NAMES,
     QUANTIZATION_KEY,
@@ -28,6 +27,7 @@ from .weights import (
     read_headers,
     read_quantization,
 )
+from .locate import locate
 
 SHARD_BYTES = 5 * 10**9
 HEADER_BYTES = 2**20  # for 5,000 tensors and more; Pro has 2,000 when quantised

@@ -20,8 +20,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .config import PRESETS, DiTConfig, Preset, get_preset
-from .weights import find_weights, infer_dit_config, read_dit_config, read_headers
+from ..config import PRESETS, DiTConfig, Preset, get_preset
+from .load import find_weights, infer_dit_config, read_dit_config, read_headers
 
 TINY = Path(__file__).parent / "tiny"
 PARTS = ("text", "dit", "vae")

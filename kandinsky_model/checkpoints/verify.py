@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from .config import PRESETS
-from .locate import recognise
-from .vae.hunyuan import HunyuanVideoVAE
-from .weights import (
+from ..config import PRESETS
+from ..vae.hunyuan import HunyuanVideoVAE
+from .load import (
     check_names,
     empty_dit,
     find_weights,
@@ -25,6 +24,7 @@ from .weights import (
     read_quantization,
     read_vae_config,
 )
+from .locate import recognise
 
 NETWORKS = {"visual_embeddings.in_layer.weight": "transformer", "post_quant_conv.weight": "VAE"}
 CHUNK = 1 << 24
