@@ -62,7 +62,7 @@ class Progress:
 
 
 def generate(args) -> None:
-    from . import parallel
+    from .devices import parallel
 
     settings, prompts = _settings(args), _prompts(args)
     with parallel.processes(args.device) as (rank, world, device):

@@ -19,11 +19,11 @@ from .checkpoints.load import load_dit, load_vae
 from .checkpoints.locate import PARTS, Sources, locate
 from .checkpoints.lora import Adapters
 from .config import NablaConfig, Preset
+from .devices.offload import LateOffload, Offload, tensors_of
+from .devices.parallel import Ranks, from_first, share
 from .dit.layout import Chunks, make_plan
 from .dit.quantized import mode_of
 from .image import crop, fitting_size, latent_of, read_image, resize
-from .offload import LateOffload, Offload, tensors_of
-from .parallel import Ranks, from_first, share
 from .placement import Job, RunPlan, Weights, free_bytes, plan_run, ways_to_run
 from .sampling.result import Notify, Settings, Video, complete, load_latents
 from .sampling.run import Interrupted, Run

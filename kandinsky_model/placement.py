@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from .config import DiTConfig
+from .devices.offload import layout, streamed_layers, tensors_of
 from .dit.geometry import Grid
 from .dit.layout import Chunks
 from .dit.quantized import ROWS_AT_ONCE
-from .offload import layout, streamed_layers, tensors_of
 from .vae.hunyuan import HunyuanVideoVAE
 from .vae.schemes import FREE_SHARE
 from .vae.stages import POSITIONS

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .checkpoints.load import read_headers
 from .checkpoints.locate import Sources
-from .offload import LateOffload, Offload
+from .devices.offload import LateOffload, Offload
 from .pipeline import KINDS, Kandinsky5
 from .placement import Weights, free_bytes, text_ways
 from .text.cache import identity

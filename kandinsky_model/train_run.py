@@ -24,10 +24,10 @@ from torch import Tensor
 from .checkpoints.load import load_dit
 from .checkpoints.locate import locate
 from .config import NablaConfig
+from .devices.parallel import processes
 from .dit.geometry import Grid
 from .dit.layout import Plan, make_plan
 from .dit.transformer import DiffusionTransformer3D
-from .parallel import processes
 from .pipeline import NABLA_FOR_DENSE, choose_device
 from .placement import Job, Weights, free_bytes
 from .sampling.sampler import TIME_UNIT, Conditioning, model_input, with_frames

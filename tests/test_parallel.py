@@ -15,10 +15,10 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from kandinsky_model.config import DiTConfig, NablaConfig
+from kandinsky_model.devices.parallel import Ranks, from_first, share
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_plan
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
-from kandinsky_model.parallel import Ranks, from_first, share
 from kandinsky_model.sampling.result import load_latents
 from kandinsky_model.sampling.sampler import Conditioning, Sampling, noise, sample
 from kandinsky_model.sampling.step_cache import FirstBlockCache, MagCache

@@ -12,12 +12,12 @@ import torch
 from benchmarks import memory as paper
 from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.config import PRESETS, DiTConfig, NablaConfig, VAEConfig
+from kandinsky_model.devices.offload import Offload
 from kandinsky_model.dit.attention import Linear
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import Chunks, make_plan
 from kandinsky_model.dit.quantized import quantize
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
-from kandinsky_model.offload import Offload
 from kandinsky_model.placement import (
     Job,
     Stage,

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kandinsky_model import offload, pipeline
+from kandinsky_model import pipeline
 from kandinsky_model.checkpoints.locate import locate
-from kandinsky_model.offload import LateOffload, LayerStream
+from kandinsky_model.devices import offload
+from kandinsky_model.devices.offload import LateOffload, LayerStream
 from kandinsky_model.placement import Weights
 from kandinsky_model.text.parts import Parts
 from kandinsky_model.text.qwen_clip import QwenClipEncoder

@@ -12,7 +12,7 @@ from torch import Tensor
 from kandinsky_kernels import Rotary
 
 from ..config import DiTConfig, NablaConfig
-from ..parallel import Ranks
+from ..devices.parallel import Ranks
 from . import geometry
 
 
