@@ -16,7 +16,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from .image import resize
+from .media.picture import resize
 from .pipeline import Callback, Kandinsky5
 from .sampling.result import complete
 from .sampling.run import Run

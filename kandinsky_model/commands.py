@@ -210,7 +210,8 @@ def inspect(args) -> None:
 
 
 def resume(args) -> None:
-    from . import pipeline, video
+    from . import pipeline
+    from .media import video
     from .sampling.run import Run
 
     run = Run.load(args.run_file)
@@ -236,7 +237,7 @@ def resume(args) -> None:
 
 def _outputs(args, count: int) -> list[tuple[Path, Path | None]]:
     """Where videos and strips go, if they could be written now; several are numbered."""
-    from . import video
+    from .media import video
     from .sampling import result as clip
 
     def named(path: str, i: int) -> Path:
@@ -269,7 +270,7 @@ def _kept(output: Path | None):
 
 
 def _keep(result, output: Path, strip: Path | None, progress: Progress) -> None:
-    from . import video
+    from .media import video
     from .sampling import result as clip
 
     # first: from here on nothing that fails can cost the sampling
@@ -281,7 +282,8 @@ def _keep(result, output: Path, strip: Path | None, progress: Progress) -> None:
 
 
 def decode(args) -> None:
-    from . import pipeline, video
+    from . import pipeline
+    from .media import video
     from .sampling import result as clip
 
     _, settings = clip.load_latents(args.latents)
@@ -430,7 +432,8 @@ def train(args) -> None:
 def draw_clips(args) -> None:
     import random
 
-    from . import shapes, video
+    from . import shapes
+    from .media import video
 
     folder, generator = Path(args.folder), random.Random(args.seed)
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import torch
 import kandinsky_kernels
 
 from .checkpoints.locate import TINY
-from .video import h264_encoder
+from .media.video import h264_encoder
 
 # Package -> what it is for. Those with "always" come with the installation.
 PACKAGES = {

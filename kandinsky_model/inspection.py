@@ -17,9 +17,9 @@ from torch.nn.functional import interpolate, pad
 
 from kandinsky_kernels import unpack_selection
 
-from . import chart
 from .config import NablaConfig
 from .dit.transformer import DiffusionTransformer3D
+from .media import chart
 
 CURVE = 100  # parts of a mass curve
 LARGEST_MAP = 256  # blocks of a side of a map that is kept; larger ones are averaged down to it

@@ -23,7 +23,7 @@ from .devices.offload import LateOffload, Offload, tensors_of
 from .devices.parallel import Ranks, from_first, share
 from .dit.layout import Chunks, make_plan
 from .dit.quantized import mode_of
-from .image import crop, fitting_size, latent_of, read_image, resize
+from .media.picture import crop, fitting_size, latent_of, read_image, resize
 from .placement import Job, RunPlan, Weights, free_bytes, plan_run, ways_to_run
 from .sampling.result import Notify, Settings, Video, complete, load_latents
 from .sampling.run import Interrupted, Run

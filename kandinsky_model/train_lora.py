@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .checkpoints.lora import Additions
 from .dit.attention import Linear
+from .media.video import replacing
 from .train_config import TARGETS, LoRAConfig
-from .video import replacing
 
 NAME = "trained"  # of the adapter among a layer's additions
 WEIGHTS_NAME, CONFIG_NAME = "lora.safetensors", "config_lora.json"

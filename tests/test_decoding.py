@@ -11,7 +11,7 @@ import torch
 from tiny_models import SMALL
 
 from kandinsky_model import pipeline
-from kandinsky_model import video as files
+from kandinsky_model.media import video as files
 from kandinsky_model.sampling.run import Interrupted, Run
 
 from .live_memory import LiveMemory

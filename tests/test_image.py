@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from kandinsky_model.config import get_preset
-from kandinsky_model.image import fitting_size, latent_of, read_image, resize
+from kandinsky_model.media.picture import fitting_size, latent_of, read_image, resize
 from kandinsky_model.vae.hunyuan import sample_posterior
 
 from .tiny_models import random_vae

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from kandinsky_kernels import select_blocks, unpack_selection
-from kandinsky_model import chart, pipeline
+from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
 from kandinsky_model.dit import attention
 from kandinsky_model.dit.layout import Chunks
 from kandinsky_model.inspection import CURVE, Watch, _measure, inspect
+from kandinsky_model.media import chart
 
 PROMPT, SIZE = (
     "a red circle moving right",

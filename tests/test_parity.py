@@ -14,7 +14,7 @@ import torch
 
 from kandinsky_model import pipeline
 from kandinsky_model.config import NablaConfig, get_preset
-from kandinsky_model.image import latent_of, read_image, resize
+from kandinsky_model.media.picture import latent_of, read_image, resize
 from kandinsky_model.sampling.sampler import Conditioning, noise, schedule
 from kandinsky_model.vae.flux import ImageVAE
 

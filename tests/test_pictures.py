@@ -18,7 +18,7 @@ from kandinsky_model.__main__ import main
 from kandinsky_model.checkpoints.locate import locate
 from kandinsky_model.config import get_preset
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
-from kandinsky_model.image import crop, latent_of, resize
+from kandinsky_model.media.picture import crop, latent_of, resize
 from kandinsky_model.sampling.result import load_latents
 from kandinsky_model.sampling.sampler import noise, sample
 from kandinsky_model.text.qwen_clip import official_template

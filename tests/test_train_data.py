@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from kandinsky_model import shapes, train_cache, video
+from kandinsky_model import shapes, train_cache
 from kandinsky_model.__main__ import main
 from kandinsky_model.checkpoints.locate import locate
+from kandinsky_model.media import video
 from kandinsky_model.train_batches import Draws, Passes, draw
 from kandinsky_model.train_cache import Cache, Sample, Wanted
 from kandinsky_model.train_data import (

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from kandinsky_model import video
+from kandinsky_model.media import video
 
 
 def clip(frames=9, height=48, width=64):

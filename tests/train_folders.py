@@ -4,7 +4,8 @@
 import random
 from pathlib import Path
 
-from kandinsky_model import shapes, video
+from kandinsky_model import shapes
+from kandinsky_model.media import video
 
 SMALL = [
     "--size",

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from ..config import DiTConfig, NablaConfig, VAEConfig
 from ..dit.quantized import check_mode, kind_of, mode_of, pack, replace_layers
 from ..dit.transformer import DiffusionTransformer3D
+from ..media.video import replacing
 from ..vae.hunyuan import HunyuanVideoVAE
-from ..video import replacing
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 # of shards, as diffusers and transformers write them

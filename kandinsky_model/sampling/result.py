@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import video as files
 from ..checkpoints.load import read_headers
 from ..config import ATTENTIONS, CACHES, Preset
 from ..dit.geometry import Grid
+from ..media import video as files
 from ..vae.hunyuan import POLICIES
 from .sampler import PRECISIONS
 from .step_cache import make_cache

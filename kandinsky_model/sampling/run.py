@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from .. import video as files
 from ..checkpoints.load import read_headers
+from ..media import video as files
 from .result import Settings
 from .sampler import Conditioning, Given
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .config import Preset
-from .vae.flux import ImageVAE
-from .vae.hunyuan import HunyuanVideoVAE, sample_posterior
+from ..config import Preset
+from ..vae.flux import ImageVAE
+from ..vae.hunyuan import HunyuanVideoVAE, sample_posterior
 
 MOST_PIXELS = 2**27  # of a file: more is a decompression bomb or a mistake
 LONGEST_RATIO = 8.0
