@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky_kernels import selection_density
-from kandinsky_model import accelerate, diffusers_transformer
+from kandinsky_model import accelerate
+from kandinsky_model.acceleration import diffusers_transformer
 from kandinsky_model.config import LITE_DIT, DiTConfig, VAEConfig
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE

@@ -392,7 +392,7 @@ class Accelerate(Node):
     RETURN_TYPES, RETURN_NAMES = ("MODEL",), ("model",)
 
     def run(self, model, attention: str = "auto", keep_mass: float = 0.0) -> tuple:
-        from .comfyui_accelerate import accelerated
+        from .acceleration.comfyui import accelerated
 
         return (accelerated(model, attention, keep_mass or None),)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kandinsky_model import comfyui
-from kandinsky_model.comfyui_accelerate import accelerated, released
+from kandinsky_model.acceleration.comfyui import accelerated, released
 from kandinsky_model.config import PRESETS, DiTConfig, NablaConfig
 from kandinsky_model.dit.geometry import Grid
 
@@ -30,7 +30,7 @@ CONFIG = DiTConfig(
 SCALE = (1.0, 2.0, 2.0)
 # ragged tiles, 2 x 2 x 5 of them: wider than the window, so that NABLA can drop some
 GRID = Grid(2, 9, 33)
-LOGGER = "kandinsky_model.comfyui_accelerate"
+LOGGER = "kandinsky_model.acceleration.comfyui"
 
 
 @pytest.fixture(scope="module")

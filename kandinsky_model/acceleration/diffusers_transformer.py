@@ -24,8 +24,8 @@ from kandinsky_kernels import (
     select_blocks,
 )
 
+from ..dit import geometry
 from .class_swap import falls_back, recorded, refusal, report, unexpected
-from .dit import geometry
 
 NO_ROTATION = ()
 

@@ -26,8 +26,8 @@ from kandinsky_kernels import (
     select_blocks,
 )
 
-from .config import PRESETS, NablaConfig
-from .dit import geometry
+from ..config import PRESETS, NablaConfig
+from ..dit import geometry
 
 # comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, and whose wrapper it is
 WRAPPER, KEY = "diffusion_model", "kandinsky_kernels"

@@ -21,10 +21,10 @@ from kandinsky_kernels import (
     group_norm_silu,
 )
 
+from ..vae import winograd as vae_pairs
+from ..vae.hunyuan import fold
+from ..vae.stages import pad
 from .class_swap import falls_back, refusal, unexpected
-from .vae import winograd as vae_pairs
-from .vae.hunyuan import fold
-from .vae.stages import pad
 
 SAME = (1, 1, 1)  # an output as large as the input
 
