@@ -348,7 +348,7 @@ def download(args) -> None:
 
 
 def comfyui(args) -> None:
-    from .comfyui_install import WORKFLOWS, install
+    from .comfyui.install import WORKFLOWS, install
 
     folder = install(args.path)
     print(f"{folder}\n{folder / WORKFLOWS}\nrestart ComfyUI to see the nodes, under Kandinsky 5")

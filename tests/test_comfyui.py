@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from kandinsky_model import comfyui
-from kandinsky_model.comfyui_nodes import MODEL
+from kandinsky_model.comfyui.nodes import MODEL
 
 PROMPT = "a red circle moving right"
 SMALL = dict(width=64, height=48, num_frames=5, num_inference_steps=2)

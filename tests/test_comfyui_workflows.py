@@ -15,9 +15,10 @@ import pytest
 import tiny_models
 import torch
 
-from kandinsky_model import comfyui, comfyui_install
+from kandinsky_model import comfyui
 from kandinsky_model.__main__ import main
-from kandinsky_model.comfyui_workflows import CORE, FOLDER, WIDGETS, Graph, definitions, workflows
+from kandinsky_model.comfyui import install as comfyui_install
+from kandinsky_model.comfyui.workflows import CORE, FOLDER, WIDGETS, Graph, definitions, workflows
 
 NAMES = sorted(workflows())
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from .config import CACHES, PRESETS, QUANTIZATIONS
+from ..config import CACHES, PRESETS, QUANTIZATIONS
 
 MODEL, TEXT = "KANDINSKY5", "KANDINSKY5_TEXT"
 DTYPES = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -131,7 +131,7 @@ class LoadModel(Node):
     ) -> tuple:
         import torch
 
-        from .comfyui_model import Loaded, StagedModel
+        from .staged import Loaded, StagedModel
 
         name = path.strip() or (model if model in PRESETS else _file("diffusion_models", model))
         folders = {
@@ -392,7 +392,7 @@ class Accelerate(Node):
     RETURN_TYPES, RETURN_NAMES = ("MODEL",), ("model",)
 
     def run(self, model, attention: str = "auto", keep_mass: float = 0.0) -> tuple:
-        from .acceleration.comfyui import accelerated
+        from ..acceleration.comfyui import accelerated
 
         return (accelerated(model, attention, keep_mass or None),)
 

@@ -16,11 +16,11 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from .media.picture import resize
-from .pipeline import Callback, Kandinsky5
-from .sampling.result import complete
-from .sampling.run import Run
-from .sampling.sampler import Conditioning, Given
+from ..media.picture import resize
+from ..pipeline import Callback, Kandinsky5
+from ..sampling.result import complete
+from ..sampling.run import Run
+from ..sampling.sampler import Conditioning, Given
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .comfyui_workflows import FOLDER
+from .workflows import FOLDER
 
 # ComfyUI shows the workflows in a folder of this name among its templates
 NAME, WORKFLOWS = "kandinsky5", "example_workflows"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .comfyui_nodes import NODES, RELEASED
+from .nodes import NODES, RELEASED
 
 FOLDER = Path(__file__).parent / "workflows"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")

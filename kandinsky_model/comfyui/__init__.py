@@ -8,7 +8,7 @@ that knows only one of the two finds it. Importing this imports neither torch no
 
 from __future__ import annotations
 
-from .comfyui_nodes import NODES, Node
+from .nodes import NODES, Node
 
 NODE_CLASS_MAPPINGS: dict[str, type[Node]] = dict(NODES)
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {name: node.TITLE for name, node in NODES.items()}
