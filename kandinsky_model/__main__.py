@@ -15,7 +15,7 @@ import sys
 
 from . import commands
 from .config import CACHES, QUANTIZATIONS
-from .train_config import DISTILLATIONS, TrainConfig
+from .training.config import DISTILLATIONS, TrainConfig
 
 
 class Parser(argparse.ArgumentParser):

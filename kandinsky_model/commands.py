@@ -387,8 +387,8 @@ def preset_rows() -> Iterator[dict[str, str]]:
 
 
 def train(args) -> None:
-    from .train_config import LoRAConfig, TrainConfig
-    from .train_run import train
+    from .training.config import LoRAConfig, TrainConfig
+    from .training.trainer import train
 
     if args.full and args.trigger:
         raise ValueError(

@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from kandinsky_model import shapes, train_cache
+from kandinsky_model import shapes
 from kandinsky_model.__main__ import main
 from kandinsky_model.checkpoints.locate import locate
 from kandinsky_model.media import video
-from kandinsky_model.train_batches import Draws, Passes, draw
-from kandinsky_model.train_cache import Cache, Sample, Wanted
-from kandinsky_model.train_data import (
+from kandinsky_model.training import cache as train_cache
+from kandinsky_model.training.batches import Draws, Passes, draw
+from kandinsky_model.training.cache import Cache, Sample, Wanted
+from kandinsky_model.training.data import (
     Bad,
     BadData,
     Item,
@@ -160,12 +161,12 @@ def test_bad_data_are_named_and_skipped_or_stop(tmp_path, caplog, capsys):
         and ("blank_caption.mp4 cannot be trained on: it has no caption") in said
     )
     assert "--bad-data skip" in said
-    with caplog.at_level(logging.WARNING, "kandinsky_model.train_data"):
+    with caplog.at_level(logging.WARNING, "kandinsky_model.training.data"):
         assert main([*arguments, "--bad-data", "skip"]) == 0
     skipped = [
         record.getMessage()
         for record in caplog.records
-        if record.name == "kandinsky_model.train_data"
+        if record.name == "kandinsky_model.training.data"
     ]
     for name, reason in wanted.items():
         assert [line for line in skipped if f"{name}: " in line and reason in line], (name, skipped)

@@ -15,11 +15,11 @@ from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_plan
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.placement import Job, Weights
-from kandinsky_model.train_config import LoRAConfig, TrainConfig
-from kandinsky_model.train_lora import attach
-from kandinsky_model.train_memory import Trained, plan_training, step_bytes, ways_to_train
-from kandinsky_model.train_network import TrainNetwork, Way
-from kandinsky_model.train_run import Run
+from kandinsky_model.training.adapters import attach
+from kandinsky_model.training.budget import Trained, plan_training, step_bytes, ways_to_train
+from kandinsky_model.training.config import LoRAConfig, TrainConfig
+from kandinsky_model.training.network import TrainNetwork, Way
+from kandinsky_model.training.trainer import Run
 
 from .live_memory import LiveMemory
 from .plain_dit import random_state

@@ -9,9 +9,9 @@ from kandinsky_model.checkpoints.load import empty_dit
 from kandinsky_model.config import LITE_DIT, PRO_DIT
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import Chunks, make_plan
-from kandinsky_model.train_config import TARGETS, LoRAConfig
-from kandinsky_model.train_lora import attach, switched_off, targeted
-from kandinsky_model.train_network import TrainNetwork, Way
+from kandinsky_model.training.adapters import attach, switched_off, targeted
+from kandinsky_model.training.config import TARGETS, LoRAConfig
+from kandinsky_model.training.network import TrainNetwork, Way
 
 from .compare import assert_faithful
 from .plain_dit import plain_forward

@@ -24,8 +24,8 @@ from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_plan
-from kandinsky_model.train_config import LoRAConfig, TrainConfig
-from kandinsky_model.train_run import Run, train
+from kandinsky_model.training.config import LoRAConfig, TrainConfig
+from kandinsky_model.training.trainer import Run, train
 
 from .test_dit import inputs, rel_l2
 from .train_folders import SMALL, clips
@@ -132,11 +132,11 @@ def test_a_lora_from_the_command_line(data, cache, tmp_path, capsys):
 
 
 def test_settings_on_the_command_line(monkeypatch):
-    import kandinsky_model.train_run
+    import kandinsky_model.training.trainer
 
     seen = []
     monkeypatch.setattr(
-        kandinsky_model.train_run, "train", lambda *arguments: seen.append(arguments)
+        kandinsky_model.training.trainer, "train", lambda *arguments: seen.append(arguments)
     )
     assert (
         main(

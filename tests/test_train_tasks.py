@@ -14,10 +14,10 @@ from kandinsky_model import pipeline
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_plan
 from kandinsky_model.sampling.sampler import model_input, with_frames
-from kandinsky_model.train_config import LoRAConfig, TrainConfig
-from kandinsky_model.train_lora import attach, save_lora, switched_off
-from kandinsky_model.train_network import TrainNetwork
-from kandinsky_model.train_run import Run, train
+from kandinsky_model.training.adapters import attach, save_lora, switched_off
+from kandinsky_model.training.config import LoRAConfig, TrainConfig
+from kandinsky_model.training.network import TrainNetwork
+from kandinsky_model.training.trainer import Run, train
 
 from .diffusers_dit import diffusers_of
 from .test_dit import CONFIG, SCALE, build, inputs, rel_l2

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from kandinsky_kernels import modulated_norm
 
-from .devices.offload import LayerStream, Store, streamed_layers
-from .dit.layout import Plan
-from .dit.transformer import DiffusionTransformer3D, Modulations, ModulationTable
+from ..devices.offload import LayerStream, Store, streamed_layers
+from ..dit.layout import Plan
+from ..dit.transformer import DiffusionTransformer3D, Modulations, ModulationTable
 
 
 @dataclass(frozen=True)

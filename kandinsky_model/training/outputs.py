@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoints.load import cast, dit_config_json, save_tensors
-from .checkpoints.locate import PRESET_KEY, Sources
-from .dit.transformer import DiffusionTransformer3D
+from ..checkpoints.load import cast, dit_config_json, save_tensors
+from ..checkpoints.locate import PRESET_KEY, Sources
+from ..dit.transformer import DiffusionTransformer3D
 
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 

@@ -21,26 +21,26 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .checkpoints.load import load_dit
-from .checkpoints.locate import locate
-from .config import NablaConfig
-from .devices.parallel import processes
-from .dit.geometry import Grid
-from .dit.layout import Plan, make_plan
-from .dit.transformer import DiffusionTransformer3D
-from .pipeline import NABLA_FOR_DENSE, choose_device
-from .placement import Job, Weights, free_bytes
-from .sampling.sampler import TIME_UNIT, Conditioning, model_input, with_frames
-from .train_batches import Batch, Draws, Passes, draw
-from .train_cache import Cache, Sample, Wanted
-from .train_config import TrainConfig
-from .train_data import Bad, find_items
-from .train_full import save_model
-from .train_lora import attach, save_lora, switched_off
-from .train_memory import Trained, plan_training
-from .train_network import TrainNetwork, Way
-from .train_report import Gallery, save_curve
-from .train_state import State, read_about
+from ..checkpoints.load import load_dit
+from ..checkpoints.locate import locate
+from ..config import NablaConfig
+from ..devices.parallel import processes
+from ..dit.geometry import Grid
+from ..dit.layout import Plan, make_plan
+from ..dit.transformer import DiffusionTransformer3D
+from ..pipeline import NABLA_FOR_DENSE, choose_device
+from ..placement import Job, Weights, free_bytes
+from ..sampling.sampler import TIME_UNIT, Conditioning, model_input, with_frames
+from .adapters import attach, save_lora, switched_off
+from .batches import Batch, Draws, Passes, draw
+from .budget import Trained, plan_training
+from .cache import Cache, Sample, Wanted
+from .config import TrainConfig
+from .data import Bad, find_items
+from .network import TrainNetwork, Way
+from .outputs import save_model
+from .report import Gallery, save_curve
+from .state import State, read_about
 
 _log = logging.getLogger(__name__)
 STATE, FREE = (

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .media.picture import crop, read_image, resize
+from ..media.picture import crop, read_image, resize
 
 CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .placement import LIST_BYTES, SCRATCH_BYTES, WIDE, Job, RunPlan, Stage, Weights, plan_run
-from .train_config import TrainConfig
-from .train_lora import targeted
-from .train_network import Way
+from ..placement import LIST_BYTES, SCRATCH_BYTES, WIDE, Job, RunPlan, Stage, Weights, plan_run
+from .adapters import targeted
+from .config import TrainConfig
+from .network import Way
 
 TOKENS = (16384, 4096, 1024)  # of a block at a time, in everything but self-attention
 MOMENTS = 2  # of AdamW, beside gradient and average, all of them fp32

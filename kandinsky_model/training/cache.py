@@ -21,15 +21,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .checkpoints.load import read_headers
-from .checkpoints.locate import Sources
-from .devices.offload import LateOffload, Offload
-from .media.video import replacing
-from .pipeline import KINDS, Kandinsky5
-from .placement import Weights, free_bytes, text_ways
-from .text.cache import identity
-from .train_data import Bad, Item, read_item, read_source
-from .vae.hunyuan import HunyuanVideoVAE
+from ..checkpoints.load import read_headers
+from ..checkpoints.locate import Sources
+from ..devices.offload import LateOffload, Offload
+from ..media.video import replacing
+from ..pipeline import KINDS, Kandinsky5
+from ..placement import Weights, free_bytes, text_ways
+from ..text.cache import identity
+from ..vae.hunyuan import HunyuanVideoVAE
+from .data import Bad, Item, read_item, read_source
 
 # latents lie within +-10 or so, where this keeps 11 bits of them and bf16 would keep 8
 LATENT_DTYPE = torch.float16

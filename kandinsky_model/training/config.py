@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .config import ATTENTIONS
+from ..config import ATTENTIONS
 
 # What the official adapters change, in text blocks too where they have such a layer.
 TARGETS = (

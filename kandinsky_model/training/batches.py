@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .sampling.sampler import Conditioning, Given
-from .train_cache import Sample, load
+from ..sampling.sampler import Conditioning, Given
+from .cache import Sample, load
 
 
 @dataclass(frozen=True)

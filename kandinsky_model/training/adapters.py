@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checkpoints.lora import Additions
-from .dit.attention import Linear
-from .media.video import replacing
-from .train_config import TARGETS, LoRAConfig
+from ..checkpoints.lora import Additions
+from ..dit.attention import Linear
+from ..media.video import replacing
+from .config import TARGETS, LoRAConfig
 
 NAME = "trained"  # of the adapter among a layer's additions
 WEIGHTS_NAME, CONFIG_NAME = "lora.safetensors", "config_lora.json"

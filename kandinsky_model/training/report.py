@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoints.locate import Sources
-from .dit.layout import Plan
-from .media.chart import Axes, lines
-from .media.video import replacing
-from .pipeline import Kandinsky5
-from .sampling.result import Settings, Video
-from .sampling.sampler import Sampling, noise, sample
-from .train_batches import conditioning, given
-from .train_cache import Sample, load
+from ..checkpoints.locate import Sources
+from ..dit.layout import Plan
+from ..media.chart import Axes, lines
+from ..media.video import replacing
+from ..pipeline import Kandinsky5
+from ..sampling.result import Settings, Video
+from ..sampling.sampler import Sampling, noise, sample
+from .batches import conditioning, given
+from .cache import Sample, load
 
 SMOOTHING = 0.05  # of the steps so far that the mean is taken over
 
