@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from kandinsky_model import pipeline, shapes
-from kandinsky_model.check_tiny import judged, psnr, shares
+from kandinsky_model import pipeline
 from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.inspection import Watch
 from kandinsky_model.media import chart
+from kandinsky_model.tiny import scenes as shapes
+from kandinsky_model.tiny.check import judged, psnr, shares
 
 RESULTS = Path(__file__).with_name("results")
 MASSES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

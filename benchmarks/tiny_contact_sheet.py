@@ -8,9 +8,9 @@ by side, caption above.
 import argparse
 from pathlib import Path
 
-from kandinsky_model import shapes
-from kandinsky_model.check_tiny import draw
 from kandinsky_model.checkpoints.locate import TINY
+from kandinsky_model.tiny import scenes as shapes
+from kandinsky_model.tiny.check import draw
 
 SHEET = Path(__file__).with_name("results") / "tiny_contact_sheet.png"
 FRAMES, SIDE, CAPTION = (0, 4, 8, 12, 16), 96, 18

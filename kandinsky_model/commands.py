@@ -432,8 +432,8 @@ def train(args) -> None:
 def draw_clips(args) -> None:
     import random
 
-    from . import shapes
     from .media import video
+    from .tiny import scenes as shapes
 
     folder, generator = Path(args.folder), random.Random(args.seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -452,15 +452,15 @@ def draw_clips(args) -> None:
 
 
 def train_tiny(args) -> None:
-    from .train_tiny import train_tiny
+    from .tiny.recipe import train_tiny
 
     print(train_tiny(args.output, seed=args.seed, resume=args.resume, device=args.device))
 
 
 def check_tiny(args) -> None:
-    from .check_tiny import check_tiny
     from .checkpoints.locate import TINY
-    from .shapes import held_out
+    from .tiny.check import check_tiny
+    from .tiny.scenes import held_out
 
     combinations = tuple(islice(cycle(held_out()), args.count))
     result = check_tiny(

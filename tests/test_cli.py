@@ -15,11 +15,12 @@ import torch
 from tiny_models import SMALL_ARGS
 
 import kandinsky_kernels
-from kandinsky_model import commands, pipeline, shapes
+from kandinsky_model import commands, pipeline
 from kandinsky_model.__main__ import main, parser
 from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.media import video
 from kandinsky_model.sampling import result as clip
+from kandinsky_model.tiny import scenes as shapes
 
 PROMPT = "a red circle moving right"
 
@@ -361,19 +362,19 @@ def test_drawn_clips_can_be_trained_on(run, tmp_path):
 
 
 def test_train_and_check_hand_their_arguments_on(run, monkeypatch, tmp_path):
-    import kandinsky_model.check_tiny
-    import kandinsky_model.train_tiny
-    from kandinsky_model.shapes import held_out
+    import kandinsky_model.tiny.check
+    import kandinsky_model.tiny.recipe
+    from kandinsky_model.tiny.scenes import held_out
 
     calls = []
     shares = dict.fromkeys(
         ("color", "background", "color_and_background", "shape", "motion", "all"), 0.5
     )
     monkeypatch.setattr(
-        kandinsky_model.train_tiny, "train_tiny", lambda *a, **k: calls.append((a, k)) or a[0]
+        kandinsky_model.tiny.recipe, "train_tiny", lambda *a, **k: calls.append((a, k)) or a[0]
     )
     monkeypatch.setattr(
-        kandinsky_model.check_tiny,
+        kandinsky_model.tiny.check,
         "check_tiny",
         lambda *a: calls.append(a) or {"prompts": 3, **shares},
     )

@@ -9,13 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kandinsky_model import pipeline, shapes, train_tiny
-from kandinsky_model.check_tiny import check_tiny
+from kandinsky_model import pipeline
 from kandinsky_model.checkpoints.load import load_dit, load_vae
 from kandinsky_model.checkpoints.locate import TINY as BUNDLE
 from kandinsky_model.config import PRESETS, DiTConfig, VAEConfig
 from kandinsky_model.text.tiny import START, UNKNOWN, TinyTextEncoder
-from kandinsky_model.train import Optimizer, orthogonalize
+from kandinsky_model.tiny import recipe as train_tiny
+from kandinsky_model.tiny import scenes as shapes
+from kandinsky_model.tiny.check import check_tiny
+from kandinsky_model.tiny.optimizer import Optimizer, orthogonalize
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 
 LARGEST_BUNDLE = 16_000_000

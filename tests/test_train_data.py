@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from kandinsky_model import shapes
 from kandinsky_model.__main__ import main
 from kandinsky_model.checkpoints.locate import locate
 from kandinsky_model.media import video
+from kandinsky_model.tiny import scenes as shapes
 from kandinsky_model.training import cache as train_cache
 from kandinsky_model.training.batches import Draws, Passes, draw
 from kandinsky_model.training.cache import Cache, Sample, Wanted

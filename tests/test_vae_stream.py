@@ -366,7 +366,7 @@ def test_without_a_budget_a_gpu_is_asked(monkeypatch):
 def test_preview_is_deterministic_and_of_the_right_colours():
     from kandinsky_model.checkpoints.load import load_vae
     from kandinsky_model.checkpoints.locate import TINY
-    from kandinsky_model.train_tiny import crop_batch
+    from kandinsky_model.tiny.recipe import crop_batch
 
     if not TINY.is_dir():
         pytest.skip("the bundled model is not in this checkout")

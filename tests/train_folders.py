@@ -4,8 +4,8 @@
 import random
 from pathlib import Path
 
-from kandinsky_model import shapes
 from kandinsky_model.media import video
+from kandinsky_model.tiny import scenes as shapes
 
 SMALL = [
     "--size",

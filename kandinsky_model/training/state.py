@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.load import read_headers
 from ..media.video import replacing
-from ..train import average_into
+from ..tiny.optimizer import average_into
 
 ABOUT = "kandinsky_training"  # the key of the header's metadata with what the run is of, as JSON
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names for them

@@ -20,15 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from . import shapes
-from .checkpoints.load import load_dit, load_vae, save_dit, save_vae
-from .config import PRESETS
-from .dit.geometry import Grid, frequencies
-from .dit.layout import make_plan
-from .dit.transformer import DiffusionTransformer3D
-from .text.tiny import UNKNOWN, TinyTextEncoder
-from .train import Average, Clock, Optimizer, machine, short_attention, training_dtype
-from .vae.hunyuan import (
+from ..checkpoints.load import load_dit, load_vae, save_dit, save_vae
+from ..config import PRESETS
+from ..dit.geometry import Grid, frequencies
+from ..dit.layout import make_plan
+from ..dit.transformer import DiffusionTransformer3D
+from ..text.tiny import UNKNOWN, TinyTextEncoder
+from ..vae.hunyuan import (
     CausalConv3d,
     Downsample,
     FrameCausalAttention,
@@ -37,6 +35,8 @@ from .vae.hunyuan import (
     Upsample,
     sample_posterior,
 )
+from . import scenes as shapes
+from .optimizer import Average, Clock, Optimizer, machine, short_attention, training_dtype
 
 logger = logging.getLogger(__name__)
 LOG_NAME, POOL_NAME = "training.json", "pool.safetensors"

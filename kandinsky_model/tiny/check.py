@@ -4,8 +4,9 @@
 import logging
 import math
 
-from . import pipeline, shapes
-from .checkpoints.locate import TINY
+from .. import pipeline
+from ..checkpoints.locate import TINY
+from . import scenes as shapes
 
 logger = logging.getLogger(__name__)
 WORDS = ("color", "background", "shape", "motion")
