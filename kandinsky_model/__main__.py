@@ -13,7 +13,7 @@ import os
 import re
 import sys
 
-from . import commands
+from .cli import generate as commands
 from .config import CACHES, QUANTIZATIONS
 from .training.config import DISTILLATIONS, TrainConfig
 

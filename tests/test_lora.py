@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from kandinsky_model.checkpoints.lora import Adapters
-from kandinsky_model.commands import scaled_path
+from kandinsky_model.cli.generate import scaled_path
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_plan
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from itertools import cycle, islice
 from pathlib import Path
 
-from .config import PRESETS, SIZES_HD, SIZES_SD
+from ..config import PRESETS, SIZES_HD, SIZES_SD
 
 NOT_A_TERMINAL_IS_QUIET = None  # tqdm's word for it
 
@@ -62,7 +62,7 @@ class Progress:
 
 
 def generate(args) -> None:
-    from .devices import parallel
+    from ..devices import parallel
 
     settings, prompts = _settings(args), _prompts(args)
     with parallel.processes(args.device) as (rank, world, device):
@@ -111,7 +111,7 @@ def _settings(args) -> dict:
 
 def _prompts(args) -> list[str]:
     """The prompt, or those of the file, with settings that fit."""
-    from .sampling import result as clip
+    from ..sampling import result as clip
 
     if (args.prompt is None) == (args.prompts is None):
         what = "neither" if args.prompt is None else "both"
@@ -135,8 +135,8 @@ def _prompts(args) -> list[str]:
 
 def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | None):
     """The model, and where its results go: one (output, strip) for each prompt."""
-    from . import pipeline
-    from .checkpoints.locate import PARTS, locate
+    from .. import pipeline
+    from ..checkpoints.locate import PARTS, locate
 
     for name, shown in (
         ("sampler", args.cache not in (None, "none")),
@@ -157,7 +157,7 @@ def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | No
 
 
 def _loaded(args, sources, device):
-    from . import pipeline
+    from .. import pipeline
 
     model = pipeline.Kandinsky5.from_sources(
         sources, device, text_cache=args.text_cache, quantize=args.quantize
@@ -170,10 +170,10 @@ def _loaded(args, sources, device):
 
 
 def inspect(args) -> None:
-    from . import pipeline
-    from .checkpoints.locate import locate
-    from .inspection import inspect
-    from .sampling import result as clip
+    from .. import pipeline
+    from ..checkpoints.locate import locate
+    from ..inspection import inspect
+    from ..sampling import result as clip
 
     settings = _settings(args)
     clip.check_settings(args.prompt, **settings)
@@ -210,9 +210,9 @@ def inspect(args) -> None:
 
 
 def resume(args) -> None:
-    from . import pipeline
-    from .media import video
-    from .sampling.run import Run
+    from .. import pipeline
+    from ..media import video
+    from ..sampling.run import Run
 
     run = Run.load(args.run_file)
     settings = run.settings[0]
@@ -237,8 +237,8 @@ def resume(args) -> None:
 
 def _outputs(args, count: int) -> list[tuple[Path, Path | None]]:
     """Where videos and strips go, if they could be written now; several are numbered."""
-    from .media import video
-    from .sampling import result as clip
+    from ..media import video
+    from ..sampling import result as clip
 
     def named(path: str, i: int) -> Path:
         path = Path(path)
@@ -258,7 +258,7 @@ def _outputs(args, count: int) -> list[tuple[Path, Path | None]]:
 def _kept(output: Path | None):
     """An interruption of what is sampled inside leaves a file, and says how to go on; without an
     output another process does that."""
-    from .sampling.run import Interrupted
+    from ..sampling.run import Interrupted
 
     try:
         yield
@@ -270,8 +270,8 @@ def _kept(output: Path | None):
 
 
 def _keep(result, output: Path, strip: Path | None, progress: Progress) -> None:
-    from .media import video
-    from .sampling import result as clip
+    from ..media import video
+    from ..sampling import result as clip
 
     # first: from here on nothing that fails can cost the sampling
     latents = result.save_latents(clip.latents_path(output))
@@ -282,9 +282,9 @@ def _keep(result, output: Path, strip: Path | None, progress: Progress) -> None:
 
 
 def decode(args) -> None:
-    from . import pipeline
-    from .media import video
-    from .sampling import result as clip
+    from .. import pipeline
+    from ..media import video
+    from ..sampling import result as clip
 
     _, settings = clip.load_latents(args.latents)
     output = video.check_output(
@@ -325,21 +325,21 @@ def doctor(args) -> None:
 
 
 def verify(args) -> None:
-    from .checkpoints.verify import verify as lines_about
+    from ..checkpoints.verify import verify as lines_about
 
     for line in lines_about(args.path):
         print(line)
 
 
 def quantize(args) -> None:
-    from .checkpoints.quantize import quantize_file
+    from ..checkpoints.quantize import quantize_file
 
     for line in quantize_file(args.model, args.folder, args.mode):
         print(line)
 
 
 def download(args) -> None:
-    from .checkpoints.locate import locate
+    from ..checkpoints.locate import locate
 
     sources = locate(args.preset, args.revision)
     for name in ("dit", "vae", "text_encoder", "text_encoder_2"):
@@ -348,7 +348,7 @@ def download(args) -> None:
 
 
 def comfyui(args) -> None:
-    from .comfyui.install import WORKFLOWS, install
+    from ..comfyui.install import WORKFLOWS, install
 
     folder = install(args.path)
     print(f"{folder}\n{folder / WORKFLOWS}\nrestart ComfyUI to see the nodes, under Kandinsky 5")
@@ -387,8 +387,8 @@ def preset_rows() -> Iterator[dict[str, str]]:
 
 
 def train(args) -> None:
-    from .training.config import LoRAConfig, TrainConfig
-    from .training.trainer import train
+    from ..training.config import LoRAConfig, TrainConfig
+    from ..training.trainer import train
 
     if args.full and args.trigger:
         raise ValueError(
@@ -432,8 +432,8 @@ def train(args) -> None:
 def draw_clips(args) -> None:
     import random
 
-    from .media import video
-    from .tiny import scenes as shapes
+    from ..media import video
+    from ..tiny import scenes as shapes
 
     folder, generator = Path(args.folder), random.Random(args.seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -452,15 +452,15 @@ def draw_clips(args) -> None:
 
 
 def train_tiny(args) -> None:
-    from .tiny.recipe import train_tiny
+    from ..tiny.recipe import train_tiny
 
     print(train_tiny(args.output, seed=args.seed, resume=args.resume, device=args.device))
 
 
 def check_tiny(args) -> None:
-    from .checkpoints.locate import TINY
-    from .tiny.check import check_tiny
-    from .tiny.scenes import held_out
+    from ..checkpoints.locate import TINY
+    from ..tiny.check import check_tiny
+    from ..tiny.scenes import held_out
 
     combinations = tuple(islice(cycle(held_out()), args.count))
     result = check_tiny(

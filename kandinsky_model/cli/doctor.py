@@ -13,8 +13,8 @@ import torch
 
 import kandinsky_kernels
 
-from .checkpoints.locate import TINY
-from .media.video import h264_encoder
+from ..checkpoints.locate import TINY
+from ..media.video import h264_encoder
 
 # Package -> what it is for. Those with "always" come with the installation.
 PACKAGES = {
