@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import clock, door, gpu, memory, ops, report, vae
+from benchmarks import budgets as memory
+from benchmarks import clock, door, gpu, ops, report, vae
 from kandinsky_model.config import VAEConfig
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.vae import stages as vae_stages

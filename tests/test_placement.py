@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import memory as paper
+from benchmarks import budgets as paper
 from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.config import PRESETS, DiTConfig, NablaConfig, VAEConfig
 from kandinsky_model.devices.offload import Offload

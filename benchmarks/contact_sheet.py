@@ -2,7 +2,7 @@
 """Sample twelve held-out prompts with the bundled tiny checkpoint and lay five frames of each side
 by side, caption above.
 
-    python -m benchmarks.tiny_contact_sheet [-o sheet.png] [--seed 0] [--bundle folder]
+    python -m benchmarks.contact_sheet [-o sheet.png] [--seed 0] [--bundle folder]
 """
 
 import argparse
