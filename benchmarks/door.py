@@ -27,7 +27,7 @@ from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 from tests.diffusers_dit import dense_mask, without_cast
 
 from .clock import keep_memory, machine, measure, roofs
-from .device import FULL, Clock, Size, ratios, show
+from .gpu.card import FULL, Clock, Size, ratios, show
 from .ops import results_file
 from .report import insert
 from .vae import diffusers_peer

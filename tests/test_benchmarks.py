@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from benchmarks import budgets as memory
-from benchmarks import clock, door, gpu, ops, report, vae
+from benchmarks import clock, door, ops, report, vae
+from benchmarks.gpu import __main__ as gpu
 from kandinsky_model.config import VAEConfig
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.vae import stages as vae_stages

@@ -17,8 +17,8 @@ from kandinsky_model.pipeline import Kandinsky5
 from kandinsky_model.text.tiny import TextEmbeddings
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 
-from .budgets import CLIP, QWEN_LAYERS
-from .device import FULL, Clock, Size, show
+from ..budgets import CLIP, QWEN_LAYERS
+from .card import FULL, Clock, Size, show
 
 PROMPT_TOKENS, INSTRUCTION_TOKENS, PATTERN = 256, 129, 1 << 22
 # preset, budgets in GB

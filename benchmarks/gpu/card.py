@@ -15,7 +15,7 @@ import kandinsky_kernels as ops
 from kandinsky_model.config import LITE_DIT, PRO_DIT
 from kandinsky_model.dit.geometry import Grid, local_window
 
-from .clock import commit
+from ..clock import commit
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from kandinsky_model.dit.layout import make_plan
 from tests.backward import derived
 from tests.cases import gated_add_norm_peer, head_first, modulated_norm_peer, norm_rope_per_token
 
-from .device import (
+from ..door import door
+from .card import (
     FULL,
     SMALL,
     Clock,
@@ -43,9 +44,8 @@ from .device import (
     ratios,
     show,
 )
-from .door import door
-from .model import transformer, vae
-from .runs import memory
+from .memory import memory
+from .networks import transformer, vae
 
 WINDOW = (11, 3, 3)
 # channels in and out, Y, X, taps, and how many frames of it a decode of 10 s at 512 x 768 computes

@@ -16,7 +16,7 @@ from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 from kandinsky_model.vae.tiles import TilePlan
 
-from .device import FULL, Clock, Size, block_mask, masks, peak_memory, ratios, show
+from .card import FULL, Clock, Size, block_mask, masks, peak_memory, ratios, show
 
 SCALE = (1.0, 2.0, 2.0)
 
