@@ -24,7 +24,7 @@ from kandinsky_model.acceleration import diffusers_transformer
 from kandinsky_model.config import LITE_DIT, DiTConfig, VAEConfig
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
-from tests.diffusers_dit import dense_mask, without_cast
+from tests.support.diffusers_dit import dense_mask, without_cast
 
 from .clock import keep_memory, machine, measure, roofs
 from .gpu.card import FULL, Clock, Size, ratios, show

@@ -19,8 +19,8 @@ import torch
 
 import kandinsky_kernels
 from kandinsky_kernels import reference
-from tests.backward import BACKWARD_BENCHES, without_gradients
 from tests.cases import BENCHES, Case, bytes_moved
+from tests.support.backward import BACKWARD_BENCHES, without_gradients
 
 from .clock import keep_memory, machine, measure, roofs
 from .report import markdown

@@ -21,7 +21,7 @@ from kandinsky_model.vae.hunyuan import HunyuanVideoVAE, Upsample
 from kandinsky_model.vae.schemes import Accounting
 from kandinsky_model.vae.stages import Chunk, Enlarge
 from kandinsky_model.vae.stream import decoding, encoding
-from tests.live_memory import LiveMemory
+from tests.support.live_memory import LiveMemory
 
 from .clock import keep_memory, machine, measure, roofs
 from .ops import results_file

@@ -93,7 +93,7 @@ def empty_inductor_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def text_parts():
     """Tiny text encoders, to be left as they are."""
-    from . import tiny_models
+    from .support import tiny_models
 
     return tiny_models.text_parts()
 
@@ -101,7 +101,7 @@ def text_parts():
 @pytest.fixture(scope="session")
 def diffusers_folder(tmp_path_factory, text_parts):
     """A whole model around them on disk, to be left as it is."""
-    from . import tiny_models
+    from .support import tiny_models
 
     return tiny_models.diffusers_folder(tmp_path_factory.mktemp("diffusers"), text_parts)
 

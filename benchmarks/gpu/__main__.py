@@ -26,8 +26,8 @@ from kandinsky_kernels import vae as kernels_vae
 from kandinsky_model.config import LITE_DIT, PRO_DIT, NablaConfig
 from kandinsky_model.dit.geometry import block_offsets, local_window
 from kandinsky_model.dit.layout import make_plan
-from tests.backward import derived
 from tests.cases import gated_add_norm_peer, head_first, modulated_norm_peer, norm_rope_per_token
+from tests.support.backward import derived
 
 from ..door import door
 from .card import (

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs shared by several processes give what one process gives, to rounding; who can share what;
+the command line under torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+
+from kandinsky_model.config import DiTConfig, NablaConfig
+from kandinsky_model.devices.parallel import Ranks, from_first, share
+from kandinsky_model.dit.geometry import Grid
+from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.transformer import DiffusionTransformer3D
+from kandinsky_model.sampling.result import load_latents
+from kandinsky_model.sampling.sampler import Conditioning, Sampling, noise, sample
+from kandinsky_model.sampling.step_cache import FirstBlockCache, MagCache
+
+from ..support.plain_dit import random_state
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = DiTConfig(
+    in_text_dim=32,
+    in_text_dim2=16,
+    time_dim=32,
+    model_dim=256,
+    ff_dim=256,
+    num_text_blocks=1,
+    num_visual_blocks=2,
+    visual_cond=True,
+)
+# 297 tokens: no two ranks can have as many
+GRID, NABLA = Grid(3, 9, 11), NablaConfig(0.6, (3, 1, 1))
+CASES = {  # guidance, NABLA, step cache
+    "guided": (3.0, None, None),
+    "dense": (1.0, None, None),
+    "nabla": (1.0, NABLA, None),
+    "guided nabla": (3.0, NABLA, None),
+    "mag": (3.0, None, MagCache(((1.0,) * 4,) * 2, retention=0.0)),
+    "first-block": (1.0, NABLA, FirstBlockCache(threshold=0.5)),
+}
+
+
+def run(name, ranks_of=None):
+    """The latents of one case: a batch of two prompts of different lengths."""
+    guidance, nabla, cache = CASES[name]
+    dit = DiffusionTransformer3D(CONFIG)
+    dit.load_state_dict(random_state(CONFIG))
+    plan = make_plan(
+        CONFIG,
+        GRID,
+        (1.0, 2.0, 2.0),
+        nabla,
+        ranks=ranks_of and ranks_of(CONFIG.num_heads, guidance != 1.0),
+    )
+    g = torch.Generator().manual_seed(1)
+    cond, uncond = (
+        Conditioning(
+            torch.randn(2, length, 32, generator=g),
+            torch.tensor([length, 4]),
+            torch.randn(2, 16, generator=g),
+        )
+        for length in (7, 5)
+    )
+    start = noise(1, (2, GRID.T, 2 * GRID.Y, 2 * GRID.X, 16))
+    *_, (_, latents) = sample(
+        dit.requires_grad_(False).prepare(),
+        start,
+        cond,
+        plan,
+        Sampling(4, 5.0, guidance, cache=cache),
+        uncond,
+    )
+    return latents
+
+
+def work(rank, world, folder, names):
+    """One of the processes: all cases, and what goes from the first process to the others."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
+    )
+    assert Ranks.of(CONFIG.num_heads, guided=False).size == world
+    results = {name: run(name, Ranks.of) for name in names}
+    results["told"] = torch.tensor(list(from_first(lambda: bytes([1, 2, 3] if rank == 0 else [9]))))
+    try:
+        from_first(lambda: {}[0])
+    except KeyError:
+        results["failure"] = torch.tensor([rank])
+    except SystemExit as quiet:
+        results["failure"] = torch.tensor([10 * quiet.code + rank])
+    save_file(results, f"{folder}/{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("world", "names"), [(2, list(CASES)), (4, ["guided nabla", "nabla"])], ids=["two", "four"]
+)
+def test_shared_runs_equal_a_single_process(world, names, tmp_path):
+    mp.spawn(work, (world, str(tmp_path), names), world)
+    alone = {name: run(name) for name in names}
+    for rank in range(world):
+        results = load_file(tmp_path / f"{rank}.safetensors")
+        for name in names:
+            error = ((results[name] - alone[name]).norm() / alone[name].norm()).item()
+            print(f"{name}, rank {rank} of {world}: rel_l2 {error:.2g}")
+            assert error <= 1e-5, name
+        assert results["told"].tolist() == [1, 2, 3]
+        assert results["failure"].item() == (0 if rank == 0 else 20 + rank)
+
+
+@pytest.mark.parametrize(
+    ("world", "heads", "guided", "wanted"),
+    [
+        (2, 28, True, (2, 1)),
+        (2, 28, False, (1, 2)),
+        (4, 28, True, (2, 2)),
+        (8, 28, True, (2, 4)),
+        (7, 28, True, (1, 7)),
+        (8, 32, False, (1, 8)),
+        (1, 28, True, (1, 1)),
+        (14, 28, True, (2, 7)),
+    ],
+)
+def test_passes_are_shared_first(world, heads, guided, wanted):
+    assert share(world, heads, guided) == wanted
+
+
+@pytest.mark.parametrize(
+    ("world", "heads", "guided", "words"),
+    [
+        (8, 28, False, "28 heads can be shared by 1, 2, 4, 7, 14, 28 processes, got 8"),
+        (
+            6,
+            28,
+            True,
+            "28 heads and two passes of guidance can be shared by 1, 2, 4, 7, 8, 14, 28, 56 "
+            "processes, got 6",
+        ),
+        (
+            3,
+            32,
+            True,
+            "can be shared by 1, 2, 4, 8, 16, 32, 64 processes, got 3; start one of these numbers",
+        ),
+    ],
+)
+def test_who_cannot_share(world, heads, guided, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        share(world, heads, guided)
+    assert "\n" not in str(caught.value)
+
+
+# Under torchrun
+
+
+def torchrun(count, *arguments, cwd):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        "-m",
+        "kandinsky_model",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_models.tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+def test_generate_writes_once_and_the_same(folder, tmp_path):
+    from kandinsky_model.__main__ import main
+
+    arguments = ["--model", str(folder), *tiny_models.SMALL_ARGS, "--device", "cpu", "--seed", "3"]
+    done = torchrun(2, "generate", "a red circle", *arguments, "-o", "a.gif", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("a.gif") == 1, done.stderr
+    assert main(["generate", "a red circle", *arguments, "-o", str(tmp_path / "b.gif")]) == 0
+    (shared, settings), (alone, same) = (
+        load_latents(tmp_path / f"{name}.latents.safetensors") for name in "ab"
+    )
+    torch.testing.assert_close(shared, alone, rtol=0, atol=1e-5)
+    assert settings == same
+
+
+def test_what_cannot_be_shared_is_one_sentence(folder, tmp_path):
+    """The random model has one head."""
+    done = torchrun(
+        2,
+        "generate",
+        "a red circle",
+        "--model",
+        str(folder),
+        *tiny_models.SMALL_ARGS,
+        "--device",
+        "cpu",
+        "--guidance",
+        "1",
+        cwd=tmp_path,
+    )
+    complaints = [line for line in done.stderr.splitlines() if line.startswith("kandinsky: ")]
+    assert done.returncode and complaints == [
+        "kandinsky: 1 heads can be shared by 1 processes, got 2; start one of these numbers, or "
+        "give every process prompts of its own with "
+        "--prompts"
+    ]
+
+
+def test_prompts_of_a_file_are_spread(folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\na green circle\n")
+    arguments = [
+        "generate",
+        "--prompts",
+        "prompts.txt",
+        "--model",
+        str(folder),
+        *tiny_models.SMALL_ARGS,
+        "--device",
+        "cpu",
+        "--seed",
+        "3",
+    ]
+    done = torchrun(2, *arguments, "-o", "a.gif", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.glob("*.gif")) == [
+        "a_000.gif",
+        "a_001.gif",
+        "a_002.gif",
+    ]
+    settings = [load_latents(tmp_path / f"a_00{i}.latents.safetensors")[1] for i in range(3)]
+    assert [(one.prompt, one.seed) for one in settings] == [
+        ("a red circle", 3),
+        ("a blue square", 4),
+        ("a green circle", 5),
+    ]

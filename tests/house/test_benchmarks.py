@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The instruments: a clock that takes turns, bars that are judged from medians, and tables that say
+what was measured."""
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import budgets as memory
+from benchmarks import clock, door, ops, report, vae
+from benchmarks.gpu import __main__ as gpu
+from kandinsky_model.config import VAEConfig
+from kandinsky_model.dit.geometry import Grid
+from kandinsky_model.vae import stages as vae_stages
+from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
+
+from ..cases import BENCHES, CASES
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_clock_takes_turns(monkeypatch):
+    monkeypatch.setattr(clock, "WARM_UP_S", 0.0)
+    calls = []
+
+    def slow():
+        calls.append("slow")
+        time.sleep(0.02)
+
+    timings = clock.measure(
+        {"slow": slow, "quick": lambda: calls.append("quick")}, budget_s=0.1, most=8
+    )
+    assert timings["slow"].runs <= 5 and timings["quick"].runs == 8
+    assert calls[:6] == ["slow", "quick"] * 3
+    assert timings["slow"].median_ms >= 20 > timings["quick"].median_ms
+    assert timings["slow"].low_ms <= timings["slow"].median_ms <= timings["slow"].high_ms
+    assert clock.Timing(1.0, 0.9, 1.1, 5).noisy and not clock.Timing(1.0, 0.99, 1.01, 5).noisy
+
+
+def test_machine_record_is_complete():
+    record = clock.machine()
+    assert all(
+        record[key]
+        for key in (
+            "cpu",
+            "cores",
+            "threads",
+            "simd",
+            "compiler",
+            "torch",
+            "python",
+            "system",
+            "commit",
+        )
+    )
+    assert json.loads(json.dumps(record)) == record
+
+
+def planted(**medians):
+    def timings(values):
+        return {name: {"median_ms": value, "noisy": value == 1.0} for name, value in values.items()}
+
+    return [
+        {"case": case, "timings": timings(values), "gb_s": 12.5, "gflop_s": 0.0, "of_roof": 0.5}
+        for case, values in medians.items()
+    ]
+
+
+def test_bars_are_judged_from_medians():
+    rows = planted(
+        **{
+            "block_sparse_attention-10_percent-float32": {"ours": 10.0, "dense": 70.0},
+            "block_sparse_attention-100_percent-float32": {"ours": 100.0, "dense": 70.0},
+            "select_blocks-128_blocks-float32": {"ours": 0.4},
+            "block_sparse_attention_backward-10_percent-float32": {"ours": 31.0, "forward": 10.0},
+        }
+    )
+    judged = {bar["name"]: bar for bar in ops.bars(rows)}
+    assert len(judged) == 4  # nothing was measured at 20 %
+    sparse, dense, selection, gradient = judged.values()
+    assert (sparse["measured"], sparse["holds"]) == (7.0, True)
+    assert (dense["measured"], dense["holds"]) == (0.7, False)
+    assert (selection["measured"], selection["holds"]) == (0.04, True)
+    assert (gradient["measured"], gradient["holds"]) == (3.1, False)
+
+
+def test_every_bar_has_its_case():
+    ids = [case.id for case in ops.ROWS]
+    for _, over, under, *_ in ops.BARS:
+        assert all(sum(case in one for one in ids) == 1 for case, _ in (over, under))
+    assert {case.op for case in BENCHES} == {case.op for case in CASES}
+
+
+def test_markdown_goes_between_the_markers():
+    result = {
+        "machine": clock.machine(),
+        "roofs": {"copy_gb_s": 10.0, "matmul_gflop_s": 100.0},
+        "bars": [],
+        "rows": planted(norm={"ours": 2.0, "torch": 1.0}),
+    }
+    text = report.insert(f"a\n{report.BEGIN}\nold\n{report.END}\nz\n", report.markdown(result))
+    assert "old" not in text and text.startswith("a\n") and text.endswith("z\n")
+    assert "| norm | 2 | - | 1 (noisy) | - | - | 12.5 GB/s | 50% |" in text
+    with pytest.raises(ValueError, match="markers"):
+        report.insert("no place", "figures")
+
+
+def test_gpu_benchmark_runs_at_toy_size(tmp_path):
+    """Every section and every peer on a CPU: the few minutes on a GPU are not there to find a
+    typing error."""
+    out, sections = tmp_path / "gate.json", [*gpu.SECTIONS, *gpu.MORE]
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+            "--small",
+            "--out",
+            out,
+            "--only",
+            ",".join(sections),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and "cannot run" not in run.stdout, run.stdout + run.stderr
+    result = json.loads(out.read_text())
+    assert (
+        list(result["rows"]) == sections and all(result["rows"].values()) and not result["failed"]
+    )
+    assert all(row["ms"]["ours"] > 0 for rows in result["rows"].values() for row in rows)
+    table = report.markdown(result)
+    # a bar of another size
+    assert table.count("\n| block_sparse_attention |") == 6 + 16 and "useful TFLOP/s" not in table
+    assert "every norm, times faster than eager" in table
+
+
+def test_gpu_bars_are_judged_by_the_worst_row():
+    rows = {
+        "selection": [
+            {
+                "op": "select_blocks",
+                "size": "lite 10 s",
+                "ms": {"ours": 0.4, "published": 8.0},
+                "over_published": 20.0,
+            },
+            {"op": "select_blocks", "size": "lite 10 s", "ms": {"ours": 0.3}},
+            {
+                "op": "select_blocks",
+                "size": "pro 10 s",
+                "ms": {"ours": 0.9, "published": 90.0},
+                "over_published": 100.0,
+            },
+        ],
+        "attention": [
+            {
+                "op": "block_sparse_attention",
+                "size": "lite 10 s",
+                "ms": {"ours": 1.0},
+                "useful_tflop_s": 400.0,
+            },
+            {
+                "op": "block_sparse_attention",
+                "size": "lite 10 s",
+                "ms": {"ours": 1.0},
+                "useful_tflop_s": 299.0,
+            },
+        ],
+        "convolutions": [
+            {
+                "op": "causal_conv3d",
+                "size": "one layer",
+                "ms": {"ours": 1.0, "cudnn": 0.9},
+                "over_cudnn": 0.9,
+            },
+            {
+                "op": "causal_conv3d",
+                "size": "10 s, all frames",
+                "ms": {"ours": 1.0, "cudnn": 1.1},
+                "over_cudnn": 1.1,
+            },
+        ],
+    }
+    judged = [
+        (bar["name"], bar["measured"], bar["holds"]) for bar in report.gpu_bars({"rows": rows})
+    ]
+    assert judged == [
+        ("select_blocks, lite 10 s, ms", 0.4, True),
+        ("select_blocks, pro 10 s, ms", 0.9, False),
+        ("select_blocks, times faster than the published recipe", 20.0, False),
+        ("block_sparse_attention, lite 10 s, useful TFLOP/s", 299.0, False),
+        ("causal_conv3d, 10 s, all frames, times faster than cuDNN", 1.1, False),
+    ]
+
+
+def test_the_convolutions_are_the_decoders(monkeypatch):
+    """Counted in decodes of one and of two latent frames, of a sixteenth of the channels and of the
+    sides: both grow as they do."""
+    config = VAEConfig(block_out_channels=(8, 16, 32, 32), norm_num_groups=4)
+    decoder, convolve = (
+        HunyuanVideoVAE(config).bfloat16().requires_grad_(False),
+        vae_stages.ops.causal_conv3d,
+    )
+
+    def frames(latent_frames):
+        counts = Counter()
+
+        def count(x, weight, *rest):
+            out = convolve(x, weight, *rest)
+            (N, C, *taps), (_, T, Y, X, _) = weight.shape, out.shape
+            counts[C, N, Y, X, tuple(taps)] += T
+            return out
+
+        monkeypatch.setattr(vae_stages.ops, "causal_conv3d", count)
+        decoder.decode(torch.randn(1, 16, latent_frames, 4, 6).bfloat16())
+        monkeypatch.undo()
+        return counts
+
+    one, two = frames(1), frames(2)
+    grown = {key: one[key] + 60 * (two[key] - one[key]) for key in two if key[-1] != (1, 1, 1)}
+    scaled = {
+        (C if C == 16 else C // 16, N if N == 3 else N // 16, Y // 16, X // 16, taps): n
+        for C, N, Y, X, taps, n in gpu.CONVOLUTIONS
+    }
+    assert grown == scaled
+
+
+def test_vaes_are_compared_on_equal_results(monkeypatch):
+    monkeypatch.setattr(clock, "WARM_UP_S", 0.0)
+    config = VAEConfig(
+        latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4
+    )
+    with torch.no_grad():
+        decodes = [vae.decode_row("a decode", config, (2, 3, 3), budget_s=0.0)]
+        encodes = [vae.encode_row("an encode", config, (5, 16, 24), budget_s=0.0)]
+        upsamplings = [
+            vae.upsampling_row("a level", 8, factors, (3, 4, 4), budget_s=0.0)
+            for factors in ((1, 2, 2), (2, 2, 2))
+        ]
+    for row in (*decodes, *encodes):
+        assert min(row["peak_bytes"].values()) > 0 and row["error"] < 1e-5
+    table = report.vae_table({"decodes": decodes, "encodes": encodes, "upsamplings": upsamplings})
+    assert (
+        table.count("| a level |") == 2
+        and "| an encode |" in table
+        and json.loads(json.dumps(decodes)) == decodes
+    )
+    with pytest.raises(RuntimeError, match="nothing was timed"):
+        vae.agree(torch.zeros(3), torch.ones(3))
+
+
+def test_the_readme_shows_the_schemes_as_they_are_accounted():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(vae.schemes_table(doing) in readme for doing in vae.SCHEMES)
+
+
+def test_the_readme_shows_what_runs_need():
+    assert memory.table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_diffusers_is_compared_with_itself(monkeypatch):
+    """Ours and NABLA by a mask are the same up to diffusers' rounding to bf16; as installed it is
+    another function."""
+    monkeypatch.setattr(clock, "WARM_UP_S", 0.0)
+    transformer = door.transformer_row("a transformer", door.TINY, Grid(2, 16, 16), 0.0)
+    config = VAEConfig(
+        latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4
+    )
+    decoder = door.vae_row("a decoder", config, (2, 3, 3), 0.0)
+    errors = transformer["errors"]
+    assert (
+        errors["ours"] < 5e-6 < errors["mask"] < 5e-4 < 5e-3 < errors["dense"]
+        and 0.2 < transformer["density"] < 0.6
+    )
+    assert max(decoder["errors"].values()) < 1e-5
+    table = door.table({"machine": clock.machine(), "rows": [transformer, decoder]})
+    assert (
+        "| a transformer, 512 tokens |" in table
+        and "| a decoder | - |" in table
+        and json.loads(json.dumps(transformer)) == transformer
+    )
+
+
+def test_the_readme_shows_diffusers_as_measured():
+    results = [
+        json.loads(path.read_text()) for path in sorted(ROOT.glob("benchmarks/results/door-*.json"))
+    ]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert results and all(door.table(result) in readme for result in results)

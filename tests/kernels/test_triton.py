@@ -1,0 +1,592 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels: under the interpreter, or on a GPU where there is one; as binaries for every
+architecture; and their guard."""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kandinsky_kernels as ops
+from kandinsky_kernels import _guard, _library, kernels, nabla, norm, tuning, vae
+from kandinsky_model.dit.geometry import Grid
+
+from ..cases import (
+    CASES,
+    Case,
+    attention,
+    block_sparse_attention_peer,
+    frames,
+    heads,
+    means,
+    normed,
+    video,
+)
+from ..compare import assert_faithful
+from ..support.backward import BACKWARDS
+
+triton = pytest.importorskip("triton", reason="needs Triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAUNCHERS = {
+    "modulated_norm": (norm, norm._launch_modulated_norm),
+    "gated_add_norm": (norm, norm._launch_gated_add_norm),
+    "norm_rope": (norm, norm._launch_norm_rope),
+    "norm_rope_means": (norm, norm._launch_norm_rope),
+    "select_blocks": (nabla, nabla._launch_selection),
+    "block_sparse_attention": (nabla, nabla._launch_attention),
+    "group_moments": (vae, vae._launch_moments),
+    "group_norm_silu": (vae, vae._launch_normed),
+    "frame_causal_attention": (vae, vae._launch_attention),
+    "modulated_norm_backward": (norm, norm._launch_modulated_norm_backward),
+    "gated_add_norm_backward": (norm, norm._launch_gated_add_norm_backward),
+    "norm_rope_backward": (norm, norm._launch_norm_rope_backward),
+    "norm_rope_means_backward": (norm, norm._launch_norm_rope_backward),
+    "block_sparse_attention_backward": (nabla, nabla._launch_gradients),
+}
+# The interpreter multiplies the bit patterns of bf16 numbers, adds up 64 tokens one after the other
+# and a row in another order than its products do (which shows where a block attends to a token
+# alone), and takes seconds for a hundred rows of the block map. Refused are channels that are no
+# power of two.
+SLOW_OR_UNLIKE = (
+    "norm_rope_means-lite-float32",
+    "norm_rope_means_backward-odd-float32",
+    "block_sparse_attention_backward-one-float32",
+    "block_sparse_attention_backward-ragged-float32",
+    "select_blocks-peaked-float32",
+    "select_blocks-flat-float32",
+    "select_blocks-everything-float32",
+    "select_blocks-stable-float32",
+)
+ALL = [*CASES, *BACKWARDS]
+REFUSED = {
+    case.id for case in CASES if case.op == "group_moments" and vae._refuse_moments(**case.inputs())
+}
+SKIPPED = REFUSED | {
+    case.id
+    for case in ALL
+    if DEVICE == "cpu" and (case.dtype == torch.bfloat16 or case.id in SLOW_OR_UNLIKE)
+}
+TRITON_CASES = [case for case in ALL if case.op in LAUNCHERS and case.id not in SKIPPED]
+
+
+def on_device(inputs):
+    return {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+
+
+def launched(case, inputs, monkeypatch):
+    """The public function with the launcher in the dispatcher's place."""
+    module, launch = LAUNCHERS[case.op]
+    monkeypatch.setattr(module, f"_{case.op.replace('_means', '')}", launch)
+    outputs = case.run(on_device(inputs))
+    monkeypatch.undo()
+    return tuple(x.cpu() for x in outputs)
+
+
+@pytest.mark.parametrize("case", TRITON_CASES, ids=lambda case: case.id)
+def test_every_case(case, monkeypatch):  # law 1
+    inputs = case.inputs()
+    case.check(launched(case, inputs, monkeypatch), inputs)
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 11, 10), Grid(1, 16, 8)], ids=["ragged", "full"])
+@pytest.mark.parametrize("D", [32, 64, 96, 128])
+def test_attention_of_every_head_size_in_groups_of_heads(D, grid, monkeypatch):
+    """A small scratch for lists cuts the heads into launches of one; by pointers where blocks are
+    ragged, by descriptors where full."""
+    monkeypatch.setattr(tuning, "LIST_BYTES", 1)
+    full = grid.tokens == tuning.TOKENS * grid.blocks
+    launch = dataclasses.replace(
+        tuning.attention(D, torch.float32, (9, 0), full),
+        descriptors=full and (DEVICE == "cpu" or D <= 64),
+    )
+    monkeypatch.setattr(tuning, "attention", lambda *_: launch)
+    inputs = attention(2, 2, grid, D, 0.5)(torch.Generator().manual_seed(1))
+    outputs = nabla._launch_attention(*on_device(inputs).values(), 0.3, math.inf)
+    exact = nabla.reference.block_sparse_attention(
+        *(x.double() if x.is_floating_point() else x for x in inputs.values()), 0.3
+    )
+    peer = block_sparse_attention_peer(
+        **inputs | {"query": inputs["query"] * 0.3 * math.sqrt(D)}, return_lse=True
+    )
+    for actual, *others in zip(outputs, exact, peer, strict=True):
+        assert_faithful(actual.cpu(), *others)
+
+
+@pytest.mark.parametrize("bound", [math.inf, 20.0], ids=["online", "bounded"])
+def test_attention_reads_strided_inputs_and_forgives_empty_rows(bound, monkeypatch):
+    monkeypatch.setattr(nabla, "_attention_kind", lambda *_: (True, bound < math.inf))
+    inputs = attention(1, 2, Grid(1, 8, 24), 32, 1.0)(torch.Generator().manual_seed(2))
+    # [B, S, 3, H, D], as one projection gives
+    packed = torch.stack([inputs[name] for name in ("query", "key", "value")], 2).to(DEVICE)
+    selection = inputs["selection"].to(DEVICE).clone()
+    selection[0, 1, 2] = 0
+    args = (*packed.unbind(2), selection, inputs["block_offsets"].to(DEVICE), 0.2, bound)
+    out, lse = nabla._launch_attention(*args)
+    exact, exact_lse = nabla.reference.block_sparse_attention(*args)
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-5, atol=1e-6)
+    assert (
+        not out[0, 128:, 1].any()
+        and (lse[0, 1, 128:] == -torch.inf).all()
+        and out[0, :128, 1].any()
+    )
+
+
+@pytest.mark.parametrize("logit, base", [(30.0, -1), (-30.0, -1), (30.0, 1)])
+def test_a_bound_far_above_the_logits_loses_nothing(logit, base, monkeypatch):
+    """Logits at the bound, at its negative and at both: shares between 1 and 2^-112, whose sum must
+    not vanish."""
+    monkeypatch.setattr(nabla, "_attention_kind", lambda *_: (True, True))
+    q, v = (
+        torch.full((1, 128, 1, 32), 1.0, device=DEVICE),
+        torch.randn(1, 128, 1, 32, device=DEVICE),
+    )
+    k = torch.full((1, 128, 1, 32), logit / 32, device=DEVICE)
+    k[:, 64:] *= -base
+    args = (
+        q,
+        k,
+        v,
+        torch.full((1, 1, 2, 1), 3, dtype=torch.int32, device=DEVICE),
+        torch.tensor([0, 64, 128], dtype=torch.int32, device=DEVICE),
+        1.0,
+    )
+    exact, exact_lse = nabla.reference.block_sparse_attention(*args)
+    for bound in (30.0, tuning.BOUND_LOG2 * math.log(2)):
+        out, lse = nabla._launch_attention(*args, bound)
+        torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse, exact_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bound_is_used_only_where_it_is_safe():
+    q, selection, offsets = (
+        torch.zeros(1, 64, 1, 32),
+        torch.ones(1, 1, 1, 1, dtype=torch.int32),
+        torch.tensor([0, 64], dtype=torch.int32),
+    )
+
+    def bounded(dtype, bound):
+        return nabla._attention_kind(*(q.to(dtype),) * 3, selection, offsets, 1.0, bound)[1]
+
+    assert (
+        bounded(torch.bfloat16, 38.8)
+        and not bounded(torch.float32, 30.0)
+        and not bounded(torch.float16, 30.0)
+    )
+    assert not bounded(torch.bfloat16, 38.9) and not bounded(torch.bfloat16, math.inf)
+
+
+@pytest.mark.parametrize("ties", ["all", "stable"])
+@pytest.mark.parametrize("keep_mass", [0.3, 0.9, 1.0])
+def test_selection_in_pieces(ties, keep_mass, monkeypatch):
+    """Whole heads and parts of heads at a time, with a local window; equal masses at the
+    threshold."""
+    case = Case(
+        "select_blocks",
+        "pieces",
+        means(1, 2, (1, 3, 6), 8, keep_mass, (1, 3, 3), ties),
+        torch.float32,
+    )
+    inputs = case.inputs()
+    inputs["key_means"][:, :, 4:9] = inputs["key_means"][:, :, :1]
+    for pieces in (8 * 18 * 18, 4 * 18 * 7):
+        monkeypatch.setattr(tuning, "MAP_BYTES", pieces)
+        chosen = launched(case, inputs, monkeypatch)
+        case.check(chosen, inputs)
+        assert torch.equal(chosen[0], case.run(inputs)[0])
+
+
+def test_rows_without_a_finite_maximum_keep_every_block():  # law 9
+    query, key = torch.zeros(1, 1, 5, 4, device=DEVICE), torch.randn(1, 1, 5, 4, device=DEVICE)
+    query[..., 0] = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, 0.0])
+    key[..., 0] = torch.tensor([9.0, -9.0, -9.0, -9.0, -9.0])
+    kept = ops.unpack_selection(nabla._launch_selection(query, key, 0.5, [], [], "all"), 5)[0, 0]
+    assert kept[1:].all() and kept[0].tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("x", [0.1, 1 - 0.9, 1 / 3, 2.0**-40 + 2.0**-60, 0.0])
+def test_a_double_is_the_sum_of_three_floats(x):
+    parts = nabla._thirds(x)
+    assert sum(parts[::-1]) == x and all(
+        torch.tensor(part).double().item() == part for part in parts
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["gated_add_norm-edge", "gated_add_norm_backward-edge", "modulated_norm_backward-past"]
+)
+def test_rows_beyond_one_program(name, monkeypatch):
+    """The configurations for long inputs: several rows per program, the last program with fewer."""
+    monkeypatch.setattr(tuning, "norm_rows", lambda _: 5)
+    monkeypatch.setattr(tuning, "norm_backward_rows", lambda _: 5)
+    case = next(case for case in TRITON_CASES if case.id == f"{name}-float32")
+    inputs = case.inputs()
+    assert inputs["x"].shape[1] % 5
+    case.check(launched(case, inputs, monkeypatch), inputs)
+
+
+@pytest.mark.parametrize("elements", [64, 1 << 16])
+def test_moments_far_from_zero_in_slabs(elements, monkeypatch):
+    """Slabs of two tiles each and one slab for all; frames are bitwise what they are alone."""
+    monkeypatch.setattr(tuning, "SLAB_ELEMENTS", elements)
+    monkeypatch.setattr(tuning, "SLAB_TILE", elements // 2)
+    monkeypatch.setattr(tuning, "JOINED", 4)
+    x = video(1, 3, 9, 7, 8, 4)(torch.Generator())["x"].to(DEVICE) + 1000
+    x[0, 0, 0, 0] = 1e4  # an outlier where the pivot is taken
+    moments = vae._launch_moments(x, 4)
+    torch.testing.assert_close(
+        moments,
+        vae.reference.group_moments(x.double(), 4),
+        rtol=2e-5 if elements > 64 else 2e-6,
+        atol=0,
+    )
+    assert torch.equal(moments[:, 1:2], vae._launch_moments(x[:, 1:2], 4))
+    x[0, 1, 3, 3, 5] = torch.nan
+    spoilt = vae._launch_moments(x, 4)
+    assert spoilt[0, 1, 2].isnan().all() and torch.equal(
+        spoilt[0, 1, [0, 1, 3]], moments[0, 1, [0, 1, 3]]
+    )
+
+
+@pytest.mark.parametrize("D", [512, 96])
+def test_frame_attention_of_every_tile(D, monkeypatch):
+    """The tiles of every card; strided inputs, as one projection gives them; rows and keys that
+    fill no tile."""
+    packed = torch.randn(1, 2, 70, 3, D, device=DEVICE)
+    query, key, value = packed.unbind(3)
+    exact = vae.reference.frame_causal_attention(
+        query.double(), key.double(), value.double(), 0, 0.05
+    )
+    peer = vae.reference.frame_causal_attention(query, key, value, 0, 0.05)
+    for capability in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0)):
+        tile = tuning.frame_attention(tuning.padded(D), capability)
+        monkeypatch.setattr(tuning, "frame_attention", lambda *_, tile=tile: tile)
+        outputs = vae._launch_attention(query, key, value, 0, 0.05)
+        monkeypatch.undo()
+        for triple in zip(outputs, exact, peer, strict=True):
+            assert_faithful(*triple)
+
+
+# channels in and out, taps, strides
+CONVOLUTIONS = {
+    "whole": (64, 128, (2, 2, 1), (1, 1, 1)),
+    "ragged": (24, 20, (3, 3, 3), (1, 1, 1)),
+    "phase": (32, 16, (3, 2, 2), (1, 1, 1)),
+    "strided": (16, 48, (3, 3, 3), (2, 2, 2)),
+    "strided in space": (16, 16, (3, 3, 3), (1, 2, 2)),
+    "last": (40, 3, (3, 3, 3), (1, 1, 1)),
+    "single": (16, 16, (1, 1, 1), (1, 1, 1)),
+}
+
+
+def convolution(C, N, taps, stride, dtype):
+    """Inputs whose frames, rows and pixels lie apart in memory."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = [(n - 1) * step + k for n, k, step in zip((2, 10, 13), taps, stride, strict=True)]
+    x = torch.randn(2, sizes[0] + 1, sizes[1] + 2, sizes[2] + 3, C + 8, generator=generator)[
+        :, 1:, 1:-1, 1:-2, :C
+    ]
+    weight, bias = (
+        torch.randn(N, C, *taps, generator=generator) / math.sqrt(C * math.prod(taps)),
+        torch.randn(N, generator=generator),
+    )
+    return *(t.to(DEVICE, dtype) for t in (x, weight, bias)), stride
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", CONVOLUTIONS)
+def test_convolution(size, dtype):  # law 1
+    x, weight, bias, stride = convolution(*CONVOLUTIONS[size], dtype)
+    for b in (bias, None):
+        exact = vae._convolve(
+            x.double(), weight.double(), None if b is None else b.double(), stride
+        )
+        assert_faithful(
+            vae._launch_conv(x, weight, b, stride), exact, vae._convolve(x, weight, b, stride)
+        )
+    trial = vae._trial_conv(x, weight, bias, stride)
+    assert (
+        _guard.disagreement(
+            vae._launch_conv(*trial), vae._convolve(*(_guard._double(value) for value in trial))
+        )
+        is None
+    )
+
+
+@pytest.mark.parametrize("size", ["whole", "ragged"])
+@pytest.mark.parametrize("tile", [(64, 32, 32), (128, 128, 32), (256, 128, 64)], ids=str)
+def test_convolution_of_every_tile(size, tile, monkeypatch):  # laws 1 and 12
+    """Several tiles, ragged ones too, and tiles beyond the result; a frame is bitwise what it is in
+    another piece."""
+    monkeypatch.setattr(
+        tuning, "convolution", lambda *_: tuning.ConvolutionTile(*tile, tuning.Launch(8, 2))
+    )
+    x, weight, bias, stride = convolution(*CONVOLUTIONS[size], torch.float16)
+    whole = vae._launch_conv(x, weight, bias, stride)
+    exact = vae._convolve(x.double(), weight.double(), bias.double(), stride)
+    assert_faithful(whole, exact, vae._convolve(x, weight, bias, stride))
+    assert torch.equal(vae._launch_conv(x[1:, 1:], weight, bias, stride), whole[1:, 1:])
+    x[0, -1, 3, 4, 5] = torch.nan
+    assert torch.equal(vae._launch_conv(x, weight, bias, stride)[:, :-1], whole[:, :-1])
+
+
+def test_convolution_is_chosen_only_once_a_gpu_has_found_it_faster(monkeypatch):
+    assert tuning.TRITON <= tuning.VERIFIED
+    args, kinds = convolution(*CONVOLUTIONS["single"], torch.float16), []
+    monkeypatch.setattr(_guard, "trusted", lambda *args: kinds.append(args[-1]) or True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # a card as far as the choice can tell
+    monkeypatch.setattr(vae, "_launch_conv", lambda *_: "ours")
+    monkeypatch.setattr(vae, "_convolve", lambda *_: "PyTorch's")
+    assert ops.causal_conv3d(*args) == "PyTorch's" and not kinds
+    monkeypatch.setattr(tuning, "TRITON", frozenset({"causal_conv3d"}))
+    assert ops.causal_conv3d(*args) == "ours" and kinds == [((16, 16, 1, 1, 1), (1, 1, 1), False)]
+    assert ops.causal_conv3d(args[0], args[1].clone().requires_grad_(), *args[2:]) == "PyTorch's"
+    assert (
+        ops.causal_conv3d(*(x.float() for x in args[:3]), args[3]) == "PyTorch's"
+        and len(kinds) == 1
+    )
+    monkeypatch.setattr(torch.Tensor, "is_cuda", False)
+    assert ops.causal_conv3d(*args) == "PyTorch's"
+
+
+# ---- binaries
+
+
+@pytest.fixture(scope="module")
+def cubins():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.support.cubins"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=os.path.dirname(os.path.dirname(__file__)),
+    )
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_no_kernel_spills_and_every_architecture_is_built(cubins):
+    assert {row["sm"] for row in cubins} == {80, 86, 89, 90, 100, 120}
+    assert [row for row in cubins if row["local"]] == []
+
+
+def test_products_use_the_matrix_units_of_their_architecture(cubins):
+    rows = [row for row in cubins if "attention" in row["kernel"] or "conv" in row["kernel"]]
+    wanted = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
+    for row in rows:
+        assert [unit for unit in ("wgmma", "mma", "tcgen05") if row[unit]] == [wanted[row["sm"]]], (
+            row
+        )
+        described = row["sm"] in (90, 100) or row["sm"] == 120 and "backward" not in row["kernel"]
+        assert row["tma"] == (
+            described and "block_sparse" in row["kernel"] and "ragged" not in row["kernel"]
+        ), row
+
+
+def test_shared_memory_leaves_room_for_a_second_program(cubins):
+    # KiB, CUDA programming guide, table of technical specifications
+    per_sm = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+    for row in cubins:
+        alone = re.match("block_sparse_attention.*-128|frame_causal_attention-512", row["kernel"])
+        residents = 1 if alone or "conv" in row["kernel"] and row["sm"] in (90, 100) else 2
+        assert residents * (row["shared"] + 1024) <= per_sm[row["sm"]] << 10, row
+
+
+# ---- guard
+
+
+@pytest.fixture
+def guard(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_guard, "_verdicts", {})
+    return tmp_path / "kandinsky_kernels" / "checked.json"
+
+
+def ask(launch, kind=()):
+    case = (torch.randn(4, 8),)
+    return _guard.trusted("double", launch, lambda x: 2 * x, lambda *_: case, case, kind)
+
+
+def test_guard_tries_once_and_remembers(guard, monkeypatch):
+    calls = []
+
+    def launch(x):
+        calls.append(x.shape)
+        return 2 * x
+
+    assert ask(launch) and ask(launch) and len(calls) == 1
+    assert "double () torch.float32 8 cpu" in json.loads(guard.read_text())[0]
+    assert ask(launch, (True,)) and len(calls) == 2, "another kind of call has its own trial"
+    calls.pop()
+    monkeypatch.setattr(_guard, "_verdicts", {})  # another process
+    assert ask(launch) and len(calls) == 1
+    monkeypatch.setattr(_guard, "_version", lambda: "another version")
+    monkeypatch.setattr(_guard, "_verdicts", {})
+    assert ask(launch) and len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "fault, word",
+    [
+        (lambda x: 2 * x + 0.1, "off by"),
+        (lambda x: 2 * x[:2], "shape"),
+        (lambda x: x * torch.nan, "off by nan"),
+        (lambda x: [][0], "IndexError"),
+    ],
+)
+def test_guard_falls_back_with_one_line(guard, caplog, fault, word):
+    with caplog.at_level(logging.WARNING, "kandinsky_kernels"):
+        assert not ask(fault) and not ask(fault)
+    assert len(caplog.records) == 1 and word in caplog.text and "please report" in caplog.text
+    assert word in _guard.failure("double") and not guard.exists()
+
+
+@pytest.mark.parametrize("op", sorted(_library._references))
+def test_trials_agree(op, guard, monkeypatch):
+    """The guard's own small cases pass, ragged and full, with and without what is optional."""
+    module, launch = LAUNCHERS[op]
+    reference = _library._references[op]
+    kinds = {
+        "modulated_norm": [(torch.randn(2, 5, 40), torch.randn(2, 40), torch.randn(2, 40), 1e-5)],
+        "gated_add_norm": [
+            (torch.randn(2, 5, 40), torch.randn(2, 5, 40), *(torch.randn(2, 40),) * 3, 1e-5),
+            (torch.randn(2, 5, 40), torch.randn(2, 5, 40), torch.randn(2, 40), None, None, 1e-5),
+        ],
+        "norm_rope": [
+            (*heads(1, 9, 1, 22, block=4, axes=axes)(torch.Generator()).values(), 1e-6)
+            for axes in (1, 2, 3)
+        ]
+        + [(torch.randn(1, 9, 1, 22), torch.ones(22), None, None, None, (), None, 1e-6)],
+        "select_blocks": [
+            (torch.randn(1, 1, 5, 64), None, 0.5, [], [], ties) for ties in ("all", "stable")
+        ],
+        "block_sparse_attention": [
+            tuple(attention(1, 1, grid, 64, 1.0)(torch.Generator()).values()) + (0.1, bound)
+            for grid in (Grid(1, 8, 8), Grid(1, 9, 7))
+            for bound in (20.0, math.inf)
+        ],
+        "group_moments": [
+            tuple(video(1, 1, 2, 3, C, 8)(torch.Generator()).values()) for C in (32, 512)
+        ],
+        "group_norm_silu": [
+            (*list(normed(1, 1, 2, 3, 24)(torch.Generator()).values()), front, pad, silu)
+            for front, pad, silu in (
+                (None, True, True),
+                (torch.empty(0), True, True),
+                (None, False, False),
+            )
+        ],
+        "frame_causal_attention": [
+            (*frames(1, 1, 2, D)(torch.Generator()).values(), 0, 0.1) for D in (40, 128)
+        ],
+        "modulated_norm_backward": [
+            (torch.randn(2, 5, 40), torch.randn(2, 40), torch.randn(2, 5, 40), 1e-5)
+        ],
+        "gated_add_norm_backward": [
+            (
+                *(torch.randn(2, 5, 40),) * 2,
+                *(torch.randn(2, 40),) * 2,
+                grad_y,
+                torch.randn(2, 5, 40),
+                1e-5,
+            )
+            for grad_y in (torch.randn(2, 5, 40), None)
+        ],
+        "norm_rope_backward": [
+            (
+                *heads(1, 9, 1, 22, rotate)(torch.Generator()).values(),
+                *(() if rotate else (None, None, None, ())),
+                torch.randn(1, 9, 1, 22),
+                1e-6,
+            )
+            for rotate in (True, False)
+        ],
+        "block_sparse_attention_backward": [
+            (
+                *(torch.empty(1, grid.tokens, 1, 64),) * 4,
+                torch.empty(1, 1, grid.tokens),
+                torch.empty(1, 1, 1, 1),
+                None,
+                None,
+                grad_lse,
+                0.1,
+            )
+            for grid in (Grid(1, 8, 8), Grid(1, 9, 7))
+            for grad_lse in (None, torch.empty(0))
+        ],
+    }
+    trials = {
+        "norm_rope": norm._trial_norm_rope,
+        "select_blocks": nabla._trial_selection,
+        "block_sparse_attention": nabla._trial_attention,
+        "group_moments": vae._trial_moments,
+        "group_norm_silu": vae._trial_normed,
+        "frame_causal_attention": vae._trial_attention,
+        "norm_rope_backward": norm._trial_norm_rope_backward,
+        "block_sparse_attention_backward": nabla._trial_gradients,
+    }
+    monkeypatch.setattr(
+        nabla, "_attention_kind", lambda *args: (args[0].shape[1] == 64, args[-1] < math.inf)
+    )
+    for args in kinds[op]:
+        args = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args]
+        small = trials.get(op, norm._trial_norm)(*args)
+        assert (
+            _guard.disagreement(launch(*small), reference(*(_guard._double(x) for x in small)))
+            is None
+        )
+
+
+def test_refusals_say_why():
+    q, selection = torch.randn(1, 64, 1, 160), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    assert "up to 128, got 160" in nabla._refuse_attention(q, q, q, selection)
+    long = torch.empty(1, 1, tuning.LONGEST_ROW + 1, 1)
+    assert (
+        "got 16385" in nabla._refuse_selection(long)
+        and nabla._refuse_selection(long[:, :, 1:]) is None
+    )
+    assert "nothing" in nabla._refuse_selection(long[:, :0])
+    assert "nothing" in nabla._refuse_attention(
+        q[:, :0], q, q, selection
+    ) and "nothing" in norm._refuse_norm(q[:0])
+    assert "float64" in nabla._refuse_attention(q[..., :64].double(), q, q, selection)
+    assert nabla._refuse_attention(q[..., :64], q, q, selection) is None
+    assert "got float32" in vae._refuse_attention(q) and "nothing" in vae._refuse_attention(q[:0])
+    assert (
+        "up to 512, got 640" in vae._refuse_attention(torch.empty(1, 1, 1, 640).half())
+        and vae._refuse_attention(q.half()) is None
+    )
+    assert "powers of two, got 160 and 5" in vae._refuse_moments(
+        q, 5
+    ) and "nothing" in vae._refuse_moments(q[:0], 5)
+    assert "up to 8192 channels, got 16384" in vae._refuse_moments(torch.empty(1, 16384), 32)
+    assert vae._refuse_moments(q[..., :128], 4) is None
+    assert "up to 4096 channels, got 5000" in vae._refuse_normed(
+        torch.empty(1, 5000)
+    ) and "nothing" in vae._refuse_normed(q[:0])
+    assert vae._refuse_normed(q) is None
+    assert "got float32" in vae._refuse_conv(q, q) and "nothing" in vae._refuse_conv(q[:0], q)
+    assert (
+        "input's dtype, got float32" in vae._refuse_conv(q.half(), q)
+        and vae._refuse_conv(q.half(), q.half()) is None
+    )
+
+
+def test_kernels_tell_what_is_not_verified(monkeypatch):
+    monkeypatch.setattr(tuning, "VERIFIED", frozenset({"modulated_norm"}))
+    rows = kernels()
+    assert (
+        rows["modulated_norm"]["cuda"] == "triton"
+        and "not yet verified" in rows["block_sparse_attention"]["cuda"]
+    )
+    monkeypatch.setattr(_guard, "_verdicts", {("norm_rope", 1): "it is off"})
+    assert kernels()["norm_rope"]["cuda"] == "reference: it is off"
