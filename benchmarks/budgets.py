@@ -2,7 +2,7 @@
 """What runs of the released checkpoints are predicted to need on a GPU, by the accounting that
 `kandinsky generate --memory` plans with.
 
-``python -m benchmarks.memory`` prints a table; ``python -m benchmarks.budgets --budget 12GB
+``python -m benchmarks.budgets`` prints a table; ``python -m benchmarks.budgets --budget 12GB
 t2v-pro-sft-5s`` the plan of one run. Nothing is measured: the networks have shapes and dtypes only.
 """
 

@@ -114,7 +114,7 @@ def _version() -> str:
     import triton
 
     here = Path(__file__).parent
-    sources = sorted([*here.glob("triton/*.py"), *here.glob("*.py"), *here.glob("_C.*")])
+    sources = sorted([*here.rglob("*.py"), *here.glob("_C.*")])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     return (
         f"{digest} torch {torch.__version__} triton {triton.__version__} cuda {torch.version.cuda}"

@@ -11,7 +11,7 @@ _HOMES = {
     "Kandinsky5VideoLite": "pipeline",
     "Kandinsky5VideoPro": "pipeline",
     "Kandinsky5ImageLite": "pipeline",
-    "Video": "clip",
+    "Video": "sampling.result",
     "accelerate": "acceleration",
     "load": "pipeline",
     "PRESETS": "config",

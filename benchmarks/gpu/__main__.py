@@ -2,7 +2,7 @@
 """The operators and one transformer pass at full size on a GPU, beside what one would run instead,
 all in one process.
 
-``python -m benchmarks.gpu --out gate.json [--only norms,selection,...]``; `benchmarks/gpu_gate.sh`
+``python -m benchmarks.gpu --out gate.json [--only norms,selection,...]``; `benchmarks/gpu/gate.sh`
 builds and tests first. ``--small`` runs everything at toy sizes on any device: a test that the
 benchmark itself works, not a measurement.
 """

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "rows.h"
+#include "norm.h"
 
 namespace kandinsky {
 namespace {

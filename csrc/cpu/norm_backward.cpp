@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "rows.h"
+#include "norm.h"
 
 namespace kandinsky {
 namespace {

@@ -82,7 +82,7 @@ def accelerate(
     other differences are rounding. A pass that our operators must not do (gradients, other dtypes,
     a model split over devices, NABLA with an attention backend set) runs as diffusers wrote it,
     with one line in the log. The rest corrects a pipeline towards the official code, with the
-    effects that tests/test_accelerate_pipelines.py measures:
+    effects that tests/acceleration/test_pipelines.py measures:
     exact_time: the transformer gets the time in float32 instead of the weights' dtype. 10 steps in
     bfloat16: the latents' distance to the float32 run falls from 1.6 % to 0.7 %.
     official_sigmas: times are shifted once, not twice. It moves them by up to 0.07 of 1 at 50 steps

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_log = logging.getLogger(f"{__package__}.acceleration")
+_log = logging.getLogger(__package__)
 
 
 @cache

@@ -23,7 +23,7 @@ from pathlib import Path
 from ..config import PRESETS, DiTConfig, Preset, get_preset
 from .load import find_weights, infer_dit_config, read_dit_config, read_headers
 
-TINY = Path(__file__).parent / "tiny"
+TINY = Path(__file__).parents[1] / "tiny" / "weights"
 PARTS = ("text", "dit", "vae")
 # diffusers' folder -> the part it belongs to
 FOLDERS = {"vae": "vae", "text_encoder": "text", "text_encoder_2": "text"}

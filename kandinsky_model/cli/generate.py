@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..config import PRESETS, SIZES_HD, SIZES_SD
 
+ROOT_LOGGER = "kandinsky_model"
 NOT_A_TERMINAL_IS_QUIET = None  # tqdm's word for it
 
 
@@ -139,12 +140,12 @@ def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | No
     from ..checkpoints.locate import PARTS, locate
 
     for name, shown in (
-        ("sampler", args.cache not in (None, "none")),
-        ("text_qwen", args.expand),
+        ("sampling.sampler", args.cache not in (None, "none")),
+        ("text.qwen_clip", args.expand),
         ("pipeline", args.memory_budget),
     ):
         if shown:  # how many passes were saved, what was really asked for, what goes where
-            logging.getLogger(f"{__package__}.{name}").setLevel(logging.INFO)
+            logging.getLogger(f"{ROOT_LOGGER}.{name}").setLevel(logging.INFO)
     outputs = _outputs(args, count) if args.output else None
     device, sources = (
         pipeline.choose_device(device),
@@ -229,7 +230,7 @@ def resume(args) -> None:
     for path, scale in map(scaled_path, settings.lora):
         model.lora.load(path, scale=scale)
     if args.memory_budget:
-        logging.getLogger(f"{__package__}.pipeline").setLevel(logging.INFO)
+        logging.getLogger(f"{ROOT_LOGGER}.pipeline").setLevel(logging.INFO)
     with Progress() as progress, _kept(output):
         (result,) = model.resume(run, progress, args.memory_budget)
         _keep(result, output, None, progress)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .nodes import NODES, RELEASED
 
-FOLDER = Path(__file__).parent / "workflows"
+FOLDER = Path(__file__).parent / "templates"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 COLUMN, ROW, LINE = 420, 60, 26  # pixels: between columns, between nodes, per socket or widget
 PREFIX = "KandinskyKernels"

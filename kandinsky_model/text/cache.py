@@ -86,7 +86,7 @@ def identity(folders: Iterable[Path], dtype: torch.dtype) -> list:
     files = sorted(
         {path for folder in folders for path in folder.iterdir() if path.suffix in ENCODER_FILES}
     )
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("text*.py")))
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     stats = [(path, path.stat()) for path in files]
     try:
         transformers = version("transformers")

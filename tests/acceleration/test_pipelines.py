@@ -207,7 +207,7 @@ def test_the_readme_can_be_copied(text_parts, monkeypatch, capsys):
     monkeypatch.setattr(
         diffusers.Kandinsky5T2VPipeline, "from_pretrained", lambda name, torch_dtype: pipe
     )
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     code = (
         readme.partition("## Use it from diffusers")[2]
         .partition("```python\n")[2]

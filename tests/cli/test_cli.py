@@ -337,13 +337,13 @@ def test_presets_lists_every_one(run):
 
 
 def test_the_readme_has_the_table_of_presets():
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     for row in commands.preset_rows():
         assert "| " + " | ".join(row.values()) + " |" in readme.replace("`", ""), row["preset"]
 
 
 def test_commands_of_the_readme_exist():
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^(kandinsky .*)$|`(kandinsky [^`]+)`", readme, re.MULTILINE)
     assert len(commands) > 5
     for line, inline in commands:

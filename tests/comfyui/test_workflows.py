@@ -262,7 +262,7 @@ def test_a_python_without_the_package_is_told_so_in_one_sentence(comfy_folder, m
 
 def test_the_lines_of_the_readme_do_what_it_says(comfy_folder, monkeypatch):
     monkeypatch.chdir(comfy_folder.parent)
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     section = re.search(r"## Use it from ComfyUI\n(.*?)\n## ", readme, re.DOTALL)[1]
     commands = re.findall(r"^kandinsky (.*)$", section, re.MULTILINE)
     assert len(commands) == 1 and [main(shlex.split(line, comments=True)) for line in commands] == [

@@ -25,7 +25,7 @@ from kandinsky_model.sampling.step_cache import FirstBlockCache, MagCache
 
 from ..support.plain_dit import random_state
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = DiTConfig(
     in_text_dim=32,
     in_text_dim2=16,

@@ -22,7 +22,7 @@ from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 
 from ..cases import BENCHES, CASES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_clock_takes_turns(monkeypatch):

@@ -187,9 +187,9 @@ def test_12_one_latent_frame_has_nothing_to_be_normalised_by():
 def test_14_there_are_no_settings_without_an_effect():
     """Theirs reads causal, local, glob, window, method and add_sta and uses none of them."""
     assert {field.name for field in fields(config.NablaConfig)} == {"keep_mass", "window"}
-    folder = Path(locate.__file__).parent
+    folder = Path(config.__file__).parent
     for field in fields(config.Preset):
-        uses = sum(f".{field.name}" in file.read_text() for file in folder.glob("*.py"))
+        uses = sum(f".{field.name}" in file.read_text() for file in folder.rglob("*.py"))
         assert uses, field.name
 
 
@@ -241,6 +241,6 @@ def test_17_importing_changes_nothing_global():
         [sys.executable, "-c", IMPORT],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr

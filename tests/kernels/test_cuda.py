@@ -19,7 +19,7 @@ from kandinsky_model.dit.geometry import local_window
 from ..cases import CASES
 from ..compare import assert_same_blocks
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # tiles of 8 rows, and registers per lane for a row
 CONFIGURATIONS = ((2, 24), (2, 46), (1, 46), (1, 60), (1, 122))
 

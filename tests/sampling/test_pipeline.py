@@ -343,7 +343,7 @@ def test_repository_from_the_hub_cache_offline(folder, tmp_path):
         **os.environ,
         "HF_HOME": str(tmp_path),
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     command = [
         sys.executable,

@@ -196,7 +196,7 @@ def test_a_known_prompt_needs_no_encoder(diffusers_folder, tmp_path, monkeypatch
         [sys.executable, "-c", SECOND_RUN, str(diffusers_folder)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
     )
     assert again.returncode == 0, again.stderr

@@ -30,7 +30,7 @@ from kandinsky_model.training.trainer import Run, train
 from ..dit.test_transformer import inputs, rel_l2
 from ..support.train_folders import SMALL, clips
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = TrainConfig(
     lora=LoRAConfig(4),
     sizes=((64, 64),),

@@ -3,7 +3,7 @@
 # One command for a machine with a GPU and no network: builds in place, runs the GPU tests and compute-sanitizer on small cases, then
 # the benchmarks. Everything goes to $OUT (default: build/gpu_gate). --only SECTIONS: those benchmarks alone, without build and tests.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-build/gpu_gate}"
 mkdir -p "$OUT"
@@ -23,9 +23,9 @@ if [ "${1:-}" = "--only" ]; then
 fi
 parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 8")  # most of the tests' time is compilation
 step build 150 "$PYTHON" setup.py -q build_ext --inplace
-step tests 150 "$PYTHON" -m pytest -q $parallel tests/test_triton.py tests/test_gpu.py tests/test_cuda.py -k "not cubins and not spills and not matrix_units and not shared_memory"
+step tests 150 "$PYTHON" -m pytest -q $parallel tests/kernels/test_triton.py tests/kernels/test_gpu.py tests/kernels/test_cuda.py -k "not cubins and not spills and not matrix_units and not shared_memory"
 if command -v compute-sanitizer >/dev/null; then
-    step memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m pytest -q -x tests/test_triton.py \
+    step memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m pytest -q -x tests/kernels/test_triton.py \
         -k "test_every_case and (odd or ragged-bfloat16 or select_blocks-one)"
 else
     echo "memcheck: compute-sanitizer is not here, not run"
