@@ -2,6 +2,7 @@
 """Operators of the Kandinsky 5.0 family, each with one meaning (`reference`) and at most one kernel
 per device."""
 
+from . import launch
 from ._library import kernels, load_extension
 from .nabla import block_sparse_attention, select_blocks, selection_density, transpose_selection
 from .norm import Rotary, gated_add_norm, modulated_norm, norm_rope, norm_rope_means

@@ -121,7 +121,9 @@ def test_pure_wheel(tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     files = zipfile.ZipFile(wheel).namelist()
     bundled = [
-        name(path) for path in ROOT.joinpath("kandinsky_model/tiny/weights").rglob("*") if path.is_file()
+        name(path)
+        for path in ROOT.joinpath("kandinsky_model/tiny/weights").rglob("*")
+        if path.is_file()
     ]
     sources = [name(path) for path in PYTHON if path.parts[len(ROOT.parts)] in PACKAGES]
     assert {*bundled, *sources} <= set(files)

@@ -14,7 +14,6 @@ import torch
 
 from kandinsky_model import config, pipeline
 from kandinsky_model.__main__ import main, parser
-from kandinsky_model.checkpoints import locate
 from kandinsky_model.config import PRESETS, get_preset
 from kandinsky_model.sampling.result import Settings, load_latents
 from kandinsky_model.sampling.sampler import Sampling, normalize_first_frame
