@@ -2,13 +2,13 @@
 """Operators of the Kandinsky 5.0 family, each with one meaning (`reference`) and at most one kernel
 per device."""
 
-from . import launch
-from ._library import kernels, load_extension
+from ._library import kernels, load_extension, load_launchers
 from .nabla import block_sparse_attention, select_blocks, selection_density, transpose_selection
 from .norm import Rotary, gated_add_norm, modulated_norm, norm_rope, norm_rope_means
 from .reference import block_means, pack_selection, unpack_selection
 from .vae import causal_conv3d, frame_causal_attention, group_affine, group_moments, group_norm_silu
 
+load_launchers()
 load_extension()
 
 __version__ = "0.1.0"

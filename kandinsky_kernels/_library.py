@@ -130,6 +130,11 @@ def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def load_launchers() -> None:
+    """Import `launch`, whose modules attach the GPU kernels to the operators declared by then."""
+    importlib.import_module(".launch", __package__)
+
+
 def load_extension() -> None:
     """Import ``_C``, whose static initialisers register the CPU kernels; without it every op runs
     its reference."""
@@ -190,6 +195,8 @@ def kernels() -> dict[str, dict[str, str]]:
 def _gpu_state(name: str) -> str:
     if name in tuning.CUDA_CPP and compiled(name) and not _guard.failure(f"{name}_cuda"):
         return "cuda c++"
+    if name in tuning.PYTORCH - tuning.TRITON:
+        return "reference: PyTorch's own kernel, until a GPU has found the Triton kernel faster"
     failed = _guard.failure(name)
     if failed:
         return f"reference: {failed}"

@@ -17,6 +17,8 @@ from torch import Tensor
 MASS_BITS = 32
 # rows of the block map handled at once, so that it is never whole in memory
 _CHUNK_ELEMENTS = 1 << 22
+# elements of one operand of a convolution: cuDNN counts them in 32 bits
+INDEXABLE = 2**31 - 1
 # of frame_causal_attention at once; with fewer rows a product of matrices reads more than it
 # computes
 _QUERIES, _LOGITS = 512, 1 << 25
@@ -364,3 +366,51 @@ def frame_causal_attention(
                     :, 0
                 ]
     return out, lse
+
+
+def causal_conv3d(
+    x_padded: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]
+) -> Tensor:
+    """F.conv3d of a channels-last input that brings its padding, in several calls where one would
+    have an operand of 2^31 elements."""
+    x = x_padded.permute(0, 4, 1, 2, 3)  # [B, C, T + 2, Y + 2, X + 2]
+    B, taps, step = x.shape[0], weight.shape[2:], stride[0]
+    frames = (x.shape[2] - taps[0]) // step + 1
+    rows, columns = ((x.shape[axis] - taps[axis - 2]) // stride[axis - 2] + 1 for axis in (3, 4))
+    inputs = INDEXABLE // max(1, B * math.prod(x_padded.shape[2:]))  # frames that one call may read
+    most = max(
+        1,
+        min(
+            INDEXABLE // max(1, B * weight.shape[0] * rows * columns),
+            (inputs - taps[0]) // step + 1,
+        ),
+    )
+    # without units for them oneDNN is 100 times slower
+    narrow = x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16)
+    dtype = torch.float32 if narrow else x.dtype
+    weight, bias, pieces = weight.to(dtype), None if bias is None else bias.to(dtype), []
+    for t in range(0, frames, most):
+        piece = x[:, :, step * t : step * (min(t + most, frames) - 1) + taps[0]].to(dtype)
+        pieces.append(_conv3d(piece, weight, bias, stride).to(x.dtype))  # [B, C', <= most, Y', X']
+    return (
+        (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2))
+        .permute(0, 2, 3, 4, 1)
+        .contiguous()
+    )
+
+
+def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> Tensor:
+    """F.conv3d, but always through oneDNN where it can be: PyTorch's choice for small inputs is up
+    to seven times slower.
+
+    Under torch.compile, which cannot trace the call to oneDNN, the choice is the compiler's.
+    """
+    grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    )
+    other = (
+        grad or torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32
+    )
+    if other or not torch.backends.mkldnn.is_available():
+        return F.conv3d(x, weight, bias, stride)
+    return torch.mkldnn_convolution(x, weight, bias, [0, 0, 0], stride, [1, 1, 1], 1)

@@ -12,7 +12,8 @@ import torch
 VERIFIED: frozenset[str] = frozenset()  # operators with a GPU result in benchmarks/results
 # operators whose CUDA C++ kernel a GPU has found right and faster than Triton's: they run it
 CUDA_CPP: frozenset[str] = frozenset()
-# operators of PyTorch's whose Triton kernel a GPU has found right and over 15 % faster: they run it
+PYTORCH = frozenset({"causal_conv3d"})  # operators for which PyTorch has a kernel of its own
+# those of them whose Triton kernel a GPU has found right and over 15 % faster: they run it
 TRITON: frozenset[str] = frozenset()
 TOKENS = 64  # per block of NABLA, and per tile of everything that works on tokens
 # scratch for block lists per launch of attention; longer ones are cut by heads

@@ -11,18 +11,12 @@ of any piece. A frame's results never depend on the frames that are computed wit
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from ._library import declare, needs_reference
-from .launch.vae import (
-    _chosen_conv,
-    _launch_conv,
-)
 
 GROUP_NORM_EPS = 1e-6
-INDEXABLE = 2**31 - 1  # elements of one operand of a convolution: cuDNN counts them in 32 bits
 
 
 def _empty_moments(x: Tensor, groups: int) -> Tensor:
@@ -42,6 +36,14 @@ def _empty_attention(query: Tensor, *_) -> tuple[Tensor, Tensor]:
     )
 
 
+def _empty_convolved(
+    x_padded: Tensor, weight: Tensor, _: Tensor | None, stride: list[int]
+) -> Tensor:
+    sizes = zip(x_padded.shape[1:4], weight.shape[2:], stride, strict=True)
+    counts = [(n - k) // step + 1 for n, k, step in sizes]
+    return x_padded.new_empty((x_padded.shape[0], *counts, weight.shape[0]))
+
+
 _group_moments = declare(
     "group_moments(Tensor x, int groups) -> Tensor", reference.group_moments, _empty_moments
 )
@@ -56,6 +58,11 @@ _frame_causal_attention = declare(
     "-> (Tensor, Tensor)",
     reference.frame_causal_attention,
     _empty_attention,
+)
+_causal_conv3d = declare(
+    "causal_conv3d(Tensor x_padded, Tensor weight, Tensor? bias, int[] stride) -> Tensor",
+    reference.causal_conv3d,
+    _empty_convolved,
 )
 
 
@@ -243,57 +250,5 @@ def causal_conv3d(
             f"{x_padded.shape[-1]} and fit into x_padded, "
             f"got {list(weight.shape)} for {list(x_padded.shape)}."
         )
-    op = _launch_conv if _chosen_conv(x_padded, weight, bias, stride) else _convolve
-    return op(x_padded, weight, bias, stride)
-
-
-def _convolve(
-    x_padded: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]
-) -> Tensor:
-    """`causal_conv3d` by PyTorch, its meaning: in fp64 where the inputs are."""
-    # [B, C, T + 2, Y + 2, X + 2]
-    x, step, B, taps = (
-        x_padded.permute(0, 4, 1, 2, 3),
-        stride[0],
-        x_padded.shape[0],
-        weight.shape[2:],
-    )
-    frames = (x.shape[2] - taps[0]) // step + 1
-    rows, columns = ((x.shape[axis] - taps[axis - 2]) // stride[axis - 2] + 1 for axis in (3, 4))
-    inputs = INDEXABLE // max(1, B * math.prod(x_padded.shape[2:]))  # frames that one call may read
-    most = max(
-        1,
-        min(
-            INDEXABLE // max(1, B * weight.shape[0] * rows * columns),
-            (inputs - taps[0]) // step + 1,
-        ),
-    )
-    # without units for them oneDNN is 100 times slower
-    narrow = x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16)
-    dtype = torch.float32 if narrow else x.dtype
-    weight, bias, pieces = weight.to(dtype), None if bias is None else bias.to(dtype), []
-    for t in range(0, frames, most):
-        piece = x[:, :, step * t : step * (min(t + most, frames) - 1) + taps[0]].to(dtype)
-        pieces.append(_conv3d(piece, weight, bias, stride).to(x.dtype))  # [B, C', <= most, Y', X']
-    return (
-        (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2))
-        .permute(0, 2, 3, 4, 1)
-        .contiguous()
-    )
-
-
-def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
-    """F.conv3d, but always through oneDNN where it can be: PyTorch's choice for small inputs is up
-    to seven times slower.
-
-    Under torch.compile, which cannot trace the call to oneDNN, the choice is the compiler's.
-    """
-    grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    )
-    other = (
-        grad or torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32
-    )
-    if other or not torch.backends.mkldnn.is_available():
-        return F.conv3d(x, weight, bias, stride)
-    return torch.mkldnn_convolution(x, weight, bias, [0, 0, 0], stride, [1, 1, 1], 1)
+    op = reference.causal_conv3d if needs_reference(x_padded, weight, bias) else _causal_conv3d
+    return op(x_padded, weight, bias, list(stride))

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kandinsky_kernels as ops
-from kandinsky_kernels import _library, tuning
-from kandinsky_kernels import vae as kernels_vae
+from kandinsky_kernels import _library, reference, tuning
+from kandinsky_kernels.launch import vae as launch_vae
 from kandinsky_model.config import LITE_DIT, PRO_DIT, NablaConfig
 from kandinsky_model.dit.geometry import block_offsets, local_window
 from kandinsky_model.dit.layout import make_plan
@@ -508,7 +508,7 @@ def convolutions(clock: Clock, size: Size, roof: dict) -> list[dict]:
         return []
     toy, rows = size is not FULL[0], []
     # on a CPU this function is tested only
-    ours = kernels_vae._launch_conv if clock.device.type == "cuda" else kernels_vae._convolve
+    ours = launch_vae.launch_conv if clock.device.type == "cuda" else reference.causal_conv3d
     whole = {"ours": 0.0, "cudnn": 0.0}
     for C, N, Y, X, taps, frames in TOY_CONVOLUTIONS if toy else CONVOLUTIONS:
         make, sizes = (
@@ -521,14 +521,14 @@ def convolutions(clock: Clock, size: Size, roof: dict) -> list[dict]:
             .to(memory_format=torch.channels_last_3d)
         )
         args = torch.randn(1, *sizes, C, **make), weight, torch.randn(N, **make), (1, 1, 1)
-        exact = kernels_vae._convolve(*(x.float() for x in args[:3]), args[3])
+        exact = reference.causal_conv3d(*(x.float() for x in args[:3]), args[3])
         off = (ours(*args).float() - exact).abs().max().item()
         assert off < 2**-7 * exact.abs().max(), f"causal_conv3d is off by {off}"
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):
             times = clock.measure(
                 {
                     "ours": lambda args=args: ours(*args),
-                    "cudnn": lambda args=args: kernels_vae._convolve(*args),
+                    "cudnn": lambda args=args: reference.causal_conv3d(*args),
                 }
             )
         tflop = 2 * Y * X * C * N * math.prod(taps) / 1e12

@@ -13,7 +13,7 @@ from .._library import attach, on
 from ..nabla import transpose_selection
 
 
-def _refuse_selection(query_means: Tensor, *_) -> str | None:
+def refuse_selection(query_means: Tensor, *_) -> str | None:
     """Why the Triton kernel cannot take this call, or None."""
     N = query_means.shape[2]
     if not query_means.numel():
@@ -25,7 +25,7 @@ def _refuse_selection(query_means: Tensor, *_) -> str | None:
     )
 
 
-def _refuse_compiled_selection(query_means: Tensor, *_) -> str | None:
+def refuse_compiled_selection(query_means: Tensor, *_) -> str | None:
     """Why the CUDA C++ kernel (csrc/cuda/select_blocks.cu) cannot take this call, or None."""
     N, D = query_means.shape[2:]
     if not query_means.numel():
@@ -39,7 +39,7 @@ def _refuse_compiled_selection(query_means: Tensor, *_) -> str | None:
     )
 
 
-def _thirds(x: float) -> list[float]:
+def thirds(x: float) -> list[float]:
     """Three fp32 numbers whose sum is x exactly: each has 24 of its 53 bits."""
     parts = []
     for _ in range(3):
@@ -48,7 +48,7 @@ def _thirds(x: float) -> list[float]:
     return parts
 
 
-def _launch_selection(
+def launch_selection(
     query_means: Tensor,
     key_means: Tensor,
     keep_mass: float,
@@ -58,7 +58,7 @@ def _launch_selection(
 ) -> Tensor:
     """The map is made and used in pieces of `tuning.MAP_BYTES`: several heads at once, or some rows
     of one."""
-    from .triton import nabla as kernels
+    from ..triton import nabla as kernels
 
     B, H, N, D = query_means.shape
     query, key = query_means.float().flatten(0, 1), key_means.float().flatten(0, 1).transpose(1, 2)
@@ -83,7 +83,7 @@ def _launch_selection(
                     logits.stride(0),
                     N * words,
                     math.sqrt(D),
-                    *_thirds(1.0 - keep_mass),
+                    *thirds(1.0 - keep_mass),
                     *(tiles[1:] or [1, 1]),
                     *near,
                     WINDOW=bool(tiles),
@@ -94,7 +94,7 @@ def _launch_selection(
     return selection
 
 
-def _trial_selection(
+def trial_selection(
     query_means: Tensor,
     key_means: Tensor,
     keep_mass: float,
@@ -112,7 +112,7 @@ def _trial_selection(
     return query.to(query_means.dtype), key.to(query_means.dtype), 0.9, [2, 4, 5], [3, 3, 1], ties
 
 
-def _refuse_attention(
+def refuse_attention(
     query: Tensor, key: Tensor, value: Tensor, selection: Tensor, *_
 ) -> str | None:
     """Why the Triton kernel cannot take this call, or None."""
@@ -129,7 +129,7 @@ def _refuse_attention(
     )
 
 
-def _attention_kind(
+def attention_kind(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -147,7 +147,7 @@ def _attention_kind(
     return full, logit_bound / math.log(2) <= tuning.BOUND_LOG2 and query.dtype == torch.bfloat16
 
 
-def _describe(x: Tensor, block: int):
+def describe(x: Tensor, block: int):
     """A tensor descriptor whose tiles are TOKENS rows of one (batch, head) of x [B, S, H, D], or
     None where the hardware cannot take it."""
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -161,10 +161,10 @@ def _describe(x: Tensor, block: int):
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, tuning.TOKENS, 1, block])
 
 
-def _list_blocks(selection: Tensor, first: int, pairs: int) -> tuple[Tensor, Tensor]:
+def list_blocks(selection: Tensor, first: int, pairs: int) -> tuple[Tensor, Tensor]:
     """What the rows of so many (batch, head) pairs keep, in ascending order: int16 [pairs * N, N]
     and their numbers int32 [pairs * N]."""
-    from .triton import nabla as kernels
+    from ..triton import nabla as kernels
 
     N, words = selection.shape[2:]
     rows = selection.reshape(-1, words)[first * N :]
@@ -182,7 +182,7 @@ def _list_blocks(selection: Tensor, first: int, pairs: int) -> tuple[Tensor, Ten
     return lists, counts
 
 
-def _launch_attention(
+def launch_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -192,22 +192,22 @@ def _launch_attention(
     logit_bound: float,
 ) -> tuple[Tensor, Tensor]:
     """Heads are taken in groups whose block lists fit into `tuning.LIST_BYTES`."""
-    from .triton import nabla as kernels
+    from ..triton import nabla as kernels
 
     B, S, H, D = query.shape
     N, block = selection.shape[2], tuning.padded(D, 16)
     group, block_offsets = max(1, tuning.LIST_BYTES // (2 * N * N)), block_offsets.contiguous()
     out, lse = query.new_empty(B, S, H, D), query.new_empty((B, H, S), dtype=torch.float32)
     strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
-    full, bounded = _attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
+    full, bounded = attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
     launch = tuning.attention(block, query.dtype, capability, full)
-    tiles = [_describe(x, block) for x in (key, value)] if launch.descriptors else [None]
+    tiles = [describe(x, block) for x in (key, value)] if launch.descriptors else [None]
     descriptors = None not in tiles
     with on(query):
         for first in range(0, B * H, group):
             pairs = min(group, B * H - first)
-            lists = _list_blocks(selection, first, pairs)
+            lists = list_blocks(selection, first, pairs)
             kernels.block_sparse_attention[(N, pairs)](
                 query,
                 *(tiles if descriptors else (key, value)),
@@ -235,7 +235,7 @@ def _launch_attention(
     return out, lse
 
 
-def _launch_gradients(
+def launch_gradients(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -249,13 +249,13 @@ def _launch_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Seven products for a kept pair of blocks, in two kernels, and no sum that two programs add
     to: the same bits every time."""
-    from .triton import nabla as kernels
+    from ..triton import nabla as kernels
 
     B, S, H, D = query.shape
     N, block, (full,) = (
         selection.shape[2],
         tuning.padded(D, 16),
-        _gradients_kind(query, key, value, out, lse, selection),
+        gradients_kind(query, key, value, out, lse, selection),
     )
     group, transposed, offsets = (
         max(1, tuning.LIST_BYTES // (2 * N * N)),
@@ -268,7 +268,7 @@ def _launch_gradients(
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
     of_queries, of_keys = tuning.attention_backward(block, query.dtype, capability, full)
     described = [
-        [_describe(x, block) for x in pair] if of.descriptors else [None]
+        [describe(x, block) for x in pair] if of.descriptors else [None]
         for of, pair in ((of_queries, (key, value)), (of_keys, (query, grad_out)))
     ]
     by_tma = [None not in tiles for tiles in described]
@@ -291,7 +291,7 @@ def _launch_gradients(
     with on(query):
         for first in range(0, B * H, group):
             pairs = min(group, B * H - first)
-            lists = _list_blocks(selection, first, pairs)
+            lists = list_blocks(selection, first, pairs)
             kernels.block_sparse_attention_backward_query[(N, pairs)](
                 query,
                 *keys,
@@ -311,7 +311,7 @@ def _launch_gradients(
                 num_warps=of_queries.num_warps,
                 num_stages=of_queries.num_stages,
             )
-            lists = _list_blocks(transposed, first, pairs)
+            lists = list_blocks(transposed, first, pairs)
             kernels.block_sparse_attention_backward_key[(N, pairs)](
                 queries[0],
                 key,
@@ -332,7 +332,7 @@ def _launch_gradients(
     return tuple(gradients)
 
 
-def _trial_attention(
+def trial_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -343,7 +343,7 @@ def _trial_attention(
 ) -> tuple:
     """Three blocks, full ones like the caller's or ragged: one keeps itself, one all of them, one
     the first two."""
-    full, bounded = _attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
+    full, bounded = attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
     ends = [0, 64, 128, 192] if full else [0, 64, 69, 101]
     offsets = torch.tensor(ends, dtype=torch.int32, device=query.device)
     keep = torch.tensor([[[[0b001], [0b111], [0b011]]]], dtype=torch.int32, device=query.device)
@@ -356,21 +356,21 @@ def _trial_attention(
     return query, key, value, keep, offsets, scale, logit_bound
 
 
-def _refuse_gradients(
+def refuse_gradients(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, selection: Tensor, *_
 ) -> str | None:
     """Why the Triton kernels cannot take this call, or None."""
-    return _refuse_attention(query, key, value, selection)
+    return refuse_attention(query, key, value, selection)
 
 
-def _gradients_kind(
+def gradients_kind(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, selection: Tensor, *_
 ) -> tuple[bool]:
     """Whether every block is full."""
     return (query.shape[1] == tuning.TOKENS * selection.shape[2],)
 
 
-def _trial_gradients(
+def trial_gradients(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -382,9 +382,9 @@ def _trial_gradients(
     grad_lse: Tensor | None,
     scale: float,
 ) -> tuple:
-    """The blocks of `_trial_attention`, its results as the reference has them, and random gradients
+    """The blocks of `trial_attention`, its results as the reference has them, and random gradients
     of these."""
-    *tensors, _ = _trial_attention(query, key, value, selection, block_offsets, scale, math.inf)
+    *tensors, _ = trial_attention(query, key, value, selection, block_offsets, scale, math.inf)
     out, lse = reference.block_sparse_attention(*tensors)
     grads = torch.randn_like(out), None if grad_lse is None else torch.randn_like(lse)
     return *tensors[:3], out, lse, *tensors[3:5], *grads, scale
@@ -392,22 +392,22 @@ def _trial_gradients(
 
 attach(
     "select_blocks",
-    _launch_selection,
-    _refuse_selection,
-    _trial_selection,
-    refuse_compiled=_refuse_compiled_selection,
+    launch_selection,
+    refuse_selection,
+    trial_selection,
+    refuse_compiled=refuse_compiled_selection,
 )
 attach(
     "block_sparse_attention",
-    _launch_attention,
-    _refuse_attention,
-    _trial_attention,
-    _attention_kind,
+    launch_attention,
+    refuse_attention,
+    trial_attention,
+    attention_kind,
 )
 attach(
     "block_sparse_attention_backward",
-    _launch_gradients,
-    _refuse_gradients,
-    _trial_gradients,
-    _gradients_kind,
+    launch_gradients,
+    refuse_gradients,
+    trial_gradients,
+    gradients_kind,
 )

@@ -12,7 +12,7 @@ from .. import tuning
 from .._library import attach, on
 
 
-def _refuse_norm(x: Tensor, *_) -> str | None:
+def refuse_norm(x: Tensor, *_) -> str | None:
     """Why the Triton kernels cannot take this call, or None."""
     if not x.numel():
         return "there is nothing to compute"
@@ -23,8 +23,8 @@ def _refuse_norm(x: Tensor, *_) -> str | None:
     )
 
 
-def _launch_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    from .triton import norm as kernels
+def launch_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    from ..triton import norm as kernels
 
     B, S, C = x.shape
     out, block, rows = x.new_empty(B, S, C), tuning.padded(C), tuning.norm_rows(S)
@@ -50,10 +50,10 @@ def _launch_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) 
     return out
 
 
-def _launch_gated_add_norm(
+def launch_gated_add_norm(
     x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    from .triton import norm as kernels
+    from ..triton import norm as kernels
 
     B, S, C = x.shape
     normed = scale is not None and shift is not None
@@ -88,7 +88,7 @@ def _launch_gated_add_norm(
     return y, out
 
 
-def _launch_norm_rope(
+def launch_norm_rope(
     x: Tensor,
     weight: Tensor,
     cos: Tensor | None,
@@ -98,7 +98,7 @@ def _launch_norm_rope(
     block_offsets: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    from .triton import norm as kernels
+    from ..triton import norm as kernels
 
     B, S, H, D = x.shape
     N = -(-S // tuning.TOKENS) if block_offsets is None else block_offsets.shape[0] - 1
@@ -140,12 +140,12 @@ def _launch_norm_rope(
     return y, means
 
 
-def _launch_modulated_norm_backward(
+def launch_modulated_norm_backward(
     x: Tensor, scale: Tensor, grad: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of vectors are sums of sums over `tuning.norm_backward_rows` tokens: the same
     bits every time."""
-    from .triton import norm as kernels
+    from ..triton import norm as kernels
 
     B, S, C = x.shape
     block, rows, grad = tuning.padded(C), tuning.norm_backward_rows(S), grad.contiguous()
@@ -172,7 +172,7 @@ def _launch_modulated_norm_backward(
     return grad_x, *(sums[:, :, i].sum(1) for i in range(2))
 
 
-def _launch_gated_add_norm_backward(
+def launch_gated_add_norm_backward(
     y: Tensor,
     branch: Tensor,
     gate: Tensor,
@@ -181,7 +181,7 @@ def _launch_gated_add_norm_backward(
     grad_normed: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from .triton import norm as kernels
+    from ..triton import norm as kernels
 
     B, S, C = y.shape
     block, rows, grad_normed = (
@@ -224,7 +224,7 @@ def _launch_gated_add_norm_backward(
     return grad_x, grad_branch, *(sums[:, :, i].sum(1) for i in range(3))
 
 
-def _launch_norm_rope_backward(
+def launch_norm_rope_backward(
     x: Tensor,
     weight: Tensor,
     cos: Tensor | None,
@@ -234,7 +234,7 @@ def _launch_norm_rope_backward(
     grad: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    from .triton import norm as kernels
+    from ..triton import norm as kernels
 
     B, S, H, D = x.shape
     grad_x, heads, launch = (
@@ -281,7 +281,7 @@ def _launch_norm_rope_backward(
     return grad_x, sums.sum(0)
 
 
-def _trial_norm(x: Tensor, *args) -> tuple:
+def trial_norm(x: Tensor, *args) -> tuple:
     """Three rows of the caller's width, one sample: random vectors, its eps."""
     *vectors, eps = args
     like = {"dtype": x.dtype, "device": x.device}
@@ -293,7 +293,7 @@ def _trial_norm(x: Tensor, *args) -> tuple:
     return (rows, *made, eps)
 
 
-def _trial_norm_rope(
+def trial_norm_rope(
     x: Tensor,
     weight: Tensor,
     cos: Tensor | None,
@@ -331,7 +331,7 @@ def _trial_norm_rope(
     )
 
 
-def _trial_norm_rope_backward(
+def trial_norm_rope_backward(
     x: Tensor,
     weight: Tensor,
     cos: Tensor | None,
@@ -341,13 +341,13 @@ def _trial_norm_rope_backward(
     grad: Tensor,
     eps: float,
 ) -> tuple:
-    *case, _, eps = _trial_norm_rope(x, weight, cos, sin, positions, pairs, None, eps)
+    *case, _, eps = trial_norm_rope(x, weight, cos, sin, positions, pairs, None, eps)
     return *case, torch.randn_like(case[0]), eps
 
 
-attach("modulated_norm", _launch_modulated_norm, _refuse_norm, _trial_norm)
-attach("gated_add_norm", _launch_gated_add_norm, _refuse_norm, _trial_norm)
-attach("norm_rope", _launch_norm_rope, _refuse_norm, _trial_norm_rope)
-attach("modulated_norm_backward", _launch_modulated_norm_backward, _refuse_norm, _trial_norm)
-attach("gated_add_norm_backward", _launch_gated_add_norm_backward, _refuse_norm, _trial_norm)
-attach("norm_rope_backward", _launch_norm_rope_backward, _refuse_norm, _trial_norm_rope_backward)
+attach("modulated_norm", launch_modulated_norm, refuse_norm, trial_norm)
+attach("gated_add_norm", launch_gated_add_norm, refuse_norm, trial_norm)
+attach("norm_rope", launch_norm_rope, refuse_norm, trial_norm_rope)
+attach("modulated_norm_backward", launch_modulated_norm_backward, refuse_norm, trial_norm)
+attach("gated_add_norm_backward", launch_gated_add_norm_backward, refuse_norm, trial_norm)
+attach("norm_rope_backward", launch_norm_rope_backward, refuse_norm, trial_norm_rope_backward)

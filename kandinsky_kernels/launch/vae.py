@@ -8,12 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _guard, tuning
-from .._library import attach, on, triton_absence
-from ..vae import _convolve, _empty_attention, _empty_normed
+from .. import tuning
+from .._library import attach, on
 
 
-def _refuse_moments(x: Tensor, groups: int) -> str | None:
+def refuse_moments(x: Tensor, groups: int) -> str | None:
     """Why the Triton kernels cannot take this call, or None."""
     C = x.shape[-1]
     if not x.numel():
@@ -23,8 +22,8 @@ def _refuse_moments(x: Tensor, groups: int) -> str | None:
     return None if C <= tuning.SLAB_TILE else f"it holds up to {tuning.SLAB_TILE} channels, got {C}"
 
 
-def _launch_moments(x: Tensor, groups: int) -> Tensor:
-    from .triton import vae as kernels
+def launch_moments(x: Tensor, groups: int) -> Tensor:
+    from ..triton import vae as kernels
 
     B, T, Y, X, C = x.shape
     slab, rows = max(1, tuning.SLAB_ELEMENTS // C), max(1, tuning.SLAB_TILE // C)
@@ -63,7 +62,7 @@ def _launch_moments(x: Tensor, groups: int) -> Tensor:
     return moments
 
 
-def _trial_moments(x: Tensor, groups: int) -> tuple:
+def trial_moments(x: Tensor, groups: int) -> tuple:
     """Two frames of three slabs, the last one with a single pixel, far from zero."""
     slab = max(1, tuning.SLAB_ELEMENTS // x.shape[-1])
     return torch.randn(
@@ -71,7 +70,7 @@ def _trial_moments(x: Tensor, groups: int) -> tuple:
     ) + 3, groups
 
 
-def _refuse_normed(x: Tensor, *_) -> str | None:
+def refuse_normed(x: Tensor, *_) -> str | None:
     """Why the Triton kernel cannot take this call, or None."""
     if not x.numel():
         return "there is nothing to compute"
@@ -82,13 +81,14 @@ def _refuse_normed(x: Tensor, *_) -> str | None:
     )
 
 
-def _launch_normed(
+def launch_normed(
     x: Tensor, scale: Tensor, shift: Tensor, front: Tensor | None, pad: bool, silu: bool
 ) -> Tensor:
-    from .triton import vae as kernels
+    from ..triton import vae as kernels
 
     B, T, Y, X, C = x.shape
-    out, block = _empty_normed(x, scale, shift, front, pad, silu), tuning.padded(C)
+    edge, block = 2 * pad, tuning.padded(C)
+    out = x.new_empty((B, T + edge, Y + edge, X + edge, C))
     rows, before = max(1, tuning.NORM_TILE // block), x if front is None else front
     with on(x):
         kernels.group_norm_silu[(-(-out.shape[2] * out.shape[3] // rows), out.shape[1], B)](
@@ -116,7 +116,7 @@ def _launch_normed(
     return out
 
 
-def _trial_normed(
+def trial_normed(
     x: Tensor, scale: Tensor, shift: Tensor, front: Tensor | None, pad: bool, silu: bool
 ) -> tuple:
     """Two frames of 3 x 5 pixels of the caller's width."""
@@ -131,7 +131,7 @@ def _trial_normed(
     )
 
 
-def _refuse_attention(query: Tensor, *_) -> str | None:
+def refuse_attention(query: Tensor, *_) -> str | None:
     """Why the Triton kernel cannot take this call, or None."""
     if not query.numel():
         return "there is nothing to compute"
@@ -145,13 +145,14 @@ def _refuse_attention(query: Tensor, *_) -> str | None:
     )
 
 
-def _launch_attention(
+def launch_attention(
     query: Tensor, key: Tensor, value: Tensor, first_frame: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    from .triton import vae as kernels
+    from ..triton import vae as kernels
 
     B, T, P, D = query.shape
-    out, lse = _empty_attention(query)
+    out = query.new_empty(query.shape)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     tokens, block = key.shape[2], tuning.padded(D, 16)
     key, value = key.flatten(1, 2), value.flatten(1, 2)  # [B, T' P', D]
     tile = tuning.frame_attention(
@@ -185,7 +186,7 @@ def _launch_attention(
     return out, lse
 
 
-def _trial_attention(
+def trial_attention(
     query: Tensor, key: Tensor, value: Tensor, first_frame: int, scale: float
 ) -> tuple:
     """Two frames of 70 queries after an earlier frame, frames of 37 keys."""
@@ -199,57 +200,28 @@ def _trial_attention(
     )
 
 
-def _chosen_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]
-) -> bool:
-    """Whether the Triton kernel takes this call: opt-in, because PyTorch's is the one to beat."""
-    if (
-        "causal_conv3d" not in tuning.TRITON
-        or not x.is_cuda
-        or triton_absence()
-        or torch.compiler.is_compiling()
-    ):
-        return False
-    grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    )
-    args = x, weight, bias, stride
-    return (
-        not grad
-        and _refuse_conv(*args) is None
-        and _guard.trusted(
-            "causal_conv3d",
-            _launch_conv,
-            _convolve,
-            _trial_conv,
-            args,
-            (tuple(weight.shape), tuple(stride), bias is None),
-        )
-    )
+def conv_kind(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> tuple:
+    """What of a call makes another binary of the kernel."""
+    return tuple(weight.shape), tuple(stride), bias is None
 
 
-def _refuse_conv(x: Tensor, weight: Tensor, *_) -> str | None:
-    """Why the Triton kernel cannot take this call, or None."""
+def refuse_conv(x: Tensor, weight: Tensor, *_) -> str | None:
+    """Why PyTorch's convolution takes this call, or None."""
     if not x.numel() or not weight.numel():
         return "there is nothing to compute"
+    got = str(x.dtype).removeprefix("torch.")
     if x.dtype not in (torch.float16, torch.bfloat16):
-        return (
-            "its matrix products take float16 and bfloat16, got "
-            f"{str(x.dtype).removeprefix('torch.')}"
-        )
-    return (
-        None
-        if weight.dtype == x.dtype
-        else (
-            f"it takes weights of the input's dtype, got {str(weight.dtype).removeprefix('torch.')}"
-        )
-    )
+        return f"its matrix products take float16 and bfloat16, got {got}"
+    if weight.dtype != x.dtype:
+        got = str(weight.dtype).removeprefix("torch.")
+        return f"it takes weights of the input's dtype, got {got}"
+    if "causal_conv3d" not in tuning.TRITON:
+        return "PyTorch's convolution runs until a GPU has found the Triton kernel faster"
+    return None
 
 
-def _launch_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]
-) -> Tensor:
-    from .triton import vae as kernels
+def launch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> Tensor:
+    from ..triton import vae as kernels
 
     (B, *sizes, C), (N, _, *taps) = x.shape, weight.shape
     T, Y, X = ((n - k) // step + 1 for n, k, step in zip(sizes, taps, stride, strict=True))
@@ -287,9 +259,7 @@ def _launch_conv(
     return out
 
 
-def _trial_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]
-) -> tuple:
+def trial_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> tuple:
     """Two frames of 9 x 17 pixels, more than a tile, through weights like the caller's."""
     sizes = (
         (n - 1) * step + k for n, k, step in zip((2, 9, 17), weight.shape[2:], stride, strict=True)
@@ -301,6 +271,7 @@ def _trial_conv(
     return x, weight, None if bias is None else torch.randn_like(bias), stride
 
 
-attach("group_moments", _launch_moments, _refuse_moments, _trial_moments)
-attach("group_norm_silu", _launch_normed, _refuse_normed, _trial_normed)
-attach("frame_causal_attention", _launch_attention, _refuse_attention, _trial_attention)
+attach("group_moments", launch_moments, refuse_moments, trial_moments)
+attach("group_norm_silu", launch_normed, refuse_normed, trial_normed)
+attach("frame_causal_attention", launch_attention, refuse_attention, trial_attention)
+attach("causal_conv3d", launch_conv, refuse_conv, trial_conv, conv_kind)

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import kandinsky_kernels as ops
 from kandinsky_kernels import _guard, _library, nabla, norm, reference, tuning
+from kandinsky_kernels.launch import nabla as launch_nabla
 from kandinsky_model.dit.geometry import Grid
 
 from ..cases import BF16, FP32, OPERATORS, attention, heads, rows, tensors
@@ -274,12 +275,13 @@ def test_triton_of_strided_inputs_with_empty_rows_and_columns(D, full, monkeypat
         torch.randn_like(lse),
         0.2,
     )
-    gradients = nabla._launch_gradients(*args)
+    gradients = launch_nabla.launch_gradients(*args)
     exact = nabla.reference.block_sparse_attention_backward(*(_guard._double(x) for x in args))
     for actual, wanted in zip(gradients, exact, strict=True):
         assert (actual - wanted).abs().max() <= 4e-6 * wanted.abs().max()
     assert all(
-        torch.equal(*pair) for pair in zip(gradients, nabla._launch_gradients(*args), strict=True)
+        torch.equal(*pair)
+        for pair in zip(gradients, launch_nabla.launch_gradients(*args), strict=True)
     )
     empty, unseen = slice(*offsets[1:3].tolist()), slice(*offsets[2:4].tolist())
     assert not gradients[0][:, empty, 1].any() and not any(

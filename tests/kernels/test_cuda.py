@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import kandinsky_kernels as ops
-from kandinsky_kernels import _guard, _library, nabla, reference, tuning
+from kandinsky_kernels import _guard, _library, reference, tuning
+from kandinsky_kernels.launch import nabla as launch_nabla
 from kandinsky_model.dit.geometry import local_window
 
 from ..cases import CASES
@@ -298,7 +299,7 @@ def test_kernel_is_used_only_once_a_gpu_has_verified_it(monkeypatch):
 
 
 def test_refusals_say_why():
-    refuse = nabla._refuse_compiled_selection
+    refuse = launch_nabla.refuse_compiled_selection
     long = torch.empty(1, 1, tuning.LONGEST_COMPILED_ROW + 1, 8)
     assert (
         "got 3905" in refuse(long)
@@ -328,6 +329,6 @@ def test_every_case_on_a_gpu(case):  # law 1
         list(inputs["window"] or ()),
         inputs["ties"],
     )
-    if nabla._refuse_compiled_selection(*args):
+    if launch_nabla.refuse_compiled_selection(*args):
         pytest.skip("the kernel does not take this size")
     case.check((_library.compiled("select_blocks")(*args).cpu(),), inputs)

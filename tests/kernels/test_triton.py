@@ -16,7 +16,10 @@ import pytest
 import torch
 
 import kandinsky_kernels as ops
-from kandinsky_kernels import _guard, _library, kernels, nabla, norm, tuning, vae
+from kandinsky_kernels import _guard, _library, kernels, nabla, norm, reference, tuning, vae
+from kandinsky_kernels.launch import nabla as launch_nabla
+from kandinsky_kernels.launch import norm as launch_norm
+from kandinsky_kernels.launch import vae as launch_vae
 from kandinsky_model.dit.geometry import Grid
 
 from ..cases import (
@@ -37,20 +40,20 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAUNCHERS = {
-    "modulated_norm": (norm, norm._launch_modulated_norm),
-    "gated_add_norm": (norm, norm._launch_gated_add_norm),
-    "norm_rope": (norm, norm._launch_norm_rope),
-    "norm_rope_means": (norm, norm._launch_norm_rope),
-    "select_blocks": (nabla, nabla._launch_selection),
-    "block_sparse_attention": (nabla, nabla._launch_attention),
-    "group_moments": (vae, vae._launch_moments),
-    "group_norm_silu": (vae, vae._launch_normed),
-    "frame_causal_attention": (vae, vae._launch_attention),
-    "modulated_norm_backward": (norm, norm._launch_modulated_norm_backward),
-    "gated_add_norm_backward": (norm, norm._launch_gated_add_norm_backward),
-    "norm_rope_backward": (norm, norm._launch_norm_rope_backward),
-    "norm_rope_means_backward": (norm, norm._launch_norm_rope_backward),
-    "block_sparse_attention_backward": (nabla, nabla._launch_gradients),
+    "modulated_norm": (norm, launch_norm.launch_modulated_norm),
+    "gated_add_norm": (norm, launch_norm.launch_gated_add_norm),
+    "norm_rope": (norm, launch_norm.launch_norm_rope),
+    "norm_rope_means": (norm, launch_norm.launch_norm_rope),
+    "select_blocks": (nabla, launch_nabla.launch_selection),
+    "block_sparse_attention": (nabla, launch_nabla.launch_attention),
+    "group_moments": (vae, launch_vae.launch_moments),
+    "group_norm_silu": (vae, launch_vae.launch_normed),
+    "frame_causal_attention": (vae, launch_vae.launch_attention),
+    "modulated_norm_backward": (norm, launch_norm.launch_modulated_norm_backward),
+    "gated_add_norm_backward": (norm, launch_norm.launch_gated_add_norm_backward),
+    "norm_rope_backward": (norm, launch_norm.launch_norm_rope_backward),
+    "norm_rope_means_backward": (norm, launch_norm.launch_norm_rope_backward),
+    "block_sparse_attention_backward": (nabla, launch_nabla.launch_gradients),
 }
 # The interpreter multiplies the bit patterns of bf16 numbers, adds up 64 tokens one after the other
 # and a row in another order than its products do (which shows where a block attends to a token
@@ -68,7 +71,9 @@ SLOW_OR_UNLIKE = (
 )
 ALL = [*CASES, *BACKWARDS]
 REFUSED = {
-    case.id for case in CASES if case.op == "group_moments" and vae._refuse_moments(**case.inputs())
+    case.id
+    for case in CASES
+    if case.op == "group_moments" and launch_vae.refuse_moments(**case.inputs())
 }
 SKIPPED = REFUSED | {
     case.id
@@ -110,7 +115,7 @@ def test_attention_of_every_head_size_in_groups_of_heads(D, grid, monkeypatch):
     )
     monkeypatch.setattr(tuning, "attention", lambda *_: launch)
     inputs = attention(2, 2, grid, D, 0.5)(torch.Generator().manual_seed(1))
-    outputs = nabla._launch_attention(*on_device(inputs).values(), 0.3, math.inf)
+    outputs = launch_nabla.launch_attention(*on_device(inputs).values(), 0.3, math.inf)
     exact = nabla.reference.block_sparse_attention(
         *(x.double() if x.is_floating_point() else x for x in inputs.values()), 0.3
     )
@@ -123,14 +128,14 @@ def test_attention_of_every_head_size_in_groups_of_heads(D, grid, monkeypatch):
 
 @pytest.mark.parametrize("bound", [math.inf, 20.0], ids=["online", "bounded"])
 def test_attention_reads_strided_inputs_and_forgives_empty_rows(bound, monkeypatch):
-    monkeypatch.setattr(nabla, "_attention_kind", lambda *_: (True, bound < math.inf))
+    monkeypatch.setattr(launch_nabla, "attention_kind", lambda *_: (True, bound < math.inf))
     inputs = attention(1, 2, Grid(1, 8, 24), 32, 1.0)(torch.Generator().manual_seed(2))
     # [B, S, 3, H, D], as one projection gives
     packed = torch.stack([inputs[name] for name in ("query", "key", "value")], 2).to(DEVICE)
     selection = inputs["selection"].to(DEVICE).clone()
     selection[0, 1, 2] = 0
     args = (*packed.unbind(2), selection, inputs["block_offsets"].to(DEVICE), 0.2, bound)
-    out, lse = nabla._launch_attention(*args)
+    out, lse = launch_nabla.launch_attention(*args)
     exact, exact_lse = nabla.reference.block_sparse_attention(*args)
     torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse, exact_lse, rtol=1e-5, atol=1e-6)
@@ -145,7 +150,7 @@ def test_attention_reads_strided_inputs_and_forgives_empty_rows(bound, monkeypat
 def test_a_bound_far_above_the_logits_loses_nothing(logit, base, monkeypatch):
     """Logits at the bound, at its negative and at both: shares between 1 and 2^-112, whose sum must
     not vanish."""
-    monkeypatch.setattr(nabla, "_attention_kind", lambda *_: (True, True))
+    monkeypatch.setattr(launch_nabla, "attention_kind", lambda *_: (True, True))
     q, v = (
         torch.full((1, 128, 1, 32), 1.0, device=DEVICE),
         torch.randn(1, 128, 1, 32, device=DEVICE),
@@ -162,7 +167,7 @@ def test_a_bound_far_above_the_logits_loses_nothing(logit, base, monkeypatch):
     )
     exact, exact_lse = nabla.reference.block_sparse_attention(*args)
     for bound in (30.0, tuning.BOUND_LOG2 * math.log(2)):
-        out, lse = nabla._launch_attention(*args, bound)
+        out, lse = launch_nabla.launch_attention(*args, bound)
         torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(lse, exact_lse, rtol=1e-5, atol=1e-5)
 
@@ -175,7 +180,7 @@ def test_a_bound_is_used_only_where_it_is_safe():
     )
 
     def bounded(dtype, bound):
-        return nabla._attention_kind(*(q.to(dtype),) * 3, selection, offsets, 1.0, bound)[1]
+        return launch_nabla.attention_kind(*(q.to(dtype),) * 3, selection, offsets, 1.0, bound)[1]
 
     assert (
         bounded(torch.bfloat16, 38.8)
@@ -209,13 +214,15 @@ def test_rows_without_a_finite_maximum_keep_every_block():  # law 9
     query, key = torch.zeros(1, 1, 5, 4, device=DEVICE), torch.randn(1, 1, 5, 4, device=DEVICE)
     query[..., 0] = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, 0.0])
     key[..., 0] = torch.tensor([9.0, -9.0, -9.0, -9.0, -9.0])
-    kept = ops.unpack_selection(nabla._launch_selection(query, key, 0.5, [], [], "all"), 5)[0, 0]
+    kept = ops.unpack_selection(launch_nabla.launch_selection(query, key, 0.5, [], [], "all"), 5)[
+        0, 0
+    ]
     assert kept[1:].all() and kept[0].tolist() == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize("x", [0.1, 1 - 0.9, 1 / 3, 2.0**-40 + 2.0**-60, 0.0])
 def test_a_double_is_the_sum_of_three_floats(x):
-    parts = nabla._thirds(x)
+    parts = launch_nabla.thirds(x)
     assert sum(parts[::-1]) == x and all(
         torch.tensor(part).double().item() == part for part in parts
     )
@@ -242,16 +249,16 @@ def test_moments_far_from_zero_in_slabs(elements, monkeypatch):
     monkeypatch.setattr(tuning, "JOINED", 4)
     x = video(1, 3, 9, 7, 8, 4)(torch.Generator())["x"].to(DEVICE) + 1000
     x[0, 0, 0, 0] = 1e4  # an outlier where the pivot is taken
-    moments = vae._launch_moments(x, 4)
+    moments = launch_vae.launch_moments(x, 4)
     torch.testing.assert_close(
         moments,
         vae.reference.group_moments(x.double(), 4),
         rtol=2e-5 if elements > 64 else 2e-6,
         atol=0,
     )
-    assert torch.equal(moments[:, 1:2], vae._launch_moments(x[:, 1:2], 4))
+    assert torch.equal(moments[:, 1:2], launch_vae.launch_moments(x[:, 1:2], 4))
     x[0, 1, 3, 3, 5] = torch.nan
-    spoilt = vae._launch_moments(x, 4)
+    spoilt = launch_vae.launch_moments(x, 4)
     assert spoilt[0, 1, 2].isnan().all() and torch.equal(
         spoilt[0, 1, [0, 1, 3]], moments[0, 1, [0, 1, 3]]
     )
@@ -270,7 +277,7 @@ def test_frame_attention_of_every_tile(D, monkeypatch):
     for capability in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0)):
         tile = tuning.frame_attention(tuning.padded(D), capability)
         monkeypatch.setattr(tuning, "frame_attention", lambda *_, tile=tile: tile)
-        outputs = vae._launch_attention(query, key, value, 0, 0.05)
+        outputs = launch_vae.launch_attention(query, key, value, 0, 0.05)
         monkeypatch.undo()
         for triple in zip(outputs, exact, peer, strict=True):
             assert_faithful(*triple)
@@ -307,16 +314,19 @@ def convolution(C, N, taps, stride, dtype):
 def test_convolution(size, dtype):  # law 1
     x, weight, bias, stride = convolution(*CONVOLUTIONS[size], dtype)
     for b in (bias, None):
-        exact = vae._convolve(
+        exact = reference.causal_conv3d(
             x.double(), weight.double(), None if b is None else b.double(), stride
         )
         assert_faithful(
-            vae._launch_conv(x, weight, b, stride), exact, vae._convolve(x, weight, b, stride)
+            launch_vae.launch_conv(x, weight, b, stride),
+            exact,
+            reference.causal_conv3d(x, weight, b, stride),
         )
-    trial = vae._trial_conv(x, weight, bias, stride)
+    trial = launch_vae.trial_conv(x, weight, bias, stride)
     assert (
         _guard.disagreement(
-            vae._launch_conv(*trial), vae._convolve(*(_guard._double(value) for value in trial))
+            launch_vae.launch_conv(*trial),
+            reference.causal_conv3d(*(_guard._double(value) for value in trial)),
         )
         is None
     )
@@ -331,31 +341,33 @@ def test_convolution_of_every_tile(size, tile, monkeypatch):  # laws 1 and 12
         tuning, "convolution", lambda *_: tuning.ConvolutionTile(*tile, tuning.Launch(8, 2))
     )
     x, weight, bias, stride = convolution(*CONVOLUTIONS[size], torch.float16)
-    whole = vae._launch_conv(x, weight, bias, stride)
-    exact = vae._convolve(x.double(), weight.double(), bias.double(), stride)
-    assert_faithful(whole, exact, vae._convolve(x, weight, bias, stride))
-    assert torch.equal(vae._launch_conv(x[1:, 1:], weight, bias, stride), whole[1:, 1:])
+    whole = launch_vae.launch_conv(x, weight, bias, stride)
+    exact = reference.causal_conv3d(x.double(), weight.double(), bias.double(), stride)
+    assert_faithful(whole, exact, reference.causal_conv3d(x, weight, bias, stride))
+    assert torch.equal(launch_vae.launch_conv(x[1:, 1:], weight, bias, stride), whole[1:, 1:])
     x[0, -1, 3, 4, 5] = torch.nan
-    assert torch.equal(vae._launch_conv(x, weight, bias, stride)[:, :-1], whole[:, :-1])
+    assert torch.equal(launch_vae.launch_conv(x, weight, bias, stride)[:, :-1], whole[:, :-1])
 
 
 def test_convolution_is_chosen_only_once_a_gpu_has_found_it_faster(monkeypatch):
     assert tuning.TRITON <= tuning.VERIFIED
-    args, kinds = convolution(*CONVOLUTIONS["single"], torch.float16), []
-    monkeypatch.setattr(_guard, "trusted", lambda *args: kinds.append(args[-1]) or True)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # a card as far as the choice can tell
-    monkeypatch.setattr(vae, "_launch_conv", lambda *_: "ours")
-    monkeypatch.setattr(vae, "_convolve", lambda *_: "PyTorch's")
-    assert ops.causal_conv3d(*args) == "PyTorch's" and not kinds
+    args = convolution(*CONVOLUTIONS["single"], torch.float16)
+    assert "found the Triton kernel faster" in launch_vae.refuse_conv(*args)
     monkeypatch.setattr(tuning, "TRITON", frozenset({"causal_conv3d"}))
-    assert ops.causal_conv3d(*args) == "ours" and kinds == [((16, 16, 1, 1, 1), (1, 1, 1), False)]
-    assert ops.causal_conv3d(args[0], args[1].clone().requires_grad_(), *args[2:]) == "PyTorch's"
-    assert (
-        ops.causal_conv3d(*(x.float() for x in args[:3]), args[3]) == "PyTorch's"
-        and len(kinds) == 1
-    )
-    monkeypatch.setattr(torch.Tensor, "is_cuda", False)
-    assert ops.causal_conv3d(*args) == "PyTorch's"
+    assert launch_vae.refuse_conv(*args) is None
+    assert launch_vae.conv_kind(*args) == ((16, 16, 1, 1, 1), (1, 1, 1), False)
+    assert "got float32" in launch_vae.refuse_conv(*(x.float() for x in args[:3]), args[3])
+    weight = args[1].clone().requires_grad_()  # PyTorch differentiates its own convolution
+    out = ops.causal_conv3d(args[0], weight, *args[2:])
+    assert "ConvolutionBackward" in {type(f).__name__.strip("0") for f in ancestors(out.grad_fn)}
+
+
+def ancestors(function):
+    """A node of autograd's graph and every node that its gradient flows to."""
+    yield function
+    for following, _ in function.next_functions:
+        if following is not None:
+            yield from ancestors(following)
 
 
 # ---- binaries
@@ -526,21 +538,21 @@ def test_trials_agree(op, guard, monkeypatch):
         ],
     }
     trials = {
-        "norm_rope": norm._trial_norm_rope,
-        "select_blocks": nabla._trial_selection,
-        "block_sparse_attention": nabla._trial_attention,
-        "group_moments": vae._trial_moments,
-        "group_norm_silu": vae._trial_normed,
-        "frame_causal_attention": vae._trial_attention,
-        "norm_rope_backward": norm._trial_norm_rope_backward,
-        "block_sparse_attention_backward": nabla._trial_gradients,
+        "norm_rope": launch_norm.trial_norm_rope,
+        "select_blocks": launch_nabla.trial_selection,
+        "block_sparse_attention": launch_nabla.trial_attention,
+        "group_moments": launch_vae.trial_moments,
+        "group_norm_silu": launch_vae.trial_normed,
+        "frame_causal_attention": launch_vae.trial_attention,
+        "norm_rope_backward": launch_norm.trial_norm_rope_backward,
+        "block_sparse_attention_backward": launch_nabla.trial_gradients,
     }
     monkeypatch.setattr(
-        nabla, "_attention_kind", lambda *args: (args[0].shape[1] == 64, args[-1] < math.inf)
+        launch_nabla, "attention_kind", lambda *args: (args[0].shape[1] == 64, args[-1] < math.inf)
     )
     for args in kinds[op]:
         args = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args]
-        small = trials.get(op, norm._trial_norm)(*args)
+        small = trials.get(op, launch_norm.trial_norm)(*args)
         assert (
             _guard.disagreement(launch(*small), reference(*(_guard._double(x) for x in small)))
             is None
@@ -549,36 +561,40 @@ def test_trials_agree(op, guard, monkeypatch):
 
 def test_refusals_say_why():
     q, selection = torch.randn(1, 64, 1, 160), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
-    assert "up to 128, got 160" in nabla._refuse_attention(q, q, q, selection)
+    assert "up to 128, got 160" in launch_nabla.refuse_attention(q, q, q, selection)
     long = torch.empty(1, 1, tuning.LONGEST_ROW + 1, 1)
     assert (
-        "got 16385" in nabla._refuse_selection(long)
-        and nabla._refuse_selection(long[:, :, 1:]) is None
+        "got 16385" in launch_nabla.refuse_selection(long)
+        and launch_nabla.refuse_selection(long[:, :, 1:]) is None
     )
-    assert "nothing" in nabla._refuse_selection(long[:, :0])
-    assert "nothing" in nabla._refuse_attention(
+    assert "nothing" in launch_nabla.refuse_selection(long[:, :0])
+    assert "nothing" in launch_nabla.refuse_attention(
         q[:, :0], q, q, selection
-    ) and "nothing" in norm._refuse_norm(q[:0])
-    assert "float64" in nabla._refuse_attention(q[..., :64].double(), q, q, selection)
-    assert nabla._refuse_attention(q[..., :64], q, q, selection) is None
-    assert "got float32" in vae._refuse_attention(q) and "nothing" in vae._refuse_attention(q[:0])
+    ) and "nothing" in launch_norm.refuse_norm(q[:0])
+    assert "float64" in launch_nabla.refuse_attention(q[..., :64].double(), q, q, selection)
+    assert launch_nabla.refuse_attention(q[..., :64], q, q, selection) is None
+    assert "got float32" in launch_vae.refuse_attention(
+        q
+    ) and "nothing" in launch_vae.refuse_attention(q[:0])
     assert (
-        "up to 512, got 640" in vae._refuse_attention(torch.empty(1, 1, 1, 640).half())
-        and vae._refuse_attention(q.half()) is None
+        "up to 512, got 640" in launch_vae.refuse_attention(torch.empty(1, 1, 1, 640).half())
+        and launch_vae.refuse_attention(q.half()) is None
     )
-    assert "powers of two, got 160 and 5" in vae._refuse_moments(
+    assert "powers of two, got 160 and 5" in launch_vae.refuse_moments(
         q, 5
-    ) and "nothing" in vae._refuse_moments(q[:0], 5)
-    assert "up to 8192 channels, got 16384" in vae._refuse_moments(torch.empty(1, 16384), 32)
-    assert vae._refuse_moments(q[..., :128], 4) is None
-    assert "up to 4096 channels, got 5000" in vae._refuse_normed(
+    ) and "nothing" in launch_vae.refuse_moments(q[:0], 5)
+    assert "up to 8192 channels, got 16384" in launch_vae.refuse_moments(torch.empty(1, 16384), 32)
+    assert launch_vae.refuse_moments(q[..., :128], 4) is None
+    assert "up to 4096 channels, got 5000" in launch_vae.refuse_normed(
         torch.empty(1, 5000)
-    ) and "nothing" in vae._refuse_normed(q[:0])
-    assert vae._refuse_normed(q) is None
-    assert "got float32" in vae._refuse_conv(q, q) and "nothing" in vae._refuse_conv(q[:0], q)
+    ) and "nothing" in launch_vae.refuse_normed(q[:0])
+    assert launch_vae.refuse_normed(q) is None
+    assert "got float32" in launch_vae.refuse_conv(q, q) and "nothing" in launch_vae.refuse_conv(
+        q[:0], q
+    )
     assert (
-        "input's dtype, got float32" in vae._refuse_conv(q.half(), q)
-        and vae._refuse_conv(q.half(), q.half()) is None
+        "input's dtype, got float32" in launch_vae.refuse_conv(q.half(), q)
+        and "faster" in launch_vae.refuse_conv(q.half(), q.half())
     )
 
 

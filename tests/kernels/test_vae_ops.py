@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import kandinsky_kernels as ops
-from kandinsky_kernels import reference, vae
+from kandinsky_kernels import reference
 
 from ..cases import FP32, Case, frames, normed, video
 from ..compare import assert_faithful
@@ -286,13 +286,13 @@ def test_gradients_go_through_the_reference():
 @pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 2, 2)])
 @pytest.mark.parametrize("limit", [2**31 - 1, 3 * 2 * 6 * 5 * 8, 1])
 def test_convolution_in_pieces(stride, limit, monkeypatch):  # law 13
-    monkeypatch.setattr(vae, "INDEXABLE", limit)
+    monkeypatch.setattr(reference, "INDEXABLE", limit)
     x, weight, bias = torch.randn(2, 9, 6, 5, 8), torch.randn(4, 8, 3, 3, 3), torch.randn(4)
     calls = []
     monkeypatch.setattr(
-        vae,
+        reference,
         "_conv3d",
-        lambda *args, conv=vae._conv3d: calls.append(args[0].shape[2]) or conv(*args),
+        lambda *args, conv=reference._conv3d: calls.append(args[0].shape[2]) or conv(*args),
     )
     out = ops.causal_conv3d(x, weight, bias, stride)
     monkeypatch.undo()
