@@ -13,12 +13,14 @@ import torch
 
 from kandinsky_model.checkpoints.load import FP32_NAMES
 from kandinsky_model.config import PRESETS, DiTConfig, Preset, VAEConfig
+from kandinsky_model.devices.available import parse_bytes
+from kandinsky_model.devices.budget import RunPlan, Stage, Weights, plan_run
+from kandinsky_model.dit.accounting import Job
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
-from kandinsky_model.placement import Job, RunPlan, Stage, Weights, plan_run, ways_to_run
-from kandinsky_model.sampling.result import default_policy
+from kandinsky_model.placement import ways_to_run
+from kandinsky_model.sampling.settings import default_policy
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
-from kandinsky_model.vae.schemes import parse_bytes
 
 # Qwen2.5-VL-7B in bf16 without its head and vision part (28 decoder layers, the table of tokens),
 # and CLIP-L's text model in fp32.

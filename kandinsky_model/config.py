@@ -300,3 +300,11 @@ def get_preset(name: str) -> Preset:
             f"did you mean {', '.join(near)}?"
         )
     return PRESETS[name]
+
+
+# what --attention nabla means for a checkpoint released with dense attention
+NABLA_FOR_DENSE = NablaConfig(0.9)
+
+
+# task -> what the text encoder is told; videos of one frame are images as well
+KINDS = {"t2i": "image", "i2i": "image_edit"}

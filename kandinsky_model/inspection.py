@@ -135,7 +135,7 @@ def inspect(
     blocks_<step>.png for each step drawn, and numbers.json. Raises ValueError for steps that there
     are not, and as `generate` does.
     """
-    from .pipeline import NABLA_FOR_DENSE
+    from .config import NABLA_FOR_DENSE
 
     nabla, before = model.preset.nabla or NABLA_FOR_DENSE, model.preset
     nabla = nabla if keep_mass is None else NablaConfig(keep_mass, nabla.window)

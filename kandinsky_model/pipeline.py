@@ -15,29 +15,32 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoints.load import load_dit, load_vae
+from .checkpoints.load import load_any_vae, load_dit
 from .checkpoints.locate import PARTS, Sources, locate
 from .checkpoints.lora import Adapters
-from .config import NablaConfig, Preset
-from .devices.offload import LateOffload, Offload, tensors_of
+from .config import KINDS, NABLA_FOR_DENSE, Preset
+from .devices.available import choose_device, free_bytes
+from .devices.budget import RunPlan, Weights, plan_run
+from .devices.host import tensors_of
+from .devices.offload import LateOffload, Offload
 from .devices.parallel import Ranks, from_first, share
+from .dit.accounting import Job
 from .dit.layout import Chunks, make_plan
 from .dit.quantized import mode_of
-from .media.picture import crop, fitting_size, latent_of, read_image, resize
-from .placement import Job, RunPlan, Weights, free_bytes, plan_run, ways_to_run
-from .sampling.result import Notify, Settings, Video, complete, load_latents
+from .media.picture import crop, read_image, resize
+from .placement import ways_to_run
+from .sampling.given import Given, fitting_size, latent_of
+from .sampling.result import Notify, Video, load_latents
 from .sampling.run import Interrupted, Run
-from .sampling.sampler import Conditioning, Given, Sampling, noise, sample
+from .sampling.sampler import Sampling, noise, sample
+from .sampling.settings import Settings, complete
 from .sampling.step_cache import make_cache
-from .vae.flux import is_image_vae, load_image_vae
+from .text.embeddings import Conditioning
+from .text.load import load_text
 from .vae.hunyuan import HunyuanVideoVAE
 
-# what --attention nabla means for a checkpoint released with dense attention
-NABLA_FOR_DENSE = NablaConfig(0.9)
 SEEDS = 2**31
 STAGES = ("text", "pictures", "sampling", "decoding")
-# task -> what the text encoder is told; videos of one frame are images as well
-KINDS = {"t2i": "image", "i2i": "image_edit"}
 _log = logging.getLogger(__name__)
 Callback = Callable[[str, int, int, Tensor | None], None]
 
@@ -119,8 +122,8 @@ class Kandinsky5:
         dit = (
             load_dit(sources.dit, dtype=dtype, quantize=quantize).prepare() if sources.dit else None
         )
-        vae = _load_vae(sources.vae, dtype) if sources.vae else None
-        text = _load_text(sources, dtype, text_cache) if sources.text_encoder else None
+        vae = load_any_vae(sources.vae, dtype) if sources.vae else None
+        text = load_text(sources, dtype, text_cache) if sources.text_encoder else None
         preset = replace(sources.preset, dit=dit.config) if dit is not None else sources.preset
         return cls(text, dit, vae, preset, sources.name, device)
 
@@ -580,38 +583,6 @@ class Kandinsky5ImageLite(Kandinsky5):
 
 
 load = Kandinsky5.from_pretrained
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device called `name`, or for None the first CUDA device, or the CPU; RuntimeError when
-    torch cannot use it here."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    # AssertionError, RuntimeError and NotImplementedError, all of many lines
-    except Exception as error:
-        raise RuntimeError(
-            f"the device must be usable by torch {torch.__version__} here, but "
-            f"{name!r} is not "
-            f"({str(error).strip().splitlines()[0].rstrip('.')}); use cpu"
-        ) from None
-    return device
-
-
-def _load_vae(folder: Path, dtype: torch.dtype) -> nn.Module:
-    return load_image_vae(folder, dtype) if is_image_vae(folder) else load_vae(folder, dtype=dtype)
-
-
-def _load_text(sources: Sources, dtype: torch.dtype, cache: bool) -> nn.Module:
-    if sources.text_encoder_2 is None:
-        from .text.tiny import TinyTextEncoder
-
-        return TinyTextEncoder.load(sources.text_encoder)
-    from .text.qwen_clip import QwenClipEncoder
-
-    return QwenClipEncoder.load(sources, dtype, cache=cache)
 
 
 def _sampling(settings: Settings, preset: str, start: int = 0) -> Sampling:

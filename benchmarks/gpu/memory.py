@@ -14,7 +14,7 @@ from kandinsky_model.checkpoints.load import FP32_NAMES
 from kandinsky_model.config import PRESETS, DiTConfig, Preset, VAEConfig
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.pipeline import Kandinsky5
-from kandinsky_model.text.tiny import TextEmbeddings
+from kandinsky_model.text.embeddings import TextEmbeddings
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 
 from ..budgets import CLIP, QWEN_LAYERS

@@ -12,44 +12,37 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import DiTConfig, NablaConfig, VAEConfig
 from ..dit.quantized import check_mode, kind_of, mode_of, pack, replace_layers
 from ..dit.transformer import DiffusionTransformer3D
-from ..media.video import replacing
+from ..files import replacing
+from ..vae.flux import ImageVAE
 from ..vae.hunyuan import HunyuanVideoVAE
+from .configs import dit_config_json, infer_dit_config, read_dit_config, read_vae_config
+from .headers import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Entry,
+    check_names,
+    find_weights,
+    opened,
+    read_headers,
+)
 
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-# of shards, as diffusers and transformers write them
-INDEX_NAMES = (f"{WEIGHTS_NAME}.index.json", "model.safetensors.index.json")
-CONFIG_NAME = "config.json"
-SHOWN_KEYS = 5
-# all released checkpoints; their shapes alone do not tell the split
-AXES_BY_HEAD_DIM = {64: (16, 24, 24), 128: (32, 48, 48)}
 QUANTIZATION_KEY = "quantization"  # of the metadata in a quantised file's header
 FP32_NAMES = ("modulation", "time_embeddings")  # small, and sensitive: see `load_dit`
 
 _log = logging.getLogger(__name__)
 _Module = TypeVar("_Module", bound=nn.Module)
-
-
-class Entry(NamedTuple):
-    """Where a tensor is, and its shape."""
-
-    path: Path
-    shape: tuple[int, ...]
 
 
 def load_dit(
@@ -136,30 +129,6 @@ def save_dit(
     )
 
 
-def dit_config_json(config: DiTConfig, nabla: NablaConfig | None, quantization: str | None) -> dict:
-    """The config.json of a transformer, as diffusers writes it; of a quantised one, so that
-    diffusers refuses it."""
-    values = {"_class_name": "Kandinsky5Transformer3DModel", **asdict(config)}
-    if config.instruct_type is None:
-        del values["instruct_type"]
-    if nabla is not None:
-        w_t, w_y, w_x = nabla.window
-        values.update(
-            attention_type="nabla",
-            attention_P=nabla.keep_mass,
-            attention_wT=w_t,
-            attention_wH=w_y,
-            attention_wW=w_x,
-            attention_add_sta=True,
-            attention_method="topcdf",
-        )
-    else:
-        values.update(attention_type="regular")
-    if quantization is not None:
-        values["quantization_config"] = {"quant_method": "kandinsky", "mode": quantization}
-    return values
-
-
 def save_vae(vae: HunyuanVideoVAE, folder: str | Path) -> None:
     """Write config.json and weights as diffusers does."""
     config = asdict(vae.config)
@@ -197,51 +166,6 @@ def save_tensors(
         save_file(dict(tensors), target, metadata)
 
 
-def find_weights(path: str | Path, subfolder: str) -> tuple[list[Path], Path]:
-    """The safetensors files at `path`, and the folder whose config.json describes them."""
-    path = Path(path)
-    if path.is_file():
-        return [path], path.parent
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"weights must be a .safetensors file or a folder, got {path}, "
-            "which does not exist; check the path"
-        )
-    for folder in (path / subfolder, path, path / "model"):
-        for index in (folder / name for name in INDEX_NAMES):
-            if index.is_file():
-                names = set(_read_json(index).get("weight_map", {}).values())
-                return [folder / name for name in sorted(names)], folder
-        files = sorted(folder.glob("*.safetensors"))
-        if folder / WEIGHTS_NAME in files:
-            return [folder / WEIGHTS_NAME], folder
-        if len(files) > 1:
-            found = _some("found", [file.name for file in files])
-            raise ValueError(
-                f"{folder} must hold one model, but {found}; give the path of one of the files"
-            )
-        if files:
-            return files, folder
-    raise FileNotFoundError(
-        f"{path} must hold .safetensors weights, here or in {subfolder}/ or "
-        "model/, got none; check the download"
-    )
-
-
-def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
-    """Names, places and shapes of all tensors, from the headers alone. ValueError where a file is
-    not complete, valid safetensors."""
-    entries = {}
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"the index lists {path.name}, but {path} does not exist; download all shards"
-            )
-        header = _read_header(path)
-        entries.update((name, Entry(path, tuple(item["shape"]))) for name, item in header.items())
-    return entries
-
-
 def read_quantization(files: Iterable[Path]) -> str | None:
     """The mode in which all of these files are quantised, or None. ValueError where it is unknown,
     or not the same in all."""
@@ -259,140 +183,6 @@ def read_quantization(files: Iterable[Path]) -> str | None:
     if mode is not None:
         check_mode(mode)
     return mode
-
-
-def _read_header(path: Path) -> dict:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(
-                f"{path} must be a complete safetensors file: its header claims "
-                f"{length:,} bytes, the file has {size:,}; "
-                "it is cut short or of another kind, so download it again"
-            )
-        header_bytes = file.read(length)
-    try:
-        header = json.loads(header_bytes)
-        header.pop("__metadata__", None)
-        end = 8 + length + max((item["data_offsets"][1] for item in header.values()), default=0)
-        complete = all(isinstance(item["shape"], list) for item in header.values())
-    except (ValueError, LookupError, TypeError, AttributeError):
-        complete = False
-    if not complete:
-        raise ValueError(
-            f"{path} must be a safetensors file, but the {length:,} bytes of its "
-            "header are not one; download it again"
-        )
-    if end != size:
-        raise ValueError(
-            f"{path} must be a complete safetensors file: its header declares "
-            f"{end:,} bytes, the file has {size:,}; "
-            "download it again"
-        )
-    return header
-
-
-def read_dit_config(folder: Path) -> tuple[DiTConfig | None, NablaConfig | None]:
-    """What `folder`'s config.json says of a transformer and its attention; (None, None) when there
-    is no such file or it is silent."""
-    values = _read_config(folder)
-    if "model_dim" not in values:
-        return None, None
-    nabla = None
-    if values.get("attention_type") == "nabla":
-        nabla = NablaConfig(
-            values["attention_P"],
-            (values["attention_wT"], values["attention_wH"], values["attention_wW"]),
-        )
-    return _pick(DiTConfig, values), nabla
-
-
-def read_vae_config(folder: Path) -> VAEConfig:
-    """What `folder`'s config.json says of a VAE; the released sizes where it is silent."""
-    values = _read_config(folder)
-    for key in ("spatial_compression", "temporal_compression"):
-        if f"{key}_ratio" in values:
-            values[key] = values[f"{key}_ratio"]
-    return _pick(VAEConfig, values)
-
-
-def _read_config(folder: Path) -> dict:
-    path = folder / CONFIG_NAME
-    return _read_json(path) if path.is_file() else {}
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} must be valid JSON, got {error}; download it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{path} must hold a JSON object, got {type(values).__name__}; download it again"
-        )
-    return values
-
-
-def _pick(kind: type, values: Mapping):
-    known = {
-        field.name: values[field.name]
-        for field in fields(kind)
-        if values.get(field.name) is not None
-    }
-    return kind(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in known.items()
-        }
-    )
-
-
-def infer_dit_config(entries: Mapping[str, Entry]) -> DiTConfig:
-    """The configuration a bare checkpoint must have had, read off its shapes. ValueError when they
-    are not those of a transformer."""
-    wanted = (
-        "visual_embeddings.in_layer.weight",
-        "text_embeddings.in_layer.weight",
-        "pooled_text_embeddings.in_layer.weight",
-        "out_layer.out_layer.weight",
-        "visual_transformer_blocks.0.feed_forward.in_layer.weight",
-        "visual_transformer_blocks.0.self_attention.query_norm.weight",
-    )
-    missing = [name for name in wanted if name not in entries]
-    if missing:
-        raise ValueError(
-            "the file must hold a Kandinsky 5 transformer, but "
-            f"{_some('missing', missing)}, "
-            f"{_some('found', sorted(entries))}; check that this is the right file"
-        )
-    visual, text, pooled, out, feed_forward, query_norm = (entries[name].shape for name in wanted)
-    if query_norm[0] not in AXES_BY_HEAD_DIM:
-        raise ValueError(
-            f"the rotary axes of head dim {query_norm[0]} are not known from shapes "
-            "(64 and 128 are); "
-            f"put a {CONFIG_NAME} with axes_dims beside the file or pass config"
-        )
-    patch = math.prod(DiTConfig.patch_size)
-    channels = out[0] // patch
-    return DiTConfig(
-        in_visual_dim=channels,
-        in_text_dim=text[1],
-        in_text_dim2=pooled[1],
-        time_dim=pooled[0],
-        out_visual_dim=channels,
-        model_dim=visual[0],
-        ff_dim=feed_forward[0],
-        num_text_blocks=_count(entries, "text_transformer_blocks"),
-        num_visual_blocks=_count(entries, "visual_transformer_blocks"),
-        axes_dims=AXES_BY_HEAD_DIM[query_norm[0]],
-        visual_cond=visual[1] // patch == 2 * channels + 1,
-    )
-
-
-def _count(entries: Mapping[str, Entry], prefix: str) -> int:
-    matches = (re.match(rf"{prefix}\.(\d+)\.", name) for name in entries)
-    return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
 
 def _load(
@@ -435,19 +225,6 @@ def _load(
     return module.eval().requires_grad_(False)
 
 
-@contextmanager
-def opened(path: Path, device: torch.device | str = "cpu") -> Iterator[safe_open]:
-    """The file, to read tensors from; ValueError where the library finds it to be no safetensors
-    file."""
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} must be a valid safetensors file, got {error}; download it again"
-        ) from error
-
-
 def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A weight in the dtype that `load_dit` gives it."""
     if dtype is None:
@@ -459,37 +236,44 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     )
 
 
-def check_names(expected: Mapping[str, tuple[int, ...]], entries: Mapping[str, Entry]) -> None:
-    """ValueError, with the first five of each kind, unless `entries` are exactly the tensors and
-    shapes that are expected."""
-    missing = [name for name in expected if name not in entries]
-    unexpected = sorted(name for name in entries if name not in expected)
-    wrong = [
-        f"{name} {list(entries[name].shape)} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in entries and entries[name].shape != shape
-    ]
-    problems = [
-        _some(*problem)
-        for problem in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
-        if problem[1]
-    ]
-    if problems:
-        where = (
-            ", ".join(
-                sorted(
-                    {f"{entry.path.parent.name}/{entry.path.name}" for entry in entries.values()}
-                )
-            )
-            or "the file"
-        )
+def load_any_vae(folder: Path, dtype: torch.dtype) -> nn.Module:
+    return load_image_vae(folder, dtype) if is_image_vae(folder) else load_vae(folder, dtype=dtype)
+
+
+def is_image_vae(folder: Path) -> bool:
+    """Whether the config.json in `folder` is that of an image VAE."""
+    path = folder / "config.json"
+    return (
+        path.is_file()
+        and json.loads(path.read_text(encoding="utf-8")).get("_class_name") == "AutoencoderKL"
+    )
+
+
+def load_image_vae(folder: str | Path, dtype: torch.dtype) -> ImageVAE:
+    """The VAE in `folder`, strictly. Raises RuntimeError without diffusers, OSError or ValueError
+    for files that are no such VAE."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise RuntimeError(
+            "image checkpoints decode through diffusers, which cannot be imported "
+            f"({error}); "
+            "pip install 'kandinsky-kernels[text]'"
+        ) from error
+    read_headers(find_weights(folder, "vae")[0])
+    vae, report = AutoencoderKL.from_pretrained(
+        folder,
+        torch_dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        low_cpu_mem_usage=False,
+        output_loading_info=True,
+    )
+    wrong = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
+    if wrong:
         raise ValueError(
-            f"the weights must match the model tensor by tensor, but in {where} "
-            f"{'; '.join(problems)}; "
-            "check that file and configuration belong together"
+            f"the VAE in {folder} must match its configuration tensor by tensor, but "
+            f"{len(wrong)} do not, {wrong[0]} first; "
+            "download it again"
         )
-
-
-def _some(label: str, names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
-    return f"{label} ({len(names)}): {', '.join(names[:SHOWN_KEYS])}{more}"
+    return ImageVAE(vae.eval().requires_grad_(False))

@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config import PRESETS, DiTConfig, Preset, get_preset
-from .load import find_weights, infer_dit_config, read_dit_config, read_headers
+from .configs import infer_dit_config, read_dit_config
+from .headers import find_weights, read_headers
 
 TINY = Path(__file__).parents[1] / "tiny" / "weights"
 PARTS = ("text", "dit", "vae")
@@ -178,7 +179,7 @@ def _like(path: Path) -> Preset | None:
     sizes: a file may have any name."""
     try:
         files, folder = find_weights(path, "transformer")
-        known = PRESETS.get(_read_json(folder / "config.json").get(PRESET_KEY))
+        known = PRESETS.get(read_json(folder / "config.json").get(PRESET_KEY))
         if known is not None:
             return known
         config = read_dit_config(folder)[0] or infer_dit_config(read_headers(files))
@@ -208,7 +209,7 @@ def _in_folder(root: Path, request: _Request) -> Sources:
     found = {folder: request.places.get(folder, root / folder) for folder in request.folders}
     preset, tokenizers = _settings(root, request.preset), {}
     # the small learned encoder of the bundled model
-    if "words" in _read_json(root / "text_encoder" / "config.json"):
+    if "words" in read_json(root / "text_encoder" / "config.json"):
         found.pop("text_encoder_2", None)
         tiny = get_preset("tiny")
         preset = replace(tiny, dit=preset.dit, nabla=preset.nabla)
@@ -268,12 +269,12 @@ def _settings(root: Path, preset: Preset) -> Preset:
     if config is not None:
         preset = replace(preset, dit=config, nabla=nabla)
     if recognise(root) is None:
-        shift = _read_json(root / "scheduler" / "scheduler_config.json").get("shift")
+        shift = read_json(root / "scheduler" / "scheduler_config.json").get("shift")
         preset = replace(preset, scheduler_scale=float(shift or preset.scheduler_scale))
     return preset
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:

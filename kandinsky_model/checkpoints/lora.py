@@ -17,45 +17,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from ..dit.attention import ALL, Linear
-from .load import Entry, read_headers
+from ..dit.linear import Additions, Linear
+from .headers import Entry, read_headers
 
 CONFIG_NAMES = ("config_lora.json", "adapter_config.json")
 _PREFIX = re.compile(r"^(base_model\.model\.|transformer\.|diffusion_model\.)+")
 _NAME = re.compile(r"(.+)\.lora_([AB])(\.\w+)?\.weight")
 
 _log = logging.getLogger(__name__)
-
-
-class Additions(nn.Module):
-    """What adapters add to one linear layer: low-rank matrices by name. They move with the layer
-    and are in no state dict."""
-
-    def __init__(self):
-        super().__init__()
-        # down [r, in], up [out, r] times alpha / r
-        self.matrices: dict[str, tuple[Tensor, Tensor]] = {}
-        self.scales: dict[str, float] = {}  # of those that are active
-
-    def forward(self, x: Tensor, y: Tensor, rows: slice = ALL) -> Tensor:
-        for name, scale in self.scales.items():
-            down, up = self.matrices[name]
-            y = y + scale * F.linear(F.linear(x, down.to(x)), up[rows].to(x))
-        return y
-
-    def _apply(self, fn, recurse: bool = True) -> Additions:
-        self.matrices = {name: (fn(down), fn(up)) for name, (down, up) in self.matrices.items()}
-        return self
-
-    def change(self) -> Tensor:
-        """What the active ones together add to the weight, in at least fp32."""
-        pairs = ((scale, *self.matrices[name]) for name, scale in self.scales.items())
-        return sum(scale * _wide(up) @ _wide(down) for scale, down, up in pairs)
 
 
 @dataclass(frozen=True)
@@ -192,10 +164,6 @@ class Adapters:
         return [
             layer for layer in modules if isinstance(layer, Linear) and layer.additions is not None
         ]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check_scale(name: str, scale: float) -> None:

@@ -12,21 +12,17 @@ import torch
 from torch import Tensor
 
 from ..dit.quantized import check_mode, kind_of, pack, report_lines, weight_error
-from .load import (
+from .configs import dit_config_json, infer_dit_config, read_dit_config
+from .headers import (
     CONFIG_NAME,
     INDEX_NAMES,
-    QUANTIZATION_KEY,
     WEIGHTS_NAME,
     check_names,
-    dit_config_json,
-    empty_dit,
     find_weights,
-    infer_dit_config,
     opened,
-    read_dit_config,
     read_headers,
-    read_quantization,
 )
+from .load import QUANTIZATION_KEY, empty_dit, read_quantization
 from .locate import locate
 
 SHARD_BYTES = 5 * 10**9

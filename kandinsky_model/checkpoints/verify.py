@@ -14,16 +14,9 @@ from safetensors import safe_open
 
 from ..config import PRESETS
 from ..vae.hunyuan import HunyuanVideoVAE
-from .load import (
-    check_names,
-    empty_dit,
-    find_weights,
-    infer_dit_config,
-    read_dit_config,
-    read_headers,
-    read_quantization,
-    read_vae_config,
-)
+from .configs import infer_dit_config, read_dit_config, read_vae_config
+from .headers import check_names, find_weights, read_headers
+from .load import empty_dit, read_quantization
 from .locate import recognise
 
 NETWORKS = {"visual_embeddings.in_layer.weight": "transformer", "post_quant_conv.weight": "VAE"}

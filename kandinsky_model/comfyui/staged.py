@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..media.picture import resize
 from ..pipeline import Callback, Kandinsky5
-from ..sampling.result import complete
+from ..sampling.given import Given
 from ..sampling.run import Run
-from ..sampling.sampler import Conditioning, Given
+from ..sampling.settings import complete
+from ..text.embeddings import Conditioning
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +218,7 @@ class StagedModel(Kandinsky5):
     def _scaling(self) -> float:
         return self.vae.config.scaling_factor
 
-    def _check_given(self, first: dict | None, last: dict | None) -> None:
+    def check_given(self, first: dict | None, last: dict | None) -> None:
         task, name = self.preset.task, self.preset.name
         if last is not None and task != "i2v":
             raise ValueError(

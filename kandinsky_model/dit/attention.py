@@ -21,42 +21,7 @@ from kandinsky_kernels import (
 )
 
 from .layout import Plan
-
-ALL = slice(None)
-
-
-class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input, so that a checkpoint may mix dtypes
-    freely.
-
-    `additions` is what adapters add to its output (see lora.py); the rest is what another way to
-    store the weight replaces (quant.py).
-    rows: of the output, or all.
-    """
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.additions: nn.Module | None = None
-
-    def forward(self, x: Tensor, rows: slice = ALL) -> Tensor:
-        y = self.product(x, rows)
-        return y if self.additions is None else self.additions(x, y, rows)
-
-    def product(self, x: Tensor, rows: slice = ALL) -> Tensor:
-        return F.linear(
-            x,
-            self.weight[rows].to(x.dtype),
-            None if self.bias is None else self.bias[rows].to(x.dtype),
-        )
-
-    @torch.no_grad()
-    def add(self, change: Tensor) -> None:
-        """Add to the weight, rounding once, and in place: it may be a part of a larger tensor."""
-        self.weight.copy_(self.weight + change)
-
-    def empty(self, out_features: int) -> Linear:
-        """A layer of this kind with so many outputs, on the meta device."""
-        return Linear(self.in_features, out_features, self.bias is not None, device="meta")
+from .linear import ALL, Linear
 
 
 class HeadNorm(nn.Module):

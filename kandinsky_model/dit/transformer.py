@@ -24,8 +24,9 @@ from kandinsky_kernels import gated_add_norm, modulated_norm
 
 from ..config import DiTConfig
 from . import geometry
-from .attention import Attention, Linear
+from .attention import Attention
 from .layout import Plan
+from .linear import Linear
 
 _log = logging.getLogger(__name__)
 

@@ -4,21 +4,14 @@ latent of a frame."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import Preset
-from ..vae.flux import ImageVAE
-from ..vae.hunyuan import HunyuanVideoVAE, sample_posterior
-
 MOST_PIXELS = 2**27  # of a file: more is a decompression bomb or a mistake
 LONGEST_RATIO = 8.0
-# pixels that a side is rounded to: with dense attention and with NABLA, as the official code does
-STEP = {False: 16, True: 128}
 
 
 def read_image(source: str | Path | Tensor | object) -> Tensor:
@@ -91,22 +84,6 @@ def _from_pil(image) -> Tensor:
     return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def fitting_size(height: int, width: int, preset: Preset) -> tuple[int, int]:
-    """The size (height, width) of what is made from a picture of this shape.
-
-    Videos have the area the checkpoint was trained for, sides rounded: sqrt(area / (height *
-    width)) scales both; the area is 512 x 768 or, for HD, 1024 x 1024. Pictures have the trained
-    size whose shape is nearest.
-    """
-    if preset.task == "i2i":
-        return min(preset.sizes, key=lambda size: abs(size[0] / size[1] - height / width))
-    hd = min(preset.sizes[0]) > 512
-    area = 1024 * 1024 if hd else preset.sizes[0][0] * preset.sizes[0][1]
-    step = STEP[hd]
-    factor = math.sqrt(area / (height * width)) / step
-    return max(1, round(height * factor)) * step, max(1, round(width * factor)) * step
-
-
 def crop(image: Tensor, height: int, width: int) -> Tensor:
     """The largest middle part of uint8 [3, H, W] that has the shape of height x width."""
     full_height, full_width = image.shape[1:]
@@ -122,19 +99,3 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     """uint8 [3, height, width] of uint8 [3, h, w]: bilinear, antialiased, with the 8-bit arithmetic
     of picture libraries."""
     return F.interpolate(image.cpu()[None], (height, width), mode="bilinear", antialias=True)[0]
-
-
-def latent_of(
-    image: Tensor, vae: HunyuanVideoVAE | ImageVAE, seed: int, memory_budget: int | None = None
-) -> Tensor:
-    """The scaled latent [1, 1, H/8, W/8, C] of uint8 [3, H, W], sampled from its posterior by
-    `seed`.
-
-    It serves for any frame: a later latent holds four frames, but borders in time repeat, so all
-    latents of a still video are equal.
-    """
-    # an image VAE knows none
-    limits = {} if memory_budget is None else {"memory_budget": memory_budget}
-    mean, logvar = vae.encode(image[None, :, None], **limits)  # [1, 3, 1, H, W]
-    latent = sample_posterior(mean.float(), logvar.float(), torch.Generator().manual_seed(seed))
-    return latent.permute(0, 2, 3, 4, 1) * vae.config.scaling_factor

@@ -11,12 +11,13 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..files import replacing
 
 FORMATS = (".mp4", ".gif", ".png")
 CRF = 16
@@ -143,18 +144,6 @@ def strip(frames: Tensor, count: int = 6, height: int = 160) -> Tensor:
     gap = torch.full((3, height, 4), 255, dtype=torch.uint8)
     pieces = [piece for image in small for piece in (image, gap)][:-1]
     return torch.cat(pieces, dim=2).permute(1, 2, 0)[None]  # [1, h, count * (w + 4) - 4, 3]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the body succeeds and disappears when
-    it does not."""
-    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _save_png(frames: Tensor, path: Path, comment: str) -> list[Path]:

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..checkpoints.load import read_headers
+from ..checkpoints.headers import read_headers
 from ..media import video as files
-from .result import Settings
-from .sampler import Conditioning, Given
+from ..text.embeddings import Conditioning
+from .given import Given
+from .settings import Settings
 
 ABOUT = "kandinsky_run"  # the tensor of bytes that hold settings and step as JSON
 

@@ -9,48 +9,22 @@ sampling walks t from 1 to 0.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..dit.layout import Plan
 from ..dit.transformer import DiffusionTransformer3D
+from ..text.embeddings import Conditioning
+from .given import Given, check_given, finish, model_input, with_frames
 from .step_cache import FirstBlockCache, MagCache
 
 TIME_UNIT = 1000.0  # the network is told 1000 t
 NO_GUIDANCE = 1e-6  # a guidance this close to 1 needs no unconditional pass
 PRECISIONS = {"fp32": torch.float32, "reference": torch.bfloat16}
-# First-frame normalisation: how far mean and standard deviation of an early frame may be moved
-# (down, up).
-SOURCE_FRAMES, REFERENCE_FRAMES = slice(0, 4), slice(4, 9)
-MEAN_RANGE, STD_RANGE = (0.05, 0.1), (0.1, 0.25)
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Conditioning:
-    """What a prompt became: embeds [B, L, Dt], lengths int64 [B] or None (every row is text),
-    pooled [B, Dp]."""
-
-    embeds: Tensor
-    lengths: Tensor | None
-    pooled: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Given:
-    """Clean latents that are known beforehand.
-
-    frames: of single latent frames [B or 1, 1, 2Y, 2X, C] by index; 0 is what image-to-video begins
-    with, T - 1 what it is to end with. They stand in every model input, flagged by the mask
-    channel, and in the result. source: of the picture that is edited, of the shape of the latents
-    or with batch 1; it fills the conditioning channels, with a mask of ones.
-    """
-
-    frames: Mapping[int, Tensor] = field(default_factory=dict)
-    source: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -116,32 +90,6 @@ def noise(seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu")
     return torch.randn(
         shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32
     ).to(device)
-
-
-def normalize_first_frame(latents: Tensor) -> Tensor:
-    """Pull mean and spread of the first 4 latent frames of [B, T, h, w, C] towards those of the
-    next up to 5.
-
-    A given first frame is cleaner than the generated ones; uncorrected, the clip starts with a
-    visible jump. Each of the first frames has its own mean and (unbiased) standard deviation over
-    (h, w, C); the target is the joint statistics of frames 4..8, clamped to -0.05..+0.1 around the
-    frame's mean and -0.1..+0.25 around its deviation. With 4 frames or fewer nothing is there to
-    compare with and the latents come back unchanged.
-    """
-    source, reference = latents[:, SOURCE_FRAMES].float(), latents[:, REFERENCE_FRAMES].float()
-    if reference.shape[1] == 0:
-        return latents
-    # [B, 4, 1, 1, 1]
-    mean, std = source.mean((2, 3, 4), keepdim=True), source.std((2, 3, 4), keepdim=True)
-    # [B, 1, 1, 1, 1]
-    target_mean, target_std = (
-        reference.mean((1, 2, 3, 4), keepdim=True),
-        reference.std((1, 2, 3, 4), keepdim=True),
-    )
-    target_mean = target_mean.clamp(mean - MEAN_RANGE[0], mean + MEAN_RANGE[1])
-    target_std = target_std.clamp(std - STD_RANGE[0], std + STD_RANGE[1])
-    matched = (source - mean) / std * target_std + target_mean
-    return torch.cat([matched.to(latents.dtype), latents[:, SOURCE_FRAMES.stop :]], dim=1)
 
 
 @torch.no_grad()
@@ -233,39 +181,6 @@ def _velocity(
     return other[0] + guidance * (velocity - other[0]) if other else velocity
 
 
-def finish(x: Tensor, frames: Mapping[int, Tensor]) -> Tensor:
-    """The given frames back in place of what the last Euler step made of them, then, behind a first
-    frame, `normalize_first_frame`."""
-    x = with_frames(x, frames)
-    return normalize_first_frame(x) if 0 in frames else x
-
-
-def with_frames(x: Tensor, frames: Mapping[int, Tensor]) -> Tensor:
-    """x [B, T, 2Y, 2X, C] with latent frames replaced."""
-    if frames:
-        x = x.clone()
-        for index, frame in frames.items():
-            x[:, index] = frame[:, 0].to(x)
-    return x
-
-
-def model_input(dit: DiffusionTransformer3D, x: Tensor, given: Given) -> Tensor:
-    """[latents | condition | mask] where the model has conditioning channels.
-
-    Given frames are in the latents, where the mask is 1, and their condition stays zero; an edited
-    picture is the condition.
-    """
-    extra = dit.config.in_channels - x.shape[-1]
-    if extra == 0:
-        return x
-    condition = x.new_zeros(*x.shape[:-1], extra)
-    for index in given.frames:
-        condition[:, index, ..., -1] = 1.0
-    if given.source is not None:
-        condition[..., :-1], condition[..., -1] = given.source.to(x), 1.0
-    return torch.cat([x, condition], dim=-1)  # [B, T, 2Y, 2X, in_channels]
-
-
 def _check(
     dit: DiffusionTransformer3D,
     initial: Tensor,
@@ -299,14 +214,6 @@ def _check(
                 f"a given frame must be one of the {frames} latent frames, got "
                 f"number {index}; count from 0"
             )
-        _check_given(f"given frame {index}", frame, [initial.shape[0], 1, *initial.shape[2:]])
+        check_given(f"given frame {index}", frame, [initial.shape[0], 1, *initial.shape[2:]])
     if given.source is not None:
-        _check_given("the picture to edit", given.source, list(initial.shape))
-
-
-def _check_given(name: str, latent: Tensor, wanted: list[int]) -> None:
-    if list(latent.shape) not in (wanted, [1, *wanted[1:]]):
-        raise ValueError(
-            f"{name} must have latents of shape {wanted} or batch 1, got "
-            f"{list(latent.shape)}; encode it at the result's size"
-        )
+        check_given("the picture to edit", given.source, list(initial.shape))

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..media.video import replacing
+from ..files import replacing
 
 LIMIT_BYTES = 2**30  # 584 prompts of 256 tokens, in bf16
 ENCODER_FILES = {".safetensors", ".json", ".txt"}

@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ..checkpoints.load import find_weights, read_headers
-from ..placement import Weights
+from ..checkpoints.headers import find_weights, read_headers
+from ..devices.budget import Weights
 from .vision import Preprocessor
 
 HEAD, CLIP_DTYPE = "lm_head.weight", torch.float32

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,18 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .embeddings import TextEmbeddings
+
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 START, UNKNOWN = 0, 1  # vocabulary indices with a meaning of their own
-
-
-@dataclass(frozen=True, eq=False)
-class TextEmbeddings:
-    """Embedded prompts. embeds: [B, L, Dt], zero behind each prompt's end; lengths: int64 [B] on
-    the CPU; pooled: [B, Dp]."""
-
-    embeds: Tensor
-    lengths: Tensor
-    pooled: Tensor
 
 
 class TinyTextEncoder(nn.Module):

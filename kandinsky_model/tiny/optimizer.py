@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..training.state import average_into
+
 logger = logging.getLogger(__name__)
 
 
@@ -127,12 +129,6 @@ class Average:
     def update(self, module, step):
         for mine, theirs in zip(self.module.parameters(), module.parameters(), strict=True):
             average_into(mine, theirs, self.decay, step)
-
-
-@torch.no_grad()
-def average_into(mine, theirs, decay, step):
-    """Move the average `mine` towards `theirs` at the `step`-th time, from 0 on."""
-    mine.lerp_(theirs, 1 - min(decay, (step + 1) / (step + 10)))
 
 
 @contextlib.contextmanager

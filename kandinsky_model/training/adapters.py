@@ -9,22 +9,16 @@ and alpha for diffusers, and has the trigger.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from ..checkpoints.lora import Additions
-from ..dit.attention import Linear
-from ..media.video import replacing
+from ..dit.linear import Additions, Linear
 from .config import TARGETS, LoRAConfig
 
 NAME = "trained"  # of the adapter among a layer's additions
-WEIGHTS_NAME, CONFIG_NAME = "lora.safetensors", "config_lora.json"
 
 
 def targeted(dit: nn.Module, targets: Sequence[str]) -> dict[str, Linear]:
@@ -87,35 +81,3 @@ def switched_off(dit: nn.Module) -> Iterator[None]:
     finally:
         for scale, value in zip(scales, kept, strict=True):
             scale |= {} if value is None else {NAME: value}
-
-
-def save_lora(
-    folder: Path, matrices: Mapping[str, Tensor], config: LoRAConfig, dtype: torch.dtype, model: str
-) -> Path:
-    """Write both files, each whole or not at all, and return the path of the weights. model: what
-    it was trained on."""
-    alpha = config.alpha or config.rank
-    peft = {"r": config.rank, "lora_alpha": alpha, "target_modules": list(config.targets)}
-    about = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": model,
-        "bias": "none",
-        "lora_dropout": 0.0,
-        "inference_mode": True,
-        **peft,
-    }
-    with replacing(folder / CONFIG_NAME) as target:
-        target.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(peft)} | (
-        {"trigger": config.trigger} if config.trigger else {}
-    )
-    with replacing(folder / WEIGHTS_NAME) as target:
-        save_file(
-            {
-                name: matrix.detach().to("cpu", dtype).contiguous()
-                for name, matrix in matrices.items()
-            },
-            target,
-            metadata,
-        )
-    return folder / WEIGHTS_NAME

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..sampling.sampler import Conditioning, Given
+from ..sampling.given import Given
+from ..text.embeddings import Conditioning
 from .cache import Sample, load
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..placement import LIST_BYTES, SCRATCH_BYTES, WIDE, Job, RunPlan, Stage, Weights, plan_run
+from ..devices.budget import RunPlan, Stage, Weights, plan_run
+from ..dit.accounting import LIST_BYTES, SCRATCH_BYTES, WIDE, Job
 from .adapters import targeted
 from .config import TrainConfig
 from .network import Way

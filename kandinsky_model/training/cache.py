@@ -21,12 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..checkpoints.load import read_headers
+from ..checkpoints.headers import read_headers
 from ..checkpoints.locate import Sources
+from ..config import KINDS
+from ..devices.available import free_bytes
+from ..devices.budget import Weights, text_ways
 from ..devices.offload import LateOffload, Offload
-from ..media.video import replacing
-from ..pipeline import KINDS, Kandinsky5
-from ..placement import Weights, free_bytes, text_ways
+from ..files import replacing
+from ..pipeline import Kandinsky5
 from ..text.cache import identity
 from ..vae.hunyuan import HunyuanVideoVAE
 from .data import Bad, Item, read_item, read_source

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from kandinsky_kernels import modulated_norm
 
-from ..devices.offload import LayerStream, Store, streamed_layers
+from ..devices.host import Store
+from ..devices.offload import LayerStream, streamed_layers
 from ..dit.layout import Plan
 from ..dit.transformer import DiffusionTransformer3D, Modulations, ModulationTable
 

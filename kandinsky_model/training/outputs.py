@@ -4,17 +4,22 @@ links to those it was trained with."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoints.load import cast, dit_config_json, save_tensors
+from ..checkpoints.configs import dit_config_json
+from ..checkpoints.load import cast, save_tensors
 from ..checkpoints.locate import PRESET_KEY, Sources
 from ..dit.transformer import DiffusionTransformer3D
+from ..files import replacing
+from .config import LoRAConfig
 
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -52,3 +57,38 @@ def save_model(
                 error,
                 place,
             )
+
+
+WEIGHTS_NAME, CONFIG_NAME = "lora.safetensors", "config_lora.json"
+
+
+def save_lora(
+    folder: Path, matrices: Mapping[str, Tensor], config: LoRAConfig, dtype: torch.dtype, model: str
+) -> Path:
+    """Write both files, each whole or not at all, and return the path of the weights. model: what
+    it was trained on."""
+    alpha = config.alpha or config.rank
+    peft = {"r": config.rank, "lora_alpha": alpha, "target_modules": list(config.targets)}
+    about = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": model,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+        **peft,
+    }
+    with replacing(folder / CONFIG_NAME) as target:
+        target.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(peft)} | (
+        {"trigger": config.trigger} if config.trigger else {}
+    )
+    with replacing(folder / WEIGHTS_NAME) as target:
+        save_file(
+            {
+                name: matrix.detach().to("cpu", dtype).contiguous()
+                for name, matrix in matrices.items()
+            },
+            target,
+            metadata,
+        )
+    return folder / WEIGHTS_NAME

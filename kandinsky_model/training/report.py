@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..checkpoints.locate import Sources
 from ..dit.layout import Plan
+from ..files import replacing
 from ..media.chart import Axes, lines
-from ..media.video import replacing
 from ..pipeline import Kandinsky5
-from ..sampling.result import Settings, Video
+from ..sampling.result import Video
 from ..sampling.sampler import Sampling, noise, sample
+from ..sampling.settings import Settings
 from .batches import conditioning, given
 from .cache import Sample, load
 

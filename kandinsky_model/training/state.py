@@ -14,9 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checkpoints.load import read_headers
-from ..media.video import replacing
-from ..tiny.optimizer import average_into
+from ..checkpoints.headers import read_headers
+from ..files import replacing
 
 ABOUT = "kandinsky_training"  # the key of the header's metadata with what the run is of, as JSON
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names for them
@@ -130,3 +129,9 @@ def read_about(path: Path) -> dict:
             "choose another folder"
         )
     return json.loads(about)
+
+
+@torch.no_grad()
+def average_into(mine, theirs, decay, step):
+    """Move the average `mine` towards `theirs` at the `step`-th time, from 0 on."""
+    mine.lerp_(theirs, 1 - min(decay, (step + 1) / (step + 10)))

@@ -23,22 +23,25 @@ from torch import Tensor
 
 from ..checkpoints.load import load_dit
 from ..checkpoints.locate import locate
-from ..config import NablaConfig
+from ..config import NABLA_FOR_DENSE, NablaConfig
+from ..devices.available import choose_device, free_bytes
+from ..devices.budget import Weights
 from ..devices.parallel import processes
+from ..dit.accounting import Job
 from ..dit.geometry import Grid
 from ..dit.layout import Plan, make_plan
 from ..dit.transformer import DiffusionTransformer3D
-from ..pipeline import NABLA_FOR_DENSE, choose_device
-from ..placement import Job, Weights, free_bytes
-from ..sampling.sampler import TIME_UNIT, Conditioning, model_input, with_frames
-from .adapters import attach, save_lora, switched_off
+from ..sampling.given import model_input, with_frames
+from ..sampling.sampler import TIME_UNIT
+from ..text.embeddings import Conditioning
+from .adapters import attach, switched_off
 from .batches import Batch, Draws, Passes, draw
 from .budget import Trained, plan_training
 from .cache import Cache, Sample, Wanted
 from .config import TrainConfig
 from .data import Bad, find_items
 from .network import TrainNetwork, Way
-from .outputs import save_model
+from .outputs import save_lora, save_model
 from .report import Gallery, save_curve
 from .state import State, read_about
 

@@ -4,15 +4,12 @@ VAE, for videos of one frame."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.load import find_weights, read_headers
 from .stages import pixels
 
 
@@ -67,42 +64,3 @@ class ImageVAE(nn.Module):
                 f"{memory_budget}; leave both out"
             )
         yield self.vae.decode(latents[:, :, 0]).sample[:, :, None]
-
-
-def is_image_vae(folder: Path) -> bool:
-    """Whether the config.json in `folder` is that of an image VAE."""
-    path = folder / "config.json"
-    return (
-        path.is_file()
-        and json.loads(path.read_text(encoding="utf-8")).get("_class_name") == "AutoencoderKL"
-    )
-
-
-def load_image_vae(folder: str | Path, dtype: torch.dtype) -> ImageVAE:
-    """The VAE in `folder`, strictly. Raises RuntimeError without diffusers, OSError or ValueError
-    for files that are no such VAE."""
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise RuntimeError(
-            "image checkpoints decode through diffusers, which cannot be imported "
-            f"({error}); "
-            "pip install 'kandinsky-kernels[text]'"
-        ) from error
-    read_headers(find_weights(folder, "vae")[0])
-    vae, report = AutoencoderKL.from_pretrained(
-        folder,
-        torch_dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        low_cpu_mem_usage=False,
-        output_loading_info=True,
-    )
-    wrong = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
-    if wrong:
-        raise ValueError(
-            f"the VAE in {folder} must match its configuration tensor by tensor, but "
-            f"{len(wrong)} do not, {wrong[0]} first; "
-            "download it again"
-        )
-    return ImageVAE(vae.eval().requires_grad_(False))

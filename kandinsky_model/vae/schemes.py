@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..devices.available import FREE_SHARE
 from .stream import Chain, stream
 
 # What a level (everything between two resizings) keeps of the inputs of its stages: what enters it,
@@ -26,17 +26,6 @@ MODES = {
     "encoding": {"K": ("head", "inner", "trunk"), "R": ("head", "trunk"), "H": ("head",), "S": ()},
 }
 OTHERWISE = {"decoding": "choose the official policy", "encoding": "encode fewer frames"}
-FREE_SHARE = 0.9  # of a GPU's free memory; the rest is for convolution workspaces and fragments
-UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-}
 
 _log = logging.getLogger(__name__)
 
@@ -242,15 +231,3 @@ def stream_within(
                 raise
         # the failed attempt is freed by now
         _log.warning("memory ran out while %s in %s; going on in a smaller one", chain.doing, plan)
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from "10GB", "9.5 GiB", "800mb" or a plain number; ValueError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
-    if not match or match[2] not in UNITS or float(match[1]) == 0:
-        raise ValueError(
-            "a memory budget must be a positive number of bytes, or of KB, MB, GB, "
-            f"KiB, MiB or GiB, got {text!r}; "
-            "write for example 10GB"
-        )
-    return int(float(match[1]) * UNITS[match[2]])

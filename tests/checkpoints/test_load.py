@@ -9,15 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kandinsky_model.checkpoints.load import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    load_dit,
-    load_vae,
-    read_dit_config,
-    save_dit,
-    save_vae,
-)
+from kandinsky_model.checkpoints.configs import read_dit_config
+from kandinsky_model.checkpoints.headers import CONFIG_NAME, WEIGHTS_NAME
+from kandinsky_model.checkpoints.load import load_dit, load_vae, save_dit, save_vae
 from kandinsky_model.config import DiTConfig, NablaConfig, VAEConfig
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE

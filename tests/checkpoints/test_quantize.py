@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from kandinsky_model.__main__ import main
 from kandinsky_model.checkpoints import quantize as quant_file
-from kandinsky_model.checkpoints.load import WEIGHTS_NAME, load_dit, read_dit_config, save_dit
+from kandinsky_model.checkpoints.configs import read_dit_config
+from kandinsky_model.checkpoints.headers import WEIGHTS_NAME
+from kandinsky_model.checkpoints.load import load_dit, save_dit
 from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.checkpoints.quantize import quantize_file
 from kandinsky_model.checkpoints.verify import verify

@@ -16,9 +16,10 @@ from tiny_models import SMALL_ARGS
 
 import kandinsky_kernels
 from kandinsky_model import pipeline
-from kandinsky_model.__main__ import main, parser
+from kandinsky_model.__main__ import main
 from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.cli import generate as commands
+from kandinsky_model.cli.grammar import parser
 from kandinsky_model.media import video
 from kandinsky_model.sampling import result as clip
 from kandinsky_model.tiny import scenes as shapes

@@ -9,7 +9,8 @@ from torch import nn
 
 from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.devices import offload
-from kandinsky_model.devices.offload import LayerStream, Offload, Store, layout, tensors_of
+from kandinsky_model.devices.host import Store, layout, tensors_of
+from kandinsky_model.devices.offload import LayerStream, Offload
 
 from ..checkpoints.test_lora import MODULES, matrices, write
 from .test_offload import CPU, LAYERS, network, out

@@ -12,12 +12,14 @@ from torch import nn
 
 from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.devices import offload
-from kandinsky_model.devices.offload import LayerStream, Offload, Store, streamed_layers, tensors_of
+from kandinsky_model.devices.host import Store, tensors_of
+from kandinsky_model.devices.offload import LayerStream, Offload, streamed_layers
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import Chunks, make_plan
 from kandinsky_model.dit.quantized import quantize
-from kandinsky_model.sampling.sampler import Conditioning, Sampling, noise, sample
+from kandinsky_model.sampling.sampler import Sampling, noise, sample
 from kandinsky_model.sampling.step_cache import FirstBlockCache, MagCache
+from kandinsky_model.text.embeddings import Conditioning
 
 from ..checkpoints.test_lora import matrices, write
 from ..dit.test_transformer import CONFIG, MODES, SCALE, build, inputs

@@ -20,8 +20,9 @@ from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_plan
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.sampling.result import load_latents
-from kandinsky_model.sampling.sampler import Conditioning, Sampling, noise, sample
+from kandinsky_model.sampling.sampler import Sampling, noise, sample
 from kandinsky_model.sampling.step_cache import FirstBlockCache, MagCache
+from kandinsky_model.text.embeddings import Conditioning
 
 from ..support.plain_dit import random_state
 

@@ -12,25 +12,19 @@ import torch
 from benchmarks import budgets as paper
 from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.config import PRESETS, DiTConfig, NablaConfig, VAEConfig
+from kandinsky_model.devices.available import free_bytes
+from kandinsky_model.devices.budget import Stage, Weights, plan_run
 from kandinsky_model.devices.offload import Offload
-from kandinsky_model.dit.attention import Linear
+from kandinsky_model.dit.accounting import Job, sampling_bytes, sampling_ways
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import Chunks, make_plan
+from kandinsky_model.dit.linear import Linear
 from kandinsky_model.dit.quantized import quantize
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
-from kandinsky_model.placement import (
-    Job,
-    Stage,
-    Weights,
-    decoding_ways,
-    free_bytes,
-    picture_ways,
-    plan_run,
-    sampling_bytes,
-    sampling_ways,
-)
-from kandinsky_model.sampling.sampler import Conditioning, Sampling, noise, sample
+from kandinsky_model.sampling.sampler import Sampling, noise, sample
 from kandinsky_model.sampling.step_cache import FirstBlockCache, MagCache
+from kandinsky_model.text.embeddings import Conditioning
+from kandinsky_model.vae.accounting import decoding_ways, picture_ways
 
 from ..checkpoints.test_lora import write
 from ..support.live_memory import LiveMemory

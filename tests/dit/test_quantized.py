@@ -14,9 +14,9 @@ from kandinsky_model.checkpoints.load import empty_dit
 from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.config import LITE_DIT, PRO_DIT, QUANTIZATIONS
 from kandinsky_model.dit import quantized as quant
-from kandinsky_model.dit.attention import Linear
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.linear import Linear
 from kandinsky_model.dit.quantized import (
     QuantizedLinear,
     kind_of,

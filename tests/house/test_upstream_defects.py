@@ -13,10 +13,13 @@ import tiny_models
 import torch
 
 from kandinsky_model import config, pipeline
-from kandinsky_model.__main__ import main, parser
+from kandinsky_model.__main__ import main
+from kandinsky_model.cli.grammar import parser
 from kandinsky_model.config import PRESETS, get_preset
-from kandinsky_model.sampling.result import Settings, load_latents
-from kandinsky_model.sampling.sampler import Sampling, normalize_first_frame
+from kandinsky_model.sampling.given import normalize_first_frame
+from kandinsky_model.sampling.result import load_latents
+from kandinsky_model.sampling.sampler import Sampling
+from kandinsky_model.sampling.settings import Settings
 from kandinsky_model.sampling.step_cache import make_cache
 from kandinsky_model.text.qwen_clip import EDIT_CROPS, OFFICIAL_EDIT_CROP, QwenClipEncoder
 from kandinsky_model.vae.tiles import TilePlan, starts

@@ -12,12 +12,14 @@ from torch.testing import assert_close
 import kandinsky_kernels as ops
 from kandinsky_kernels import kernels
 from kandinsky_model.config import DiTConfig, NablaConfig
+from kandinsky_model.devices.budget import Weights
 from kandinsky_model.devices.offload import Offload
+from kandinsky_model.dit.accounting import Job, sampling_bytes
 from kandinsky_model.dit.geometry import Grid, block_offsets
 from kandinsky_model.dit.layout import Chunks, make_plan
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
-from kandinsky_model.placement import Job, Weights, sampling_bytes
-from kandinsky_model.sampling.sampler import Conditioning, Sampling, noise, sample
+from kandinsky_model.sampling.sampler import Sampling, noise, sample
+from kandinsky_model.text.embeddings import Conditioning
 
 from ..cases import OPERATORS, Case, attention, frames, heads, means, normed, rows, tensors, video
 from ..support.backward import INPUTS, Backward

@@ -592,10 +592,9 @@ def test_refusals_say_why():
     assert "got float32" in launch_vae.refuse_conv(q, q) and "nothing" in launch_vae.refuse_conv(
         q[:0], q
     )
-    assert (
-        "input's dtype, got float32" in launch_vae.refuse_conv(q.half(), q)
-        and "faster" in launch_vae.refuse_conv(q.half(), q.half())
-    )
+    assert "input's dtype, got float32" in launch_vae.refuse_conv(
+        q.half(), q
+    ) and "faster" in launch_vae.refuse_conv(q.half(), q.half())
 
 
 def test_kernels_tell_what_is_not_verified(monkeypatch):

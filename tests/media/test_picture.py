@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from kandinsky_model.config import get_preset
-from kandinsky_model.media.picture import fitting_size, latent_of, read_image, resize
+from kandinsky_model.media.picture import read_image, resize
+from kandinsky_model.sampling.given import fitting_size, latent_of
 from kandinsky_model.vae.hunyuan import sample_posterior
 
 from ..support.tiny_models import random_vae

@@ -10,9 +10,9 @@ from PIL import Image
 
 from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
-from kandinsky_model.media.picture import crop, latent_of, resize
+from kandinsky_model.media.picture import crop, resize
+from kandinsky_model.sampling.given import finish, latent_of
 from kandinsky_model.sampling.result import load_latents
-from kandinsky_model.sampling.sampler import finish
 
 from ..support import tiny_models
 

@@ -14,8 +14,10 @@ import torch
 
 from kandinsky_model import pipeline
 from kandinsky_model.config import NablaConfig, get_preset
-from kandinsky_model.media.picture import latent_of, read_image, resize
-from kandinsky_model.sampling.sampler import Conditioning, noise, schedule
+from kandinsky_model.media.picture import read_image, resize
+from kandinsky_model.sampling.given import latent_of
+from kandinsky_model.sampling.sampler import noise, schedule
+from kandinsky_model.text.embeddings import Conditioning
 from kandinsky_model.vae.flux import ImageVAE
 
 from ..support.diffusers_dit import diffusers_of

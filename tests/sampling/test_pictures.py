@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 import kandinsky_model
 from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
+from kandinsky_model.checkpoints.load import load_image_vae
 from kandinsky_model.checkpoints.locate import locate
 from kandinsky_model.config import get_preset
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
-from kandinsky_model.media.picture import crop, latent_of, resize
+from kandinsky_model.media.picture import crop, resize
+from kandinsky_model.sampling.given import latent_of
 from kandinsky_model.sampling.result import load_latents
 from kandinsky_model.sampling.sampler import noise, sample
-from kandinsky_model.text.qwen_clip import official_template
-from kandinsky_model.vae.flux import load_image_vae
+from kandinsky_model.text.templates import official_template
 
 SHORT = dict(height=64, width=96, num_inference_steps=2, guidance_scale=2.0)
 PROMPT = "a red cube"

@@ -20,9 +20,9 @@ from tiny_models import NABLA, SMALL
 from kandinsky_model import pipeline
 from kandinsky_model.checkpoints.locate import locate
 from kandinsky_model.config import get_preset
-from kandinsky_model.sampling.result import default_policy
 from kandinsky_model.sampling.sampler import schedule
-from kandinsky_model.text.qwen_clip import official_negative, official_template
+from kandinsky_model.sampling.settings import default_policy
+from kandinsky_model.text.templates import official_negative, official_template
 
 PROMPT = "a red circle moving right"
 

@@ -14,15 +14,9 @@ from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_plan
 from kandinsky_model.dit.transformer import DiffusionTransformer3D, Modulations
 from kandinsky_model.sampling import sampler
-from kandinsky_model.sampling.sampler import (
-    Conditioning,
-    Given,
-    Sampling,
-    noise,
-    normalize_first_frame,
-    sample,
-    schedule,
-)
+from kandinsky_model.sampling.given import Given, normalize_first_frame
+from kandinsky_model.sampling.sampler import Sampling, noise, sample, schedule
+from kandinsky_model.text.embeddings import Conditioning
 
 from ..conftest import shared_data
 from ..support.plain_dit import random_state

@@ -11,8 +11,9 @@ import torch
 from kandinsky_model.config import PRESETS
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import Chunks, make_plan
-from kandinsky_model.sampling.sampler import Conditioning, Sampling, noise, sample
+from kandinsky_model.sampling.sampler import Sampling, noise, sample
 from kandinsky_model.sampling.step_cache import FirstBlockCache, MagCache, make_cache
+from kandinsky_model.text.embeddings import Conditioning
 
 from ..dit.test_transformer import CONFIG, NABLA, SCALE, build
 

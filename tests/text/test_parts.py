@@ -14,8 +14,8 @@ from torch import nn
 from kandinsky_model import pipeline
 from kandinsky_model.checkpoints.locate import locate
 from kandinsky_model.devices import offload
+from kandinsky_model.devices.budget import Weights
 from kandinsky_model.devices.offload import LateOffload, LayerStream
-from kandinsky_model.placement import Weights
 from kandinsky_model.text.parts import Parts
 from kandinsky_model.text.qwen_clip import QwenClipEncoder
 from kandinsky_model.text.vision import Preprocessor

@@ -12,13 +12,8 @@ from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
 from kandinsky_model.sampling.result import load_latents
 from kandinsky_model.text.expand import INSTRUCTIONS, continue_greedily, request
-from kandinsky_model.text.qwen_clip import (
-    END,
-    OFFICIAL_EDIT_CROP,
-    QwenClipEncoder,
-    official_negative,
-    official_template,
-)
+from kandinsky_model.text.qwen_clip import END, OFFICIAL_EDIT_CROP, QwenClipEncoder
+from kandinsky_model.text.templates import official_negative, official_template
 from kandinsky_model.text.vision import PICTURE, positions
 
 from ..support import tiny_models

@@ -11,10 +11,11 @@ import torch
 import kandinsky_kernels  # noqa: F401 - its operators are asked for below
 from kandinsky_model.checkpoints.load import empty_dit
 from kandinsky_model.config import PRESETS, DiTConfig, NablaConfig
+from kandinsky_model.devices.budget import Weights
+from kandinsky_model.dit.accounting import Job
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_plan
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
-from kandinsky_model.placement import Job, Weights
 from kandinsky_model.training.adapters import attach
 from kandinsky_model.training.budget import Trained, plan_training, step_bytes, ways_to_train
 from kandinsky_model.training.config import LoRAConfig, TrainConfig

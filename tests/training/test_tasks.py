@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from kandinsky_model import pipeline
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_plan
-from kandinsky_model.sampling.sampler import model_input, with_frames
-from kandinsky_model.training.adapters import attach, save_lora, switched_off
+from kandinsky_model.sampling.given import model_input, with_frames
+from kandinsky_model.training.adapters import attach, switched_off
 from kandinsky_model.training.config import LoRAConfig, TrainConfig
 from kandinsky_model.training.network import TrainNetwork
+from kandinsky_model.training.outputs import save_lora
 from kandinsky_model.training.trainer import Run, train
 
 from ..dit.test_transformer import CONFIG, SCALE, build, inputs, rel_l2

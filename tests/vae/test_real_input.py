@@ -10,7 +10,8 @@ import torch
 from kandinsky_model.checkpoints.load import load_vae
 from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.config import HUNYUAN_VAE
-from kandinsky_model.media.picture import latent_of, read_image, resize
+from kandinsky_model.media.picture import read_image, resize
+from kandinsky_model.sampling.given import latent_of
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 
 from ..conftest import shared_data

@@ -11,11 +11,12 @@ from live_memory import LiveMemory
 from test_vae import SMALL, rel_l2, small_vae
 
 from kandinsky_model.config import VAEConfig
+from kandinsky_model.devices.available import parse_bytes
 from kandinsky_model.vae import schemes as memory
 from kandinsky_model.vae import stages as vae_stages
 from kandinsky_model.vae import winograd as vae_pairs
 from kandinsky_model.vae.hunyuan import decode_plan
-from kandinsky_model.vae.schemes import Accounting, choose, ladder, parse_bytes
+from kandinsky_model.vae.schemes import Accounting, choose, ladder
 from kandinsky_model.vae.stream import Chain, decoding, stream
 from kandinsky_model.vae.tiles import TilePlan
 
@@ -366,7 +367,7 @@ def test_without_a_budget_a_gpu_is_asked(monkeypatch):
 def test_preview_is_deterministic_and_of_the_right_colours():
     from kandinsky_model.checkpoints.load import load_vae
     from kandinsky_model.checkpoints.locate import TINY
-    from kandinsky_model.tiny.recipe import crop_batch
+    from kandinsky_model.tiny.train_vae import crop_batch
 
     if not TINY.is_dir():
         pytest.skip("the bundled model is not in this checkout")

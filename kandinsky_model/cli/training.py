@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that train."""
+
+from __future__ import annotations
+
+import json
+from itertools import cycle, islice
+from pathlib import Path
+
+
+def train(args) -> None:
+    from ..training.config import LoRAConfig, TrainConfig
+    from ..training.trainer import train
+
+    if args.full and args.trigger:
+        raise ValueError(
+            "a trigger calls a LoRA, so it does not go with --full; leave one of them out"
+        )
+    names = (
+        "model",
+        "steps",
+        "batch",
+        "passes",
+        "rate",
+        "warmup",
+        "ema",
+        "drop",
+        "seed",
+        "save_every",
+        "sample_every",
+        "attention",
+        "distill",
+        "dtype",
+        "bad_data",
+        "cache",
+        "memory_budget",
+        "device",
+    )
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = TrainConfig(
+        lora=None if args.full else LoRAConfig(args.lora_rank, trigger=args.trigger),
+        lengths=args.frames,
+        sizes=args.size and [(height, width) for width, height in args.size],
+        **given,
+    )
+    try:
+        print(train(args.data, args.output, config, args.resume))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "after the last state that was saved; go on with the same command and --resume"
+        ) from None
+
+
+def draw_clips(args) -> None:
+    import random
+
+    from ..media import video
+    from ..tiny import scenes as shapes
+
+    folder, generator = Path(args.folder), random.Random(args.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ValueError(
+            f"clips are drawn into a new or empty folder, but {folder} holds "
+            "something; choose another"
+        )
+    for i in range(args.count):
+        scene = shapes.training_scene(generator.randrange(10**6), generator)
+        (folder / f"clip{i:04}.txt").write_text(
+            shapes.prompt(scene.combination, i % shapes.FULL) + "\n", encoding="utf-8"
+        )
+        video.save(shapes.draw(scene), folder / f"clip{i:04}.mp4")
+    print(f"{args.count} clips with captions in {folder}")
+
+
+def train_tiny(args) -> None:
+    from ..tiny.recipe import train_tiny
+
+    print(train_tiny(args.output, seed=args.seed, resume=args.resume, device=args.device))
+
+
+def check_tiny(args) -> None:
+    from ..checkpoints.locate import TINY
+    from ..tiny.check import check_tiny
+    from ..tiny.scenes import held_out
+
+    combinations = tuple(islice(cycle(held_out()), args.count))
+    result = check_tiny(
+        args.folder or TINY,
+        args.seed,
+        args.steps,
+        args.guidance,
+        combinations,
+        args.quantize,
+        args.lora,
+    )
+    print(f"{result['prompts']} prompts of combinations that were never in training")
+    for word in ("color", "background", "color_and_background", "shape", "motion", "all"):
+        before = f", unquantised {result['unquantized'][word]:6.1%}" if args.quantize else ""
+        print(f"{word.replace('_', ' '):21} {result[word]:6.1%}{before}")
+    if args.quantize:
+        psnr = sorted(sample["psnr"] for sample in result["samples"])
+        print(
+            f"PSNR of the frames against the unquantised: median {psnr[len(psnr) // 2]:.1f} dB, "
+            f"worst {psnr[0]:.1f} dB"
+        )
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(args.json)

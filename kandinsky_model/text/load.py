@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the text encoders that a checkpoint names."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..checkpoints.locate import Sources
+
+
+def load_text(sources: Sources, dtype: torch.dtype, cache: bool) -> nn.Module:
+    if sources.text_encoder_2 is None:
+        from .tiny import TinyTextEncoder
+
+        return TinyTextEncoder.load(sources.text_encoder)
+    from .qwen_clip import QwenClipEncoder
+
+    return QwenClipEncoder.load(sources, dtype, cache=cache)
