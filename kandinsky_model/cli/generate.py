@@ -64,7 +64,7 @@ def _settings(args) -> dict:
 
 def _prompts(args) -> list[str]:
     """The prompt, or those of the file, with settings that fit."""
-    from ..sampling import result as clip
+    from ..sampling.settings import check_settings
 
     if (args.prompt is None) == (args.prompts is None):
         what = "neither" if args.prompt is None else "both"
@@ -82,14 +82,14 @@ def _prompts(args) -> list[str]:
             f"a file of prompts has one on each line, got none in {args.prompts}; write some"
         )
     for prompt in prompts:
-        clip.check_settings(prompt, **_settings(args))
+        check_settings(prompt, **_settings(args))
     return prompts
 
 
 def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | None):
     """The model, and where its results go: one (output, strip) for each prompt."""
-    from .. import pipeline
     from ..checkpoints.locate import PARTS, locate
+    from ..devices.available import choose_device
 
     for name, shown in (
         ("sampling.sampler", args.cache not in (None, "none")),
@@ -100,7 +100,7 @@ def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | No
             logging.getLogger(f"{ROOT_LOGGER}.{name}").setLevel(logging.INFO)
     outputs = _outputs(args, count) if args.output else None
     device, sources = (
-        pipeline.choose_device(device),
+        choose_device(device),
         locate(args.model, args.revision, parts=parts or PARTS),
     )
     if outputs is None:
@@ -123,14 +123,14 @@ def _loaded(args, sources, device):
 
 
 def inspect(args) -> None:
-    from .. import pipeline
     from ..checkpoints.locate import locate
+    from ..devices.available import choose_device
     from ..inspection import inspect
-    from ..sampling import result as clip
+    from ..sampling.settings import check_settings
 
     settings = _settings(args)
-    clip.check_settings(args.prompt, **settings)
-    device = pipeline.choose_device(args.device)
+    check_settings(args.prompt, **settings)
+    device = choose_device(args.device)
     model = _loaded(
         args,
         locate(

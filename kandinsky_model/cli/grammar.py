@@ -8,7 +8,7 @@ import re
 
 from ..config import CACHES, QUANTIZATIONS
 from ..training.config import DISTILLATIONS, TrainConfig
-from . import generate as commands
+from . import generate, models, training
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,7 +124,7 @@ def _sampling_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--lora",
-        type=commands.scaled_path,
+        type=generate.scaled_path,
         action="append",
         default=[],
         metavar="PATH[:SCALE]",
@@ -354,53 +354,53 @@ def parser() -> argparse.ArgumentParser:
     kandinsky = Parser(prog="kandinsky", description="Videos and pictures with Kandinsky 5.0.")
     subparsers = kandinsky.add_subparsers(required=True, metavar="command")
     for run, arguments, text in (
-        (commands.generate, _generate_arguments, "make a video or a picture from a prompt"),
-        (commands.resume, _resume_arguments, "go on with an interrupted run"),
-        (commands.decode, _decode_arguments, "decode saved latents again"),
-        (commands.presets, None, "list the released checkpoints"),
+        (generate.generate, _generate_arguments, "make a video or a picture from a prompt"),
+        (generate.resume, _resume_arguments, "go on with an interrupted run"),
+        (generate.decode, _decode_arguments, "decode saved latents again"),
+        (models.presets, None, "list the released checkpoints"),
         (
-            commands.download,
+            models.download,
             _download_arguments,
             "fetch what a preset needs into the hub "
             "library's cache; afterwards no network is "
             "needed",
         ),
         (
-            commands.quantize,
+            models.quantize,
             _quantize_arguments,
             "write a transformer with its large weights in 8 bits, and what that does to them",
         ),
         (
-            commands.verify,
+            models.verify,
             lambda command: command.add_argument("path"),
             "say what a file or folder of weights is, and whether it is whole",
         ),
         (
-            commands.comfyui,
+            models.comfyui,
             lambda command: command.add_argument(
                 "path", help="the folder that holds ComfyUI's main.py"
             ),
             "put the nodes and example workflows into a ComfyUI",
         ),
-        (commands.doctor, None, "show what this machine offers, and what runs for each operator"),
+        (models.doctor, None, "show what this machine offers, and what runs for each operator"),
         (
-            commands.inspect,
+            generate.inspect,
             _inspect_arguments,
             "draw which blocks of attention a model keeps while it samples a prompt",
         ),
         (
-            commands.train,
+            training.train,
             _train_arguments,
             "fit a LoRA, or all weights, to a folder of clips or pictures with captions",
         ),
         (
-            commands.draw_clips,
+            training.draw_clips,
             _draw_clips_arguments,
             "draw clips of simple shapes with captions, to try training on",
         ),
-        (commands.train_tiny, _train_tiny_arguments, "train the bundled model from nothing"),
+        (training.train_tiny, _train_tiny_arguments, "train the bundled model from nothing"),
         (
-            commands.check_tiny,
+            training.check_tiny,
             _check_tiny_arguments,
             "measure how often the bundled model draws what is asked",
         ),

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoints.headers import read_headers
+from ..files import replacing
 from ..media import video as files
 from .settings import Settings
 
@@ -64,7 +65,7 @@ class Video:
         """Write latents and settings as safetensors; `kandinsky decode` and `Kandinsky5.open` read
         them."""
         path = files.check_output(path, (".safetensors",))
-        with files.replacing(path) as target:
+        with replacing(path) as target:
             save_file(
                 {"latents": self.latents.cpu().contiguous()},
                 target,

@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..checkpoints.headers import read_headers
+from ..files import replacing
 from ..media import video as files
 from ..text.embeddings import Conditioning
 from .given import Given
@@ -59,7 +60,7 @@ class Run:
     def save(self, path: str | Path) -> Path:
         """Write it as safetensors, whole or not at all. Raises what `video.check_output` raises."""
         path = files.check_output(path, (".safetensors",))
-        with files.replacing(path) as target:
+        with replacing(path) as target:
             target.write_bytes(self.to_bytes())
         return path
 

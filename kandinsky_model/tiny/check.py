@@ -7,6 +7,7 @@ import math
 from .. import pipeline
 from ..checkpoints.locate import TINY
 from . import scenes as shapes
+from .judge import judge, marks
 
 logger = logging.getLogger(__name__)
 WORDS = ("color", "background", "shape", "motion")
@@ -61,8 +62,8 @@ def check_tiny(
 
 def judged(combination, prompt, clip):
     """What a clip of a prompt shows and which of its words are right; logs a line."""
-    verdict = shapes.judge(clip.frames)
-    right = shapes.marks(verdict, combination)
+    verdict = judge(clip.frames)
+    right = marks(verdict, combination)
     seen = {word: getattr(verdict, word) for word in WORDS}
     logger.info(
         "%s: %s",

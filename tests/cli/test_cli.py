@@ -18,11 +18,11 @@ import kandinsky_kernels
 from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
 from kandinsky_model.checkpoints.locate import TINY
-from kandinsky_model.cli import generate as commands
 from kandinsky_model.cli.grammar import parser
+from kandinsky_model.cli.models import preset_rows
 from kandinsky_model.media import video
-from kandinsky_model.sampling import result as clip
-from kandinsky_model.tiny import scenes as shapes
+from kandinsky_model.sampling import settings
+from kandinsky_model.tiny.judge import judge
 
 PROMPT = "a red circle moving right"
 
@@ -284,7 +284,7 @@ def test_foreign_errors_are_one_sentence_and_debug_shows_them(run, monkeypatch):
     def break_down(*_):
         raise KeyError("first line\nsecond line")
 
-    monkeypatch.setattr(clip, "check_settings", lambda *_, **__: break_down())
+    monkeypatch.setattr(settings, "check_settings", lambda *_, **__: break_down())
     status, _, err = run("generate", "x")
     assert status == 2 and err.count("\n") == 1 and err.startswith("kandinsky: KeyError")
     with pytest.raises(KeyError):
@@ -339,7 +339,7 @@ def test_presets_lists_every_one(run):
 
 def test_the_readme_has_the_table_of_presets():
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    for row in commands.preset_rows():
+    for row in preset_rows():
         assert "| " + " | ".join(row.values()) + " |" in readme.replace("`", ""), row["preset"]
 
 
@@ -357,7 +357,7 @@ def test_drawn_clips_can_be_trained_on(run, tmp_path):
     assert {path.name for path in (tmp_path / "clips").iterdir()} == {
         f"clip000{i}{end}" for i in (0, 1) for end in (".mp4", ".txt")
     }
-    verdict = shapes.judge(frames_of(tmp_path / "clips" / "clip0001.mp4")[0])
+    verdict = judge(frames_of(tmp_path / "clips" / "clip0001.mp4")[0])
     caption = (tmp_path / "clips" / "clip0001.txt").read_text()
     assert all(word in caption for word in (verdict.color, verdict.shape, verdict.background))
     assert run("draw-clips", "clips")[0] == 2

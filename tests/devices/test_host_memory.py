@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from kandinsky_model.checkpoints.lora import Adapters
-from kandinsky_model.devices import offload
-from kandinsky_model.devices.host import Store, layout, tensors_of
+from kandinsky_model.devices import host
+from kandinsky_model.devices.host import ALIGNMENT, PAGE, Store, layout, tensors_of
 from kandinsky_model.devices.offload import LayerStream, Offload
 
 from ..checkpoints.test_lora import MODULES, matrices, write
@@ -44,7 +44,7 @@ def test_tensors_that_share_memory_share_it_in_a_piece():
         )[1]
     ), "a question of where tensors happen to lie"
     # neither the joint twice nor all of `whole`
-    assert size <= 4 * (24 + 15 + 10 + 7 + 720) + 8 + len(tensors) * offload.ALIGNMENT
+    assert size <= 4 * (24 + 15 + 10 + 7 + 720) + 8 + len(tensors) * ALIGNMENT
     flat = torch.empty(size, dtype=torch.uint8)
     for tensor, spot in zip(tensors, spots, strict=True):
         spot.view(flat).copy_(tensor)
@@ -57,7 +57,7 @@ def test_tensors_that_share_memory_share_it_in_a_piece():
         )
     assert spots[0].start - spots[2].start == 64 and spots[3].start == spots[2].start
     starts = [spot.start for i, spot in enumerate(spots) if i not in (0, 6)]
-    assert all(start % offload.ALIGNMENT == 0 for start in starts)
+    assert all(start % ALIGNMENT == 0 for start in starts)
 
 
 def test_everything_a_layer_holds_is_found_once(tmp_path):
@@ -122,7 +122,7 @@ class Runtime:
         assert not any(
             address < end and start < address + size for start, end in self.pinned.items()
         ), "two pieces share a page"
-        assert address % offload.PAGE == size % offload.PAGE == 0
+        assert address % PAGE == size % PAGE == 0
         if self.code == 0:
             self.pinned[address] = address + size
         return self.code
@@ -142,7 +142,7 @@ def test_pieces_are_pinned_where_they_are_while_they_live(monkeypatch):
         (piece,) = store.pieces
         end = runtime.pinned[piece.host.data_ptr()]
         # not the next power of two
-        assert piece.size <= end - piece.host.data_ptr() < piece.size + offload.PAGE
+        assert piece.size <= end - piece.host.data_ptr() < piece.size + PAGE
     del store, piece
     stores.clear()
     assert not runtime.pinned and torch.isfinite(out(dit)).all()
@@ -153,8 +153,8 @@ def test_memory_that_cannot_be_pinned_is_one_note(monkeypatch, caplog):
     wanted = out(dit)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     stores = [Store([layer], dit.once, True) for layer in dit.layers]
-    offload._warn.cache_clear()
-    with caplog.at_level(logging.WARNING, offload.__name__), monkeypatch.context() as patch:
+    host._warn.cache_clear()
+    with caplog.at_level(logging.WARNING, host.__name__), monkeypatch.context() as patch:
         patch.setattr(
             torch,
             "zeros",
@@ -162,7 +162,7 @@ def test_memory_that_cannot_be_pinned_is_one_note(monkeypatch, caplog):
         )
         for store in stores:
             store.refresh()
-    (note,) = [record.getMessage() for record in caplog.records if record.name == offload.__name__]
+    (note,) = [record.getMessage() for record in caplog.records if record.name == host.__name__]
     assert "pinned host memory cannot be had (CUDA error 2)" in note and "\n" not in note
     stream = LayerStream(dit.layers, stores, CPU)
     assert torch.equal(out(dit), wanted)

@@ -20,6 +20,7 @@ from tiny_models import NABLA, SMALL
 from kandinsky_model import pipeline
 from kandinsky_model.checkpoints.locate import locate
 from kandinsky_model.config import get_preset
+from kandinsky_model.devices.available import choose_device
 from kandinsky_model.sampling.sampler import schedule
 from kandinsky_model.sampling.settings import default_policy
 from kandinsky_model.text.templates import official_negative, official_template
@@ -273,7 +274,7 @@ def test_offload_moves_one_part_at_a_time(folder, monkeypatch, caplog):
 def test_an_unusable_device_is_one_sentence():
     for name in ("cuda:7", "pancake"):
         with pytest.raises(RuntimeError, match=f"'{name}'.*use cpu") as caught:
-            pipeline.choose_device(name)
+            choose_device(name)
         assert "\n" not in str(caught.value)
 
 

@@ -17,7 +17,18 @@ from kandinsky_model.text.tiny import START, UNKNOWN, TinyTextEncoder
 from kandinsky_model.tiny import recipe as train_tiny
 from kandinsky_model.tiny import scenes as shapes
 from kandinsky_model.tiny.check import check_tiny
+from kandinsky_model.tiny.judge import judge, marks
 from kandinsky_model.tiny.optimizer import Optimizer, orthogonalize
+from kandinsky_model.tiny.train_flow import (
+    FlowPlan,
+    Pool,
+    new_networks,
+    pool_scenes,
+    sample_times,
+    train_flow,
+    vocabulary,
+)
+from kandinsky_model.tiny.train_vae import VAEPlan, center_latents, crop_batch, fold_time
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 
 LARGEST_BUNDLE = 16_000_000
@@ -107,8 +118,8 @@ def test_a_window_is_a_cut_of_the_whole_frame():
 def test_judge_is_right_about_drawn_clips():
     generator = random.Random(1)
     for combination in shapes.combinations()[::19]:
-        verdict = shapes.judge(shapes.draw(shapes.random_scene(combination, generator)))
-        assert all(shapes.marks(verdict, combination).values()), (combination, verdict)
+        verdict = judge(shapes.draw(shapes.random_scene(combination, generator)))
+        assert all(marks(verdict, combination).values()), (combination, verdict)
 
 
 @pytest.mark.parametrize(
@@ -117,32 +128,32 @@ def test_judge_is_right_about_drawn_clips():
 )
 def test_judge_sees_one_wrong_word(word, other):
     wanted = shapes.Combination("red", "circle", "right", "blue")
-    marks = shapes.marks(shapes.judge(clip(**{word: other})), wanted)
+    found = marks(judge(clip(**{word: other})), wanted)
     assert marks == {name: name != word for name in marks}
 
 
 def test_judge_finds_nothing_in_noise_emptiness_and_smears():
     flat = torch.full((17, 160, 160, 3), 20, dtype=torch.uint8)
-    assert shapes.judge(flat).color == "none" and shapes.judge(flat).background == "black"
+    assert judge(flat).color == "none" and judge(flat).background == "black"
     noise = torch.randint(
         0, 256, flat.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    assert shapes.judge(noise).shape == "none"
+    assert judge(noise).shape == "none"
     smear = flat.clone()
     smear[:, 72:84, 15:145] = torch.tensor([205, 25, 40], dtype=torch.uint8)
-    assert shapes.judge(smear).shape == "none"
+    assert judge(smear).shape == "none"
 
 
 def test_judge_calls_a_short_path_still_and_a_diagonal_none():
     frames = clip(motion="still")
-    assert shapes.judge(frames).motion == "still"
+    assert judge(frames).motion == "still"
     diagonal = torch.stack([f.roll((2 * i, 2 * i), (0, 1)) for i, f in enumerate(frames)])
-    assert shapes.judge(diagonal).motion == "none"
+    assert judge(diagonal).motion == "none"
 
 
 def test_judge_rejects_other_layouts():
     with pytest.raises(ValueError, match="uint8"):
-        shapes.judge(torch.zeros(17, 160, 160, 3))
+        judge(torch.zeros(17, 160, 160, 3))
 
 
 # ---- text encoder
@@ -151,7 +162,7 @@ def test_judge_rejects_other_layouts():
 @pytest.fixture
 def encoder():
     torch.manual_seed(0)
-    return TinyTextEncoder(train_tiny.vocabulary(), {"grey": "gray"}, dim=64, pooled_dim=32).eval()
+    return TinyTextEncoder(vocabulary(), {"grey": "gray"}, dim=64, pooled_dim=32).eval()
 
 
 def test_encode_shapes_and_independence_of_neighbours(encoder):
@@ -222,22 +233,22 @@ def test_optimizer_moves_matrices_and_vectors_downhill():
 def test_centred_latents_decode_to_the_same_picture():
     torch.manual_seed(0)
     vae = HunyuanVideoVAE(SMALL.vae).eval()
-    video = train_tiny.crop_batch(1, 5, 64, random.Random(0))
+    video = crop_batch(1, 5, 64, random.Random(0))
     with torch.no_grad():
         before = vae.decode(vae.encode(video)[0])
-        train_tiny.center_latents(vae, random.Random(0), clips=1)
+        center_latents(vae, random.Random(0), clips=1)
         torch.testing.assert_close(vae.decode(vae.encode(video)[0]), before, rtol=1e-3, atol=1e-4)
 
 
 def test_folding_time_keeps_stills_and_undoes_delay():
     torch.manual_seed(0)
     vae = HunyuanVideoVAE(SMALL.vae).eval()
-    still = train_tiny.crop_batch(1, 1, 64, random.Random(0))
+    still = crop_batch(1, 1, 64, random.Random(0))
     with torch.no_grad():
         before = vae.encode(still)[0]
-        train_tiny.fold_time(vae)
+        fold_time(vae)
         torch.testing.assert_close(vae.encode(still)[0], before, rtol=1e-4, atol=1e-5)
-        video = train_tiny.crop_batch(1, 5, 64, random.Random(1))
+        video = crop_batch(1, 5, 64, random.Random(1))
         conv = vae.encoder.conv_in
         torch.testing.assert_close(
             conv(video)[:, :, 3], conv(video[:, :, 3:4])[:, :, 0], rtol=1e-4, atol=1e-5
@@ -245,8 +256,8 @@ def test_folding_time_keeps_stills_and_undoes_delay():
 
 
 def test_stars_are_shown_as_often_as_asked():
-    scenes = train_tiny.pool_scenes(1, 0)
-    pool = train_tiny.Pool(torch.arange(len(scenes) * 2.0).view(-1, 2, 1, 1, 1), scenes)
+    scenes = pool_scenes(1, 0)
+    pool = Pool(torch.arange(len(scenes) * 2.0).view(-1, 2, 1, 1, 1), scenes)
     for stars in (1.0, 3.0):
         latents, shown = pool.batch(3000, 1, random.Random(0), stars)
         assert [scenes[int(row) // 2].combination for row in latents.flatten()] == shown
@@ -262,7 +273,7 @@ def test_stars_are_shown_as_often_as_asked():
 
 
 def test_sample_times_cover_the_schedule():
-    times = train_tiny.sample_times(64, 3.0)
+    times = sample_times(64, 3.0)
     assert times.min() > 0 and times.max() < 1 and abs(times.median() - 0.75) < 0.05
 
 
@@ -271,8 +282,8 @@ def test_training_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "training_combinations", lambda: shapes.combinations()[:4])
     monkeypatch.setattr(shapes, "HEIGHT", 64)
     monkeypatch.setattr(shapes, "WIDTH", 64)
-    vae_plan = train_tiny.VAEPlan(phases=((12, 2, 1, 32), (1, 1, 5, 32)))
-    flow_plan = train_tiny.FlowPlan(
+    vae_plan = VAEPlan(phases=((12, 2, 1, 32), (1, 1, 5, 32)))
+    flow_plan = FlowPlan(
         phases=((12, 4, 1, False), (2, 2, 5, False), (1, 1, 5, True)), copies=1, compile=False
     )
     train_tiny.train_tiny(tmp_path, 1, vae_plan, flow_plan)
@@ -280,7 +291,7 @@ def test_training_in_miniature(tmp_path, monkeypatch):
         tmp_path,
         1,
         None,
-        train_tiny.FlowPlan(phases=((2, 1, 1, False),), copies=1, compile=False),
+        FlowPlan(phases=((2, 1, 1, False),), copies=1, compile=False),
         resume=True,
     )
     stages = json.loads((tmp_path / "training.json").read_text())["stages"]
@@ -300,15 +311,13 @@ def test_training_in_miniature(tmp_path, monkeypatch):
 
 def test_flow_training_learns():
     torch.manual_seed(0)
-    networks = train_tiny.new_networks(SMALL.dit, 0)
-    pool = train_tiny.Pool(
-        torch.randn(2, 1, 1, 1, 16).half().expand(2, 1, 4, 4, 16), train_tiny.pool_scenes(1, 0)[:2]
-    )
-    plan = train_tiny.FlowPlan(rate=1e-2, boost=1.0, phases=((120, 16, 1, False),), compile=False)
+    networks = new_networks(SMALL.dit, 0)
+    pool = Pool(torch.randn(2, 1, 1, 1, 16).half().expand(2, 1, 4, 4, 16), pool_scenes(1, 0)[:2])
+    plan = FlowPlan(rate=1e-2, boost=1.0, phases=((120, 16, 1, False),), compile=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "HEIGHT", 32)
         patch.setattr(shapes, "WIDTH", 32)
-        _, losses = train_tiny.train_flow(networks, pool, plan, SMALL, 0)
+        _, losses = train_flow(networks, pool, plan, SMALL, 0)
     assert losses[-1]["loss"] < 0.6 * losses[0]["loss"], losses
 
 
