@@ -228,7 +228,7 @@ import torch
 before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.get_default_dtype(),
           torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed())
 import kandinsky_kernels, kandinsky_model
-from kandinsky_model import pipeline, commands
+from kandinsky_model import cli, pipeline
 import sys
 assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark,
                   torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed())
