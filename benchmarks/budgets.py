@@ -14,7 +14,7 @@ import torch
 from kandinsky_model.checkpoints.load import FP32_NAMES
 from kandinsky_model.config import PRESETS, DiTConfig, Preset, VAEConfig
 from kandinsky_model.devices.available import parse_bytes
-from kandinsky_model.devices.budget import RunPlan, Stage, Weights, plan_run
+from kandinsky_model.devices.budget import Placement, Way, Weights, choose_ways
 from kandinsky_model.dit.accounting import Job
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
@@ -66,7 +66,7 @@ def networks(preset: Preset) -> dict[str, Weights]:
     }
 
 
-def ways(preset: Preset, policy: str | None = None) -> dict[str, list[Stage]]:
+def ways(preset: Preset, policy: str | None = None) -> dict[str, list[Way]]:
     """Those of a preset's default run."""
     height, width = preset.sizes[0]
     grid = Grid((preset.frames - 1) // 4 + 1, height // 16, width // 16)
@@ -88,9 +88,9 @@ def ways(preset: Preset, policy: str | None = None) -> dict[str, list[Stage]]:
     )
 
 
-def plan(preset: Preset, budget: int, policy: str | None = None) -> RunPlan:
+def plan(preset: Preset, budget: int, policy: str | None = None) -> Placement:
     """ValueError where the budget does not suffice."""
-    return plan_run(ways(preset, policy), host_bytes(preset), budget)
+    return choose_ways(ways(preset, policy), host_bytes(preset), budget)
 
 
 def host_bytes(preset: Preset) -> int:

@@ -20,12 +20,12 @@ from .checkpoints.locate import PARTS, Sources, locate
 from .checkpoints.lora import Adapters
 from .config import KINDS, NABLA_FOR_DENSE, Preset
 from .devices.available import choose_device, free_bytes
-from .devices.budget import RunPlan, Weights, plan_run
+from .devices.budget import Placement, Weights, choose_ways
 from .devices.host import tensors_of
 from .devices.offload import LateOffload, Offload
 from .devices.parallel import Ranks, from_first, share
 from .dit.accounting import Job
-from .dit.layout import Chunks, make_plan
+from .dit.layout import Chunks, make_layout
 from .dit.quantized import mode_of
 from .media.picture import crop, read_image, resize
 from .placement import ways_to_run
@@ -68,7 +68,7 @@ class Kandinsky5:
         self.device, self._offload = torch.device(device), False
         # parts whose weights live in host memory
         self._hosted: dict[str, Offload | LateOffload] = {}
-        self.plan: RunPlan | None = None
+        self.placement: Placement | None = None
         self.lora = Adapters(dit)
         # whether all processes of torch.distributed's default group share every run
         self.together = False
@@ -193,7 +193,7 @@ class Kandinsky5:
             videos = self.resume(run, callback, memory_budget)
         else:
             run = self._prepare(asked, settings, callback, memory_budget, expand)
-            videos = self._run(run, self.plan, callback, memory_budget)
+            videos = self._run(run, self.placement, callback, memory_budget)
         return videos if isinstance(prompt, (list, tuple)) else videos[0]
 
     def _prepare(
@@ -208,7 +208,7 @@ class Kandinsky5:
         prompt, negative_prompt, seed, image, last_image = asked
         pictures = self._pictures(image, last_image, settings)
         plans = self._settings(prompt, negative_prompt, seed, settings)
-        self.plan = plan = self._plan(
+        self.placement = plan = self._plan(
             plans, memory_budget, pictures=pictures != [None, None], expand=expand
         )
         if callback:
@@ -234,9 +234,9 @@ class Kandinsky5:
         )
 
     def _run(
-        self, run: Run, plan: RunPlan | None, callback: Callback | None, memory_budget: int | None
+        self, run: Run, plan: Placement | None, callback: Callback | None, memory_budget: int | None
     ) -> list[Video]:
-        first, tell, run, self.plan = (
+        first, tell, run, self.placement = (
             run.settings[0],
             callback or (lambda *_: None),
             run.to(self.device),
@@ -288,7 +288,7 @@ class Kandinsky5:
 
     @torch.no_grad()
     def _decode(
-        self, latents: Tensor, settings: Settings, plan: RunPlan | None, notify: Notify | None
+        self, latents: Tensor, settings: Settings, plan: Placement | None, notify: Notify | None
     ) -> Iterator[Tensor]:
         scheme_bytes = plan and plan.stages["decoding"].scheme_bytes
         with self._placed("vae", plan) as vae:
@@ -310,7 +310,7 @@ class Kandinsky5:
         stages: Sequence[str] = STAGES,
         pictures: bool = False,
         expand: bool = False,
-    ) -> RunPlan | None:
+    ) -> Placement | None:
         """How to keep within a budget, for those of the stages that there are; None where there is
         none to keep within.
 
@@ -348,7 +348,7 @@ class Kandinsky5:
             for name, part in networks.items()
         }
         ways = ways_to_run(weights, job, vae, first.vae_policy, pictures)
-        plan = plan_run(
+        plan = choose_ways(
             {name: ways[name] for name in ways if name in stages},
             sum(one.total for one in weights.values()),
             budget,
@@ -436,7 +436,7 @@ class Kandinsky5:
 
     @torch.no_grad()
     def _given(
-        self, pictures: list[Tensor | None], plans: list[Settings], plan: RunPlan | None
+        self, pictures: list[Tensor | None], plans: list[Settings], plan: Placement | None
     ) -> Given:
         """The clean latents that the videos are built around, for each of them."""
         if pictures == [None, None]:
@@ -463,7 +463,7 @@ class Kandinsky5:
         return KINDS.get(self.preset.task) or ("video" if plan.num_frames > 1 else "image")
 
     def _expanded(
-        self, plans: list[Settings], picture: Tensor | None, placement: RunPlan | None
+        self, plans: list[Settings], picture: Tensor | None, placement: Placement | None
     ) -> list[Settings]:
         with self._placed("text", placement, "text") as text:
             return [
@@ -473,7 +473,7 @@ class Kandinsky5:
 
     @torch.no_grad()
     def _encode(
-        self, plans: list[Settings], picture: Tensor | None, placement: RunPlan | None
+        self, plans: list[Settings], picture: Tensor | None, placement: Placement | None
     ) -> tuple[Conditioning, Conditioning | None]:
         """The embedded prompts, and the negative one where it is needed; an editing checkpoint's
         text encoder sees the picture too."""
@@ -501,7 +501,7 @@ class Kandinsky5:
             )
         return Conditioning(cond.embeds, cond.lengths, cond.pooled), uncond
 
-    def _sample(self, run: Run, placement: RunPlan | None) -> Iterator[tuple[int, Tensor]]:
+    def _sample(self, run: Run, placement: Placement | None) -> Iterator[tuple[int, Tensor]]:
         first, preset = run.settings[0], self.preset
         nabla = (preset.nabla or NABLA_FOR_DENSE) if first.attention == "nabla" else None
         ranks = (
@@ -510,7 +510,7 @@ class Kandinsky5:
             else None
         )
         chunks = placement.stages["sampling"].chunks if placement else Chunks()
-        plan = make_plan(
+        plan = make_layout(
             preset.dit,
             first.grid,
             preset.scale_factor,
@@ -532,7 +532,7 @@ class Kandinsky5:
 
     @contextmanager
     def _placed(
-        self, name: str, plan: RunPlan | None, stage: str | None = None
+        self, name: str, plan: Placement | None, stage: str | None = None
     ) -> Iterator[nn.Module]:
         """The part called `name`, on the device while the body runs: alone and as the plan says for
         `stage`, or, without a plan and with one for all parts together, from then on."""

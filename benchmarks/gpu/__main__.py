@@ -25,7 +25,7 @@ from kandinsky_kernels import _library, reference, tuning
 from kandinsky_kernels.launch import vae as launch_vae
 from kandinsky_model.config import LITE_DIT, PRO_DIT, NablaConfig
 from kandinsky_model.dit.geometry import block_offsets, local_window
-from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.layout import make_layout
 from tests.cases import gated_add_norm_peer, head_first, modulated_norm_peer, norm_rope_per_token
 from tests.support.backward import derived
 
@@ -72,7 +72,7 @@ def norms(clock: Clock, size: Size, roof: dict) -> list[dict]:
     x, branch = torch.randn(1, S, C, **make), torch.randn(1, S, C, **make)
     gate, scale, shift = (torch.randn(1, C, device=clock.device) for _ in range(3))
     heads, weight = x.view(1, S, size.H, size.D), torch.rand(size.D, device=clock.device)
-    plan = make_plan(
+    layout = make_layout(
         PRO_DIT if size.D == 128 else LITE_DIT,
         size.grid,
         (1.0, 2.0, 2.0),
@@ -98,13 +98,13 @@ def norms(clock: Clock, size: Size, roof: dict) -> list[dict]:
         (
             "norm_rope",
             2 * tensor + table,
-            lambda: ops.norm_rope(heads, weight, plan.rotary),
+            lambda: ops.norm_rope(heads, weight, layout.rotary),
             lambda f: f(norm_rope_per_token)(heads, weight, whole.cos, whole.sin),
         ),
         (
             "norm_rope_means",
             2 * tensor + table,
-            lambda: ops.norm_rope_means(heads, weight, plan.rotary, plan.block_offsets),
+            lambda: ops.norm_rope_means(heads, weight, layout.rotary, layout.block_offsets),
             None,
         ),
     ):
@@ -340,7 +340,7 @@ def norm_gradients(clock: Clock, size: Size, roof: dict) -> list[dict]:
     S, C, make = size.grid.tokens, size.H * size.D, dict(device=clock.device, dtype=torch.bfloat16)
     x, branch, grad, more = (torch.randn(1, S, C, **make) for _ in range(4))
     vectors = {name: torch.randn(1, C, device=clock.device) for name in ("gate", "scale", "shift")}
-    plan = make_plan(
+    layout = make_layout(
         PRO_DIT if size.D == 128 else LITE_DIT,
         size.grid,
         (1.0, 2.0, 2.0),
@@ -367,7 +367,7 @@ def norm_gradients(clock: Clock, size: Size, roof: dict) -> list[dict]:
         (
             "norm_rope",
             3,
-            lambda x, weight: ops.norm_rope(x, weight, plan.rotary),
+            lambda x, weight: ops.norm_rope(x, weight, layout.rotary),
             lambda x, weight: norm_rope_per_token(x, weight, angles.cos(), angles.sin()),
             heads,
         ),

@@ -151,13 +151,13 @@ def run(model: Kandinsky5, budget: int, settings: dict) -> dict:
             "ours": 1e3 * sum(ends.values()),
             **{stage: 1e3 * seconds for stage, seconds in ends.items()},
         },
-        "plan": str(model.plan).splitlines(),
-        "predicted_gb": gigabytes(model.plan.stages[stage].peak_bytes for stage in ends),
+        "plan": str(model.placement).splitlines(),
+        "predicted_gb": gigabytes(model.placement.stages[stage].peak_bytes for stage in ends),
     }
     if on_gpu:
         peaks, predicted = (
             [peak for *_, peak, _ in marks[2:]],
-            [model.plan.stages[stage].peak_bytes for stage in ends],
+            [model.placement.stages[stage].peak_bytes for stage in ends],
         )
         row |= {
             "measured_gb": gigabytes(peaks),

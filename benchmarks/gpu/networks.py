@@ -11,7 +11,7 @@ from torch import Tensor
 import kandinsky_kernels as ops
 from kandinsky_model.config import HUNYUAN_VAE, LITE_DIT, DiTConfig, NablaConfig, VAEConfig
 from kandinsky_model.dit import attention as attention_module
-from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.layout import make_layout
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 from kandinsky_model.vae.tiles import TilePlan
@@ -36,7 +36,7 @@ def transformer(clock: Clock, size: Size, _: dict) -> list[dict]:
     dit = random_transformer(
         config, clock.device, torch.float32 if toy else torch.bfloat16
     ).prepare()
-    plan = make_plan(config, size.grid, SCALE, NablaConfig(0.9), clock.device)
+    plan = make_layout(config, size.grid, SCALE, NablaConfig(0.9), clock.device)
     grid, make = size.grid, dict(device=clock.device)
     inputs = (
         torch.randn(1, grid.T, 2 * grid.Y, 2 * grid.X, config.in_channels, **make),

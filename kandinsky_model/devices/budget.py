@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..dit.layout import Chunks
 from .host import layout, tensors_of
 from .offload import streamed_layers
 
@@ -48,19 +47,18 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A way to work: the bytes of weights on the device and of all else at the worst moment.
+class Way:
+    """A way for one stage of a run to work within a device's memory.
 
-    resident: how many layers of the network stay on the device, the others being streamed. chunks:
-    for the transformer. scheme_bytes: for the VAE, what its scheme may use.
+    weights: bytes of networks on the device. working: bytes of all other tensors at the worst
+    moment. how: told to the user. resident: how many layers of the network stay on the device, the
+    others being streamed. Rooms whose stages have more to choose derive from it.
     """
 
     weights: int
     working: int
     how: str = ""
     resident: int = 0
-    chunks: Chunks = Chunks()
-    scheme_bytes: int | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -68,12 +66,12 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class Placement:
     """The chosen way of every stage. together: all networks stay on the device; else each is there
     only while its stage lasts."""
 
     budget: int
-    stages: dict[str, Stage]
+    stages: dict[str, Way]
     together: bool
 
     @property
@@ -88,7 +86,7 @@ class RunPlan:
         )
 
 
-def plan_run(ways: Mapping[str, Iterable[Stage]], everything: int, budget: int) -> RunPlan:
+def choose_ways(ways: Mapping[str, Iterable[Way]], everything: int, budget: int) -> Placement:
     """The first way of each stage that fits into `budget` bytes.
 
     ways: by the name of the stage, fastest first. everything: bytes of all networks together; where
@@ -99,7 +97,7 @@ def plan_run(ways: Mapping[str, Iterable[Stage]], everything: int, budget: int) 
         raise TypeError(f"a memory budget must be an int, of bytes, got {budget!r}: convert it")
     ways = {name: list(stages) for name, stages in ways.items()}
     if everything + max(stages[0].working for stages in ways.values()) <= budget:
-        return RunPlan(
+        return Placement(
             budget,
             {
                 name: replace(stages[0], weights=everything, how="all weights stay on the device")
@@ -115,7 +113,7 @@ def plan_run(ways: Mapping[str, Iterable[Stage]], everything: int, budget: int) 
             f"({least[worst] / 1e9:.3g} GB), got {budget}: "
             "raise it, or ask for fewer frames or pixels"
         )
-    return RunPlan(
+    return Placement(
         budget,
         {
             name: next(stage for stage in stages if stage.peak_bytes <= budget)
@@ -125,7 +123,7 @@ def plan_run(ways: Mapping[str, Iterable[Stage]], everything: int, budget: int) 
     )
 
 
-def text_ways(weights: Weights) -> Iterator[Stage]:
+def text_ways(weights: Weights) -> Iterator[Way]:
     """Ways to run a text encoder: all its layers resident, or as many as there is room for.
 
     Its tensors are taken to need as much as its largest layer: those of a prompt's 400 tokens are
@@ -133,7 +131,7 @@ def text_ways(weights: Weights) -> Iterator[Stage]:
     """
     working = max(weights.layers, default=weights.rest)
     for resident in range(len(weights.layers), -1, -1):
-        yield Stage(weights.on_device(resident), working, layers_told(weights, resident), resident)
+        yield Way(weights.on_device(resident), working, layers_told(weights, resident), resident)
 
 
 def layers_told(weights: Weights, resident: int) -> str:

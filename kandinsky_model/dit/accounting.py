@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import DiTConfig
-from ..devices.budget import Stage, Weights, layers_told
+from ..devices.budget import Way, Weights, layers_told
 from .geometry import Grid
 from .layout import Chunks
 from .quantized import ROWS_AT_ONCE
@@ -54,7 +54,14 @@ class Job:
         return self.batch * self.grid.tokens * self.config.model_dim * self.dtype.itemsize
 
 
-def sampling_ways(job: Job, weights: Weights) -> Iterator[Stage]:
+@dataclass(frozen=True)
+class SamplingWay(Way):
+    """A `Way` to sample, with how much of a visual block is computed at once."""
+
+    chunks: Chunks = Chunks()
+
+
+def sampling_ways(job: Job, weights: Weights) -> Iterator[SamplingWay]:
     """Ways to sample: smaller chunks before streamed weights, as they cost next to nothing, but the
     smallest chunks last."""
     chunks = [chunks_of(job.config, *numbers) for numbers in (*FREE_CHUNKS, *SMALLEST_CHUNKS)]
@@ -67,7 +74,7 @@ def sampling_ways(job: Job, weights: Weights) -> Iterator[Stage]:
         how = layers_told(weights, resident) + (
             f", heads in {groups} groups, {one.tokens} tokens at a time" if groups > 1 else ""
         )
-        yield Stage(weights.on_device(resident), sampling_bytes(job, one), how, resident, one)
+        yield SamplingWay(weights.on_device(resident), sampling_bytes(job, one), how, resident, one)
 
 
 def chunks_of(config: DiTConfig, groups: float, tokens: int) -> Chunks:

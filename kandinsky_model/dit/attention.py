@@ -20,7 +20,7 @@ from kandinsky_kernels import (
     select_blocks,
 )
 
-from .layout import Plan
+from .layout import Layout
 from .linear import ALL, Linear
 
 
@@ -156,20 +156,20 @@ class Attention(nn.Module):
         query = self.query_norm(self.to_query(x).unflatten(-1, (-1, self.head_dim)))
         return self.out_layer(_dense(query, *keys_values, key_mask))
 
-    def attend(self, x: Tensor, plan: Plan) -> Tensor:
-        """Attention of x [B, S, C] over itself as the plan says, some heads at a time where it says
+    def attend(self, x: Tensor, layout: Layout) -> Tensor:
+        """Attention of x [B, S, C] over itself as the layout says, some heads at a time where it says
         so: [B, S, C] for `out_layer`."""
-        team = plan.ranks is not None and plan.ranks.team is not None
-        if team or plan.chunks.heads is None:
-            out = self._attend(x, ALL, plan)
-            return plan.ranks.to_tokens(out) if team else out
-        out, width = torch.empty_like(x), plan.chunks.heads * self.head_dim
+        team = layout.ranks is not None and layout.ranks.team is not None
+        if team or layout.chunks.heads is None:
+            out = self._attend(x, ALL, layout)
+            return layout.ranks.to_tokens(out) if team else out
+        out, width = torch.empty_like(x), layout.chunks.heads * self.head_dim
         for start in range(0, x.shape[-1], width):
             rows = slice(start, start + width)
-            out[..., rows] = self._attend(x, rows, plan)
+            out[..., rows] = self._attend(x, rows, layout)
         return out
 
-    def _attend(self, x: Tensor, rows: slice, plan: Plan) -> Tensor:
+    def _attend(self, x: Tensor, rows: slice, layout: Layout) -> Tensor:
         """Each tensor goes as soon as it has served: there is room for four of the group's beside x
         at most, and six of all heads.
 
@@ -177,33 +177,33 @@ class Attention(nn.Module):
         heads.
         """
         query, key, value = self.project(x, x, rows)
-        if plan.ranks is not None and plan.ranks.team:
-            query, key, value = plan.ranks.to_heads(
-                torch.stack((query, key, value)), plan.grid.tokens
+        if layout.ranks is not None and layout.ranks.team:
+            query, key, value = layout.ranks.to_heads(
+                torch.stack((query, key, value)), layout.grid.tokens
             ).unbind(0)
-        if plan.nabla is None:
-            query = _round(self.query_norm(query, plan.rotary), plan.rope_cast)
-            key = _round(self.key_norm(key, plan.rotary), plan.rope_cast)
+        if layout.nabla is None:
+            query = _round(self.query_norm(query, layout.rotary), layout.rope_cast)
+            key = _round(self.key_norm(key, layout.rotary), layout.rope_cast)
             return _dense(query, key, value)
-        query, query_means = self.query_norm.with_means(query, plan.rotary, plan.block_offsets)
-        key, key_means = self.key_norm.with_means(key, plan.rotary, plan.block_offsets)
-        if plan.rope_cast is not None:
-            query, key = _round(query, plan.rope_cast), _round(key, plan.rope_cast)
+        query, query_means = self.query_norm.with_means(query, layout.rotary, layout.block_offsets)
+        key, key_means = self.key_norm.with_means(key, layout.rotary, layout.block_offsets)
+        if layout.rope_cast is not None:
+            query, key = _round(query, layout.rope_cast), _round(key, layout.rope_cast)
             query_means, key_means = (
-                block_means(query, plan.block_offsets),
-                block_means(key, plan.block_offsets),
+                block_means(query, layout.block_offsets),
+                block_means(key, layout.block_offsets),
             )
         selection = select_blocks(
             query_means.detach(),
             key_means.detach(),
-            plan.nabla.keep_mass,
-            plan.grid.tiles,
-            plan.nabla.window,
+            layout.nabla.keep_mass,
+            layout.grid.tiles,
+            layout.nabla.window,
         )
         if self.watch is not None:
             self.watch(query_means, key_means, selection)
         return block_sparse_attention(
-            query, key, value, selection, plan.block_offsets, logit_bound=self.logit_bound
+            query, key, value, selection, layout.block_offsets, logit_bound=self.logit_bound
         ).flatten(-2)
 
 

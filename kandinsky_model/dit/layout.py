@@ -31,8 +31,8 @@ class Chunks:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """What one video size needs at every step and layer, computed once by `make_plan`."""
+class Layout:
+    """What one video size needs at every step and layer, computed once by `make_layout`."""
 
     grid: geometry.Grid
     rotary: Rotary  # its positions in the order of the tokens
@@ -56,7 +56,7 @@ class Plan:
         return self.text_rotaries[length, head_dim]
 
 
-def make_plan(
+def make_layout(
     config: DiTConfig,
     grid: geometry.Grid,
     scale_factor: tuple[float, float, float],
@@ -64,12 +64,12 @@ def make_plan(
     device: torch.device | str = "cpu",
     rope_cast: torch.dtype | None = None,
     **options,
-) -> Plan:
+) -> Layout:
     """Token order, rotary tables and blocks of one video size. With `nabla` tokens come tile by
     tile; any grid will do.
 
     rope_cast: round rotated queries and keys to this dtype and back. None is exact; torch.bfloat16
-    reproduces in an fp32 run what diffusers does there. options: `Plan`'s chunks and ranks.
+    reproduces in an fp32 run what diffusers does there. options: `Layout`'s chunks and ranks.
     """
     # [P, D/2]
     angles = geometry.rotary_angles(max(grid.T, grid.Y, grid.X), config.axes_dims, scale_factor)
@@ -82,8 +82,8 @@ def make_plan(
         tuple(dim // 2 for dim in config.axes_dims),
     )
     if nabla is None:
-        return Plan(grid, rotary, rope_cast=rope_cast, **options)
-    return Plan(
+        return Layout(grid, rotary, rope_cast=rope_cast, **options)
+    return Layout(
         grid,
         rotary,
         nabla,

@@ -25,7 +25,7 @@ from kandinsky_kernels import gated_add_norm, modulated_norm
 from ..config import DiTConfig
 from . import geometry
 from .attention import Attention
-from .layout import Plan
+from .layout import Layout
 from .linear import Linear
 
 _log = logging.getLogger(__name__)
@@ -143,15 +143,15 @@ class TextBlock(nn.Module):
         self.feed_forward = FeedForward(config.model_dim, config.ff_dim)
 
     def forward(
-        self, x: Tensor, modulation: tuple[Tensor, ...], key_mask: Tensor | None, plan: Plan
+        self, x: Tensor, modulation: tuple[Tensor, ...], key_mask: Tensor | None, layout: Layout
     ) -> Tensor:
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation
-        rotary = plan.text_rotary(x.shape[1], self.self_attention.head_dim)
+        rotary = layout.text_rotary(x.shape[1], self.self_attention.head_dim)
         branch = self.self_attention(
             modulated_norm(x, scale, shift),
             rotary=rotary,
             key_mask=key_mask,
-            rope_cast=plan.rope_cast,
+            rope_cast=layout.rope_cast,
         )
         x, normed = gated_add_norm(x, branch, gate, scale_ff, shift_ff)
         return gated_add_norm(x, self.feed_forward(normed), gate_ff)[0]
@@ -173,20 +173,20 @@ class VisualBlock(nn.Module):
         following: tuple[Tensor, ...],
         text: Tensor,
         key_mask: Tensor | None,
-        plan: Plan,
+        layout: Layout,
     ) -> tuple[Tensor, Tensor]:
         """x and its first norm -> the next x and the next block's first norm, whose shift and scale
         lead `following`.
 
-        All but self-attention is done for `plan.chunks.tokens` at a time, the results of which take
+        All but self-attention is done for `layout.chunks.tokens` at a time, the results of which take
         the places of x and normed: 1.3 GB of wide activations at 10 s need never exist together.
         Where gradients are recorded, all tokens are done at once.
         """
         attended, keys_values = (
-            self.self_attention.attend(normed, plan),
+            self.self_attention.attend(normed, layout),
             self.cross_attention.read(text),
         )
-        size = max(1, plan.chunks.tokens // x.shape[0])
+        size = max(1, layout.chunks.tokens // x.shape[0])
         if x.shape[1] <= size or _records(self, x, normed, text):
             return self.after_attention(x, attended, keys_values, modulation, following, key_mask)
         for start in range(0, x.shape[1], size):
@@ -349,7 +349,7 @@ class DiffusionTransformer3D(nn.Module):
         text: Tensor,
         pooled: Tensor,
         time: Tensor,
-        plan: Plan,
+        layout: Layout,
         text_lengths: Tensor | None = None,
         modulations: Modulations | None = None,
     ) -> Tensor:
@@ -360,42 +360,42 @@ class DiffusionTransformer3D(nn.Module):
         so a sample's result does not depend on its neighbours. pooled: [B, in_text_dim2]. time:
         [B], 1000 t, fp32. Keep `text_lengths` on the CPU to spare the device a synchronisation.
         modulations: of this time, where they are known already. Raises ValueError when shapes do
-        not fit the plan or each other.
+        not fit the layout or each other.
         """
-        self._check(x, text, pooled, time, plan, text_lengths)
+        self._check(x, text, pooled, time, layout, text_lengths)
         modulations = (
             self.modulate(time[None], pooled).step(0) if modulations is None else modulations
         )
-        x, text, key_mask = self.begin(x, text, plan, text_lengths, modulations)
+        x, text, key_mask = self.begin(x, text, layout, text_lengths, modulations)
         _, normed = self.blocks(
             x,
             None,
             text,
             modulations.visual,
             key_mask,
-            plan,
+            layout,
             range(len(self.visual_transformer_blocks)),
         )
-        return self.finish(normed, plan)
+        return self.finish(normed, layout)
 
     def begin(
         self,
         x: Tensor,
         text: Tensor,
-        plan: Plan,
+        layout: Layout,
         text_lengths: Tensor | None,
         modulations: Modulations,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The embedded tokens [B, S, C] in the plan's order, the text [B, L, C] after its blocks,
+        """The embedded tokens [B, S, C] in the layout's order, the text [B, L, C] after its blocks,
         and its key mask."""
         text, key_mask = _trim(text.to(self.dtype), text_lengths)
         text = self.text_embeddings(text)  # [B, L, C]
         for block, modulation in zip(self.text_transformer_blocks, modulations.text, strict=True):
-            text = block(text, modulation, key_mask, plan)
+            text = block(text, modulation, key_mask, layout)
         patches = geometry.patchify(x.to(self.dtype), self.config.patch_size)  # [B, S, patch * Cin]
-        patches = patches if plan.order is None else patches[:, plan.order]
+        patches = patches if layout.order is None else patches[:, layout.order]
         return (
-            self.visual_embeddings(patches if plan.ranks is None else plan.ranks.own(patches)),
+            self.visual_embeddings(patches if layout.ranks is None else layout.ranks.own(patches)),
             text,
             key_mask,
         )
@@ -407,7 +407,7 @@ class DiffusionTransformer3D(nn.Module):
         text: Tensor,
         modulations: list[tuple[Tensor, ...]],
         key_mask: Tensor | None,
-        plan: Plan,
+        layout: Layout,
         span: range,
     ) -> tuple[Tensor, Tensor]:
         """The visual blocks of `span` on x [B, S, C] and its norm for the first of them (None: made
@@ -415,7 +415,7 @@ class DiffusionTransformer3D(nn.Module):
         normed = self.norm_for(span.start, x, modulations) if normed is None else normed
         for i in span:
             x, normed = self.visual_transformer_blocks[i](
-                x, normed, modulations[i], modulations[i + 1], text, key_mask, plan
+                x, normed, modulations[i], modulations[i + 1], text, key_mask, layout
             )
         return x, normed
 
@@ -423,14 +423,14 @@ class DiffusionTransformer3D(nn.Module):
         """x as visual block `stage`, or with -1 the out layer, reads it."""
         return modulated_norm(x, modulations[stage][1], modulations[stage][0])
 
-    def finish(self, normed: Tensor, plan: Plan) -> Tensor:
+    def finish(self, normed: Tensor, layout: Layout) -> Tensor:
         """The out layer on the last norm [B, S, C], put back into frames."""
         out = self.out_layer(normed)  # [B, S, patch * Cout]
-        out = out if plan.ranks is None else plan.ranks.gather(out, plan.grid.tokens)
+        out = out if layout.ranks is None else layout.ranks.gather(out, layout.grid.tokens)
         # after the last projection, which is per token: fewer features to move
-        if plan.inverse is not None:
-            out = out[:, plan.inverse]
-        return geometry.unpatchify(out, plan.grid, self.config.patch_size)
+        if layout.inverse is not None:
+            out = out[:, layout.inverse]
+        return geometry.unpatchify(out, layout.grid, self.config.patch_size)
 
     def _check(
         self,
@@ -438,10 +438,10 @@ class DiffusionTransformer3D(nn.Module):
         text: Tensor,
         pooled: Tensor,
         time: Tensor,
-        plan: Plan,
+        layout: Layout,
         text_lengths: Tensor | None,
     ) -> None:
-        config, grid, B = self.config, plan.grid, x.shape[0]
+        config, grid, B = self.config, layout.grid, x.shape[0]
         o, p, q = config.patch_size
         wanted = {
             "x": (x, (B, grid.T * o, grid.Y * p, grid.X * q, config.in_channels)),
@@ -452,9 +452,9 @@ class DiffusionTransformer3D(nn.Module):
         for name, (tensor, shape) in wanted.items():
             if tuple(tensor.shape) != shape:
                 raise ValueError(
-                    f"{name} must have shape {list(shape)} for this model, plan and "
+                    f"{name} must have shape {list(shape)} for this model, layout and "
                     f"batch, got {list(tensor.shape)}; "
-                    "make the plan for the size of the latents and give every input "
+                    "make the layout for the size of the latents and give every input "
                     "the same batch"
                 )
         if text_lengths is not None and text_lengths.shape != (B,):

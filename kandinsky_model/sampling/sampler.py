@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..dit.layout import Plan
+from ..dit.layout import Layout
 from ..dit.transformer import DiffusionTransformer3D
 from ..text.embeddings import Conditioning
 from .given import Given, check_given, finish, model_input, with_frames
@@ -97,7 +97,7 @@ def sample(
     dit: DiffusionTransformer3D,
     initial: Tensor,
     cond: Conditioning,
-    plan: Plan,
+    layout: Layout,
     sampling: Sampling,
     uncond: Conditioning | None = None,
     given: Given | None = None,
@@ -130,7 +130,12 @@ def sample(
     for step in range(sampling.start, sampling.steps):
         x = with_frames(x, given.frames)
         velocity = _velocity(
-            passes, x, model_input(dit, x, given), (step, every_time[step]), plan, sampling.guidance
+            passes,
+            x,
+            model_input(dit, x, given),
+            (step, every_time[step]),
+            layout,
+            sampling.guidance,
         )
         x = x + (times[step + 1] - times[step]).to(x.device) * velocity
         del velocity
@@ -160,23 +165,26 @@ def _velocity(
     x: Tensor,
     read: Tensor,
     time: tuple[int, Tensor],
-    plan: Plan,
+    layout: Layout,
     guidance: float,
 ) -> Tensor:
     """Of x at this time, with guidance where there are two passes: (network, text, modulations)
     with the prompt, and without."""
     step, now = time
     shared = (
-        len(passes) == 2 and plan is not None and plan.ranks is not None and plan.ranks.passes == 2
+        len(passes) == 2
+        and layout is not None
+        and layout.ranks is not None
+        and layout.ranks.passes == 2
     )
     velocities = [
-        branch(read, text.embeds, text.pooled, now, plan, text.lengths, modulations.step(step)).to(
-            x.dtype
-        )
-        for branch, text, modulations in (passes[plan.ranks.index :][:1] if shared else passes)
+        branch(
+            read, text.embeds, text.pooled, now, layout, text.lengths, modulations.step(step)
+        ).to(x.dtype)
+        for branch, text, modulations in (passes[layout.ranks.index :][:1] if shared else passes)
     ]
     if shared:
-        velocities = plan.ranks.both(*velocities)
+        velocities = layout.ranks.both(*velocities)
     velocity, *other = velocities
     return other[0] + guidance * (velocity - other[0]) if other else velocity
 

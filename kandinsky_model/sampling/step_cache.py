@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..config import CACHES
-from ..dit.layout import Plan
+from ..dit.layout import Layout
 from ..dit.transformer import DiffusionTransformer3D, Modulations
 
 
@@ -37,28 +37,28 @@ class Branch(ABC):
         text: Tensor,
         pooled: Tensor,
         time: Tensor,
-        plan: Plan,
+        layout: Layout,
         text_lengths: Tensor | None,
         modulations: Modulations,
     ) -> Tensor:
         """As the transformer's forward."""
-        x, text, key_mask = self.dit.begin(x, text, plan, text_lengths, modulations)
+        x, text, key_mask = self.dit.begin(x, text, layout, text_lengths, modulations)
         before = self.computed
-        normed = self.run(x, (text, modulations.visual, key_mask, plan))
+        normed = self.run(x, (text, modulations.visual, key_mask, layout))
         self.skipped += self.computed == before
-        return self.dit.finish(normed, plan)
+        return self.dit.finish(normed, layout)
 
     @abstractmethod
     def run(self, x: Tensor, context: tuple) -> Tensor:
         """The out layer's norm of x after the blocks or what stands in for them. context: text,
-        modulations, key mask, plan."""
+        modulations, key mask, layout."""
 
     def compute(self, x: Tensor, normed: Tensor | None, context: tuple, first: int) -> Tensor:
         """Run the blocks from `first` on and remember what they added."""
-        text, modulations, key_mask, plan = context
+        text, modulations, key_mask, layout = context
         span = range(first, len(self.dit.visual_transformer_blocks))
         self.change, before = None, x.clone()  # the blocks may put their results into x
-        after, normed = self.dit.blocks(x, normed, text, modulations, key_mask, plan, span)
+        after, normed = self.dit.blocks(x, normed, text, modulations, key_mask, layout, span)
         self.change, self.computed = torch.sub(after, before, out=before), self.computed + 1
         return normed
 
@@ -87,13 +87,13 @@ class FirstBlockBranch(Branch):
         self.first: Tensor | None = None
 
     def run(self, x: Tensor, context: tuple) -> Tensor:
-        text, modulations, key_mask, plan = context
+        text, modulations, key_mask, layout = context
         before = x.clone()
-        after, normed = self.dit.blocks(x, None, text, modulations, key_mask, plan, range(1))
+        after, normed = self.dit.blocks(x, None, text, modulations, key_mask, layout, range(1))
         added = torch.sub(after, before, out=before)
         if self.first is not None and self.in_a_row < self.most_skipped:
             change = torch.stack([(added - self.first).abs_().sum(), self.first.abs().sum()])
-            moved, size = change if plan.ranks is None else plan.ranks.total(change)
+            moved, size = change if layout.ranks is None else layout.ranks.total(change)
             moved = moved / size
             if moved.item() < self.threshold:
                 self.in_a_row += 1

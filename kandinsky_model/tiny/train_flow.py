@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..dit.geometry import Grid, frequencies
-from ..dit.layout import make_plan
+from ..dit.layout import make_layout
 from ..dit.transformer import DiffusionTransformer3D
 from ..text.tiny import UNKNOWN, TinyTextEncoder
 from . import scenes as shapes
@@ -229,7 +229,7 @@ def train_flow(networks, pool, plan, preset, seed, on_average=None):
             break
         if (frames, sparse) not in plans:
             grid = Grid(frames, shapes.HEIGHT // 16, shapes.WIDTH // 16)
-            plans[frames, sparse] = make_plan(
+            plans[frames, sparse] = make_layout(
                 preset.dit, grid, preset.scale_factor, preset.nabla if sparse else None, device
             )
         clean, words = pool.batch(clips, frames, generator, plan.stars)

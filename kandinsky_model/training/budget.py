@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..devices.budget import RunPlan, Stage, Weights, plan_run
+from ..devices.budget import Placement, Way, Weights, choose_ways
 from ..dit.accounting import LIST_BYTES, SCRATCH_BYTES, WIDE, Job
 from .adapters import targeted
 from .config import TrainConfig
-from .network import Way
+from .network import Computation
 
 TOKENS = (16384, 4096, 1024)  # of a block at a time, in everything but self-attention
 MOMENTS = 2  # of AdamW, beside gradient and average, all of them fp32
@@ -50,30 +50,34 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class TrainStage(Stage):
-    """A `Stage` and the way to compute it."""
+class TrainingWay(Way):
+    """A `Way` and the way to compute it."""
 
-    way: Way = Way()
+    computation: Computation = Computation()
 
 
-def plan_training(job: Job, weights: Weights, trained: Trained, budget: int) -> RunPlan:
+def plan_training(job: Job, weights: Weights, trained: Trained, budget: int) -> Placement:
     """How to train within `budget` bytes of the device, as the one stage "training"; ValueError
     where that cannot be, naming the least."""
     ways = {"training": ways_to_train(job, weights, trained)}
-    return plan_run(ways, weights.total * (1 + trained.teacher), budget)
+    return choose_ways(ways, weights.total * (1 + trained.teacher), budget)
 
 
-def ways_to_train(job: Job, weights: Weights, trained: Trained) -> Iterator[TrainStage]:
+def ways_to_train(job: Job, weights: Weights, trained: Trained) -> Iterator[TrainingWay]:
     """Ways to train, fastest first: fewer tokens at a time cost next to nothing, inputs of blocks
     in host memory little, streamed weights more; weights that are trained cannot be streamed."""
     count = job.config.num_visual_blocks
-    ways = [Way(tokens=TOKENS[0]), Way(tokens=TOKENS[1]), Way(tokens=TOKENS[1], host=True)]
+    ways = [
+        Computation(tokens=TOKENS[0]),
+        Computation(tokens=TOKENS[1]),
+        Computation(tokens=TOKENS[1], host=True),
+    ]
     if not trained.full:
         ways += [
-            Way(tokens=TOKENS[1], host=True, resident=resident)
+            Computation(tokens=TOKENS[1], host=True, resident=resident)
             for resident in range(count - 1, -1, -1)
         ]
-    ways.append(Way(tokens=TOKENS[2], host=True, resident=None if trained.full else 0))
+    ways.append(Computation(tokens=TOKENS[2], host=True, resident=None if trained.full else 0))
     for way in ways:
         resident = count if way.resident is None else way.resident
         how = (
@@ -87,12 +91,12 @@ def ways_to_train(job: Job, weights: Weights, trained: Trained) -> Iterator[Trai
         )
         # of a block, as its products read them
         narrow = max(weights.layers) * job.dtype.itemsize // WIDE if trained.full else 0
-        yield TrainStage(
+        yield TrainingWay(
             held,
             trained.state + step_bytes(job, way) + narrow,
             f"{how}, {way.tokens} tokens at a time",
             resident,
-            way=way,
+            computation=way,
         )
 
 
@@ -105,7 +109,7 @@ def weights_on_device(weights: Weights, text_blocks: int, resident: int) -> int:
     return Weights(blocks, 0, weights.rest + sum(stay)).on_device(resident)
 
 
-def step_bytes(job: Job, way: Way) -> int:
+def step_bytes(job: Job, way: Computation) -> int:
     """Bytes at the worst moment of a step, without weights and what is trained: in the backward of
     the last visual block.
 

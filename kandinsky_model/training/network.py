@@ -22,12 +22,12 @@ from kandinsky_kernels import modulated_norm
 
 from ..devices.host import Store
 from ..devices.offload import LayerStream, streamed_layers
-from ..dit.layout import Plan
+from ..dit.layout import Layout
 from ..dit.transformer import DiffusionTransformer3D, Modulations, ModulationTable
 
 
 @dataclass(frozen=True)
-class Way:
+class Computation:
     """How a pass is computed. checkpoint: blocks are computed again, else everything is kept. host:
     what they begin with waits in host memory. resident: how many visual blocks stay on the device,
     the others being streamed; None: all. tokens: at a time, of all samples together."""
@@ -46,17 +46,22 @@ class TrainNetwork:
     there.
     """
 
-    def __init__(self, dit: DiffusionTransformer3D, device: torch.device, way: Way = Way()):
-        self.dit, self.device, self.way = dit, device, way
+    def __init__(
+        self,
+        dit: DiffusionTransformer3D,
+        device: torch.device,
+        computation: Computation = Computation(),
+    ):
+        self.dit, self.device, self.computation = dit, device, computation
         self.blocks = list(dit.visual_transformer_blocks)
         # lets autograd record blocks whose inputs need no gradient
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.inputs: dict[int, Tensor] = {}  # of blocks, in host memory
         self.streamed, self.stream = {}, None
-        if way.resident is None or way.resident >= len(self.blocks):
+        if computation.resident is None or computation.resident >= len(self.blocks):
             dit.to(device)
         else:
-            self._stream(way.resident)
+            self._stream(computation.resident)
 
     @property
     def config(self):
@@ -102,31 +107,31 @@ class TrainNetwork:
         text: Tensor,
         pooled: Tensor,
         time: Tensor,
-        plan: Plan,
+        layout: Layout,
         text_lengths: Tensor | None = None,
         modulations: Modulations | None = None,
     ) -> Tensor:
-        if not self.way.checkpoint:
-            return self.dit(x, text, pooled, time, plan, text_lengths, modulations)
+        if not self.computation.checkpoint:
+            return self.dit(x, text, pooled, time, layout, text_lengths, modulations)
         modulations = (
             self.dit.modulate(time[None], pooled).step(0) if modulations is None else modulations
         )
-        x, text, key_mask = self.dit.begin(x, text, plan, text_lengths, modulations)
+        x, text, key_mask = self.dit.begin(x, text, layout, text_lengths, modulations)
         recorded = torch.is_grad_enabled()
         for i in range(len(self.blocks)):
             x = _Block.apply(
-                self.anchor, self, i, (plan, key_mask, recorded), x, text, *modulations.visual[i]
+                self.anchor, self, i, (layout, key_mask, recorded), x, text, *modulations.visual[i]
             )
-        return self.dit.finish(self.dit.norm_for(-1, x, modulations.visual), plan)
+        return self.dit.finish(self.dit.norm_for(-1, x, modulations.visual), layout)
 
     def parts(self, x: Tensor) -> list[slice]:
         """The tokens of x [B, S, C] that are done together."""
-        size = max(1, self.way.tokens // x.shape[0])
+        size = max(1, self.computation.tokens // x.shape[0])
         return [slice(start, start + size) for start in range(0, x.shape[1], size)]
 
     def keep(self, i: int, x: Tensor) -> Tensor:
         """x, or with `host` a copy of it in memory that is used for this block again and again."""
-        if not self.way.host:
+        if not self.computation.host:
             return x
         if i not in self.inputs or self.inputs[i].shape != x.shape:
             self.inputs[i] = torch.empty(
@@ -141,13 +146,13 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, network, i, context, x, text, *modulation):
         ctx.network, ctx.i, ctx.context = network, i, context
-        plan, key_mask, recorded = context
+        layout, key_mask, recorded = context
         if recorded:
             ctx.save_for_backward(network.keep(i, x), text, *modulation)
         out = torch.empty_like(x)
         with network.placed(i, 1) as block:
             attended = block.self_attention.attend(
-                modulated_norm(x, modulation[1], modulation[0]), plan
+                modulated_norm(x, modulation[1], modulation[0]), layout
             )
             keys_values = block.cross_attention.read(text)
             for part in network.parts(x):
@@ -158,7 +163,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        network, (plan, key_mask, _) = ctx.network, ctx.context
+        network, (layout, key_mask, _) = ctx.network, ctx.context
         saved = [tensor.to(network.device, non_blocking=True) for tensor in ctx.saved_tensors]
         x, text, *modulation = leaves = [
             x.detach().requires_grad_(need)
@@ -166,7 +171,7 @@ class _Block(torch.autograd.Function):
         ]
         with network.placed(ctx.i, -1) as block, torch.enable_grad():
             attended = block.self_attention.attend(
-                modulated_norm(x, modulation[1], modulation[0]), plan
+                modulated_norm(x, modulation[1], modulation[0]), layout
             )
             keys_values = block.cross_attention.read(text)
             read = [_leaf(tensor) for tensor in keys_values]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.locate import Sources
-from ..dit.layout import Plan
+from ..dit.layout import Layout
 from ..files import replacing
 from ..media.chart import Axes, lines
 from ..pipeline import Kandinsky5
@@ -82,17 +82,17 @@ class Gallery:
     def show(
         self,
         network,
-        plan_of: Callable[[tuple[int, int, int]], Plan],
+        layout_of: Callable[[tuple[int, int, int]], Layout],
         step: int,
         memory_budget: int | None = None,
     ) -> list[Path]:
-        """Sample with `network` as it is after `step` steps, and return the files written. plan_of:
+        """Sample with `network` as it is after `step` steps, and return the files written. layout_of:
         for latents of T, h, w."""
         self.folder.mkdir(parents=True, exist_ok=True)
         written = []
         for i, one in enumerate(self.samples):
             settings = self._settings(one, self.seed + i)
-            latents = self._sampled(network, one, settings, plan_of(one.shape))
+            latents = self._sampled(network, one, settings, layout_of(one.shape))
             video = Video(
                 latents, settings, partial(self.decoder.decode, memory_budget=memory_budget)
             )
@@ -118,7 +118,7 @@ class Gallery:
             model=self.sources.name,
         )
 
-    def _sampled(self, network, one: Sample, settings: Settings, plan: Plan) -> Tensor:
+    def _sampled(self, network, one: Sample, settings: Settings, layout: Layout) -> Tensor:
         """Latents [1, T, h, w, C]."""
         cond, uncond = (
             conditioning([text["embeds"]], [text["pooled"]], self.device)
@@ -132,7 +132,7 @@ class Gallery:
             network,
             start,
             cond,
-            plan,
+            layout,
             sampling,
             uncond,
             given(clean, [tensors.get("source")], preset.task),

@@ -29,7 +29,7 @@ from ..devices.budget import Weights
 from ..devices.parallel import processes
 from ..dit.accounting import Job
 from ..dit.geometry import Grid
-from ..dit.layout import Plan, make_plan
+from ..dit.layout import Layout, make_layout
 from ..dit.transformer import DiffusionTransformer3D
 from ..sampling.given import model_input, with_frames
 from ..sampling.sampler import TIME_UNIT
@@ -40,7 +40,7 @@ from .budget import Trained, plan_training
 from .cache import Cache, Sample, Wanted
 from .config import TrainConfig
 from .data import Bad, find_items
-from .network import TrainNetwork, Way
+from .network import Computation, TrainNetwork
 from .outputs import save_lora, save_model
 from .report import Gallery, save_curve
 from .state import State, read_about
@@ -108,7 +108,7 @@ class Run:
             else torch.float32
         )
         self.place = out / "training" / STATE
-        self.plans: dict[tuple, Plan] = {}
+        self.layouts: dict[tuple, Layout] = {}
         # bytes of the memory budget beside weights and what is trained
         self.left: int | None = None
 
@@ -224,13 +224,13 @@ class Run:
             self.teacher = TrainNetwork(copy.deepcopy(dit), self.device, way)
         return network, dict(dit.train().requires_grad_(True).named_parameters())
 
-    def _way(self, dit: DiffusionTransformer3D) -> Way:
+    def _way(self, dit: DiffusionTransformer3D) -> Computation:
         """How passes are computed: so that memory suffices for the largest samples, or, where there
         is no limit, with everything kept."""
         config, budget = self.config, self.config.memory_budget or free_bytes(self.device)
         checkpoint = budget is not None if config.checkpointing is None else config.checkpointing
         if budget is None or not checkpoint:
-            return Way(checkpoint)
+            return Computation(checkpoint)
         T, h, w = max((sample.shape for sample in self.samples), key=math.prod)
         tokens = self.preset.text_max_length * (2 if self.preset.task == "i2i" else 1)
         job = Job(
@@ -243,11 +243,11 @@ class Run:
             on_cpu=self.device.type == "cpu",
         )
         weights, trained = Weights.of(dit), Trained.of(dit, config)
-        plan = plan_training(job, weights, trained, budget)
-        stage = plan.stages["training"]
-        self._tell("%s", plan)
+        placement = plan_training(job, weights, trained, budget)
+        stage = placement.stages["training"]
+        self._tell("%s", placement)
         self.left = budget - stage.weights - trained.state
-        return stage.way
+        return stage.computation
 
     @property
     def nabla(self) -> NablaConfig | None:
@@ -257,20 +257,20 @@ class Run:
         )
         return (self.preset.nabla or NABLA_FOR_DENSE) if wanted == "nabla" else None
 
-    def plan(self, shape: tuple[int, int, int], dense: bool = False) -> Plan:
+    def layout(self, shape: tuple[int, int, int], dense: bool = False) -> Layout:
         """For latents of T, h, w: with the attention that is trained, or dense."""
         key = (shape, dense)
-        if key not in self.plans:
+        if key not in self.layouts:
             T, h, w = shape
             nabla = None if dense else self.nabla
-            self.plans[key] = make_plan(
+            self.layouts[key] = make_layout(
                 self.preset.dit,
                 Grid(T, h // 2, w // 2),
                 self.preset.scale_factor,
                 nabla,
                 self.device,
             )
-        return self.plans[key]
+        return self.layouts[key]
 
     def advance(self) -> None:
         """One step, and what is due after it."""
@@ -312,13 +312,15 @@ class Run:
         x = model_input(self.network.dit, with_frames(batch.noisy, frames), batch.given)
         shape = tuple(x.shape[1:4])
         wanted = self._taught(x, batch) if self.config.distill else batch.noise - batch.clean
-        error = self._velocity(self.network, x, batch.times, batch.cond, self.plan(shape)) - wanted
+        error = (
+            self._velocity(self.network, x, batch.times, batch.cond, self.layout(shape)) - wanted
+        )
         return error[:, len(frames) :].square().mean((1, 2, 3, 4))
 
     def _velocity(
-        self, network: TrainNetwork, x: Tensor, times: Tensor, text: Conditioning, plan: Plan
+        self, network: TrainNetwork, x: Tensor, times: Tensor, text: Conditioning, layout: Layout
     ) -> Tensor:
-        return network(x, text.embeds, text.pooled, TIME_UNIT * times, plan, text.lengths).float()
+        return network(x, text.embeds, text.pooled, TIME_UNIT * times, layout, text.lengths).float()
 
     @torch.no_grad()
     def _taught(self, x: Tensor, batch: Batch) -> Tensor:
@@ -327,10 +329,10 @@ class Run:
         with switched_off(self.teacher.dit):
             if self.config.distill == "dense":
                 return self._velocity(
-                    self.teacher, x, batch.times, batch.cond, self.plan(shape, dense=True)
+                    self.teacher, x, batch.times, batch.cond, self.layout(shape, dense=True)
                 )
             told, untold = (
-                self._velocity(self.teacher, x, batch.times, text, self.plan(shape))
+                self._velocity(self.teacher, x, batch.times, text, self.layout(shape))
                 for text in (batch.cond, batch.null)
             )
         return untold + self.preset.guidance * (told - untold)
@@ -364,7 +366,7 @@ class Run:
         """Samples; a training of days does not end for the want of one."""
         try:
             with self.state.averaged(), torch.no_grad():
-                for path in self.gallery.show(self.network, self.plan, step, self.left):
+                for path in self.gallery.show(self.network, self.layout, step, self.left):
                     _log.info("%s", path)
         except (ValueError, OSError, RuntimeError) as error:
             _log.warning("no samples after step %d: %s", step, error)

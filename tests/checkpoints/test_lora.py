@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.cli.generate import scaled_path
 from kandinsky_model.dit.geometry import Grid
-from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.layout import make_layout
 
 from ..dit.test_transformer import CONFIG, NABLA, SCALE, build, inputs, rel_l2
 
@@ -65,7 +65,7 @@ def changed(*parts):
 
 
 def out(dit):
-    return dit(*inputs(CONFIG, GRID), make_plan(CONFIG, GRID, SCALE, NABLA))
+    return dit(*inputs(CONFIG, GRID), make_layout(CONFIG, GRID, SCALE, NABLA))
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)

@@ -15,7 +15,7 @@ from kandinsky_model.devices import offload
 from kandinsky_model.devices.host import Store, tensors_of
 from kandinsky_model.devices.offload import LayerStream, Offload, streamed_layers
 from kandinsky_model.dit.geometry import Grid
-from kandinsky_model.dit.layout import Chunks, make_plan
+from kandinsky_model.dit.layout import Chunks, make_layout
 from kandinsky_model.dit.quantized import quantize
 from kandinsky_model.sampling.sampler import Sampling, noise, sample
 from kandinsky_model.sampling.step_cache import FirstBlockCache, MagCache
@@ -35,7 +35,7 @@ def network(config=CONFIG):
 def out(dit, mode="dense", chunks=WHOLE):
     with torch.no_grad():
         return dit(
-            *inputs(CONFIG, GRID, 2), make_plan(CONFIG, GRID, SCALE, MODES[mode], chunks=chunks)
+            *inputs(CONFIG, GRID, 2), make_layout(CONFIG, GRID, SCALE, MODES[mode], chunks=chunks)
         )
 
 
@@ -51,7 +51,12 @@ def run(dit, cache=None):
     )
     start = noise(1, (1, GRID.T, 2 * GRID.Y, 2 * GRID.X, 16))
     *_, (_, latents) = sample(
-        dit, start, cond, make_plan(CONFIG, GRID, SCALE), Sampling(4, 5.0, 3.0, cache=cache), uncond
+        dit,
+        start,
+        cond,
+        make_layout(CONFIG, GRID, SCALE),
+        Sampling(4, 5.0, 3.0, cache=cache),
+        uncond,
     )
     return latents
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from kandinsky_model.config import DiTConfig, NablaConfig
 from kandinsky_model.devices.parallel import Ranks, from_first, share
 from kandinsky_model.dit.geometry import Grid
-from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.layout import make_layout
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.sampling.result import load_latents
 from kandinsky_model.sampling.sampler import Sampling, noise, sample
@@ -54,7 +54,7 @@ def run(name, ranks_of=None):
     guidance, nabla, cache = CASES[name]
     dit = DiffusionTransformer3D(CONFIG)
     dit.load_state_dict(random_state(CONFIG))
-    plan = make_plan(
+    plan = make_layout(
         CONFIG,
         GRID,
         (1.0, 2.0, 2.0),

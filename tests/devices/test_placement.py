@@ -13,11 +13,11 @@ from benchmarks import budgets as paper
 from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.config import PRESETS, DiTConfig, NablaConfig, VAEConfig
 from kandinsky_model.devices.available import free_bytes
-from kandinsky_model.devices.budget import Stage, Weights, plan_run
+from kandinsky_model.devices.budget import Way, Weights, choose_ways
 from kandinsky_model.devices.offload import Offload
-from kandinsky_model.dit.accounting import Job, sampling_bytes, sampling_ways
+from kandinsky_model.dit.accounting import Job, SamplingWay, sampling_bytes, sampling_ways
 from kandinsky_model.dit.geometry import Grid
-from kandinsky_model.dit.layout import Chunks, make_plan
+from kandinsky_model.dit.layout import Chunks, make_layout
 from kandinsky_model.dit.linear import Linear
 from kandinsky_model.dit.quantized import quantize
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
@@ -73,7 +73,7 @@ def measured(dit, job, stage, cache=None):
         pass
     gc.collect()
     with LiveMemory() as memory, hosted.on_device(stage.resident) as placed:
-        plan = make_plan(
+        plan = make_layout(
             job.config, grid, (1.0, 2.0, 2.0), NABLA if job.nabla else None, chunks=stage.chunks
         )
         start = noise(0, (job.batch, grid.T, 2 * grid.Y, 2 * grid.X, 16))
@@ -120,7 +120,7 @@ def test_sampling_needs_what_was_predicted(
     job = Job(
         config, grid, torch.float32, batch, STEPS, guided, nabla, cache, text_tokens=9, on_cpu=True
     )
-    stage = Stage(
+    stage = SamplingWay(
         Weights.of(dit).on_device(resident),
         sampling_bytes(job, chunks),
         resident=resident,
@@ -146,7 +146,7 @@ def test_adapters_are_accounted_for(tmp_path, chunks, count):
     for i in range(count):
         adapters.load(write(tmp_path / f"{i}.safetensors", made))
     job = Job(TINY, GRID, torch.float32, 1, STEPS, text_tokens=9, adapters=count, on_cpu=True)
-    stage = Stage(
+    stage = SamplingWay(
         Weights.of(dit).on_device(2), sampling_bytes(job, chunks), resident=2, chunks=chunks
     )
     assert 0.9 * stage.peak_bytes <= measured(dit, job, stage) <= stage.peak_bytes
@@ -158,7 +158,7 @@ def test_quantised_weights_are_accounted_for(chunks, mode, least):
     config = replace(TINY, model_dim=256, ff_dim=1024)
     dit = quantize(random_dit(config), mode)
     job = Job(config, GRID, torch.float32, 1, STEPS, text_tokens=9, quantization=mode, on_cpu=True)
-    stage = Stage(
+    stage = SamplingWay(
         Weights.of(dit).on_device(1), sampling_bytes(job, chunks), resident=1, chunks=chunks
     )
     assert least * stage.peak_bytes <= measured(dit, job, stage) <= stage.peak_bytes
@@ -173,7 +173,9 @@ def test_budgets_are_kept_to():
     ways = list(sampling_ways(job, Weights.of(dit)))
     peaks = sorted({way.peak_bytes for way in ways})
     budgets = [peaks[-1], peaks[len(peaks) // 2], peaks[0]]
-    chosen = [plan_run({"sampling": ways}, 10**9, budget).stages["sampling"] for budget in budgets]
+    chosen = [
+        choose_ways({"sampling": ways}, 10**9, budget).stages["sampling"] for budget in budgets
+    ]
     assert len({(stage.resident, stage.chunks) for stage in chosen}) == 3 and chosen[0] == ways[0]
     for budget, stage in zip(budgets, chosen, strict=True):
         assert measured(dit, job, stage) <= stage.peak_bytes <= budget
@@ -181,10 +183,10 @@ def test_budgets_are_kept_to():
 
 def test_the_first_way_that_fits_is_taken_and_all_together_where_there_is_room():
     ways = {
-        "text": [Stage(50, 5, "resident", 3), Stage(10, 5, "streamed")],
-        "sampling": [Stage(40, 20, "resident", 2), Stage(30, 2)],
+        "text": [Way(50, 5, "resident", 3), Way(10, 5, "streamed")],
+        "sampling": [Way(40, 20, "resident", 2), Way(30, 2)],
     }
-    plan = plan_run(ways, 100, 56)
+    plan = choose_ways(ways, 100, 56)
     assert (
         plan.together,
         plan.stages["text"].resident,
@@ -195,18 +197,18 @@ def test_the_first_way_that_fits_is_taken_and_all_together_where_there_is_room()
         "text: 5.5e-08 of 5.6e-08 GB: resident",
         "sampling: 3.2e-08 of 5.6e-08 GB",
     ]
-    plan = plan_run(ways, 100, 120)
+    plan = choose_ways(ways, 100, 120)
     assert plan.together and [stage.peak_bytes for stage in plan.stages.values()] == [105, 120]
-    assert not plan_run(ways, 100, 119).together
+    assert not choose_ways(ways, 100, 119).together
     with pytest.raises(
         ValueError,
         match="^sampling requires a memory budget of at least 32 bytes .*, got 31: raise it",
     ) as caught:
-        plan_run(ways, 100, 31)
+        choose_ways(ways, 100, 31)
     assert "\n" not in str(caught.value)
     for budget in ("10GB", 1e9, True):
         with pytest.raises(TypeError, match="an int, of bytes"):
-            plan_run(ways, 100, budget)
+            choose_ways(ways, 100, budget)
 
 
 def test_weights_are_those_of_the_network():
@@ -256,13 +258,9 @@ def test_large_cards_keep_everything():
 
 def test_decoding_leaves_room_and_names_its_scheme():
     preset = PRESETS["t2v-lite-sft-10s"]
-    job, weights, vae = (
-        Job(preset.dit, Grid(61, 32, 48)),
-        Weights(rest=500_000_000),
-        paper.video_vae(preset.vae),
-    )
+    weights, vae = Weights(rest=500_000_000), paper.video_vae(preset.vae)
     for policy, more in (("global", 5), ("official", 3), ("preview", 1)):
-        ways = list(decoding_ways(weights, vae, job, policy))
+        ways = list(decoding_ways(weights, vae, (61, 64, 96), torch.bfloat16, policy))
         assert len(ways) >= more and [way.peak_bytes for way in ways] == sorted(
             (way.peak_bytes for way in ways), reverse=True
         )
@@ -279,8 +277,7 @@ def test_encoding_pictures_needs_what_was_predicted():
     what is measured of it."""
     from diffusers import AutoencoderKL
 
-    job = Job(PRESETS["i2i-lite-sft"].dit, Grid(1, 8, 8), torch.float32)
-    ways = list(picture_ways(Weights(), paper.video_vae(VAEConfig()), job))
+    ways = list(picture_ways(Weights(), paper.video_vae(VAEConfig()), (128, 128), torch.float32))
     assert ways and all(way.scheme_bytes / 0.9 < way.peak_bytes for way in ways)
     levels = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     vae = AutoencoderKL(
@@ -293,8 +290,8 @@ def test_encoding_pictures_needs_what_was_predicted():
         use_post_quant_conv=False,
     ).requires_grad_(False)
     (whole,), (decode,) = (
-        picture_ways(Weights(), None, job),
-        decoding_ways(Weights(), None, job, "global"),
+        picture_ways(Weights(), None, (128, 128), torch.float32),
+        decoding_ways(Weights(), None, (1, 16, 16), torch.float32, "global"),
     )
     for stage, call in (
         (whole, lambda: vae.encode(torch.randn(1, 3, 128, 128))),

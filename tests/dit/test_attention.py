@@ -9,7 +9,7 @@ import torch
 
 from kandinsky_model.checkpoints.load import load_dit, save_dit
 from kandinsky_model.dit.geometry import Grid
-from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.layout import make_layout
 
 from .test_transformer import CONFIG, MODES, SCALE, build, inputs, rel_l2
 
@@ -18,7 +18,7 @@ from .test_transformer import CONFIG, MODES, SCALE, build, inputs, rel_l2
 def test_prepared_network_is_the_same_function(mode):
     """One product for queries, keys and values, and all steps' modulations at once."""
     grid, plain = Grid(2, 10, 12), build()
-    data, plan = inputs(CONFIG, grid, 2), make_plan(CONFIG, grid, SCALE, MODES[mode])
+    data, plan = inputs(CONFIG, grid, 2), make_layout(CONFIG, grid, SCALE, MODES[mode])
     dit = build().prepare()
     attentions = [block.self_attention for block in dit.visual_transformer_blocks]
     assert all(
@@ -38,7 +38,7 @@ def test_logits_stay_below_their_bound():
     dit, grid = build().prepare(), Grid(1, 8, 8)
     attention, plan = (
         dit.visual_transformer_blocks[0].self_attention,
-        make_plan(CONFIG, grid, SCALE),
+        make_layout(CONFIG, grid, SCALE),
     )
     query, key, _ = attention.project(
         *(torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(2)),) * 2

@@ -76,11 +76,11 @@ def test_heads_in_groups_leave_the_same_record(model, monkeypatch):
         return watch
 
     whole = seen()
-    make_plan = pipeline.make_plan
+    make_layout = pipeline.make_layout
     monkeypatch.setattr(
         pipeline,
-        "make_plan",
-        lambda *args, chunks, **options: make_plan(*args, chunks=Chunks(heads=1), **options),
+        "make_layout",
+        lambda *args, chunks, **options: make_layout(*args, chunks=Chunks(heads=1), **options),
     )
     parts = seen()
     assert whole.density.std() > 0.01 and parts.density.shape == whole.density.shape

@@ -15,7 +15,7 @@ from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.config import LITE_DIT, PRO_DIT, QUANTIZATIONS
 from kandinsky_model.dit import quantized as quant
 from kandinsky_model.dit.geometry import Grid
-from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.layout import make_layout
 from kandinsky_model.dit.linear import Linear
 from kandinsky_model.dit.quantized import (
     QuantizedLinear,
@@ -293,7 +293,7 @@ def test_the_network_computes_with_the_weights_it_stores(mode, attention):
     data, nabla = inputs(CONFIG, GRID, 2), MODES[attention]
     data = (*data[:3], data[3] / 100)
     dit = quantize(build(), mode)
-    ours = dit(*data, make_plan(CONFIG, GRID, SCALE, nabla))
+    ours = dit(*data, make_layout(CONFIG, GRID, SCALE, nabla))
     assert_faithful(
         ours, peer(mode, data, torch.float64, nabla), peer(mode, data, torch.float32, nabla)
     )
@@ -302,7 +302,7 @@ def test_the_network_computes_with_the_weights_it_stores(mode, attention):
 @pytest.mark.parametrize("mode", QUANTIZATIONS)
 def test_error_against_full_width_is_that_of_the_peer(mode):
     needs_product(mode)
-    data, plan = inputs(CONFIG, GRID), make_plan(CONFIG, GRID, SCALE)
+    data, plan = inputs(CONFIG, GRID), make_layout(CONFIG, GRID, SCALE)
     exact = plain_forward(
         {name: x.double() for name, x in build().state_dict().items()},
         CONFIG,
@@ -321,7 +321,7 @@ def test_error_against_full_width_is_that_of_the_peer(mode):
 @pytest.mark.parametrize("attention", MODES)
 @pytest.mark.parametrize("mode", STEPS)
 def test_one_product_gives_queries_keys_and_values(mode, attention):
-    data, plan = inputs(CONFIG, GRID), make_plan(CONFIG, GRID, SCALE, MODES[attention])
+    data, plan = inputs(CONFIG, GRID), make_layout(CONFIG, GRID, SCALE, MODES[attention])
     dit = quantize(build(), mode)
     attentions = [block.self_attention for block in dit.visual_transformer_blocks]
     assert all(
@@ -349,7 +349,7 @@ def test_the_joint_weight_in_full_width_is_let_go(monkeypatch):
 
 @pytest.mark.parametrize("mode", STEPS)
 def test_casts_and_moves_keep_8_bits(mode):
-    data, plan = inputs(CONFIG, GRID), make_plan(CONFIG, GRID, SCALE)
+    data, plan = inputs(CONFIG, GRID), make_layout(CONFIG, GRID, SCALE)
     dit = quantize(build(), mode)
     state, before = {name: x.clone() for name, x in dit.state_dict().items()}, dit(*data, plan)
     attention = dit.visual_transformer_blocks[1].self_attention
@@ -370,7 +370,7 @@ def test_casts_and_moves_keep_8_bits(mode):
 
 @pytest.mark.parametrize("mode", ["int8", "fp8-dynamic"])
 def test_the_quantised_network_is_one_graph(mode):
-    data, plan = inputs(CONFIG, GRID), make_plan(CONFIG, GRID, SCALE, NABLA)
+    data, plan = inputs(CONFIG, GRID), make_layout(CONFIG, GRID, SCALE, NABLA)
     dit = quantize(build(), mode)
     torch._dynamo.reset()
     compiled = torch.compile(dit, fullgraph=True, backend="aot_eager")

@@ -23,7 +23,7 @@ from kandinsky_model.config import (
 )
 from kandinsky_model.dit.attention import Attention
 from kandinsky_model.dit.geometry import Grid, local_window
-from kandinsky_model.dit.layout import Chunks, make_plan
+from kandinsky_model.dit.layout import Chunks, make_layout
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 
 from ..compare import assert_faithful
@@ -176,7 +176,7 @@ def test_every_block_boundary_equals_plain_computation(mode, grid):
         MODES[mode],
     )
     peer = plain_forward(state, CONFIG, *data, SCALE, MODES[mode])
-    plan = make_plan(CONFIG, grid, SCALE, MODES[mode])
+    plan = make_layout(CONFIG, grid, SCALE, MODES[mode])
     texts, streams = [], []
     for block in dit.text_transformer_blocks:
         block.register_forward_hook(lambda module, args, out: texts.append(out))
@@ -204,7 +204,9 @@ def test_every_block_boundary_equals_plain_computation(mode, grid):
 def test_nabla_is_sparse_here():
     """Otherwise the comparisons above would pass with dense attention."""
     dit, data, grid = build(), inputs(CONFIG, Grid(2, 16, 16)), Grid(2, 16, 16)
-    dense, sparse = (dit(*data, make_plan(CONFIG, grid, SCALE, nabla)) for nabla in MODES.values())
+    dense, sparse = (
+        dit(*data, make_layout(CONFIG, grid, SCALE, nabla)) for nabla in MODES.values()
+    )
     assert rel_l2(sparse, dense) > 1e-3
 
 
@@ -247,8 +249,8 @@ def test_equals_diffusers(oracle, mode):
     this seed it pushes none."""
     grid, nabla = Grid(3, 16, 24), MODES[mode]
     dit, data = build(seed=SEED_WITHOUT_FLIPS), inputs(CONFIG, grid)
-    out = dit(*data, make_plan(CONFIG, grid, SCALE, nabla))
-    rounded = dit(*data, make_plan(CONFIG, grid, SCALE, nabla, rope_cast=torch.bfloat16))
+    out = dit(*data, make_layout(CONFIG, grid, SCALE, nabla))
+    rounded = dit(*data, make_layout(CONFIG, grid, SCALE, nabla, rope_cast=torch.bfloat16))
     with torch.no_grad():
         stock = run_oracle(oracle(dit, stripped=False), data, grid, nabla)
         exact = run_oracle(oracle(dit, stripped=True), data, grid, nabla)
@@ -273,7 +275,7 @@ def test_our_cast_also_picks_the_blocks_of_stock_diffusers(oracle):
     with torch.no_grad():
         stock = run_oracle(oracle(dit, stripped=False), data, grid, NABLA)
     exact, rounded = (
-        dit(*data, make_plan(CONFIG, grid, SCALE, NABLA, rope_cast=cast))
+        dit(*data, make_layout(CONFIG, grid, SCALE, NABLA, rope_cast=cast))
         for cast in (None, torch.bfloat16)
     )
     assert rel_l2(exact, stock) > 1e-3
@@ -284,7 +286,7 @@ def test_gradients_equal_diffusers(oracle):
     grid = Grid(2, 8, 16)
     dit, data = build().requires_grad_(True), inputs(CONFIG, grid)
     model = oracle(dit, stripped=True)
-    for out in (dit(*data, make_plan(CONFIG, grid, SCALE)), run_oracle(model, data, grid, None)):
+    for out in (dit(*data, make_layout(CONFIG, grid, SCALE)), run_oracle(model, data, grid, None)):
         out.square().mean().backward()
     theirs = dict(model.named_parameters())
     for name, parameter in dit.named_parameters():
@@ -295,7 +297,7 @@ def test_every_parameter_learns_under_nabla():
     grid = Grid(2, 12, 16)
     dit, data = build().requires_grad_(True), inputs(CONFIG, grid, batch=2)
     dit(
-        *data, make_plan(CONFIG, grid, SCALE, NABLA), torch.tensor([4, 11])
+        *data, make_layout(CONFIG, grid, SCALE, NABLA), torch.tensor([4, 11])
     ).square().mean().backward()
     assert all(
         p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in dit.parameters()
@@ -309,7 +311,7 @@ def test_every_parameter_learns_under_nabla():
 def test_a_sample_does_not_depend_on_its_batch(mode):
     grid, lengths = Grid(2, 8, 16), [11, 3]
     dit, (x, text, pooled, time) = build(), inputs(CONFIG, grid, batch=2)
-    plan = make_plan(CONFIG, grid, SCALE, MODES[mode])
+    plan = make_layout(CONFIG, grid, SCALE, MODES[mode])
     text[1, 3:] = math.nan  # padding must not matter at all
     together = dit(x, text, pooled, time, plan, torch.tensor(lengths))
     for i, length in enumerate(lengths):
@@ -329,7 +331,7 @@ def test_equal_lengths_need_no_mask(monkeypatch):
     )
     grid = Grid(1, 4, 4)
     dit, (x, text, pooled, time) = build(), inputs(CONFIG, grid, batch=2)
-    plan = make_plan(CONFIG, grid, SCALE)
+    plan = make_layout(CONFIG, grid, SCALE)
     cut = dit(x, text, pooled, time, plan, torch.tensor([7, 7]))
     assert masks and all(mask is None for mask in masks)
     assert torch.equal(cut, dit(x, text[:, :7], pooled, time, plan))
@@ -343,8 +345,8 @@ def test_equal_lengths_need_no_mask(monkeypatch):
 @pytest.mark.parametrize("grid", [Grid(2, 12, 20), Grid(1, 3, 5), Grid(3, 8, 9)], ids=str)
 def test_keeping_everything_equals_dense(grid):
     dit, data = build(), inputs(CONFIG, grid)
-    dense = dit(*data, make_plan(CONFIG, grid, SCALE))
-    everything = dit(*data, make_plan(CONFIG, grid, SCALE, NablaConfig(1.0, (1, 1, 1))))
+    dense = dit(*data, make_layout(CONFIG, grid, SCALE))
+    everything = dit(*data, make_layout(CONFIG, grid, SCALE, NablaConfig(1.0, (1, 1, 1))))
     assert rel_l2(everything, dense) <= 1e-6
 
 
@@ -356,7 +358,7 @@ def test_chunks_change_nothing_but_rounding(mode, batch, monkeypatch):
     grid, widest, config = Grid(2, 8, 18), [], replace(CONFIG, model_dim=192)
     dit, data = build(config).prepare(), inputs(config, grid, batch)
     whole, kept = (
-        dit(*data, make_plan(config, grid, SCALE, MODES[mode])),
+        dit(*data, make_layout(config, grid, SCALE, MODES[mode])),
         [tensor.clone() for tensor in data],
     )
     gelu = torch.nn.functional.gelu
@@ -366,7 +368,7 @@ def test_chunks_change_nothing_but_rounding(mode, batch, monkeypatch):
     for heads, tokens in ((1, 10**6), (None, 100), (2, 101), (4, 1)):
         chunks = Chunks(heads, tokens)
         assert (
-            rel_l2(dit(*data, make_plan(config, grid, SCALE, MODES[mode], chunks=chunks)), whole)
+            rel_l2(dit(*data, make_layout(config, grid, SCALE, MODES[mode], chunks=chunks)), whole)
             <= 1e-6
         )
         assert max(widest[CONFIG.num_text_blocks :]) <= max(batch, tokens)
@@ -379,7 +381,7 @@ def test_gradients_do_not_depend_on_chunks():
     for chunks in (Chunks(), Chunks(1, 10)):
         dit = build().requires_grad_()
         dit(
-            *inputs(CONFIG, grid), make_plan(CONFIG, grid, SCALE, chunks=chunks)
+            *inputs(CONFIG, grid), make_layout(CONFIG, grid, SCALE, chunks=chunks)
         ).square().mean().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in dit.parameters()]))
     assert rel_l2(gradients[1], gradients[0]) <= 1e-6 and gradients[0].norm() > 0
@@ -391,7 +393,7 @@ def test_the_whole_network_is_one_graph(mode):
     dit, data, plan = (
         build().prepare(),
         inputs(CONFIG, grid),
-        make_plan(CONFIG, grid, SCALE, MODES[mode]),
+        make_layout(CONFIG, grid, SCALE, MODES[mode]),
     )
     torch._dynamo.reset()
     compiled = torch.compile(dit, fullgraph=True, backend="aot_eager")
@@ -401,7 +403,7 @@ def test_the_whole_network_is_one_graph(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_permuting_heads_changes_nothing(mode):
     grid = Grid(2, 16, 9)
-    plan = make_plan(CONFIG, grid, SCALE, MODES[mode])
+    plan = make_layout(CONFIG, grid, SCALE, MODES[mode])
     attention = build().visual_transformer_blocks[0].self_attention
     x = torch.randn(1, grid.tokens, CONFIG.model_dim, generator=torch.Generator().manual_seed(2))
     shuffled = Attention(CONFIG.model_dim, CONFIG.head_dim).requires_grad_(False)
@@ -425,7 +427,7 @@ def test_modulation_is_fp32_whatever_is_stored():
     """A bf16 model with fp32 modulation and one with bf16 modulation both modulate in fp32, and
     stay near the fp32 model."""
     grid = Grid(2, 8, 8)
-    data, plan, exact = inputs(CONFIG, grid), make_plan(CONFIG, grid, SCALE), build()
+    data, plan, exact = inputs(CONFIG, grid), make_layout(CONFIG, grid, SCALE), build()
     reference = exact(*data, plan)
     published = build(dtype=torch.bfloat16)
     for name, parameter in published.named_parameters():
@@ -451,7 +453,7 @@ def test_modulation_is_fp32_whatever_is_stored():
 def test_errors_name_the_input():
     grid = Grid(1, 4, 4)
     dit, (x, text, pooled, time) = build(), inputs(CONFIG, grid, batch=2)
-    plan = make_plan(CONFIG, grid, SCALE)
+    plan = make_layout(CONFIG, grid, SCALE)
     for bad, name in (
         ((x[:, :, :-2], text, pooled, time), "x"),
         ((x, text[..., 1:], pooled, time), "text"),
@@ -487,7 +489,7 @@ def test_golden(mode):
         if mode == "nabla"
         else None
     )
-    plan = make_plan(
+    plan = make_layout(
         config,
         Grid(size["latent_T"], size["latent_H"] // 2, size["latent_W"] // 2),
         settings["scale_factor"],

@@ -16,7 +16,7 @@ from kandinsky_model.devices.budget import Weights
 from kandinsky_model.devices.offload import Offload
 from kandinsky_model.dit.accounting import Job, sampling_bytes
 from kandinsky_model.dit.geometry import Grid, block_offsets
-from kandinsky_model.dit.layout import Chunks, make_plan
+from kandinsky_model.dit.layout import Chunks, make_layout
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.sampling.sampler import Sampling, noise, sample
 from kandinsky_model.text.embeddings import Conditioning
@@ -243,7 +243,7 @@ def test_weights_stream_from_pinned_memory(resident):
     cond = Conditioning(
         torch.randn(1, 64, 256, device=device, dtype=BF16), None, torch.randn(1, 64, device=device)
     )
-    plan = make_plan(
+    plan = make_layout(
         config, grid, (1.0, 2.0, 2.0), NablaConfig(0.9, (3, 1, 1)), device, chunks=chunks
     )
 

@@ -173,7 +173,7 @@ def test_the_whole_run_keeps_within_the_least_budget(model, policy):
     model.generate(PROMPT, memory_budget=least, **settings).frames.sum()
     with LiveMemory() as memory:
         video = model.generate(PROMPT, memory_budget=least, **settings)
-    stages = model.plan.stages
+    stages = model.placement.stages
     assert (
         0.5 * stages["sampling"].peak_bytes
         <= memory.peak

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from kandinsky_model.config import DiTConfig, NablaConfig
 from kandinsky_model.dit.geometry import Grid
-from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.layout import make_layout
 from kandinsky_model.dit.transformer import DiffusionTransformer3D, Modulations
 from kandinsky_model.sampling import sampler
 from kandinsky_model.sampling.given import Given, normalize_first_frame
@@ -336,7 +336,7 @@ def test_a_batch_of_prompts_equals_single_runs():
     dit.load_state_dict(random_state(config))
     grid = Grid(3, 2, 3)
     plan, start, settings = (
-        make_plan(config, grid, (1.0, 1.0, 1.0)),
+        make_layout(config, grid, (1.0, 1.0, 1.0)),
         noise(0, SHAPE),
         Sampling(3, 5.0, 3.0),
     )
@@ -379,7 +379,7 @@ def test_golden_latents(conditioned, monkeypatch):
     dit = DiffusionTransformer3D(config).requires_grad_(False)
     dit.load_state_dict(load_file(folder / "dit.safetensors"))
     size, window, how = settings["grid"], settings["nabla"], settings["sampler"]
-    plan = make_plan(
+    plan = make_layout(
         config,
         Grid(size["latent_T"], size["latent_H"] // 2, size["latent_W"] // 2),
         settings["scale_factor"],

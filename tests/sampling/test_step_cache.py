@@ -10,7 +10,7 @@ import torch
 
 from kandinsky_model.config import PRESETS
 from kandinsky_model.dit.geometry import Grid
-from kandinsky_model.dit.layout import Chunks, make_plan
+from kandinsky_model.dit.layout import Chunks, make_layout
 from kandinsky_model.sampling.sampler import Sampling, noise, sample
 from kandinsky_model.sampling.step_cache import FirstBlockCache, MagCache, make_cache
 from kandinsky_model.text.embeddings import Conditioning
@@ -31,7 +31,7 @@ def run(cache, guidance=3.0, steps=6, stop=None, tokens=10**6):
         for n in (5, 3)
     )
     plan, start = (
-        make_plan(CONFIG, GRID, SCALE, NABLA, chunks=Chunks(None, tokens)),
+        make_layout(CONFIG, GRID, SCALE, NABLA, chunks=Chunks(None, tokens)),
         noise(1, (1, GRID.T, 2 * GRID.Y, 2 * GRID.X, 16)),
     )
     sampling = Sampling(steps, 5.0, guidance, cache=cache)

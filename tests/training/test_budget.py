@@ -14,12 +14,12 @@ from kandinsky_model.config import PRESETS, DiTConfig, NablaConfig
 from kandinsky_model.devices.budget import Weights
 from kandinsky_model.dit.accounting import Job
 from kandinsky_model.dit.geometry import Grid
-from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.layout import make_layout
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.training.adapters import attach
 from kandinsky_model.training.budget import Trained, plan_training, step_bytes, ways_to_train
 from kandinsky_model.training.config import LoRAConfig, TrainConfig
-from kandinsky_model.training.network import TrainNetwork, Way
+from kandinsky_model.training.network import Computation, TrainNetwork
 from kandinsky_model.training.trainer import Run
 
 from ..dit.test_transformer import rel_l2
@@ -52,7 +52,7 @@ def measured(way, grid, nabla, batch):
     text, pooled, plan = (
         torch.randn(batch, 16, 48),
         torch.randn(batch, 24),
-        make_plan(CONFIG, grid, (1.0, 1.0, 1.0), nabla),
+        make_layout(CONFIG, grid, (1.0, 1.0, 1.0), nabla),
     )
     with LiveMemory() as live:
         x = torch.cat([clean + noise, torch.zeros(*clean.shape[:-1], 17)], -1)
@@ -69,10 +69,10 @@ def measured(way, grid, nabla, batch):
 @pytest.mark.parametrize(
     ("way", "grid", "nabla", "batch"),
     [
-        (Way(), Grid(2, 8, 16), None, 1),
-        (Way(tokens=64), Grid(2, 16, 16), NablaConfig(0.5, (3, 1, 1)), 1),
-        (Way(tokens=128), Grid(1, 16, 16), None, 2),
-        (Way(tokens=128, resident=0), Grid(2, 8, 16), NablaConfig(0.5, (3, 1, 1)), 1),
+        (Computation(), Grid(2, 8, 16), None, 1),
+        (Computation(tokens=64), Grid(2, 16, 16), NablaConfig(0.5, (3, 1, 1)), 1),
+        (Computation(tokens=128), Grid(1, 16, 16), None, 2),
+        (Computation(tokens=128, resident=0), Grid(2, 8, 16), NablaConfig(0.5, (3, 1, 1)), 1),
     ],
     ids=["whole", "nabla", "batch", "streamed"],
 )
@@ -152,7 +152,9 @@ def test_all_weights_are_not_streamed():
     trained = Trained.of(dit, config)
     assert trained.numbers == 2_007_702_848 and trained.state == 4 * 4 * trained.numbers
     ways = list(ways_to_train(job, Weights.of(dit), trained))
-    assert all(way.way.resident is None and way.weights == Weights.of(dit).total for way in ways)
+    assert all(
+        way.computation.resident is None and way.weights == Weights.of(dit).total for way in ways
+    )
     distilled = list(
         ways_to_train(job, Weights.of(dit), Trained.of(dit, replace(config, distill="dense")))
     )
@@ -182,9 +184,13 @@ def test_a_budget_changes_nothing_but_rounding(tmp_path):
         gradients.append(
             torch.cat([parameter.grad.flatten() for parameter in run.parameters.values()])
         )
-        ways.append(run.network.way)
+        ways.append(run.network.computation)
         run.state.optimizer.zero_grad()
         run.advance()
         assert (run.out / "lora.safetensors").is_file()
-    assert ways == [Way(checkpoint=False), Way(), Way(host=True, resident=0, tokens=4096)]
+    assert ways == [
+        Computation(checkpoint=False),
+        Computation(),
+        Computation(host=True, resident=0, tokens=4096),
+    ]
     assert max(rel_l2(found, gradients[0]) for found in gradients[1:]) <= 1e-5

@@ -8,10 +8,10 @@ import torch
 from kandinsky_model.checkpoints.load import empty_dit
 from kandinsky_model.config import LITE_DIT, PRO_DIT
 from kandinsky_model.dit.geometry import Grid
-from kandinsky_model.dit.layout import Chunks, make_plan
+from kandinsky_model.dit.layout import Chunks, make_layout
 from kandinsky_model.training.adapters import attach, switched_off, targeted
 from kandinsky_model.training.config import TARGETS, LoRAConfig
-from kandinsky_model.training.network import TrainNetwork, Way
+from kandinsky_model.training.network import Computation, TrainNetwork
 
 from ..compare import assert_faithful
 from ..dit.test_transformer import CONFIG, MODES, SCALE, SEED_WITHOUT_FLIPS, build, inputs, rel_l2
@@ -19,12 +19,12 @@ from ..support.plain_dit import plain_forward
 
 GRID, CPU = Grid(3, 9, 8), torch.device("cpu")
 WAYS = {
-    "everything kept": Way(checkpoint=False),
-    "blocks again": Way(),
-    "few tokens at a time": Way(tokens=100),
-    "inputs in host memory": Way(host=True, tokens=100),
-    "one block resident": Way(resident=1, tokens=100),
-    "all streamed": Way(host=True, resident=0),
+    "everything kept": Computation(checkpoint=False),
+    "blocks again": Computation(),
+    "few tokens at a time": Computation(tokens=100),
+    "inputs in host memory": Computation(host=True, tokens=100),
+    "one block resident": Computation(resident=1, tokens=100),
+    "all streamed": Computation(host=True, resident=0),
 }
 
 
@@ -73,7 +73,7 @@ def plain_gradients(state, made, scale, nabla, dtype):
 )
 def test_gradients_of_an_adapter_are_right(mode, way):
     network, parameters = trained(way=way)
-    _, ours = gradients(network, parameters, make_plan(CONFIG, GRID, SCALE, MODES[mode]))
+    _, ours = gradients(network, parameters, make_layout(CONFIG, GRID, SCALE, MODES[mode]))
     state = build().state_dict()
     exact, peer = (
         plain_gradients(state, parameters, 1.5, MODES[mode], dtype)
@@ -94,7 +94,7 @@ def test_gradients_of_an_adapter_are_right(mode, way):
 @pytest.mark.parametrize("name", [name for name in WAYS if name != "everything kept"])
 def test_ways_give_the_same_gradients(mode, name):
     """A batch of two prompts of different lengths; twice, because buffers are used again."""
-    plan, lengths = make_plan(CONFIG, GRID, SCALE, MODES[mode]), torch.tensor([4, 11])
+    plan, lengths = make_layout(CONFIG, GRID, SCALE, MODES[mode]), torch.tensor([4, 11])
     out, wanted = gradients(*trained(), plan, 2, lengths)
     network, parameters = trained(way=WAYS[name])
     for _ in range(2):
@@ -107,7 +107,9 @@ def test_ways_give_the_same_gradients(mode, name):
 def test_chunks_of_the_plan_are_left_alone_while_an_adapter_trains():
     """Neither the first block's input and text nor its weights need a gradient, only the adapter
     does: it must not be done piece by piece, in place."""
-    plans = [make_plan(CONFIG, GRID, SCALE, chunks=Chunks(tokens=tokens)) for tokens in (10**6, 50)]
+    plans = [
+        make_layout(CONFIG, GRID, SCALE, chunks=Chunks(tokens=tokens)) for tokens in (10**6, 50)
+    ]
     (_, wanted), (_, found) = (
         gradients(*trained(targets=["visual_transformer_blocks.0.self_attention.to_query"]), plan)
         for plan in plans
@@ -115,11 +117,11 @@ def test_chunks_of_the_plan_are_left_alone_while_an_adapter_trains():
     assert all(rel_l2(found[key], wanted[key]) <= 1e-6 for key in wanted)
 
 
-@pytest.mark.parametrize("way", [Way(), Way(tokens=100)], ids=["whole", "parts"])
+@pytest.mark.parametrize("way", [Computation(), Computation(tokens=100)], ids=["whole", "parts"])
 def test_gradients_of_all_weights_do_not_depend_on_the_way(way):
-    plan = make_plan(CONFIG, GRID, SCALE, MODES["nabla"])
+    plan = make_layout(CONFIG, GRID, SCALE, MODES["nabla"])
     found = []
-    for one in (Way(checkpoint=False), way):
+    for one in (Computation(checkpoint=False), way):
         dit = build().requires_grad_(True).train()
         found.append(gradients(TrainNetwork(dit, CPU, one), dict(dit.named_parameters()), plan)[1])
     for key in found[0]:
@@ -129,7 +131,7 @@ def test_gradients_of_all_weights_do_not_depend_on_the_way(way):
 def test_sixteen_bit_activations_on_full_weights():
     dit = build().requires_grad_(True).train()
     dit.compute_dtype = torch.bfloat16
-    plan = make_plan(CONFIG, GRID, SCALE)
+    plan = make_layout(CONFIG, GRID, SCALE)
     out, found = gradients(TrainNetwork(dit, CPU), dict(dit.named_parameters()), plan)
     wide = build()(*inputs(CONFIG, GRID, seed=SEED_WITHOUT_FLIPS), plan)
     assert out.dtype == torch.bfloat16 and 1e-4 < rel_l2(out, wide) < 3e-2
@@ -151,7 +153,7 @@ def test_targets_are_the_official_ones():
 
 def test_the_adapter_can_be_switched_off():
     network, _ = trained()
-    plan, data = make_plan(CONFIG, GRID, SCALE), inputs(CONFIG, GRID)
+    plan, data = make_layout(CONFIG, GRID, SCALE), inputs(CONFIG, GRID)
     with torch.no_grad():
         with_it = network(*data, plan)
         with switched_off(network.dit):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from kandinsky_model import pipeline
 from kandinsky_model.dit.geometry import Grid
-from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.layout import make_layout
 from kandinsky_model.sampling.given import model_input, with_frames
 from kandinsky_model.training.adapters import attach, switched_off
 from kandinsky_model.training.config import LoRAConfig, TrainConfig
@@ -160,8 +160,8 @@ def test_distillation_fits_dense_attention(models, datas, tmp_path):
     later = run._losses(batch).mean().item()
     print(f"distance {loss:.4g} before, {later:.4g} after")
     assert later < loss
-    dense = run.plan((3, 24, 24), dense=True)
-    run.plan = lambda *_, **__: dense
+    dense = run.layout((3, 24, 24), dense=True)
+    run.layout = lambda *_, **__: dense
     with switched_off(run.network.dit):
         assert run._losses(batch).max() == 0
 
@@ -179,7 +179,7 @@ def test_distillation_of_guidance_needs_one_pass_for_two(models, datas, tmp_path
     told = load_file(run.passes[0][0][0].text)["embeds"]
     assert torch.equal(batch.cond.embeds[0, : len(told)], told) and batch.null.embeds.shape[0] == 2
     x = model_input(run.network.dit, with_frames(batch.noisy, batch.given.frames), batch.given)
-    plan = run.plan(tuple(x.shape[1:4]))
+    plan = run.layout(tuple(x.shape[1:4]))
     with torch.no_grad():
         told, untold = (
             run.network.dit(x, text.embeds, text.pooled, 1000 * batch.times, plan, text.lengths)
@@ -262,7 +262,7 @@ def test_diffusers_loads_the_adapter(tmp_path, monkeypatch, alpha):
         theirs.load_lora_adapter(
             str(tmp_path / "lora"), weight_name="lora.safetensors", prefix=None
         )
-        after, wanted = theirs(**call)[0], ours(*read, make_plan(CONFIG, grid, SCALE))
+        after, wanted = theirs(**call)[0], ours(*read, make_layout(CONFIG, grid, SCALE))
     print(
         f"with the adapter: rel_l2 {rel_l2(after, wanted):.2g}; it changes "
         f"{rel_l2(before, wanted):.2g}"

@@ -23,7 +23,7 @@ from kandinsky_model.checkpoints.load import load_dit
 from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.dit.geometry import Grid
-from kandinsky_model.dit.layout import make_plan
+from kandinsky_model.dit.layout import make_layout
 from kandinsky_model.training.config import LoRAConfig, TrainConfig
 from kandinsky_model.training.trainer import Run, train
 
@@ -101,7 +101,7 @@ def test_a_lora_from_the_command_line(data, cache, tmp_path, capsys):
     }
     assert set(load_file(out / "lora.safetensors")) == wanted
     plan, read = (
-        make_plan(dit.config, Grid(2, 4, 4), (1.0, 1.0, 1.0)),
+        make_layout(dit.config, Grid(2, 4, 4), (1.0, 1.0, 1.0)),
         inputs(dit.config, Grid(2, 4, 4)),
     )
     before = dit(*read, plan)
@@ -211,7 +211,7 @@ def test_what_is_saved_is_what_was_trained(data, cache, tmp_path):
         run.advance()
     run.save()
     plan, read = (
-        make_plan(run.network.config, Grid(2, 4, 4), (1.0, 1.0, 1.0), run.preset.nabla),
+        make_layout(run.network.config, Grid(2, 4, 4), (1.0, 1.0, 1.0), run.preset.nabla),
         inputs(run.network.config, Grid(2, 4, 4)),
     )
     with torch.no_grad():
