@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results as markdown: ``python -m benchmarks.report benchmarks/results/*.json [--into
-README.md]``."""
+benchmarks/README.md]``."""
 
 import argparse
 import json

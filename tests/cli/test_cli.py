@@ -338,7 +338,7 @@ def test_presets_lists_every_one(run):
 
 
 def test_the_readme_has_the_table_of_presets():
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "kandinsky_model/README.md").read_text(encoding="utf-8")
     for row in preset_rows():
         assert "| " + " | ".join(row.values()) + " |" in readme.replace("`", ""), row["preset"]
 

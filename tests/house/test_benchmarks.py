@@ -15,6 +15,7 @@ import torch
 from benchmarks import budgets as memory
 from benchmarks import clock, door, ops, report, vae
 from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.convolutions import CONVOLUTIONS
 from kandinsky_model.config import VAEConfig
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.vae import stages as vae_stages
@@ -227,7 +228,7 @@ def test_the_convolutions_are_the_decoders(monkeypatch):
     grown = {key: one[key] + 60 * (two[key] - one[key]) for key in two if key[-1] != (1, 1, 1)}
     scaled = {
         (C if C == 16 else C // 16, N if N == 3 else N // 16, Y // 16, X // 16, taps): n
-        for C, N, Y, X, taps, n in gpu.CONVOLUTIONS
+        for C, N, Y, X, taps, n in CONVOLUTIONS
     }
     assert grown == scaled
 
@@ -257,12 +258,12 @@ def test_vaes_are_compared_on_equal_results(monkeypatch):
 
 
 def test_the_readme_shows_the_schemes_as_they_are_accounted():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
     assert all(vae.schemes_table(doing) in readme for doing in vae.SCHEMES)
 
 
 def test_the_readme_shows_what_runs_need():
-    assert memory.table() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert memory.table() in (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
 
 
 def test_diffusers_is_compared_with_itself(monkeypatch):
@@ -292,5 +293,5 @@ def test_the_readme_shows_diffusers_as_measured():
     results = [
         json.loads(path.read_text()) for path in sorted(ROOT.glob("benchmarks/results/door-*.json"))
     ]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
     assert results and all(door.table(result) in readme for result in results)

@@ -24,7 +24,6 @@ CPP = sorted(
     for path in ROOT.joinpath("csrc").rglob("*")
     if path.suffix in (".cpp", ".h", ".cu", ".cuh")
 )
-HEAVY = {"transformers", "diffusers", "av", "huggingface_hub"}
 
 
 def run(*arguments, **environment):
@@ -52,24 +51,6 @@ def imports(tree):
             yield from ((node.lineno, alias.name, False) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.lineno, node.module or "", node.level > 0
-
-
-def top_level_imports(tree):
-    """The imports that run when the module is imported: those inside functions do not."""
-    outside = [
-        node
-        for node in ast.walk(tree)
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-    ]
-    inside = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for inner in ast.walk(node)
-    }
-    for node in outside:
-        if node not in inside and isinstance(node, ast.Import | ast.ImportFrom):
-            yield from imports(node)
 
 
 WITHOUT_EXTENSION = """
@@ -145,32 +126,6 @@ def test_impossible_build_fails_loudly(mode, text):
     assert result.returncode and text in result.stderr, result.stderr
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in PYTHON if path.parent.name in PACKAGES], ids=name
-)
-def test_import_arrows(path):
-    tree, package = ast.parse(code(path)), path.parent.name
-    for line, module, relative in imports(tree):
-        top = module.partition(".")[0]
-        where = f"{name(path)}:{line} imports {module}"
-        if package == "kandinsky_kernels":
-            assert relative or top in {"torch", "triton", "_C"} or top in sys.stdlib_module_names, (
-                where
-            )
-        else:
-            assert module == "kandinsky_kernels" or top != "kandinsky_kernels", (
-                f"{where}: only its public names"
-            )
-            assert top not in ("tests", "benchmarks"), where
-            assert top != "einops" or path.stem == "geometry", (
-                f"{where}: token orders live in geometry.py"
-            )
-    for line, module, _ in top_level_imports(tree):
-        assert module.partition(".")[0] not in HEAVY, (
-            f"{name(path)}:{line} imports {module} outside a function"
-        )
-
-
 @pytest.mark.parametrize("path", CPP, ids=name)
 def test_csrc_uses_the_stable_headers(path):
     for header in re.findall(r"#\s*include\s*[<\"]([^>\"]+)", code(path)):
@@ -188,7 +143,9 @@ def test_form(path):
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", text) or path == Path(__file__)
 
 
-@pytest.mark.parametrize("path", [path for path in PYTHON if path.parent.name != "tests"], ids=name)
+@pytest.mark.parametrize(
+    "path", [path for path in PYTHON if path.parts[len(ROOT.parts)] != "tests"], ids=name
+)
 def test_functions_take_few_arguments(path):
     """Seven at most: what travels together is a dataclass."""
     if path.parent.name == "triton":  # kernels are called by launchers alone
@@ -245,7 +202,7 @@ def test_no_flakiness(path):
 def test_environment_variables():
     """Two switches and no third: KANDINSKY_KERNELS at run time, KANDINSKY_KERNELS_BUILD at build
     time."""
-    text = "".join(code(path) for path in PYTHON if path.parent.name in PACKAGES)
+    text = "".join(code(path) for path in PYTHON if path.parts[len(ROOT.parts)] in PACKAGES)
     assert set(re.findall(r"environ[^\"'\n]*[\"'](KANDINSKY[A-Z_]*)", text)) == {
         "KANDINSKY_KERNELS"
     }

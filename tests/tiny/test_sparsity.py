@@ -51,6 +51,6 @@ def test_the_result_is_shown(result):
 
 def test_the_readme_shows_what_was_measured():
     measured = json.loads((sparsity.RESULTS / "tiny_sparsity.json").read_text())
-    assert "\n".join(sparsity.table(measured)) in (
-        sparsity.RESULTS.parents[1] / "README.md"
-    ).read_text(encoding="utf-8")
+    assert "\n".join(sparsity.table(measured)) in (sparsity.RESULTS.parent / "README.md").read_text(
+        encoding="utf-8"
+    )

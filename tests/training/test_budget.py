@@ -130,7 +130,9 @@ def test_ways_need_less_and_less_and_the_least_is_named():
 
 
 def test_the_readme_says_what_adapters_need():
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "kandinsky_model/training/README.md").read_text(
+        encoding="utf-8"
+    )
     chosen, least = [], []
     for name in ("t2v-lite-sft-5s", "t2v-lite-sft-10s"):
         job = job_of(name)
