@@ -463,7 +463,7 @@ def test_guard_falls_back_with_one_line(guard, caplog, fault, word):
     assert word in _guard.failure("double") and not guard.exists()
 
 
-@pytest.mark.parametrize("op", sorted(_library._references))
+@pytest.mark.parametrize("op", sorted(set(_library._references) - tuning.PYTORCH))
 def test_trials_agree(op, guard, monkeypatch):
     """The guard's own small cases pass, ragged and full, with and without what is optional."""
     module, launch = LAUNCHERS[op]
