@@ -92,7 +92,7 @@ def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | No
     from ..devices.available import choose_device
 
     for name, shown in (
-        ("sampling.sampler", args.cache not in (None, "none")),
+        ("sampling.step_cache", args.cache not in (None, "none")),
         ("text.qwen_clip", args.expand),
         ("pipeline", args.memory_budget),
     ):

@@ -10,6 +10,11 @@ from ..checkpoints.locate import Sources
 
 
 def load_text(sources: Sources, dtype: torch.dtype, cache: bool) -> nn.Module:
+    """The text encoder of a model: a module with `encode(prompts, kind, images) -> Conditioning`.
+
+    sources: with the folder of the bundled model's encoder, or with those of Qwen2.5-VL and CLIP.
+    dtype: of Qwen's weights. cache: whether embeddings are kept on disk.
+    """
     if sources.text_encoder_2 is None:
         from .tiny import TinyTextEncoder
 

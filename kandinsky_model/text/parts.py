@@ -16,36 +16,43 @@ from safetensors import safe_open
 from torch import nn
 
 from ..checkpoints.headers import find_weights, read_headers
+from ..checkpoints.locate import Sources
 from ..devices.budget import Weights
 from .vision import Preprocessor
 
-HEAD, CLIP_DTYPE = "lm_head.weight", torch.float32
+HEAD = "lm_head.weight"
+CLIP_DTYPE = torch.float32
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 class Parts:
-    """Qwen2.5-VL in its pieces, a CLIP text model, and what prepares their inputs, from the folders
-    that `locate.Sources` names.
+    """The networks of Qwen2.5-VL one by one, a CLIP text model, and what prepares their inputs.
 
-    Only the headers of the weights are read before a part is asked for. Each network is strict
-    about missing tensors, silent about those of the other parts, in eval mode and without
-    gradients; Qwen's are of `dtype`, CLIP's of fp32. Raises RuntimeError without transformers,
-    ValueError or OSError for weights that are damaged or not all there.
+    sources: the folders. dtype: of Qwen's networks; CLIP's is fp32.
+
+    Only the headers of the weights are read before a part is asked for. A network is strict about
+    missing tensors, silent about those of the other networks, in eval mode and without gradients.
+    Raises RuntimeError without transformers, ValueError or OSError for weights that are damaged or
+    incomplete.
     """
 
-    def __init__(self, sources, dtype: torch.dtype = torch.float32):
+    def __init__(self, sources: Sources, dtype: torch.dtype = torch.float32):
         if find_spec("transformers") is None:
             raise RuntimeError(
                 "this checkpoint's text encoders require transformers >= 4.57, "
                 "which is not installed; "
                 "pip install 'kandinsky-kernels[text]'"
             )
-        self.sources, self.dtype = sources, dtype
-        self._entries = read_headers(find_weights(sources.text_encoder, "text_encoder")[0])
-        self._clip_entries = read_headers(find_weights(sources.text_encoder_2, "text_encoder_2")[0])
+        self.sources = sources
+        self.dtype = dtype
+        qwen_files, _ = find_weights(sources.text_encoder, "text_encoder")
+        clip_files, _ = find_weights(sources.text_encoder_2, "text_encoder_2")
+        self._entries = read_headers(qwen_files)
+        self._clip_entries = read_headers(clip_files)
 
     @property
     def folders(self) -> list[Path]:
+        """All folders that the results of the text encoders depend on."""
         sources = self.sources
         return [
             sources.text_encoder,
@@ -55,39 +62,32 @@ class Parts:
         ]
 
     def weigh(self, vision: bool = False, head: bool = False) -> Weights:
-        """Bytes of language model and CLIP, and of more on demand, as they will be once they are
-        read."""
-        layers, parts = Counter(), Counter()
+        """Bytes of the language model and CLIP as they will be once they are read. vision, head:
+        also those of the vision tower and of the output head."""
+        layers: Counter[int] = Counter()
+        others: Counter[str] = Counter()
         for name, entry in self._entries.items():
-            part = (
-                "vision"
-                if "visual." in name
-                else "head"
-                if name == HEAD
-                else "table"
-                if "embed_tokens" in name
-                else "rest"
-            )
-            layer = _LAYER.search(name) if part == "rest" else None
-            (layers if layer else parts)[int(layer[1]) if layer else part] += (
-                math.prod(entry.shape) * self.dtype.itemsize
-            )
-        clip = (
-            sum(math.prod(entry.shape) for entry in self._clip_entries.values())
-            * CLIP_DTYPE.itemsize
-        )
-        rest = (
-            parts["rest"]
-            + clip
-            + vision * parts["vision"]
-            + head * (parts["head"] or parts["table"])
-        )
-        return Weights(tuple(layers[i] for i in sorted(layers)), parts["table"], rest)
+            size = math.prod(entry.shape) * self.dtype.itemsize
+            part = _part_of(name)
+            layer = _LAYER.search(name)
+            if part == "language" and layer:
+                layers[int(layer[1])] += size
+            else:
+                others[part] += size
+        clip = sum(math.prod(entry.shape) for entry in self._clip_entries.values())
+        rest = others["language"] + clip * CLIP_DTYPE.itemsize
+        if vision:
+            rest += others["vision"]
+        if head:  # the token embeddings are the head where the checkpoint has none of its own
+            rest += others["head"] or others["table"]
+        return Weights(tuple(layers[i] for i in sorted(layers)), others["table"], rest)
 
     @cached_property
     def language(self) -> nn.Module:
-        """Token embeddings, decoder layers and final norm, without the output head. `once`: the
-        table, for `offload`."""
+        """Token embeddings, decoder layers and final norm, without the output head.
+
+        Its attribute `once` lists the token embeddings: `devices.offload` leaves them on the CPU.
+        """
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
         language = _from_folder(
@@ -102,7 +102,7 @@ class Parts:
 
     @cached_property
     def vision(self) -> nn.Module:
-        """The vision tower: patches to features of the language model's width."""
+        """The vision tower: from patches to features of the language model's width."""
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
             Qwen2_5_VisionTransformerPretrainedModel,
         )
@@ -117,8 +117,8 @@ class Parts:
 
     @cached_property
     def head(self) -> nn.Linear:
-        """Hidden states to logits of tokens: a tensor of its own, or the token embeddings where the
-        checkpoint ties the two."""
+        """From hidden states to logits of tokens: a tensor of its own, or the token embeddings
+        where the checkpoint ties the two."""
         if HEAD in self._entries:
             with safe_open(self._entries[HEAD].path, framework="pt") as file:
                 weight = nn.Parameter(file.get_tensor(HEAD).to(self.dtype), requires_grad=False)
@@ -130,7 +130,7 @@ class Parts:
                 f"{self.sources.text_encoder} holds no {HEAD}; "
                 "download it again"
             )
-        with torch.device("meta"):
+        with torch.device("meta"):  # the weight replaces what would be allocated here
             head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         head.weight = weight
         return head
@@ -164,9 +164,18 @@ class Parts:
         return AutoConfig.from_pretrained(self.sources.text_encoder, local_files_only=True)
 
 
+def _part_of(name: str) -> str:
+    """Which part of Qwen2.5-VL a tensor belongs to."""
+    if "visual." in name:
+        return "vision"
+    if name == HEAD:
+        return "head"
+    return "table" if "embed_tokens" in name else "language"
+
+
 def _from_folder(kind: type, folder: Path, dtype: torch.dtype, **options) -> nn.Module:
     """`kind.from_pretrained`, strict about missing tensors and silent about those of other
-    parts."""
+    networks."""
     # The subclass keeps name and module, because transformers >= 5 picks its renaming of old tensor
     # names by them.
     kind = type(
