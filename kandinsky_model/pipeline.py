@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,9 @@ from .devices.available import choose_device
 from .devices.budget import Placement
 from .devices.parallel import Ranks, from_first, share
 from .dit.accounting import Job
-from .dit.layout import Chunks, Layout, make_layout
+from .dit.layout import Layout, make_layout
 from .dit.quantized import mode_of
-from .placement import STAGES, PartsOnDevice, Work
+from .placement import STAGES, PartsOnDevice, Work, chunks, scheme_bytes
 from .sampling.given import Given, Pictures, encode_pictures, read_pictures
 from .sampling.result import Notify, Video, load_latents
 from .sampling.run import Interrupted, Run
@@ -51,7 +52,7 @@ class Request:
     image: object = None
     last_image: object = None
     expand_prompt: bool = False
-    settings: Mapping[str, object] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,8 +208,9 @@ class Kandinsky5:
         prompts and pictures; all of them sample and return.
         """
         is_list = isinstance(prompt, (list, tuple))
+        prompts: list = list(prompt) if is_list else [prompt]
         request = Request(
-            list(prompt) if is_list else [prompt],
+            prompts,
             negative_prompt,
             seed,
             image,
@@ -300,15 +302,16 @@ class Kandinsky5:
         return [replace(one, lora=lora, quantization=quantization) for one in made]
 
     def _warn_unknown_words(self, prompts: Sequence[str]) -> None:
-        if not hasattr(self.text, "unknown_words"):
+        text: Any = self.text
+        if not hasattr(text, "unknown_words"):
             return
-        unknown = [word for prompt in prompts for word in self.text.unknown_words(prompt)]
+        unknown = [word for prompt in prompts for word in text.unknown_words(prompt)]
         if unknown:
             _log.warning(
                 "%s does not know %s; its words are %s",
                 self.preset.name,
                 ", ".join(unknown),
-                ", ".join(self.text.config["words"]),
+                ", ".join(text.config["words"]),
             )
 
     def place(
@@ -399,7 +402,7 @@ class Kandinsky5:
         """The pictures, of the settings' size, as the latents that each video is built around."""
         if not pictures:
             return Given()
-        limit = placement.stages["pictures"].scheme_bytes if placement else None
+        limit = scheme_bytes(placement, "pictures")
         latent_frames = 0 if self.preset.task == "i2i" else settings[0].grid.T
         seeds = [one.seed for one in settings]
         with self.parts.working("vae", placement) as vae:
@@ -467,7 +470,7 @@ class Kandinsky5:
             preset.scale_factor,
             nabla,
             self.device,
-            chunks=placement.stages["sampling"].chunks if placement else Chunks(),
+            chunks=chunks(placement),
             ranks=Ranks.of(preset.dit.num_heads, guided) if self.together else None,
         )
 
@@ -504,7 +507,7 @@ class Kandinsky5:
         placement: Placement | None,
         notify: Notify | None,
     ) -> Iterator[Tensor]:
-        limit = placement.stages["decoding"].scheme_bytes if placement else None
+        limit = scheme_bytes(placement, "decoding")
         with self.parts.working("vae", placement) as vae:
             scaled = latents.to(self.device, torch.float32) / vae.config.scaling_factor
             scaled = scaled.to(vae.dtype).permute(0, 4, 1, 2, 3)  # [1, C, T, h, w]

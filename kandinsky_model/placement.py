@@ -24,8 +24,9 @@ from .devices.available import free_bytes
 from .devices.budget import Placement, Way, Weights, choose_ways, text_ways
 from .devices.host import tensors_of
 from .devices.offload import LateOffload, Offload
-from .dit.accounting import Job, sampling_ways
-from .vae.accounting import decoding_ways, picture_ways
+from .dit.accounting import Job, SamplingWay, sampling_ways
+from .dit.layout import Chunks
+from .vae.accounting import DecodingWay, decoding_ways, picture_ways
 from .vae.hunyuan import HunyuanVideoVAE
 
 STAGES = ("text", "pictures", "sampling", "decoding")
@@ -150,6 +151,19 @@ class PartsOnDevice:
         for other, part in self._loaded().items():
             if other != name and other not in self._hosted:
                 part.to("cpu")
+
+
+def scheme_bytes(placement: Placement | None, stage: str) -> int | None:
+    """What the VAE's streaming scheme may use in the stage "pictures" or "decoding"; None for no
+    limit."""
+    way = placement.stages[stage] if placement else None
+    return way.scheme_bytes if isinstance(way, DecodingWay) else None
+
+
+def chunks(placement: Placement | None) -> Chunks:
+    """How much of a visual block is computed at once while sampling."""
+    way = placement.stages["sampling"] if placement else None
+    return way.chunks if isinstance(way, SamplingWay) else Chunks()
 
 
 def ways_to_run(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,6 +138,7 @@ class StagedModel:
         placement = self.model.place(settings, memory_budget, ("pictures",), pictures=True)
         given = self.model.encode_pictures(settings, pictures, placement)
         latents = given.frames[0] if given.source is None else given.source
+        assert pictures.first is not None  # the request had one
         seen = pictures.first.permute(1, 2, 0)[None].float() / 255  # [1, H, W, 3]
         return self.to_comfy(latents), seen
 
@@ -166,16 +168,18 @@ class StagedModel:
         self.check_given(first, last)
         made = model.complete_settings([text.prompt] * count, text.negative_prompt, seed, settings)
         guidance = made[0].guidance_scale
-        if guidance != 1.0 and text.uncond is None:
-            raise ValueError(
-                f"guidance {guidance:g} requires a negative prompt, but {model.name} was released "
-                "without one; write it, or set guidance to 1"
-            )
+        uncond = None
+        if guidance != 1.0:
+            if text.uncond is None:
+                raise ValueError(
+                    f"guidance {guidance:g} requires a negative prompt, but {model.name} was "
+                    "released without one; write it, or set guidance to 1"
+                )
+            uncond = text.uncond.repeat(count)
         given = Given(source=first_latents)
         if model.preset.task != "i2i":
             frames = {0: first_latents, made[0].grid.T - 1: last_latents}
             given = Given({i: latents for i, latents in frames.items() if latents is not None})
-        uncond = text.uncond.repeat(count) if guidance != 1.0 else None
         run = Run(made, model.noise(made), text.cond.repeat(count), uncond, given)
         videos = model.sample(run, callback, budget)
         return self.to_comfy(torch.cat([video.latents for video in videos]))
@@ -253,7 +257,8 @@ class StagedModel:
 
     @property
     def _scaling(self) -> float:
-        return self.model.vae.config.scaling_factor
+        vae: Any = self.model.vae
+        return vae.config.scaling_factor
 
 
 def _levels(image: Tensor) -> Tensor:

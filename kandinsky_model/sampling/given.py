@@ -8,7 +8,7 @@ with h = height / 8, w = width / 8 and C channels, scaled as the transformer rea
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -46,11 +46,16 @@ class Pictures:
     def __bool__(self) -> bool:
         return self.first is not None or self.last is not None
 
+    def cropped(self, height: int, width: int) -> Pictures:
+        """Their middle parts of the shape of height x width."""
+        return self._each(lambda picture: crop(picture, height, width))
+
     def resized(self, height: int, width: int) -> Pictures:
-        first, last = (
-            None if picture is None else resize(picture, height, width)
-            for picture in (self.first, self.last)
-        )
+        return self._each(lambda picture: resize(picture, height, width))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Pictures:
+        first = None if self.first is None else change(self.first)
+        last = None if self.last is None else change(self.last)
         return Pictures(first, last)
 
 
@@ -85,21 +90,21 @@ def read_pictures(
     raises.
     """
     _check_task(preset, image is not None, last_image is not None)
-    first = None if image is None else read_image(image)
-    last = None if last_image is None else read_image(last_image)
-    if first is None and last is None:
-        return Pictures(), None
-    leading = last if first is None else first
+    pictures = Pictures(
+        None if image is None else read_image(image),
+        None if last_image is None else read_image(last_image),
+    )
+    leading = pictures.last if pictures.first is None else pictures.first
+    if leading is None:
+        return pictures, None
     height, width = size
     if height and width:
-        shape = fitted = (height, width)
-    else:
-        fitted = fitting_size(*leading.shape[1:], preset)
-        # A first frame is not cut, because only the rounding of its sides deforms it. An edited
-        # picture is cut to the shape of the nearest trained size.
-        shape = tuple(leading.shape[1:]) if preset.task == "i2v" else fitted
-    first, last = (None if one is None else crop(one, *shape) for one in (first, last))
-    return Pictures(first, last), fitted
+        return pictures.cropped(height, width), (height, width)
+    height, width = leading.shape[1:]
+    fitted = fitting_size(height, width, preset)
+    if preset.task == "i2v":  # is not cut, because only the rounding of its sides deforms it
+        return pictures.cropped(height, width), fitted
+    return pictures.cropped(*fitted), fitted
 
 
 def _check_task(preset: Preset, has_first: bool, has_last: bool) -> None:
@@ -142,8 +147,11 @@ def latent_of(
     ones hold four frames each, the VAE repeats borders in time, so that all latents of a still
     video are equal. memory_budget: bytes for the video VAE; the image VAE takes none.
     """
-    limits = {} if memory_budget is None else {"memory_budget": memory_budget}
-    mean, logvar = vae.encode(image[None, :, None], **limits)  # each [1, C, 1, h, w]
+    pixels = image[None, :, None]  # [1, 3, 1, H, W]
+    if isinstance(vae, ImageVAE):
+        mean, logvar = vae.encode(pixels)  # each [1, C, 1, h, w]
+    else:
+        mean, logvar = vae.encode(pixels, memory_budget=memory_budget)
     generator = torch.Generator().manual_seed(seed)
     latent = sample_posterior(mean.float(), logvar.float(), generator)  # [1, C, 1, h, w]
     return latent.permute(0, 2, 3, 4, 1) * vae.config.scaling_factor  # [1, 1, h, w, C]

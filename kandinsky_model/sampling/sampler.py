@@ -9,7 +9,7 @@ Shapes: B samples of T latent frames with h x w latent pixels and C channels, ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,8 +124,10 @@ def sample(
     times = schedule(sampling.steps, sampling.scheduler_scale)
     x = initial.to(sampling.dtype)
     network_times = TIME_UNIT * times[:-1, None].expand(-1, len(x)).to(x.device)  # [steps, B]
-    texts = [cond, uncond] if sampling.guided else [cond]
-    networks = [dit] * len(texts)
+    texts = [cond]
+    if sampling.guided and uncond is not None:
+        texts.append(uncond)
+    networks: Sequence[DiffusionTransformer3D | Branch] = [dit] * len(texts)
     if sampling.cache:
         networks = sampling.cache.branches(dit, sampling.steps, len(texts), sampling.start)
     passes = [

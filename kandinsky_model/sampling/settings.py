@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from ..config import ATTENTIONS, CACHES, Preset
 from ..dit.geometry import Grid
@@ -130,7 +131,7 @@ def complete(
     _check_names(given)
     for prompt in prompts or [""]:
         check_prompt(prompt)
-    released = {
+    released: dict[str, Any] = {
         "height": preset.sizes[0][0],
         "width": preset.sizes[0][1],
         "num_frames": preset.frames,
@@ -181,7 +182,7 @@ def warn_untrained(settings: Settings, preset: Preset) -> None:
 def check_settings(prompt: str, **given) -> None:
     """Raise what `generate` would raise for these settings, where None counts as not given, without
     a model and so before one is loaded."""
-    valid = {
+    valid: dict[str, Any] = {
         "negative_prompt": "",
         "seed": 0,
         "height": 16,

@@ -10,6 +10,7 @@ from collections import Counter
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -22,6 +23,7 @@ from .vision import Preprocessor
 
 HEAD = "lm_head.weight"
 CLIP_DTYPE = torch.float32
+FOLDERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")  # of `locate.Sources`
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -43,23 +45,12 @@ class Parts:
                 "which is not installed; "
                 "pip install 'kandinsky-kernels[text]'"
             )
-        self.sources = sources
         self.dtype = dtype
-        qwen_files, _ = find_weights(sources.text_encoder, "text_encoder")
-        clip_files, _ = find_weights(sources.text_encoder_2, "text_encoder_2")
+        self.folders: dict[str, Path] = {name: getattr(sources, name) for name in FOLDERS}
+        qwen_files, _ = find_weights(self.folders["text_encoder"], "text_encoder")
+        clip_files, _ = find_weights(self.folders["text_encoder_2"], "text_encoder_2")
         self._entries = read_headers(qwen_files)
         self._clip_entries = read_headers(clip_files)
-
-    @property
-    def folders(self) -> list[Path]:
-        """All folders that the results of the text encoders depend on."""
-        sources = self.sources
-        return [
-            sources.text_encoder,
-            sources.tokenizer,
-            sources.text_encoder_2,
-            sources.tokenizer_2,
-        ]
 
     def weigh(self, vision: bool = False, head: bool = False) -> Weights:
         """Bytes of the language model and CLIP as they will be once they are read. vision, head:
@@ -92,7 +83,7 @@ class Parts:
 
         language = _from_folder(
             Qwen2_5_VLTextModel,
-            self.sources.text_encoder,
+            self.folders["text_encoder"],
             self.dtype,
             config=self._config.text_config,
             key_mapping={r"^model\.language_model\.": "model."},
@@ -109,7 +100,7 @@ class Parts:
 
         return _from_folder(
             Qwen2_5_VisionTransformerPretrainedModel,
-            self.sources.text_encoder,
+            self.folders["text_encoder"],
             self.dtype,
             config=self._config.vision_config,
             key_mapping={r"^(model\.)?visual\.": "model."},
@@ -127,7 +118,7 @@ class Parts:
         else:
             raise ValueError(
                 "expanding a prompt needs the head of the language model, but "
-                f"{self.sources.text_encoder} holds no {HEAD}; "
+                f"{self.folders['text_encoder']} holds no {HEAD}; "
                 "download it again"
             )
         with torch.device("meta"):  # the weight replaces what would be allocated here
@@ -139,29 +130,29 @@ class Parts:
     def tokenizer(self):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.sources.tokenizer, local_files_only=True)
+        return AutoTokenizer.from_pretrained(self.folders["tokenizer"], local_files_only=True)
 
     @cached_property
     def preprocessor(self) -> Preprocessor:
-        return Preprocessor.read(self.sources.tokenizer, self.sources.text_encoder)
+        return Preprocessor.read(self.folders["tokenizer"], self.folders["text_encoder"])
 
     @cached_property
     def clip(self) -> nn.Module:
         from transformers import CLIPTextModel
 
-        return _from_folder(CLIPTextModel, self.sources.text_encoder_2, CLIP_DTYPE)
+        return _from_folder(CLIPTextModel, self.folders["text_encoder_2"], CLIP_DTYPE)
 
     @cached_property
     def clip_tokenizer(self):
         from transformers import CLIPTokenizer
 
-        return CLIPTokenizer.from_pretrained(self.sources.tokenizer_2, local_files_only=True)
+        return CLIPTokenizer.from_pretrained(self.folders["tokenizer_2"], local_files_only=True)
 
     @cached_property
     def _config(self):
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self.sources.text_encoder, local_files_only=True)
+        return AutoConfig.from_pretrained(self.folders["text_encoder"], local_files_only=True)
 
 
 def _part_of(name: str) -> str:
@@ -178,12 +169,12 @@ def _from_folder(kind: type, folder: Path, dtype: torch.dtype, **options) -> nn.
     networks."""
     # The subclass keeps name and module, because transformers >= 5 picks its renaming of old tensor
     # names by them.
-    kind = type(
+    strict: Any = type(
         kind.__name__,
         (kind,),
         {"_keys_to_ignore_on_load_unexpected": [""], "__module__": kind.__module__},
     )
-    model, report = kind.from_pretrained(
+    model, report = strict.from_pretrained(
         folder,
         dtype=dtype,
         local_files_only=True,

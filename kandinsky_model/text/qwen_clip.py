@@ -87,7 +87,7 @@ class QwenClipEncoder(nn.Module):
         cache: whether embeddings are kept on disk. Raises what `Parts` raises.
         """
         parts = Parts(sources, dtype)
-        kept = TensorCache(identity(parts.folders, dtype)) if cache else None
+        kept = TensorCache(identity(parts.folders.values(), dtype)) if cache else None
         return cls(parts, template, sources.preset.text_max_length, cache=kept)
 
     @property

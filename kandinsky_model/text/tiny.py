@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -48,7 +49,7 @@ class TinyTextEncoder(nn.Module):
                 f"aliases must lead to words of the vocabulary, got {strangers[:3]}; "
                 "add them to the words"
             )
-        self.config = {
+        self.config: dict[str, Any] = {
             "words": list(words),
             "aliases": aliases,
             "dim": dim,

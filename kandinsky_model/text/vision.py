@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class Preprocessor:
         size = values.get("size") or {}  # transformers >= 5 writes the two areas there
         areas = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
         values = areas | values
-        known = {}
+        known: dict[str, Any] = {}
         for field in fields(cls):
             value = values.get(field.name)
             if value is not None:
