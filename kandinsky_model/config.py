@@ -305,6 +305,8 @@ def get_preset(name: str) -> Preset:
 # what --attention nabla means for a checkpoint released with dense attention
 NABLA_FOR_DENSE = NablaConfig(0.9)
 
-
-# task -> what the text encoder is told; videos of one frame are images as well
+# The kind of prompt that a text encoder is told, by task; others are "video", or "image" for one
+# frame.
 KINDS = {"t2i": "image", "i2i": "image_edit"}
+
+PARTS = ("text", "dit", "vae")  # of a model, in the order in which a run needs them

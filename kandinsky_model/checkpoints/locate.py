@@ -20,12 +20,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..config import PRESETS, DiTConfig, Preset, get_preset
+from ..config import PARTS, PRESETS, DiTConfig, Preset, get_preset
 from .configs import infer_dit_config, read_dit_config
 from .headers import find_weights, read_headers
 
 TINY = Path(__file__).parents[1] / "tiny" / "weights"
-PARTS = ("text", "dit", "vae")
 # diffusers' folder -> the part it belongs to
 FOLDERS = {"vae": "vae", "text_encoder": "text", "text_encoder_2": "text"}
 OFFICIAL_NAMES = {

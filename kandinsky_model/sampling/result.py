@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One video and all that it is made from: its settings, checked; its latents, kept; its frames,
-decoded when asked for."""
+"""A finished video: its settings, its latents, and its frames, which are decoded when first asked
+for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..files import replacing
 from ..media import video as files
 from .settings import Settings
 
-METADATA_KEY = "kandinsky"
+METADATA_KEY = "kandinsky"  # of the settings in a file of latents
 
 Notify = Callable[[str], None]
 
@@ -26,14 +26,18 @@ Notify = Callable[[str], None]
 class Video:
     """One finished sample. Its latents exist at once; its frames are decoded when first asked for.
 
-    `latents`: fp32 [1, T, H/8, W/8, 16], scaled as the transformer sees them. `seed` alone, given
-    back to `generate`, repeats it.
+    latents: fp32 [1, T, h, w, C] with h = height / 8, w = width / 8, scaled as the transformer
+    reads them. settings: what it was made from. `Kandinsky5.generate` makes it again from the same
+    settings.
     """
 
     def __init__(
         self, latents: Tensor, settings: Settings, decode: Callable[..., Iterator[Tensor]]
     ):
-        self.latents, self.settings, self._decode, self._frames = latents, settings, decode, None
+        self.latents = latents
+        self.settings = settings
+        self._decode = decode
+        self._frames: Tensor | None = None
 
     @property
     def seed(self) -> int:
@@ -42,15 +46,16 @@ class Video:
     @property
     def frames(self) -> Tensor:
         """uint8 [F, H, W, 3] on the CPU."""
-        for _ in self.decode() if self._frames is None else ():
-            pass
+        if self._frames is None:
+            for _ in self.decode():
+                pass  # the last piece completes them
         return self._frames
 
     def decode(self, notify: Notify | None = None) -> Iterator[Tensor]:
-        """The frames in pieces, uint8 [f, H, W, 3] on the CPU, each as soon as it is decoded; once
-        complete, they stay in `frames`.
+        """Consecutive pieces of the frames, uint8 [f, H, W, 3] on the CPU, each as soon as it is
+        decoded. Once all are, they stay in `frames`.
 
-        notify is told, in one line each, how decoding goes about it.
+        notify: is called with one line at a time about how decoding proceeds.
         """
         if self._frames is not None:
             yield self._frames
@@ -62,25 +67,22 @@ class Video:
         self._frames = torch.cat(pieces)
 
     def save_latents(self, path: str | Path) -> Path:
-        """Write latents and settings as safetensors; `kandinsky decode` and `Kandinsky5.open` read
-        them."""
+        """Write latents and settings as safetensors, for `kandinsky decode` and
+        `Kandinsky5.open`."""
         path = files.check_output(path, (".safetensors",))
+        tensors = {"latents": self.latents.cpu().contiguous()}
         with replacing(path) as target:
-            save_file(
-                {"latents": self.latents.cpu().contiguous()},
-                target,
-                {"format": "pt", METADATA_KEY: self.settings.to_json()},
-            )
+            save_file(tensors, target, {"format": "pt", METADATA_KEY: self.settings.to_json()})
         return path
 
     def save(
         self, path: str | Path, latents: bool = True, notify: Notify | None = None
     ) -> list[Path]:
-        """Write the frames as mp4, gif or png by extension, and return the files written; an mp4
-        grows while frames are decoded.
+        """Write the frames as mp4, gif or png by extension, and return the files written.
 
-        The latents go first, to `<stem>.latents.safetensors` beside it, so that no failure in
-        decoding or encoding can lose them.
+        An mp4 grows while frames are decoded. latents: write them first, to
+        `<stem>.latents.safetensors` beside it, so that no failure of decoding or encoding can lose
+        them. notify: as in `decode`.
         """
         path = files.check_output(path)
         if latents:
@@ -95,8 +97,8 @@ def latents_path(output: str | Path) -> Path:
 
 
 def load_latents(path: str | Path) -> tuple[Tensor, Settings]:
-    """Latents fp32 [1, T, h, w, C] and settings from a file of `Video.save_latents`; ValueError or
-    OSError for any other file."""
+    """Latents fp32 [1, T, h, w, C] and settings from a file of `Video.save_latents`. Raises
+    ValueError or OSError for any other file."""
     read_headers([Path(path)])
     with safe_open(path, framework="pt") as file:
         stored = (file.metadata() or {}).get(METADATA_KEY)

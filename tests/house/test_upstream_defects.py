@@ -206,7 +206,8 @@ def test_15_what_is_offloaded_stays_offloaded(model, monkeypatch):
             "to",
             lambda device, *_, name=name, part=part: moves.append((name, str(device))) or part,
         )
-    model._offload, model.device = True, torch.device("cpu:0")
+    model.parts.one_at_a_time = True
+    model.device = torch.device("cpu:0")
     assert model.generate(PROMPT, seed=0, **SMALL).frames is not None
     assert {name: device for name, device in moves if device in ("cpu", "cpu:0")} == dict.fromkeys(
         ("text", "dit", "vae"), "cpu"
@@ -226,13 +227,24 @@ def test_16_nothing_is_encoded_that_is_not_read(model, monkeypatch):
 
 IMPORT = """
 import torch
-before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.get_default_dtype(),
-          torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed())
-import kandinsky_kernels, kandinsky_model
-from kandinsky_model import cli, pipeline
+
+def state():
+    return (
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        torch.initial_seed(),
+    )
+
+before = state()
 import sys
-assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark,
-                  torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed())
+import kandinsky_kernels
+import kandinsky_model
+from kandinsky_model import cli, pipeline
+assert before == state()
 assert "torch._dynamo" not in sys.modules or not torch._dynamo.config.suppress_errors
 assert not torch.cuda.is_initialized()
 """

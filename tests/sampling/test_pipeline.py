@@ -258,14 +258,15 @@ def test_offload_moves_one_part_at_a_time(folder, monkeypatch, caplog):
     model = pipeline.load(folder, device="cpu")
     with caplog.at_level(logging.WARNING):
         model.enable_model_cpu_offload()
-    assert "changes nothing" in caplog.text and not model._offload
+    assert "changes nothing" in caplog.text and not model.parts.one_at_a_time
     before = model.generate(PROMPT, seed=0, **SMALL).frames
     moves = []
     for name in ("text", "dit", "vae"):
         monkeypatch.setattr(
             getattr(model, name), "to", lambda device, name=name: moves.append((name, str(device)))
         )
-    model._offload, model.device = True, torch.device("cpu:0")
+    model.parts.one_at_a_time = True
+    model.device = torch.device("cpu:0")
     assert torch.equal(model.generate(PROMPT, seed=0, **SMALL).frames, before)
     assert moves == [
         (name, device) for name in ("text", "dit", "vae") for device in ("cpu:0", "cpu")
