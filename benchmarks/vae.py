@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from kandinsky_model.config import PRESETS, VAEConfig
-from kandinsky_model.vae.hunyuan import HunyuanVideoVAE, Upsample
+from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
+from kandinsky_model.vae.layers import Upsample
 from kandinsky_model.vae.schemes import Accounting
 from kandinsky_model.vae.stages import Chunk, Enlarge
 from kandinsky_model.vae.stream import decoding, encoding

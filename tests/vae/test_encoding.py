@@ -6,9 +6,6 @@ import itertools
 
 import pytest
 import torch
-from live_memory import LiveMemory
-from test_vae import rel_l2, small_vae
-from test_vae_stream import DEEP, FLAT
 
 from kandinsky_model.checkpoints.load import load_vae
 from kandinsky_model.checkpoints.locate import TINY
@@ -20,6 +17,10 @@ from kandinsky_model.vae.hunyuan import encode_plan
 from kandinsky_model.vae.schemes import Accounting, ladder
 from kandinsky_model.vae.stages import shrinking_lengths
 from kandinsky_model.vae.stream import encoding, stream
+
+from ..support.live_memory import LiveMemory
+from .test_hunyuan import rel_l2, small_vae
+from .test_stream import DEEP, FLAT
 
 SIZES = [(1, 24, 40), (5, 16, 56), (13, 24, 16), (17, 8, 24)]  # video F, H, W
 SECONDS = {

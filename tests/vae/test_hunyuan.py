@@ -6,19 +6,15 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import shared_data
 from safetensors.torch import load_file
 
 import kandinsky_kernels as ops
 from kandinsky_model.config import VAEConfig
-from kandinsky_model.vae.hunyuan import (
-    CausalConv3d,
-    FrameCausalAttention,
-    HunyuanVideoVAE,
-    TilePlan,
-    Upsample,
-    sample_posterior,
-)
+from kandinsky_model.vae.hunyuan import HunyuanVideoVAE, sample_posterior
+from kandinsky_model.vae.layers import CausalConv3d, FrameCausalAttention, Upsample
+from kandinsky_model.vae.tiles import TilePlan
+
+from ..conftest import shared_data
 
 SMALL = VAEConfig(
     latent_channels=4, block_out_channels=(8, 16, 16, 24), layers_per_block=1, norm_num_groups=4

@@ -7,8 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from live_memory import LiveMemory
-from test_vae import SMALL, rel_l2, small_vae
 
 from kandinsky_model.config import VAEConfig
 from kandinsky_model.devices.available import parse_bytes
@@ -19,6 +17,9 @@ from kandinsky_model.vae.hunyuan import decode_plan
 from kandinsky_model.vae.schemes import Accounting, choose, ladder
 from kandinsky_model.vae.stream import Chain, decoding, stream
 from kandinsky_model.vae.tiles import TilePlan
+
+from ..support.live_memory import LiveMemory
+from .test_hunyuan import SMALL, rel_l2, small_vae
 
 SIZES = [(1, 3, 4), (2, 5, 2), (5, 3, 3), (6, 2, 5)]  # latent T, Y, X
 DEEP = VAEConfig(
@@ -121,7 +122,7 @@ def test_frames_leave_in_order_while_the_last_pass_runs(monkeypatch):
 
 
 def test_upsampling_weights_are_folded_once(monkeypatch):
-    from kandinsky_model.vae.hunyuan import Upsample
+    from kandinsky_model.vae.layers import Upsample
 
     folded, count = Upsample.folded, []
     monkeypatch.setattr(Upsample, "folded", lambda self: count.append(self) or folded(self))
