@@ -195,7 +195,7 @@ def schemes_table(doing: str = "decoding") -> str:
         "|---|" + "---:|" * 5,
     ]
     for scheme in SCHEMES[doing]:
-        plans = {name: book.plan(scheme) for name, book in books.items()}
+        plans = {name: book.scheme(scheme) for name, book in books.items()}
         peaks = [plan.predicted_peak_bytes / 1e9 for plan in plans.values()]
         cells = [f"{peak:.0f} GB" if peak >= 100 else f"{peak:.1f} GB" for peak in peaks]
         lines.append(

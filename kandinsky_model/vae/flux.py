@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VAE of the image checkpoints, FLUX.1's: diffusers' own, behind the interface of the video
-VAE, for videos of one frame."""
+"""The VAE of the image checkpoints, which is FLUX.1's: diffusers' own class, behind the interface
+of the video VAE, for videos of one frame."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .stages import pixels
 
 
 class ImageVAE(nn.Module):
-    """diffusers' AutoencoderKL. Latents are unscaled here; whoever scales them uses
-    `config.scaling_factor` alone.
+    """diffusers' AutoencoderKL. Latents are unscaled here, and `config.scaling_factor` alone scales
+    them.
 
-    FLUX.1 also shifts latents by 0.1159. The Kandinsky checkpoints were trained without that, both
-    ways, so it is left out.
+    FLUX.1 also shifts latents by 0.1159. The Kandinsky checkpoints were trained without the shift,
+    in both directions, so it is left out.
     """
 
     def __init__(self, vae: nn.Module):
@@ -37,15 +37,16 @@ class ImageVAE(nn.Module):
         return self.vae.device
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance [B, C, 1, H/8, W/8] of the latents of `video` [B, 3, 1, H, W], in
-        -1..1 or uint8."""
+        """Mean and log variance of the latents, both [B, C, 1, Y, X].
+
+        video: [B, 3, 1, H, W], floats in -1..1 or uint8.
+        """
         if video.dim() != 5 or video.shape[1:3] != (3, 1):
             raise ValueError(
                 f"an image VAE encodes [B, 3, 1, H, W], got {list(video.shape)}; give it one frame"
             )
-        posterior = self.vae.encode(
-            pixels(video[:, :, 0], self.vae.encoder.conv_in.weight)
-        ).latent_dist
+        picture = pixels(video[:, :, 0], self.vae.encoder.conv_in.weight)  # [B, 3, H, W]
+        posterior = self.vae.encode(picture).latent_dist
         return posterior.mean[:, :, None], posterior.logvar[:, :, None]
 
     def decode_frames(
@@ -56,8 +57,11 @@ class ImageVAE(nn.Module):
         memory_budget: int | None = None,
         notify: Callable[[str], None] | None = None,
     ) -> Iterator[Tensor]:
-        """The picture [B, 3, 1, 8Y, 8X] of unscaled `latents` [B, C, 1, Y, X], about -1..1; as
-        `HunyuanVideoVAE.decode_frames`."""
+        """The picture [B, 3, 1, H, W] of unscaled `latents` [B, C, 1, Y, X], about -1..1.
+
+        The arguments are those of `HunyuanVideoVAE.decode_frames`; pictures know only the policy
+        "global", without tiles and budget.
+        """
         if policy != "global" or tiles is not None or memory_budget is not None:
             raise ValueError(
                 f"pictures are decoded whole, got policy {policy!r} and budget "
