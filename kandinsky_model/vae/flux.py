@@ -4,12 +4,13 @@ of the video VAE, for videos of one frame."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
+from . import names
 from .stages import pixels
 
 
@@ -68,3 +69,26 @@ class ImageVAE(nn.Module):
                 f"{memory_budget}; leave both out"
             )
         yield self.vae.decode(latents[:, :, 0]).sample[:, :, None]
+
+
+def from_weights(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> ImageVAE:
+    """The picture VAE of a single file's tensors, in either layout that `names` knows.
+
+    dtype: None keeps that of the tensors. RuntimeError without diffusers. ValueError for tensors
+    that are missing, unexpected or of another shape, of which the first is named.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise RuntimeError(
+            f"picture VAEs require diffusers, which cannot be imported ({error}); "
+            "pip install 'kandinsky-kernels[text]'"
+        ) from error
+    weights = names.converted(state)
+    config = names.picture_config({name: tuple(x.shape) for name, x in weights.items()})
+    with torch.device("meta"):
+        vae = AutoencoderKL(**config)
+    wanted = {name: x.shape for name, x in vae.state_dict().items()}
+    names.check_complete(wanted, {name: x.shape for name, x in weights.items()})
+    vae.load_state_dict(weights, strict=True, assign=True)
+    return ImageVAE(vae.to(dtype or vae.dtype).eval().requires_grad_(False))
