@@ -4,6 +4,8 @@ of the video VAE, for videos of one frame."""
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 
@@ -12,6 +14,9 @@ from torch import Tensor, nn
 
 from . import names
 from .stages import pixels
+from .stream import NotFinite, check_finite
+
+_log = logging.getLogger(__name__)
 
 
 class ImageVAE(nn.Module):
@@ -40,15 +45,22 @@ class ImageVAE(nn.Module):
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latents, both [B, C, 1, Y, X].
 
-        video: [B, 3, 1, H, W], floats in -1..1 or uint8.
+        video: [B, 3, 1, H, W], floats in -1..1 or uint8. What overflows float16 is computed in
+        float32, and the log says so; NotFinite where a value is not finite nevertheless.
         """
         if video.dim() != 5 or video.shape[1:3] != (3, 1):
             raise ValueError(
                 f"an image VAE encodes [B, 3, 1, H, W], got {list(video.shape)}; give it one frame"
             )
-        picture = pixels(video[:, :, 0], self.vae.encoder.conv_in.weight)  # [B, 3, H, W]
-        posterior = self.vae.encode(picture).latent_dist
-        return posterior.mean[:, :, None], posterior.logvar[:, :, None]
+
+        def encode(vae: nn.Module) -> Tensor:
+            picture = pixels(video[:, :, 0], vae.encoder.conv_in.weight)  # [B, 3, H, W]
+            posterior = vae.encode(picture).latent_dist
+            return torch.cat((posterior.mean, posterior.logvar), dim=1)  # [B, 2 C, Y, X]
+
+        moments = self._finite(encode, "encoding")[:, :, None]  # [B, 2 C, 1, Y, X]
+        mean, logvar = moments.chunk(2, dim=1)  # [B, C, 1, Y, X]
+        return mean, logvar
 
     def decode_frames(
         self,
@@ -61,14 +73,37 @@ class ImageVAE(nn.Module):
         """The picture [B, 3, 1, H, W] of unscaled `latents` [B, C, 1, Y, X], about -1..1.
 
         The arguments are those of `HunyuanVideoVAE.decode_frames`; pictures know only the policy
-        "global", without tiles and budget.
+        "global", without tiles and budget. NotFinite as for `encode`.
         """
         if policy != "global" or tiles is not None or memory_budget is not None:
             raise ValueError(
                 f"pictures are decoded whole, got policy {policy!r} and budget "
                 f"{memory_budget}; leave both out"
             )
-        yield self.vae.decode(latents[:, :, 0]).sample[:, :, None]
+        if not latents.isfinite().all():
+            raise ValueError("latents must be finite, got NaN or infinity: sample them again")
+
+        def decode(vae: nn.Module) -> Tensor:
+            return vae.decode(latents[:, :, 0].to(vae.dtype)).sample  # [B, 3, H, W]
+
+        yield self._finite(decode, "decoding")[:, :, None]  # [B, 3, 1, H, W]
+
+    def _finite(self, call: Callable[[nn.Module], Tensor], doing: str) -> Tensor:
+        """call(vae), by a copy of the VAE in float32 where float16 overflows.
+
+        NotFinite where the result holds NaN or infinity nevertheless.
+        """
+        out = call(self.vae)
+        try:
+            check_finite(out, doing)
+            return out
+        except NotFinite:
+            if self.dtype != torch.float16:
+                raise
+        _log.warning("%s overflows float16; it is done again in float32", doing)
+        out = call(copy.deepcopy(self.vae).float()).to(self.dtype)
+        check_finite(out, doing)
+        return out
 
 
 def from_weights(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> ImageVAE:

@@ -7,6 +7,7 @@ before `decode` and multiplies after `encode`. T latent frames stand for 4 (T - 
 the first one stands for a single frame, each later one for four.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 
@@ -15,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import VAEConfig
+from .fallback import Streaming
 from .layers import Decoder, Encoder
-from .schemes import Accounting, Scheme, choose, ladder, schemes_within, stream_within
+from .schemes import Accounting, Scheme, choose, ladder
 from .stages import pixels
-from .stream import Chain, decoding, encoding
+from .stream import Chain, check_finite, decoding, encoding
 from .tiles import Tiling, tiled
 
 POLICIES = ("global", "official", "preview")
@@ -70,7 +72,7 @@ class HunyuanVideoVAE(nn.Module):
         result depends on them. Where autograd records, the whole encoder runs at once instead.
 
         ValueError unless F = 4 (T - 1) + 1 and H and W are positive multiples of 8, or for a budget
-        that is too small.
+        that is too small. NotFinite, a RuntimeError, as for `decode_frames`.
         """
         _check(video, "video", 3, "3, F, H, W", torch.uint8)
         frames, height, width = video.shape[2:]
@@ -82,10 +84,14 @@ class HunyuanVideoVAE(nn.Module):
         if _recorded(video, self.encoder):
             moments = self.encoder(pixels(video, self.quant_conv.weight))
         else:
-            chain = encoding(self.encoder)
-            schemes = schemes_within(chain, video.shape, memory_budget)
-            pieces = list(stream_within(chain, video, schemes, notify or _log.debug))
-            moments = torch.cat(pieces, dim=2)  # [B, 2 * latent_channels, T, Y, X]
+            streaming = Streaming(
+                encoding(self.encoder),
+                lambda: encoding(_in_float32(self.encoder)),
+                memory_budget,
+                notify or _log.debug,
+            )
+            moments = torch.cat(list(streaming(video)), dim=2)  # [B, 2 * latent_channels, T, Y, X]
+        check_finite(moments, "encoding")
         mean, logvar = self.quant_conv(moments).chunk(2, dim=1)  # [B, latent_channels, T, Y, X]
         return mean.contiguous(), logvar.contiguous()
 
@@ -124,8 +130,12 @@ class HunyuanVideoVAE(nn.Module):
         it. notify: is told the scheme and such events. Where autograd records, the whole decoder
         runs at once instead.
 
+        What overflows float16 is computed in float32, in twice the memory, and the log says so
+        once; see `fallback`. The pieces have the dtype of the weights.
+
         ValueError for a wrong shape, policy or budget, for latents that are not finite, and for
-        tiles given to another policy.
+        tiles given to another policy. NotFinite, a RuntimeError, where a piece would hold NaN or
+        infinity: pieces before it have been given out.
         """
         _check(
             latents,
@@ -159,15 +169,20 @@ class HunyuanVideoVAE(nn.Module):
     ) -> Callable[[Tensor], Iterator[Tensor]]:
         """A function that decodes latents, or a tile of them, with statistics of their own."""
         if recorded:
-            return lambda latents: iter([self.decoder(self.post_quant_conv(latents))])
-        # one chain for all tiles, because it holds the folded weights
-        chain = decoding(self.decoder, self.post_quant_conv)
+            return self._decode_recorded
+        # one for all tiles, because its chain holds the folded weights
+        return Streaming(
+            decoding(self.decoder, self.post_quant_conv),
+            lambda: decoding(_in_float32(self.decoder), _in_float32(self.post_quant_conv)),
+            memory_budget,
+            notify,
+        )
 
-        def decode(latents: Tensor) -> Iterator[Tensor]:
-            schemes = schemes_within(chain, latents.shape, memory_budget)
-            return stream_within(chain, latents, schemes, notify)
-
-        return decode
+    def _decode_recorded(self, latents: Tensor) -> Iterator[Tensor]:
+        """The video in one piece, differentiable."""
+        video = self.decoder(self.post_quant_conv(latents))  # [B, 3, F, H, W]
+        check_finite(video, "decoding")
+        return iter([video])
 
     def decoding_schemes(self, latent_shape: tuple[int, ...]) -> list[Scheme]:
         """The schemes to decode latents of this shape, as `ladder` lists them."""
@@ -203,7 +218,9 @@ class HunyuanVideoVAE(nn.Module):
         latents = F.interpolate(noise, scale_factor=2).unsqueeze(2)  # [4, C, 1, 16, 16]
         latents_in_dtype = latents.to(self.post_quant_conv.weight)
         # one by one, because statistics span a batch of frames but not of samples
-        video = torch.cat([self.decode(one) for one in latents_in_dtype.split(1)])
+        decode = self._decoding(None, _log.debug, recorded=False)
+        videos = [torch.cat(list(decode(one)), dim=2) for one in latents_in_dtype.split(1)]
+        video = torch.cat(videos)  # [4, 3, 1, 128, 128]
         colours = F.avg_pool2d(video[:, :, 0].double().cpu(), 8)  # [4, 3, 16, 16]
         colours = colours.movedim(1, -1).flatten(0, 2)  # [1024, 3]
         known = latents[:, :, 0].double().movedim(1, -1).flatten(0, 2)  # [1024, C]
@@ -247,6 +264,11 @@ def _fastest(
     memory_budget: int | None,
 ) -> Scheme:
     return choose(ladder(Accounting(chain, shape)), memory_budget)[0]
+
+
+def _in_float32(module: nn.Module) -> nn.Module:
+    """A copy of `module` whose weights are float32."""
+    return copy.deepcopy(module).float()
 
 
 def _recorded(x: Tensor, network: nn.Module) -> bool:

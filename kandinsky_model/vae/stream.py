@@ -38,6 +38,29 @@ from .stages import (
 )
 
 
+class NotFinite(RuntimeError):
+    """A network made NaN or infinity of finite input: its dtype is too narrow, or its weights are
+    broken."""
+
+
+def check_finite(x: Tensor, doing: str) -> None:
+    """Raise NotFinite where x holds NaN or infinity. doing: "encoding" or "decoding"."""
+    if x.is_meta or not x.numel():
+        return
+    extremes = torch.stack(x.detach().aminmax())  # NaN where x holds one
+    if extremes.isfinite().all():
+        return
+    raise _not_finite(doing, x.dtype)
+
+
+def _not_finite(doing: str, dtype: torch.dtype) -> NotFinite:
+    """The error to raise for values of `dtype`."""
+    remedy = "verify the weights of the VAE, and leave autocast where it is on"
+    if dtype == torch.float16:
+        remedy = "load the VAE in bfloat16 or float32"
+    return NotFinite(f"{doing} must give finite values, got NaN or infinity in {dtype}: {remedy}")
+
+
 @dataclass(frozen=True)
 class Chain:
     """The stages of a network, in the order in which frames meet them.
@@ -119,7 +142,8 @@ def stream(
 
     The pieces are given out while the last pass goes on. kept: for every stage, whether its input
     stays in memory. affines: scale and shift of the stages whose statistics are known. Those found
-    here are added, so that another attempt need not find them again.
+    here are added, so that another attempt need not find them again. NotFinite as soon as
+    statistics are not finite, because then nothing behind them is.
     """
     stages = chain.stages
     frames = [shape.frames for shape in chain.shapes(*x.shape[1:])]
@@ -144,7 +168,10 @@ def stream(
         elif norm is not None:
             moments, _ = _pass(flow(start, k, _copy(source)), norm, keep=False)
         if norm is not None:
-            affines[k] = ops.group_affine(torch.cat(moments, 1), norm.weight, norm.bias, norm.eps)
+            scale, shift = ops.group_affine(torch.cat(moments, 1), norm.weight, norm.bias, norm.eps)
+            if not (scale.is_meta or torch.stack((scale, shift)).isfinite().all()):
+                raise _not_finite(chain.doing, chain.weight.dtype)
+            affines[k] = (scale, shift)
     for chunk in flow(start, len(stages), _drain(source)):
         yield chunk.take().permute(0, 4, 1, 2, 3)  # [B, C', f, Y', X']
 
