@@ -27,7 +27,7 @@ from kandinsky_kernels import (
 )
 
 from ..vae import winograd
-from ..vae.hunyuan import fold
+from ..vae.layers import fold
 from ..vae.stages import pad
 from .forward_swap import accelerated, changed, falls_back, refusal, replacement, stock
 

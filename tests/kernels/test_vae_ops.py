@@ -49,7 +49,8 @@ def test_moments_of_a_frame_do_not_depend_on_the_piece(shape, dtype, simd):  # l
 @pytest.mark.parametrize("offset", [1e3, 1e5])
 def test_moments_far_from_zero(offset, simd):  # law 10
     x = made(video(1, 2, 40, 33, 32, 8))["x"] + offset
-    moments, exact = ops.group_moments(x, 8), ops.group_moments(x.double(), 8)
+    moments = ops.group_moments(x, 8)
+    exact = ops.group_moments(x.double(), 8)
     torch.testing.assert_close(moments, exact, rtol=1e-7, atol=0)
 
 
@@ -79,12 +80,11 @@ def test_non_finite_stays_in_its_group(value, place, simd):  # law 9
     inputs = case.inputs()
     clean = ops.group_moments(**inputs)
     inputs["x"][0, 1, place[0], place[1], 5] = value
-    dirty, (exact,) = ops.group_moments(**inputs), case.exact(inputs)
-    assert (
-        torch.equal(dirty.isnan(), exact.isnan())
-        and torch.equal(dirty.isinf(), exact.isinf())
-        and not dirty[0, 1, 1].isfinite().all()
-    )
+    dirty = ops.group_moments(**inputs)
+    (exact,) = case.exact(inputs)
+    assert torch.equal(dirty.isnan(), exact.isnan())
+    assert torch.equal(dirty.isinf(), exact.isinf())
+    assert not dirty[0, 1, 1].isfinite().all()
     dirty[0, 1, 1] = clean[0, 1, 1]
     assert torch.equal(dirty, clean)
 
@@ -103,11 +103,9 @@ def test_silu_of_anything(value, simd):  # laws 9 and 10
 def test_affine_is_group_norm(dtype):
     """From the input to the padded output: as faithful as PyTorch's group norm, SiLU and padding,
     which read it three times more often."""
-    x, weight, bias = (
-        made(video(2, 3, 18, 17, 32, 8), dtype)["x"],
-        torch.randn(32).to(dtype),
-        torch.randn(32).to(dtype),
-    )
+    x = made(video(2, 3, 18, 17, 32, 8), dtype)["x"]
+    weight = torch.randn(32).to(dtype)
+    bias = torch.randn(32).to(dtype)
 
     def torch_way(x, weight, bias):
         y = F.silu(F.group_norm(x.permute(0, 4, 1, 2, 3), 8, weight, bias, eps=1e-6))
@@ -143,7 +141,9 @@ def test_affine_weighs_frames_in_order():
 def test_pieces_continue_exactly(dtype, simd):
     inputs = made(normed(2, 6, 5, 4, 24), dtype)
     x, scale, shift = (inputs[name] for name in ("x", "scale", "shift"))
-    whole, parts, front = ops.group_norm_silu(x, scale, shift), [], None
+    whole = ops.group_norm_silu(x, scale, shift)
+    parts = []
+    front = None
     for piece in halves(x):
         parts.append(ops.group_norm_silu(piece, scale, shift, front))
         front = parts[-1][:, -2:]
@@ -177,7 +177,8 @@ def test_empty():  # law 8
         out, lse = ops.frame_causal_attention(
             torch.empty(shape), *2 * [torch.empty(shape[0], 2, 3, 8)], return_lse=True
         )
-        assert out.shape == shape and lse.shape == shape[:3]
+        assert out.shape == shape
+        assert lse.shape == shape[:3]
 
 
 def test_attention_merges_ranges_of_keys(simd):
@@ -203,10 +204,12 @@ def check_pieces(attention, query, key, value):
     whole, lse = attention(query, key, value, 0, 0.2)
     for t in range(query.shape[1]):
         out, part = attention(query[:, t : t + 1], key, value, t, 0.2)
-        assert torch.equal(out, whole[:, t : t + 1]) and torch.equal(part, lse[:, t : t + 1])
+        assert torch.equal(out, whole[:, t : t + 1])
+        assert torch.equal(part, lse[:, t : t + 1])
     value[:, 2] = math.nan
     out, _ = attention(query, key, value, 0, 0.2)
-    assert torch.equal(out[:, :2], whole[:, :2]) and out[:, 2:].isnan().all()
+    assert torch.equal(out[:, :2], whole[:, :2])
+    assert out[:, 2:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -243,14 +246,14 @@ def test_attention_of_non_finite_numbers(poison, value, simd):  # law 9
     inputs = case.inputs()
     clean = case.run(inputs)
     inputs[poison][0, 1, 33, 5] = value
-    dirty, exact = case.run(inputs), case.exact(inputs)
+    dirty = case.run(inputs)
+    exact = case.exact(inputs)
     touched = torch.zeros(1, 3, 70, dtype=torch.bool)
     touched[0, 1, 33 if poison == "query" else slice(None)] = True
     touched[0, 2] = poison != "query"
     for ours, oracle, before in zip(dirty, exact, clean, strict=True):
-        assert torch.equal(ours.isnan(), oracle.isnan()) and torch.equal(
-            ours.isinf(), oracle.isinf()
-        )
+        assert torch.equal(ours.isnan(), oracle.isnan())
+        assert torch.equal(ours.isinf(), oracle.isinf())
         assert torch.equal(ours[~touched], before[~touched])
     assert not dirty[0][touched].isfinite().all()
 
@@ -287,7 +290,9 @@ def test_gradients_go_through_the_reference():
 @pytest.mark.parametrize("limit", [2**31 - 1, 3 * 2 * 6 * 5 * 8, 1])
 def test_convolution_in_pieces(stride, limit, monkeypatch):  # law 13
     monkeypatch.setattr(reference, "INDEXABLE", limit)
-    x, weight, bias = torch.randn(2, 9, 6, 5, 8), torch.randn(4, 8, 3, 3, 3), torch.randn(4)
+    x = torch.randn(2, 9, 6, 5, 8)
+    weight = torch.randn(4, 8, 3, 3, 3)
+    bias = torch.randn(4)
     calls = []
     monkeypatch.setattr(
         reference,
@@ -303,7 +308,8 @@ def test_convolution_in_pieces(stride, limit, monkeypatch):  # law 13
         for d in (torch.float64, torch.float32)
     )
     assert_faithful(out, exact, peer)
-    assert (calls == [9]) == (limit == 2**31 - 1) and (limit > 1 or set(calls) == {3})
+    assert (calls == [9]) == (limit == 2**31 - 1)
+    assert limit > 1 or set(calls) == {3}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -315,7 +321,9 @@ def test_convolution_of_narrow_numbers_is_rounded_once(dtype):
     assert_faithful(ops.causal_conv3d(x, weight, bias), exact, exact.to(dtype))
 
 
-X, V, Q = torch.zeros(2, 3, 4, 5, 8), torch.zeros(2, 8), torch.zeros(1, 2, 3, 8)
+X = torch.zeros(2, 3, 4, 5, 8)
+V = torch.zeros(2, 8)
+Q = torch.zeros(1, 2, 3, 8)
 MISUSE = [
     (
         lambda: ops.group_moments(X[0], 2),
@@ -420,4 +428,5 @@ MISUSE = [
 def test_misuse_is_explained(call, error, text):  # law 20
     with pytest.raises(error, match=text) as caught:
         call()
-    assert str(caught.value).count(". ") == 0 and "\n" not in str(caught.value)
+    assert str(caught.value).count(". ") == 0
+    assert "\n" not in str(caught.value)
