@@ -91,8 +91,8 @@ class Settings:
                 "guidance must be finite and the scheduler scale positive, got "
                 f"{self.guidance_scale} and {self.scheduler_scale}; 5 is usual for both"
             )
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"the seed must lie in 0 .. 2^63 - 1, got {self.seed}; choose another")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"the seed must lie in 0 .. 2^64 - 1, got {self.seed}; choose another")
 
     @property
     def grid(self) -> Grid:

@@ -89,24 +89,26 @@ def stand_in_tokenizers() -> None:
 
 def or_else(original, make):
     """A `from_pretrained` that makes a tokenizer where one of the tests' is not to be had."""
+    unreachable = False
 
     def from_pretrained(name, *args, **kwargs):
+        nonlocal unreachable
         if not str(name).startswith("hf-internal-testing/"):
             return original(name, *args, **kwargs)
-        try:
-            return original(name, *args, **kwargs)
-        except OSError:
-            with tempfile.TemporaryDirectory() as folder:
-                return make(Path(folder))
+        if not unreachable:  # asking takes long where nobody answers
+            try:
+                return original(name, *args, **kwargs)
+            except OSError:
+                unreachable = True
+        with tempfile.TemporaryDirectory() as folder:
+            return make(Path(folder))
 
     return from_pretrained
 
 
-def accelerate_every_pipeline() -> None:
+def accelerate_every_pipeline(accelerate) -> None:
     """Accelerate each Kandinsky 5 pipeline as soon as it is made."""
     import diffusers
-
-    from kandinsky_model import accelerate
 
     for task in PIPELINES:
         pipeline = getattr(diffusers, f"Kandinsky5{task}Pipeline")
@@ -124,15 +126,15 @@ def inside(checkout: Path, accelerated: bool, results: Path, options: list[str])
     """Run the tests in this process and write their outcomes."""
     import pytest
 
-    import kandinsky_model  # noqa: F401 - while this repository is on the path
+    from kandinsky_model import accelerate
 
-    # its folder of tests has the name that the checkout's has, too
+    # the checkout's folder of tests has the name of this repository's
     sys.path[:] = [str(checkout), *(path for path in sys.path if Path(path or ".") != ROOT)]
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
         del sys.modules[name]
     os.chdir(checkout)
     if accelerated:
-        accelerate_every_pipeline()
+        accelerate_every_pipeline(accelerate)
     stand_in_tokenizers()
     outcomes = Outcomes()
     pytest.main(["-q", "--tb=line", "-p", "no:cacheprovider", TESTS, *options], plugins=[outcomes])
@@ -169,8 +171,10 @@ def main() -> int:
     lost = [name for name in stock if stock[name] == "passed" != ours.get(name)]
     for name in lost:
         print(f"only accelerated it fails: {name}: {why.get(name)}")
-    print(f"as installed: {dict(Counter(stock.values()))}, accelerated: "
-          f"{dict(Counter(ours.values()))}")
+    print(
+        f"as installed: {dict(Counter(stock.values()))}, accelerated: "
+        f"{dict(Counter(ours.values()))}"
+    )
     return 1 if lost else 0
 
 

@@ -173,10 +173,13 @@ def test_parameters_are_read_inside_their_own_modules_only(state):
 
 def test_blocks_that_another_node_replaced_stay_replaced(model, caplog):
     calls = []
+    block = model.model.diffusion_model.visual_transformer_blocks[1]
 
     def other(args, extra):
+        with pytest.raises(TypeError, match="keyword"):  # as ComfyUI 0.33 calls it
+            extra["original_block"](args)
         calls.append(args["transformer_options"]["block_index"])
-        return {"x": extra["original_block"](args)}
+        return {"x": block(args["x"], args["context"], args["time_embed"], args["freqs"])}
 
     ours = accelerated(model, "nabla", 1.0)
     with caplog.at_level(logging.WARNING, LOGGER):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from kandinsky_model import comfyui
+from kandinsky_model.comfyui import running
 from kandinsky_model.comfyui.nodes import MODEL
 
 from ..support import tiny_models
@@ -78,26 +79,53 @@ def comfy(monkeypatch):
         pass
 
     state = SimpleNamespace(
-        bars=[], asked=0, stop_after=None, Stopped=Stopped, device="cpu", freed=[]
+        bars=[],
+        asked=0,
+        stop_when=lambda: False,
+        Stopped=Stopped,
+        device="cpu",
+        freed=[],
+        previews=False,
+        formats=[],
     )
 
     class ProgressBar:
         def __init__(self, total):
-            self.total, self.seen = total, []
+            self.total = total
+            self.seen = []
+            self.previews = []
             state.bars.append(self)
 
         def update_absolute(self, value, total=None, preview=None):
             self.seen.append((value, total))
+            self.previews.append(preview)
 
     def interrupted():
         state.asked += 1
-        if state.stop_after is not None and state.asked > state.stop_after:
+        if state.stop_when():
             raise Stopped("stopped")
 
-    modules = {
-        name: ModuleType(name)
-        for name in ("comfy", "comfy.utils", "comfy.model_management", "folder_paths")
-    }
+    class Previewer:
+        def decode_latent_to_preview_image(self, preview_format, x0):
+            return (preview_format, x0.clone(), 512)
+
+    def get_previewer(device, latent_format):
+        state.formats.append(type(latent_format).__name__)
+        return Previewer() if state.previews else None
+
+    names = (
+        "comfy",
+        "comfy.utils",
+        "comfy.model_management",
+        "comfy.latent_formats",
+        "latent_preview",
+        "folder_paths",
+    )
+    modules = {name: ModuleType(name) for name in names}
+    modules["latent_preview"].get_previewer = get_previewer
+    modules["latent_preview"].MAX_PREVIEW_RESOLUTION = 512
+    for name in ("Flux", "HunyuanVideo"):
+        setattr(modules["comfy.latent_formats"], name, type(name, (), {}))
     modules["comfy.utils"].ProgressBar = ProgressBar
     modules["comfy.model_management"].throw_exception_if_processing_interrupted = interrupted
     management = modules["comfy.model_management"]
@@ -132,13 +160,19 @@ def test_importing_imports_neither_torch_nor_comfyui():
 def test_every_node_is_whole():
     assert comfyui.NODE_CLASS_MAPPINGS.keys() == comfyui.NODE_DISPLAY_NAME_MAPPINGS.keys()
     for node in comfyui.NODE_CLASS_MAPPINGS.values():
-        assert (
-            node.TITLE
-            and node.__doc__ == node.DESCRIPTION
-            and callable(getattr(node, node.FUNCTION))
-        )
-        assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES)
+        assert node.TITLE and node.__doc__ == node.DESCRIPTION
+        assert callable(getattr(node, node.FUNCTION))
+        assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES) == len(node.OUTPUT_TOOLTIPS)
         assert node.INPUT_TYPES().keys() == {"required", "optional"}
+
+
+@pytest.mark.parametrize("name", comfyui.NODE_CLASS_MAPPINGS)
+def test_every_socket_and_widget_has_a_tooltip(name):
+    node = comfyui.NODE_CLASS_MAPPINGS[name]
+    for part in node.INPUT_TYPES().values():
+        for key, kind in part.items():
+            assert kind[1].get("tooltip"), f"{name} says nothing about {key}"
+    assert all(node.OUTPUT_TOOLTIPS)
 
 
 def test_nodes_make_the_video_that_generate_makes(model):
@@ -329,6 +363,7 @@ def test_a_lora_acts_in_its_branch_alone(model, tmp_path):
     assert triggered.shape[1] == plain.shape[1] + 1
     with pytest.raises(FileNotFoundError, match="a LoRA is"):
         call("LoadLora", model=model, path="nowhere")
+    assert call("LoadLora", model=model) is model  # nothing was chosen
 
 
 def test_prompts_are_expanded_by_the_text_encoder(model, monkeypatch):
@@ -348,18 +383,90 @@ def test_prompts_are_expanded_by_the_text_encoder(model, monkeypatch):
 
 def test_the_bar_moves_and_the_stop_button_stops(model, comfy):
     text = call("EncodeText", model=model, prompt=PROMPT)
-    latent = call("Sample", model=model, text=text, **SIZE)
-    assert [bar.seen for bar in comfy.bars] == [[(0, 2), (1, 2), (2, 2)]]
-    call("Decode", model=model, latent=latent)
-    assert comfy.bars[1].seen[-1] == (5, 5) and comfy.bars[1].total == 5
     comfy.bars.clear()
-    comfy.stop_after = comfy.asked + 2  # at the node's beginning, before the first step, and then
+    call("Sample", model=model, text=text, **SIZE)
+    assert [bar.seen for bar in comfy.bars] == [[(0, 2), (1, 2), (2, 2)]]
+    comfy.bars.clear()
+    comfy.stop_when = lambda: comfy.bars  # as soon as the bar has appeared
     with pytest.raises(comfy.Stopped):
         call("Sample", model=model, text=text, **SIZE)
-    assert comfy.bars[0].seen == [(0, 2)]
-    comfy.stop_after = comfy.asked
-    with pytest.raises(comfy.Stopped):
-        call("Decode", model=model, latent=latent)
+    assert len(comfy.bars[0].seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "frames"), [("global", 9), ("official", 25), ("preview", 9)], ids=str
+)
+def test_the_bar_moves_during_all_of_decoding(model, comfy, monkeypatch, policy, frames):
+    """Before the first piece, too: until all statistics are known, which is nearly all the work."""
+    monkeypatch.setattr(running, "INTERVAL", 0.0)  # look before every operator
+    latent = {"samples": torch.randn(1, 16, (frames + 3) // 4, 6, 8)}
+    call("Decode", model=model, latent=latent, vae_policy=policy)
+    (bar,) = comfy.bars
+    percents = [done for done, of in bar.seen]
+    assert percents == sorted(percents) and bar.seen[-1] == (100, 100)
+    if policy != "preview":
+        early = sorted(set(percents))[:-1]
+        assert early[-1] >= 90 and max(b - a for a, b in zip(early, early[1:], strict=False)) <= 25
+
+
+def test_the_stop_button_works_during_all_of_decoding(model, comfy, monkeypatch):
+    monkeypatch.setattr(running, "INTERVAL", 0.0)
+    latent = {"samples": torch.randn(1, 16, 3, 6, 8)}
+    for percent in (1, 50, 90):
+        comfy.bars.clear()
+        comfy.stop_when = lambda percent=percent: (
+            comfy.bars and comfy.bars[0].seen[-1][0] >= percent
+        )
+        with pytest.raises(comfy.Stopped):
+            call("Decode", model=model, latent=latent)
+        assert percent <= comfy.bars[0].seen[-1][0] < 100
+    comfy.stop_when = lambda: False
+    assert call("Decode", model=model, latent=latent).isfinite().all()
+
+
+def test_the_stop_button_works_while_texts_and_pictures_are_encoded(
+    model, from_image, comfy, monkeypatch
+):
+    monkeypatch.setattr(running, "INTERVAL", 0.0)
+    for name, inputs in (
+        ("EncodeText", {"model": model, "prompt": PROMPT + " slowly"}),
+        ("EncodeImage", {"model": from_image, "image": image()}),
+    ):
+        comfy.asked = 0
+        comfy.stop_when = lambda: comfy.asked > 5  # after the node has begun
+        with pytest.raises(comfy.Stopped):
+            call(name, **inputs)
+
+
+def test_previews_show_where_sampling_heads(model, comfy):
+    """The latents of each preview are an estimate of the result, and the last one is the result."""
+    text = call("EncodeText", model=model, prompt=PROMPT)
+    comfy.bars.clear()
+    comfy.previews = True
+    model.model.preset = replace(model.model.preset, repo="somewhere/else")
+    latent = call("Sample", model=model, text=text, seed=7, **SIZE)
+    model.model.preset = replace(model.model.preset, repo="")
+    shown = [preview[1] for preview in comfy.bars[0].previews if preview]
+    assert len(shown) == 2 and comfy.formats == ["HunyuanVideo"]
+    scaled = latent["samples"] * model.model.vae.config.scaling_factor
+    torch.testing.assert_close(shown[-1], scaled, rtol=0, atol=1e-5)
+    noise_left = (shown[0] - scaled).norm() / scaled.norm()
+    assert 0 < noise_left < 1  # nearer than nothing at all
+    # the bundled model has colours of its own
+    call("Sample", model=model, text=text, seed=7, **SIZE)
+    kind, picture, largest = comfy.bars[1].previews[-1]
+    assert (kind, picture.size, largest) == ("JPEG", (64, 48), 512)
+
+
+def test_seeds_reach_as_far_as_comfyuis(model):
+    text = call("EncodeText", model=model, prompt=PROMPT)
+    latents = [
+        call("Sample", model=model, text=text, seed=seed, **SIZE)["samples"]
+        for seed in (2**64 - 1, 2**64 - 1, 2**64 - 2)
+    ]
+    assert torch.equal(latents[0], latents[1]) and not torch.equal(latents[0], latents[2])
+    widgets = comfyui.NODE_CLASS_MAPPINGS["KandinskyKernelsSample"].INPUT_TYPES()["required"]
+    assert widgets["seed"][1]["max"] == 2**64 - 1
 
 
 def test_comfyuis_models_make_room_on_a_gpu(model, comfy):
@@ -373,9 +480,8 @@ def test_comfyuis_models_make_room_on_a_gpu(model, comfy):
 
 def test_files_and_folders_of_comfyui_are_found(comfy, folder, tmp_path):
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    comfy.folders.get_filename_list = lambda kind: (
-        ["old.ckpt", "mine.safetensors"] if kind == "diffusion_models" else []
-    )
+    files = {"diffusion_models": ["old.ckpt", "mine.safetensors"], "loras": ["fox.safetensors"]}
+    comfy.folders.get_filename_list = lambda kind: files.get(kind, [])
     comfy.folders.get_full_path = lambda kind, name: (
         str(tmp_path / kind / name) if (tmp_path / kind / name).exists() else None
     )
@@ -386,6 +492,8 @@ def test_files_and_folders_of_comfyui_are_found(comfy, folder, tmp_path):
     assert (
         "tiny" in choices and "t2v-pro-sft-10s-hd" in choices and choices[-1] == "mine.safetensors"
     )
+    loras = comfyui.NODE_CLASS_MAPPINGS["KandinskyKernelsLoadLora"].INPUT_TYPES()["required"]
+    assert loras["lora"][0] == ["none", "fox.safetensors"]
     (tmp_path / "diffusion_models").mkdir()
     (tmp_path / "diffusion_models" / "mine.safetensors").write_bytes(weights.read_bytes())
     for kind in ("vae", "text_encoders"):
@@ -407,6 +515,7 @@ def test_files_and_folders_of_comfyui_are_found(comfy, folder, tmp_path):
         ("EncodeText", {"prompt": " "}, "the prompt must say something"),
         ("Sample", {"width": 100, "height": 64}, "multiples of 16"),
         ("Sample", {"frames": 6}, "4k \\+ 1"),
+        ("Sample", {"width": 64}, "given together, got 64x0"),
         ("Sample", {"image_latent": {"samples": torch.zeros(1, 16, 1, 8, 8)}}, "takes no image"),
         (
             "Sample",

@@ -17,7 +17,15 @@ import torch
 from kandinsky_model import comfyui
 from kandinsky_model.__main__ import main
 from kandinsky_model.comfyui import install as comfyui_install
-from kandinsky_model.comfyui.workflows import CORE, FOLDER, WIDGETS, Graph, definitions, workflows
+from kandinsky_model.comfyui.workflows import (
+    CORE,
+    FOLDER,
+    TRY,
+    WIDGETS,
+    Graph,
+    definitions,
+    workflows,
+)
 
 from ..support import tiny_models
 
@@ -99,9 +107,17 @@ def test_a_wrong_link_or_name_is_refused():
         graph.add("LoadModel", modle="tiny")
 
 
-def execute(graph, change, core):
-    """Runs a workflow as ComfyUI does: change(type) -> values instead of those of widgets, core:
-    functions for nodes of ComfyUI's own."""
+# what ComfyUI's own nodes do, as far as the workflows need it
+CORE_NODES = {
+    "LoadImage": lambda image: (torch.rand(1, 60, 100, 3), None),
+    "CreateVideo": lambda images, fps: (images,),
+    "SaveVideo": lambda video, **_: (video,),
+    "SaveImage": lambda images, **_: (images,),
+}
+
+
+def execute(graph, change):
+    """Runs a workflow as ComfyUI does: change(type) -> values instead of those of widgets."""
     made, saved = {}, []
     for node in sorted(graph["nodes"], key=lambda node: node["order"]):
         inputs = {**widgets(node), **change(node["type"])}
@@ -110,7 +126,7 @@ def execute(graph, change, core):
                 _, source, slot, *_ = graph["links"][socket["link"] - 1]
                 inputs[socket["name"]] = made[source][slot]
         if node["type"] in CORE:
-            outputs = core[node["type"]](**inputs)
+            outputs = CORE_NODES[node["type"]](**inputs)
         else:
             with torch.inference_mode():
                 outputs = comfyui.NODE_CLASS_MAPPINGS[node["type"]]().run(**inputs)
@@ -123,8 +139,8 @@ def execute(graph, change, core):
 def folders(tmp_path_factory, text_parts):
     root = tmp_path_factory.mktemp("models")
     video = tiny_models.tiny_folder(root / "tiny")
-    folders = {"text_to_video": video, "image_to_video": video}
-    for task, name in (("t2i", "text_to_image"), ("i2i", "image_editing")):
+    folders = {"text to video": video, "image to video": video}
+    for task, name in (("t2i", "text to image"), ("i2i", "image editing")):
         folders[name] = tiny_models.diffusers_folder(
             root / f"Kandinsky-5.0-{task.upper()}-Lite-Diffusers", text_parts, task
         )
@@ -132,17 +148,17 @@ def folders(tmp_path_factory, text_parts):
 
 
 @pytest.mark.parametrize(
-    "name", ["text_to_video", "image_to_video", "text_to_image", "image_editing"]
+    "name", ["text to video", "image to video", "text to image", "image editing"]
 )
 def test_workflows_run(name, folders, monkeypatch):
-    graph = load(f"kandinsky5_{name}.json")
+    graph = load(f"Kandinsky 5 - {name}.json")
     loader = comfyui.NODE_CLASS_MAPPINGS["KandinskyKernelsLoadModel"]
     run, video = loader.run, name.endswith("video")
 
     def load_small(self, **inputs):
         (model,) = run(self, **inputs)
         changes = {"sizes": ((64, 80), (80, 64))} | (
-            {"task": "i2v", "name": "tiny-i2v"} if name == "image_to_video" else {}
+            {"task": "i2v", "name": "tiny-i2v"} if name == "image to video" else {}
         )
         model.model.preset = replace(model.model.preset, **changes)
         return (model,)
@@ -154,18 +170,44 @@ def test_workflows_run(name, folders, monkeypatch):
         "KandinskyKernelsLoadModel": {"path": str(folders[name])},
         "KandinskyKernelsSample": sizes,
     }
-    core = {
-        "LoadImage": lambda image: (torch.rand(1, 60, 100, 3), None),
-        "CreateVideo": lambda images, fps: (images,),
-        "SaveVideo": lambda video, **_: (video,),
-        "SaveImage": lambda images, **_: (images,),
-    }
-    (images,) = execute(graph, lambda kind: given.get(kind, {}), core)
+    (images,) = execute(graph, lambda kind: given.get(kind, {}))
     assert (
         images.shape[-1] == 3
         and images.shape[0] == (5 if video else 1)
         and 0 <= images.min() < images.max() <= 1
     )
+
+
+def test_one_workflow_needs_no_download(monkeypatch):
+    """It runs as it is, with the bundled model; two steps of it are enough here."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    given = {"KandinskyKernelsSample": {"steps": 2}}
+    graph = load(f"Kandinsky 5 - {TRY}.json")
+    (images,) = execute(graph, lambda kind: given.get(kind, {}))
+    assert images.shape[0] > 1 and images.shape[-1] == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_comfyui_must_load_say_where_they_are(name):
+    """ComfyUI reads `properties.models` of a node to offer what is missing."""
+    for node in load(name)["nodes"]:
+        files = {value for value in node["widgets_values"] if str(value).endswith(".safetensors")}
+        models = node["properties"].get("models", [])
+        assert {model["name"] for model in models} == files
+        for model in models:
+            assert model["url"].startswith("https://") and model["url"].endswith(model["name"])
+            assert model["directory"] in ("diffusion_models", "text_encoders", "vae")
+
+
+def test_only_the_seed_of_a_sampler_changes_by_itself():
+    """So that a run with another seed encodes neither pictures nor texts again."""
+    changing = {
+        (node["type"], name)
+        for workflow in NAMES
+        for node in load(workflow)["nodes"]
+        for name in definitions()[node["type"]].controlled
+    }
+    assert changing == {("KandinskyKernelsSample", "seed"), ("KSampler", "seed")}
 
 
 @pytest.fixture
@@ -272,8 +314,8 @@ def test_the_lines_of_the_readme_do_what_it_says(comfy_folder, monkeypatch):
     stub = comfy_folder / "custom_nodes" / "kandinsky5"
     assert (
         stub.name in section
-        and "five workflows" in section
-        and len(list((stub / "example_workflows").iterdir())) == 5
+        and "six workflows" in section
+        and len(list((stub / "example_workflows").iterdir())) == 6
     )
     module = imported(stub)
     assert (

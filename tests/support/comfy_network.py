@@ -218,9 +218,9 @@ class Kandinsky5(nn.Module):
 
                 def original(args, block=block):
                     return block(
-                        args["x"],
-                        args["context"],
-                        args["time_embed"],
+                        x=args["x"],
+                        context=args["context"],
+                        time_embed=args["time_embed"],
                         freqs=args["freqs"],
                         transformer_options=args.get("transformer_options"),
                     )
