@@ -33,7 +33,10 @@ def both_ways(model, change, order):
 
 # Adapters
 
-ADAPTED = r".*(self_attention|cross_attention|feed_forward)\.(to_query|to_key|to_value|out_layer|in_layer)"
+ADAPTED = (
+    r".*(self_attention|cross_attention|feed_forward)"
+    r"\.(to_query|to_key|to_value|out_layer|in_layer)"
+)
 
 
 def lora():

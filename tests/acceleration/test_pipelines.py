@@ -217,3 +217,32 @@ def test_the_readme_can_be_copied(text_parts, monkeypatch, capsys):
     exec(code, scope)
     assert len(code.strip().splitlines()) == 5 and len(scope["frames"]) == 5
     assert "replaced 2 x Kandinsky5TransformerDecoderBlock" in capsys.readouterr().out
+
+
+def test_the_first_image_is_put_in_once(monkeypatch):
+    """diffusers up to 0.37 copies it into the channels of visual conditioning, too; the correction
+    takes the copy out, and changes nothing where there is none."""
+    pipe = pipeline("i2v", monkeypatch)
+    stock_method = type(pipe).prepare_latents
+    wanted = run(pipe)
+
+    def with_copy(self, *args, **kwargs):
+        latents = stock_method(self, *args, **kwargs)
+        channels = self.transformer.config.in_visual_dim
+        latents[:, :1, :, :, channels : 2 * channels] = latents[:, :1, :, :, :channels]
+        return latents
+
+    monkeypatch.setattr(type(pipe), "prepare_latents", with_copy)
+    twice = run(pipe)
+    with accelerate(pipe, vae=False, image_once=True) as handle:
+        assert handle.corrected == ["image_once"]
+        once = run(pipe)
+    assert off(once, wanted) <= 1e-5 < 1e-3 < off(twice, wanted)
+    assert torch.equal(run(pipe), twice)
+
+
+def test_the_picture_to_edit_stays_in(monkeypatch):
+    pipe = pipeline("i2i", monkeypatch)
+    wanted = run(pipe)
+    with accelerate(pipe, image_once=True):
+        assert off(run(pipe), wanted) <= 1e-5
