@@ -24,7 +24,7 @@ CPP = sorted(
     for path in ROOT.joinpath("csrc").rglob("*")
     if path.suffix in (".cpp", ".h", ".cu", ".cuh")
 )
-HEAVY = {"transformers", "diffusers", "av", "huggingface_hub"}
+HEAVY = {"transformers", "diffusers", "av", "huggingface_hub", "matplotlib"}
 
 
 def run(*arguments, **environment):
