@@ -34,7 +34,9 @@ from .vae import diffusers_peer
 
 # Random weights spread attention evenly, so that the share of blocks kept is nearly the share of
 # mass asked for
-KEEP_MASS, WINDOW, SCALE = 0.25, (3, 1, 1), (1.0, 2.0, 2.0)
+KEEP_MASS = 0.25
+WINDOW = (3, 1, 1)
+SCALE = (1.0, 2.0, 2.0)
 TINY = DiTConfig(
     in_text_dim=64,
     in_text_dim2=32,
@@ -119,7 +121,8 @@ def arguments(
 
 def density(call: Callable) -> float:
     """The share of blocks that NABLA keeps in the first visual block of a call."""
-    chosen, select = [], diffusers_transformer.select_blocks
+    chosen = []
+    select = diffusers_transformer.select_blocks
 
     def watch(query_means: Tensor, *rest) -> Tensor:
         chosen.append((select(query_means, *rest), query_means.shape[2]))
@@ -142,10 +145,8 @@ def transformer_row(name: str, config: DiTConfig, grid: Grid, budget_s: float) -
 
     torch.manual_seed(0)
     theirs = random_model(config, torch.device("cpu"), torch.float32)
-    ours, (data, sparse) = (
-        copy.deepcopy(theirs),
-        arguments(config, grid, torch.device("cpu"), torch.float32),
-    )
+    ours = copy.deepcopy(theirs)
+    (data, sparse) = arguments(config, grid, torch.device("cpu"), torch.float32)
     accelerate(ours)
     with mock.patch.object(module, "nablaT_v2", dense_mask(module.nablaT_v2)):
         calls = {
@@ -166,11 +167,10 @@ def transformer_row(name: str, config: DiTConfig, grid: Grid, budget_s: float) -
 def vae_row(name: str, config: VAEConfig, latent: tuple[int, int, int], budget_s: float) -> dict:
     """Errors relative to diffusers' in fp64."""
     torch.manual_seed(0)
-    theirs, z = (
-        diffusers_peer(HunyuanVideoVAE(config).requires_grad_(False)),
-        torch.randn(1, config.latent_channels, *latent),
-    )
-    ours, wanted = copy.deepcopy(theirs), copy.deepcopy(theirs).double().decode(z.double()).sample
+    theirs = diffusers_peer(HunyuanVideoVAE(config).requires_grad_(False))
+    z = torch.randn(1, config.latent_channels, *latent)
+    ours = copy.deepcopy(theirs)
+    wanted = copy.deepcopy(theirs).double().decode(z.double()).sample
     accelerate(ours)
     calls = {"dense": lambda: theirs.decode(z).sample, "ours": lambda: ours.decode(z).sample}
     return {"case": name} | timed(
@@ -228,7 +228,8 @@ def door(clock: Clock, size: Size, _: dict) -> list[dict]:
     toy = size is not FULL[0]
     config, dtype = (TINY, torch.float32) if toy else (LITE_DIT, torch.bfloat16)
     ours = random_model(config, clock.device, dtype)
-    dense, flex = copy.deepcopy(ours), copy.deepcopy(ours)
+    dense = copy.deepcopy(ours)
+    flex = copy.deepcopy(ours)
     # for all models without one of their own, until the next line
     flex.set_attention_backend("flex")
     dense.set_attention_backend("native")

@@ -111,7 +111,12 @@ class BlockReplacer:
         self._said: set[str] = set()
 
     def __call__(
-        self, executor, x: Tensor, *args, transformer_options: dict | None = None, **kwargs
+        self,
+        executor,
+        x: Tensor,
+        *args,
+        transformer_options: dict | None = None,
+        **kwargs,
     ) -> Tensor:
         """As ComfyUI calls it. executor: the network or the next wrapper. x: [B, C, T, H, W], or
         [B, C, H, W] of pictures."""
@@ -123,7 +128,12 @@ class BlockReplacer:
             options = self._with_blocks(executor.class_obj, x, options)
         return executor(x, *args, transformer_options=options, **kwargs)
 
-    def _with_blocks(self, network: nn.Module, x: Tensor, options: dict) -> dict:
+    def _with_blocks(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        options: dict,
+    ) -> dict:
         """`options` with replacements for the visual blocks that no other node has replaced."""
         tiling = self._tiling(network, x)
         known = options.get("patches_replace", {})
@@ -187,7 +197,12 @@ class Tiling:
     rotaries: list[tuple[Tensor, Rotary]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, grid: geometry.Grid, nabla: NablaConfig, device: torch.device) -> Tiling:
+    def of(
+        cls,
+        grid: geometry.Grid,
+        nabla: NablaConfig,
+        device: torch.device,
+    ) -> Tiling:
         order = geometry.tile_order(grid)
         return cls(
             grid,
@@ -210,8 +225,15 @@ class Tiling:
 class Replacement:
     """Stands in for one visual block; the network calls it as it calls any replacement."""
 
-    def __init__(self, block: nn.Module, tiling: Tiling | None, say):
-        self.block, self.tiling, self.say = block, tiling, say
+    def __init__(
+        self,
+        block: nn.Module,
+        tiling: Tiling | None,
+        say,
+    ):
+        self.block = block
+        self.tiling = tiling
+        self.say = say
 
     def __call__(self, args: dict, extra: dict) -> dict[str, Tensor]:
         """{"x": what the block makes of it}.
@@ -233,7 +255,12 @@ class Replacement:
         }
 
     def forward(
-        self, x: Tensor, context: Tensor, time: Tensor, freqs: Tensor, options: dict
+        self,
+        x: Tensor,
+        context: Tensor,
+        time: Tensor,
+        freqs: Tensor,
+        options: dict,
     ) -> Tensor:
         """The block [B, S, C] of tokens x [B, S, C]; the other arguments as in `__call__`."""
         block = self.block
@@ -252,14 +279,17 @@ class Replacement:
         return gated_add_norm(x, block.feed_forward(normed), gate_ff)[0]
 
     @staticmethod
-    def attend(layer: nn.Module, x: Tensor, tiling: Tiling, freqs: Tensor) -> Tensor:
+    def attend(
+        layer: nn.Module,
+        x: Tensor,
+        tiling: Tiling,
+        freqs: Tensor,
+    ) -> Tensor:
         """NABLA of x [B, S, C], tokens in raster order, over itself."""
-        x, rotary, offsets, nabla = (
-            x[:, tiling.order],
-            tiling.rotary(freqs),
-            tiling.block_offsets,
-            tiling.nabla,
-        )
+        x = x[:, tiling.order]
+        rotary = tiling.rotary(freqs)
+        offsets = tiling.block_offsets
+        nabla = tiling.nabla
         query, key, value = (
             project(x).unflatten(-1, (-1, layer.head_dim))
             for project in (layer.to_query, layer.to_key, layer.to_value)

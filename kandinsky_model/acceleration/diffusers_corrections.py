@@ -46,7 +46,12 @@ def official_sigmas(pipe, _: nn.Module) -> list[Undo]:
     """
 
     def set_timesteps(
-        self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None
+        self,
+        num_inference_steps=None,
+        device=None,
+        sigmas=None,
+        mu=None,
+        timesteps=None,
     ):
         if sigmas is None and timesteps is None and num_inference_steps:
             sigmas = torch.linspace(1, 0, num_inference_steps + 1)[:-1].tolist()

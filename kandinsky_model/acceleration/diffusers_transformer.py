@@ -81,7 +81,8 @@ def attention(
             self, hidden_states, encoder_hidden_states, sparse_params, rotary_emb, **kwargs
         )
     context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-    heads, rotary = (self.num_heads, -1), rotary_emb or None
+    heads = (self.num_heads, -1)
+    rotary = rotary_emb or None
     query, key, value = (
         layer(x).unflatten(-1, heads)
         for layer, x in
@@ -92,7 +93,8 @@ def attention(
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
         backend = self.processor._attention_backend
-        query, key = self.query_norm(query, rotary, None), self.key_norm(key, rotary, None)
+        query = self.query_norm(query, rotary, None)
+        key = self.key_norm(key, rotary, None)
         out = dispatch_attention_fn(query, key, value, backend=backend)
     else:
         offsets, tiles, window, keep_mass = (
@@ -108,7 +110,12 @@ def attention(
 
 
 @replacement
-def text_block(self, x: Tensor, time_embed: Tensor, rope: Tensor | Rotary) -> Tensor:
+def text_block(
+    self,
+    x: Tensor,
+    time_embed: Tensor,
+    rope: Tensor | Rotary,
+) -> Tensor:
     """Kandinsky5TransformerEncoderBlock of text tokens x [B, L, C]."""
     if not isinstance(rope, tuple):
         return stock(self, x, time_embed, rope)
@@ -153,7 +160,11 @@ def visual_block(
 
 @replacement
 def out_layer(
-    self, visual_embed: Tensor, text_embed: Tensor, time_embed: Tensor, fused: bool = False
+    self,
+    visual_embed: Tensor,
+    text_embed: Tensor,
+    time_embed: Tensor,
+    fused: bool = False,
 ) -> Tensor:
     """Kandinsky5OutLayer: visual_embed [B, T, Y, X, C] -> [B, T, 2Y, 2X, C'].
 
@@ -255,7 +266,8 @@ def transformer(
     x = x.expand(batch, -1, -1, -1, -1)
     text = text.expand(batch, -1, -1)
 
-    shape, grid = x.shape, geometry.Grid(*x.shape[1:4])
+    shape = x.shape
+    grid = geometry.Grid(*x.shape[1:4])
     order = geometry.tile_order(grid, x.device) if sparse_params else None
     nabla = _nabla_of(self, grid, sparse_params, x.device) if sparse_params else None
     rope = self.text_rope_embeddings(text_rope_pos, True)
@@ -307,7 +319,10 @@ def _stock_reason(model: nn.Module, sparse: dict | None, *inputs: Tensor) -> str
 
 
 def _nabla_reason(
-    model: nn.Module, sparse: dict, visual: list[nn.Module], *inputs: Tensor
+    model: nn.Module,
+    sparse: dict,
+    visual: list[nn.Module],
+    *inputs: Tensor,
 ) -> str | None:
     """Why diffusers must compute NABLA this time, or None."""
     for block in visual:
@@ -383,7 +398,12 @@ def _window(model: nn.Module, sparse: dict) -> tuple[int | None, ...]:
     )
 
 
-def _nabla_of(model: nn.Module, grid: geometry.Grid, sparse: dict, device: torch.device) -> dict:
+def _nabla_of(
+    model: nn.Module,
+    grid: geometry.Grid,
+    sparse: dict,
+    device: torch.device,
+) -> dict:
     """What the attention of a visual block takes for NABLA on this grid."""
     window: tuple | None = _window(model, sparse)
     if sparse.get("sta_mask") is None and None in _window(model, sparse):
@@ -396,7 +416,12 @@ def _nabla_of(model: nn.Module, grid: geometry.Grid, sparse: dict, device: torch
     }
 
 
-def _vectors(modulation: nn.Module, time: Tensor, batch: int, count: int) -> tuple[Tensor, ...]:
+def _vectors(
+    modulation: nn.Module,
+    time: Tensor,
+    batch: int,
+    count: int,
+) -> tuple[Tensor, ...]:
     """`count` modulation vectors [B, C] in fp32: shift, scale and gate of each part."""
     return modulation(time).float().expand(batch, -1).chunk(count, -1)
 

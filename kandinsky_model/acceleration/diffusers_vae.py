@@ -76,7 +76,12 @@ def conv3d(self, x: Tensor, factors: tuple[int, int, int] | None = None) -> Tens
     return out
 
 
-def _convolve(conv: nn.Conv3d, x: Tensor, weight: Tensor, stride: tuple[int, ...]) -> Tensor:
+def _convolve(
+    conv: nn.Conv3d,
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, ...],
+) -> Tensor:
     """Convolve rows x, whose first three frames are copies of one where there are three taps in
     time: causal padding made them so."""
     plain = stride != SAME or weight.shape[2] != 3 or torch.compiler.is_compiling()
@@ -249,7 +254,10 @@ def _unlike_the_published(module: nn.Module) -> str | None:
 
 
 def _falls_back(
-    module: nn.Module, x: Tensor, parts: Iterator[Part] | list[Part], why: str | None = None
+    module: nn.Module,
+    x: Tensor,
+    parts: Iterator[Part] | list[Part],
+    why: str | None = None,
 ) -> bool:
     """Whether `module` must run as diffusers wrote it this time, which is reported."""
     if not accelerated(module):

@@ -70,7 +70,12 @@ def _current(name: str, node: type[Node], io: Any) -> type:
     return type(name, (io.ComfyNode,), members)
 
 
-def _input(io: Any, key: str, kind: tuple, optional: bool):
+def _input(
+    io: Any,
+    key: str,
+    kind: tuple,
+    optional: bool,
+):
     options = {"optional": optional, **kind[1]}
     if isinstance(kind[0], list):
         return io.Combo.Input(key, options=kind[0], **options)

@@ -12,7 +12,8 @@ from __future__ import annotations
 from ..config import CACHES, PRESETS, QUANTIZATIONS
 from .folders import device, file_of, folder_of, listed
 
-MODEL, TEXT = "KANDINSKY5", "KANDINSKY5_TEXT"
+MODEL = "KANDINSKY5"
+TEXT = "KANDINSKY5_TEXT"
 DTYPES = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 RELEASED = "as released"
 NO_FILE = "none"
@@ -33,7 +34,13 @@ def _text(tooltip: str, multiline: bool = True) -> Input:
     return ("STRING", {"default": "", "multiline": multiline, "tooltip": tooltip})
 
 
-def _number(kind: str, tooltip: str, largest: float, step: float, **options) -> Input:
+def _number(
+    kind: str,
+    tooltip: str,
+    largest: float,
+    step: float,
+    **options,
+) -> Input:
     """A number, by default 0."""
     limits = {"default": 0, "min": 0, "max": largest, "step": step}
     return (kind, {**limits, "tooltip": tooltip, **options})
@@ -66,7 +73,8 @@ class Node:
     """What all nodes share. A subclass says INPUTS and OPTIONAL by name, RETURN_TYPES, RETURN_NAMES
     and OUTPUT_TOOLTIPS, and does `run`."""
 
-    CATEGORY, FUNCTION = "Kandinsky 5", "run"
+    CATEGORY = "Kandinsky 5"
+    FUNCTION = "run"
     TITLE = ""
     INPUTS: dict[str, Input] = {}
     OPTIONAL: dict[str, Input] = {}
@@ -111,7 +119,8 @@ class LoadModel(Node):
             "folder of the VAE, under models/vae or anywhere; empty: beside the model", False
         ),
     }
-    RETURN_TYPES, RETURN_NAMES = (MODEL,), ("model",)
+    RETURN_TYPES = (MODEL,)
+    RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("the model, for all other nodes of Kandinsky 5",)
 
     @classmethod
@@ -123,7 +132,12 @@ class LoadModel(Node):
         return {"required": {**cls.INPUTS, "model": choice}, "optional": dict(cls.OPTIONAL)}
 
     def run(
-        self, model: str, dtype: str = "auto", quantize: str = "none", path: str = "", **places: str
+        self,
+        model: str,
+        dtype: str = "auto",
+        quantize: str = "none",
+        path: str = "",
+        **places: str,
     ) -> tuple:
         import torch
 
@@ -169,7 +183,8 @@ class LoadLora(Node):
     OPTIONAL = {
         "path": _text("a .safetensors file or a folder with one, instead of the LoRA above", False)
     }
-    RETURN_TYPES, RETURN_NAMES = (MODEL,), ("model",)
+    RETURN_TYPES = (MODEL,)
+    RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("the model with the LoRA, for the nodes after this one",)
 
     @classmethod
@@ -178,7 +193,13 @@ class LoadLora(Node):
         choice = _choice("a file in models/loras", NO_FILE, *listed("loras"))
         return {"required": {**cls.INPUTS, "lora": choice}, "optional": dict(cls.OPTIONAL)}
 
-    def run(self, model, lora: str = NO_FILE, strength: float = 1.0, path: str = "") -> tuple:
+    def run(
+        self,
+        model,
+        lora: str = NO_FILE,
+        strength: float = 1.0,
+        path: str = "",
+    ) -> tuple:
         from dataclasses import replace
 
         from .running import working
@@ -204,11 +225,17 @@ class ExpandPrompt(Node):
         "memory_gb": _MEMORY,
     }
     OPTIONAL = {"image": _socket("IMAGE", "a picture that the language model sees, too")}
-    RETURN_TYPES, RETURN_NAMES = ("STRING",), ("prompt",)
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("prompt",)
     OUTPUT_TOOLTIPS = ("the detailed prompt, for the node that encodes text",)
 
     def run(
-        self, model, prompt: str, still: bool = False, memory_gb: float = 0.0, image=None
+        self,
+        model,
+        prompt: str,
+        still: bool = False,
+        memory_gb: float = 0.0,
+        image=None,
     ) -> tuple:
         from .running import working
 
@@ -231,7 +258,8 @@ class EncodeText(Node):
     OPTIONAL = {
         "image": _socket("IMAGE", "for image editing: the picture that the image encoder gives")
     }
-    RETURN_TYPES, RETURN_NAMES = (TEXT,), ("text",)
+    RETURN_TYPES = (TEXT,)
+    RETURN_NAMES = ("text",)
     OUTPUT_TOOLTIPS = ("the embedded prompts, for the sampler",)
 
     def run(
@@ -274,7 +302,13 @@ class EncodeImage(Node):
     )
 
     def run(
-        self, model, image, width: int = 0, height: int = 0, seed: int = 0, memory_gb: float = 0.0
+        self,
+        model,
+        image,
+        width: int = 0,
+        height: int = 0,
+        seed: int = 0,
+        memory_gb: float = 0.0,
     ) -> tuple:
         from .running import working
 
@@ -331,7 +365,8 @@ class Sample(Node):
             "LATENT", "the last frame, of an image-to-video checkpoint (untrained)"
         ),
     }
-    RETURN_TYPES, RETURN_NAMES = ("LATENT",), ("latent",)
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("latent",)
     OUTPUT_TOOLTIPS = ("the sampled latents, for a node that decodes or saves them",)
 
     def run(
@@ -390,10 +425,17 @@ class Decode(Node):
         ),
         "memory_gb": _MEMORY,
     }
-    RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("images",)
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("images",)
     OUTPUT_TOOLTIPS = ("the frames, for nodes that save or show them",)
 
-    def run(self, model, latent, vae_policy: str = "auto", memory_gb: float = 0.0) -> tuple:
+    def run(
+        self,
+        model,
+        latent,
+        vae_policy: str = "auto",
+        memory_gb: float = 0.0,
+    ) -> tuple:
         from .running import Bar, working
 
         policy = None if vae_policy == "auto" else vae_policy
@@ -422,10 +464,16 @@ class Accelerate(Node):
             0.05,
         ),
     }
-    RETURN_TYPES, RETURN_NAMES = ("MODEL",), ("model",)
+    RETURN_TYPES = ("MODEL",)
+    RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("the accelerated model, for ComfyUI's own samplers",)
 
-    def run(self, model, attention: str = "auto", keep_mass: float = 0.0) -> tuple:
+    def run(
+        self,
+        model,
+        attention: str = "auto",
+        keep_mass: float = 0.0,
+    ) -> tuple:
         from ..acceleration.comfyui import accelerated
 
         return (accelerated(model, attention, keep_mass or None),)

@@ -40,7 +40,13 @@ class OperatorWatch(TorchDispatchMode):
         self._next = 0.0
         self._normed = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func,
+        types,
+        args=(),
+        kwargs=None,
+    ):
         if func.name() == MOMENTS:
             self._normed += args[0].numel()
         if time.monotonic() >= self._next:
@@ -72,7 +78,12 @@ class Bar:
     def __init__(self) -> None:
         self._bar: Any = None
 
-    def __call__(self, done: int, of: int, preview: tuple | None = None) -> None:
+    def __call__(
+        self,
+        done: int,
+        of: int,
+        preview: tuple | None = None,
+    ) -> None:
         stop_if_asked()
         utils = comfy("comfy.utils")
         if utils is not None:

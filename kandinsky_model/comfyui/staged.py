@@ -253,7 +253,8 @@ class StagedModel:
 
     def check_given(self, first: dict | None, last: dict | None) -> None:
         """Raise ValueError where the checkpoint does not go with the LATENTs that are connected."""
-        task, name = self.model.preset.task, self.model.preset.name
+        task = self.model.preset.task
+        name = self.model.preset.name
         wanted = task in TASKS_WITH_PICTURES
         if last is not None and task != "i2v":
             raise ValueError(
@@ -267,7 +268,12 @@ class StagedModel:
                 f"{name} takes no image, got one; disconnect it, or load an i2v or i2i checkpoint"
             )
 
-    def _settings(self, prompt: str, negative_prompt: str | None, still: bool) -> Settings:
+    def _settings(
+        self,
+        prompt: str,
+        negative_prompt: str | None,
+        still: bool,
+    ) -> Settings:
         given = {"num_frames": 1 if still else None}
         (settings,) = self.model.complete_settings([prompt], negative_prompt, 0, given)
         return settings
@@ -289,12 +295,19 @@ class _Heading:
         self._latents = run.latents
         self._stepped = stepped
 
-    def __call__(self, stage: str, done: int, steps: int, latents: Tensor | None) -> None:
+    def __call__(
+        self,
+        stage: str,
+        done: int,
+        steps: int,
+        latents: Tensor | None,
+    ) -> None:
         if stage != "sampling":
             return
         clean = None
         if latents is not None:
-            before, now = self._times[done - 1], self._times[done]
+            before = self._times[done - 1]
+            now = self._times[done]
             velocity = (latents.float() - self._latents.to(latents.device).float()) / (now - before)
             clean = latents - now * velocity
             self._latents = latents
@@ -307,7 +320,12 @@ class _Progress:
     total: of the values, 0 where it is not known. frames: to decode.
     """
 
-    def __init__(self, total: int, frames: int, notify: Callable[[int, int], None] | None):
+    def __init__(
+        self,
+        total: int,
+        frames: int,
+        notify: Callable[[int, int], None] | None,
+    ):
         self._total = total
         self._frames = frames
         self._notify = notify

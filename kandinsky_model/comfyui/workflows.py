@@ -65,7 +65,12 @@ class ModelFile:
     directory: str
 
     @classmethod
-    def on_the_hub(cls, repository: str, path: str, directory: str) -> ModelFile:
+    def on_the_hub(
+        cls,
+        repository: str,
+        path: str,
+        directory: str,
+    ) -> ModelFile:
         url = f"https://huggingface.co/{repository}/resolve/main/{path}"
         return cls(path.rpartition("/")[2], url, directory)
 
@@ -188,7 +193,10 @@ class Graph:
         self._columns: list[int] = []  # of each node, from the left
 
     def add(
-        self, kind: str, models: tuple[ModelFile, ...] = (), **inputs: object
+        self,
+        kind: str,
+        models: tuple[ModelFile, ...] = (),
+        **inputs: object,
     ) -> dict[str, Output]:
         """Add a node and return its outputs by name.
 
@@ -248,7 +256,10 @@ class Graph:
         return [column * COLUMN, above]
 
     def _sockets(
-        self, number: int, definition: Definition, inputs: dict[str, object]
+        self,
+        number: int,
+        definition: Definition,
+        inputs: dict[str, object],
     ) -> list[dict]:
         """The inputs that are sockets: those without a widget, and those that are linked."""
         sockets = []
@@ -297,7 +308,13 @@ def _widgets(definition: Definition, inputs: dict) -> Iterator[object]:
             yield "randomize"
 
 
-def _staged(preset: str, prompt: str, takes_image: bool, video: bool, **settings) -> Graph:
+def _staged(
+    preset: str,
+    prompt: str,
+    takes_image: bool,
+    video: bool,
+    **settings,
+) -> Graph:
     """Load, encode, sample, decode and save, with this package's nodes."""
     graph = Graph()
     model = graph.add("LoadModel", model=preset)["model"]

@@ -111,7 +111,8 @@ def test_what_was_changed_runs_as_diffusers_wrote_it(change, reason, order, monk
     with told(caplog) as messages:
         made = [velocity(ours) for _ in range(2)]
     assert all(torch.equal(one, wanted) for one in made)
-    assert len(messages) == 1 and reason in messages[0]
+    assert len(messages) == 1
+    assert reason in messages[0]
     assert messages[0].partition(" ")[2] in str(handle)
 
 
@@ -125,15 +126,19 @@ def watch(module):
 def test_hooks_inside_the_vae_see_what_they_saw(name, caplog):
     pytest.importorskip("diffusers")
     theirs = tiny_models.diffusers_video_vae(tiny_models.random_vae())
-    ours, z = copy.deepcopy(theirs), torch.randn(1, 16, 3, 5, 6)
+    ours = copy.deepcopy(theirs)
+    z = torch.randn(1, 16, 3, 5, 6)
     accelerate(ours)
     seen = [watch(vae.get_submodule(name)) for vae in (theirs, ours)]
     with torch.no_grad(), told(caplog) as messages:
-        wanted, made = theirs.decode(z).sample, ours.decode(z).sample
+        wanted = theirs.decode(z).sample
+        made = ours.decode(z).sample
     assert off(made, wanted) <= 3 * ROUNDING
     ((args, out),), ((our_args, our_out),) = seen
-    assert off(our_args[0], args[0]) <= 3 * ROUNDING and off(our_out, out) <= 3 * ROUNDING
-    assert len(messages) == 1 and "a hook or another forward is on a" in messages[0]
+    assert off(our_args[0], args[0]) <= 3 * ROUNDING
+    assert off(our_out, out) <= 3 * ROUNDING
+    assert len(messages) == 1
+    assert "a hook or another forward is on a" in messages[0]
 
 
 def test_a_replaced_processor_of_the_vae_is_called(caplog):
@@ -144,16 +149,19 @@ def test_a_replaced_processor_of_the_vae_is_called(caplog):
             return 1.5 * hidden_states
 
     theirs = tiny_models.diffusers_video_vae(tiny_models.random_vae())
-    ours, z = copy.deepcopy(theirs), torch.randn(1, 16, 3, 5, 6)
+    ours = copy.deepcopy(theirs)
+    z = torch.randn(1, 16, 3, 5, 6)
     accelerate(ours)
     with torch.no_grad():
         plain = theirs.decode(z).sample
     for vae in (theirs, ours):
         vae.decoder.mid_block.attentions[0].processor = Louder()
     with torch.no_grad(), told(caplog) as messages:
-        wanted, made = theirs.decode(z).sample, ours.decode(z).sample
+        wanted = theirs.decode(z).sample
+        made = ours.decode(z).sample
     assert off(made, wanted) <= 3 * ROUNDING < 1e-3 < off(wanted, plain)
-    assert len(messages) == 1 and "attention processor has been replaced" in messages[0]
+    assert len(messages) == 1
+    assert "attention processor has been replaced" in messages[0]
 
 
 # Wrapped blocks and forwards
@@ -180,10 +188,8 @@ def wrap_as_cache_dit_does(model):
     original_forward = model.forward
 
     def new_forward(self, *args, **kwargs):
-        blocks, self.visual_transformer_blocks = (
-            self.visual_transformer_blocks,
-            nn.ModuleList([wrapper]),
-        )
+        blocks = self.visual_transformer_blocks
+        self.visual_transformer_blocks = nn.ModuleList([wrapper])
         try:
             return original_forward(*args, **kwargs)
         finally:
@@ -204,11 +210,14 @@ def test_wrapped_blocks_are_accelerated(order, nabla, monkeypatch):
     if order == "after":
         wrapper = wrap_as_cache_dit_does(model)
     made = velocity(model, nabla=nabla)
-    assert off(made, exact(nabla=nabla)) <= 1e-5 and not torch.equal(made, plain)
-    assert wrapper.calls == 1 and "calls its blocks through CachedBlocks" in str(handle)
+    assert off(made, exact(nabla=nabla)) <= 1e-5
+    assert not torch.equal(made, plain)
+    assert wrapper.calls == 1
+    assert "calls its blocks through CachedBlocks" in str(handle)
     assert ("is called through a function of tests" in str(handle)) == (order == "before")
     handle.undo()
-    assert torch.equal(velocity(model, nabla=nabla), plain) and wrapper.calls == 2
+    assert torch.equal(velocity(model, nabla=nabla), plain)
+    assert wrapper.calls == 2
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -237,7 +246,8 @@ def test_cache_dit(order, monkeypatch):
         )
         made.append((run(pipe, steps=8), len(count)))
     (wanted, passes), (ours, ours_passes) = made
-    assert ours_passes == passes < 16 and 0 < off(ours, wanted) <= 1e-5
+    assert ours_passes == passes < 16
+    assert 0 < off(ours, wanted) <= 1e-5
     assert "calls its blocks through CachedBlocks" in str(handle)
 
 
@@ -259,8 +269,10 @@ def test_forward_mode_derivatives_are_diffusers(monkeypatch, caplog):
                 with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
                     out = one(**{**data, "hidden_states": dual})
                 results.append(forward_ad.unpack_dual(out).tangent)
-    assert results[0].norm() > 0 and torch.equal(results[1], results[0])
-    assert len(messages) == 1 and "forward-mode derivatives" in messages[0]
+    assert results[0].norm() > 0
+    assert torch.equal(results[1], results[0])
+    assert len(messages) == 1
+    assert "forward-mode derivatives" in messages[0]
 
 
 def test_second_derivatives_of_dense_passes_are_diffusers(monkeypatch):
@@ -275,12 +287,14 @@ def test_second_derivatives_of_dense_passes_are_diffusers(monkeypatch):
             (first,) = torch.autograd.grad(one(**data).square().mean(), x, create_graph=True)
             (second,) = torch.autograd.grad(first.square().sum(), x)
         results.append(second)
-    assert results[0].norm() > 0 and torch.equal(results[1], results[0])
+    assert results[0].norm() > 0
+    assert torch.equal(results[1], results[0])
 
 
 def test_gradient_checkpointing_with_nabla(monkeypatch):
     """The same gradients, and every block computed twice."""
-    gradients, counts = [], []
+    gradients = []
+    counts = []
     for checkpointing in (False, True):
         model = accelerated(monkeypatch)
         if checkpointing:
@@ -294,7 +308,8 @@ def test_gradient_checkpointing_with_nabla(monkeypatch):
         model(**inputs(RAGGED, nabla=True)).square().mean().backward()
         gradients.append(parameter.grad)
         counts.append(len(count))
-    assert counts == [1, 2] and gradients[0].norm() > 0
+    assert counts == [1, 2]
+    assert gradients[0].norm() > 0
     assert off(gradients[1], gradients[0]) <= ROUNDING
 
 
@@ -313,7 +328,8 @@ def test_one_text_serves_two_videos(nabla, monkeypatch):
         both = model(**data)
         same_time = model(**one_time)
         alone = [model(**{**one_time, "hidden_states": x}) for x in data["hidden_states"].split(1)]
-    assert off(both, torch.cat(alone)) <= ROUNDING and off(same_time, both) <= ROUNDING
+    assert off(both, torch.cat(alone)) <= ROUNDING
+    assert off(same_time, both) <= ROUNDING
 
 
 def test_one_frequency_turns_every_pair(monkeypatch):
@@ -339,7 +355,9 @@ def test_one_frequency_turns_every_pair(monkeypatch):
     wanted = velocity(model)
     handle = accelerate(model)
     # diffusers rounds rotated queries and keys to bf16
-    assert 0 < off(velocity(model), wanted) <= 1e-2 and not handle.kept and not handle.reports
+    assert 0 < off(velocity(model), wanted) <= 1e-2
+    assert not handle.kept
+    assert not handle.reports
 
 
 # Classes, copies and files
@@ -361,15 +379,18 @@ def test_a_pickled_model_loads_as_stock(monkeypatch):
     model = stock(monkeypatch, stripped=False)
     plain = velocity(model)
     accelerate(model)
-    made, file = velocity(model), io.BytesIO()
+    made = velocity(model)
+    file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     # the one place that unpickles: people do so with whole models, and this file is our own
     loaded = torch.serialization.load(file, weights_only=False)
     assert torch.equal(velocity(loaded), plain)
     with accelerate(loaded) as handle:
-        assert handle.replaced and torch.equal(velocity(loaded), made)
-    assert torch.equal(velocity(loaded), plain) and torch.equal(velocity(model), made)
+        assert handle.replaced
+        assert torch.equal(velocity(loaded), made)
+    assert torch.equal(velocity(loaded), plain)
+    assert torch.equal(velocity(model), made)
 
 
 def test_pipelines_are_made_from_accelerated_ones(monkeypatch):
@@ -382,4 +403,5 @@ def test_pipelines_are_made_from_accelerated_ones(monkeypatch):
     wanted = run(pipe)
     other = diffusers.Kandinsky5T2VPipeline.from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
-    assert other.transformer is pipe.transformer and torch.equal(run(other), wanted)
+    assert other.transformer is pipe.transformer
+    assert torch.equal(run(other), wanted)

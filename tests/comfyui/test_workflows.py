@@ -39,7 +39,8 @@ def load(name):
 def widgets(node):
     """Name -> value: the values stand in the order of the definition, each that counts up by itself
     followed by how."""
-    definition, values = definitions()[node["type"]], iter(node["widgets_values"])
+    definition = definitions()[node["type"]]
+    values = iter(node["widgets_values"])
     found = {}
     for name, (kind, _) in definition.inputs.items():
         if kind in WIDGETS:
@@ -56,19 +57,17 @@ def test_files_are_what_the_definitions_make_of_them():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_link_joins_sockets_of_one_type(name):
-    graph, known = load(name), definitions()
+    graph = load(name)
+    known = definitions()
     nodes = {node["id"]: node for node in graph["nodes"]}
-    assert (
-        len(nodes) == len(graph["nodes"]) == graph["last_node_id"]
-        and len(graph["links"]) == graph["last_link_id"]
-    )
+    assert len(nodes) == len(graph["nodes"]) == graph["last_node_id"]
+    assert len(graph["links"]) == graph["last_link_id"]
     for link, source, slot, target, socket, kind in graph["links"]:
-        output, taken = nodes[source]["outputs"][slot], nodes[target]["inputs"][socket]
-        assert (
-            output["type"] == taken["type"] == kind
-            and link in output["links"]
-            and taken["link"] == link
-        )
+        output = nodes[source]["outputs"][slot]
+        taken = nodes[target]["inputs"][socket]
+        assert output["type"] == taken["type"] == kind
+        assert link in output["links"]
+        assert taken["link"] == link
         assert known[nodes[source]["type"]].outputs[slot] == (output["name"], kind)
         assert known[nodes[target]["type"]].inputs[taken["name"]][0] == kind
         assert nodes[source]["order"] < nodes[target]["order"]
@@ -118,7 +117,8 @@ CORE_NODES = {
 
 def execute(graph, change):
     """Runs a workflow as ComfyUI does: change(type) -> values instead of those of widgets."""
-    made, saved = {}, []
+    made = {}
+    saved = []
     for node in sorted(graph["nodes"], key=lambda node: node["order"]):
         inputs = {**widgets(node), **change(node["type"])}
         for socket in node["inputs"]:
@@ -153,7 +153,8 @@ def folders(tmp_path_factory, text_parts):
 def test_workflows_run(name, folders, monkeypatch):
     graph = load(f"Kandinsky 5 - {name}.json")
     loader = comfyui.NODE_CLASS_MAPPINGS["KandinskyKernelsLoadModel"]
-    run, video = loader.run, name.endswith("video")
+    run = loader.run
+    video = name.endswith("video")
 
     def load_small(self, **inputs):
         (model,) = run(self, **inputs)
@@ -171,11 +172,9 @@ def test_workflows_run(name, folders, monkeypatch):
         "KandinskyKernelsSample": sizes,
     }
     (images,) = execute(graph, lambda kind: given.get(kind, {}))
-    assert (
-        images.shape[-1] == 3
-        and images.shape[0] == (5 if video else 1)
-        and 0 <= images.min() < images.max() <= 1
-    )
+    assert images.shape[-1] == 3
+    assert images.shape[0] == (5 if video else 1)
+    assert 0 <= images.min() < images.max() <= 1
 
 
 def test_one_workflow_needs_no_download(monkeypatch):
@@ -184,7 +183,8 @@ def test_one_workflow_needs_no_download(monkeypatch):
     given = {"KandinskyKernelsSample": {"steps": 2}}
     graph = load(f"Kandinsky 5 - {TRY}.json")
     (images,) = execute(graph, lambda kind: given.get(kind, {}))
-    assert images.shape[0] > 1 and images.shape[-1] == 3
+    assert images.shape[0] > 1
+    assert images.shape[-1] == 3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -195,7 +195,8 @@ def test_files_that_comfyui_must_load_say_where_they_are(name):
         models = node["properties"].get("models", [])
         assert {model["name"] for model in models} == files
         for model in models:
-            assert model["url"].startswith("https://") and model["url"].endswith(model["name"])
+            assert model["url"].startswith("https://")
+            assert model["url"].endswith(model["name"])
             assert model["directory"] in ("diffusion_models", "text_encoders", "vae")
 
 
@@ -237,10 +238,8 @@ def test_the_command_writes_the_nodes_and_the_workflows(comfy_folder, capsys):
     assert str(target) in capsys.readouterr().out
     assert {path.name for path in (target / "example_workflows").iterdir()} == set(NAMES)
     module = imported(target)
-    assert (
-        module.NODE_CLASS_MAPPINGS is comfyui.NODE_CLASS_MAPPINGS
-        and module.comfy_entrypoint is comfyui.comfy_entrypoint
-    )
+    assert module.NODE_CLASS_MAPPINGS is comfyui.NODE_CLASS_MAPPINGS
+    assert module.comfy_entrypoint is comfyui.comfy_entrypoint
     assert module.NODE_DISPLAY_NAME_MAPPINGS.keys() == module.NODE_CLASS_MAPPINGS.keys()
 
 
@@ -249,7 +248,8 @@ def test_the_command_repeats_and_repairs_itself(comfy_folder):
     before = files(comfy_folder)
     (target / "example_workflows" / "of_another_version.json").write_text("{}")
     (target / "example_workflows" / NAMES[0]).unlink()
-    assert comfyui_install.install(comfy_folder) == target and files(comfy_folder) == before
+    assert comfyui_install.install(comfy_folder) == target
+    assert files(comfy_folder) == before
 
 
 @pytest.mark.parametrize("problem", ["copying", "renaming"])
@@ -259,7 +259,8 @@ def test_a_failure_leaves_what_was_there(comfy_folder, monkeypatch, problem):
 
     target = comfyui_install.install(comfy_folder)
     (target / "mine.txt").write_text("kept")
-    before, rename = files(comfy_folder), Path.rename
+    before = files(comfy_folder)
+    rename = Path.rename
     if problem == "copying":
         monkeypatch.setattr(shutil, "copytree", fail)
     else:
@@ -268,9 +269,8 @@ def test_a_failure_leaves_what_was_there(comfy_folder, monkeypatch, problem):
         )
     with pytest.raises(OSError, match="disk full"):
         comfyui_install.install(comfy_folder)
-    assert files(comfy_folder) == before and [path.name for path in target.parent.iterdir()] == [
-        "kandinsky5"
-    ]
+    assert files(comfy_folder) == before
+    assert [path.name for path in target.parent.iterdir()] == ["kandinsky5"]
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,9 @@ def test_a_failure_leaves_what_was_there(comfy_folder, monkeypatch, problem):
 def test_what_is_no_comfyui_is_refused(comfy_folder, capsys, make, message):
     assert main(["comfyui", str(make(comfy_folder))]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and files(comfy_folder) == {}
+    assert message in error
+    assert error.count("\n") == 1
+    assert files(comfy_folder) == {}
 
 
 def test_a_folder_of_someone_else_is_left_alone(comfy_folder):
@@ -308,18 +310,13 @@ def test_the_lines_of_the_readme_do_what_it_says(comfy_folder, monkeypatch):
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     section = re.search(r"## Use it from ComfyUI\n(.*?)\n## ", readme, re.DOTALL)[1]
     commands = re.findall(r"^kandinsky (.*)$", section, re.MULTILINE)
-    assert len(commands) == 1 and [main(shlex.split(line, comments=True)) for line in commands] == [
-        0
-    ]
+    assert len(commands) == 1
+    assert [main(shlex.split(line, comments=True)) for line in commands] == [0]
     stub = comfy_folder / "custom_nodes" / "kandinsky5"
-    assert (
-        stub.name in section
-        and "six workflows" in section
-        and len(list((stub / "example_workflows").iterdir())) == 6
-    )
+    assert stub.name in section
+    assert "six workflows" in section
+    assert len(list((stub / "example_workflows").iterdir())) == 6
     module = imported(stub)
-    assert (
-        "Accelerate Kandinsky 5" in section
-        and "Accelerate Kandinsky 5" in module.NODE_DISPLAY_NAME_MAPPINGS.values()
-    )
+    assert "Accelerate Kandinsky 5" in section
+    assert "Accelerate Kandinsky 5" in module.NODE_DISPLAY_NAME_MAPPINGS.values()
     assert {node.CATEGORY for node in module.NODE_CLASS_MAPPINGS.values()} == {"Kandinsky 5"}

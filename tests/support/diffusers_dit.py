@@ -16,7 +16,8 @@ def dense_mask(block_lists):
 
     def mask_of(query, key, sta, thr):
         lists = block_lists(query, key, sta, thr=thr)
-        counts, indices = lists.full_kv_num_blocks, lists.full_kv_indices.long()
+        counts = lists.full_kv_num_blocks
+        indices = lists.full_kv_indices.long()
         kept = torch.arange(indices.shape[-1]) < counts[..., None]
         mask = torch.zeros_like(kept).scatter(-1, indices, kept)
         return mask.repeat_interleave(64, -1).repeat_interleave(64, -2)
