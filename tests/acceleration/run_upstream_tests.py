@@ -59,15 +59,19 @@ def write_tokenizer(folder: Path, vocabulary: dict[str, int]) -> str:
 
 
 def words_of_templates() -> list[str]:
-    """The words of the texts around a prompt: as single bytes these would fill the few tokens that
-    the tests allow, and nothing would be left of a picture."""
+    """The words of the prompts and of the texts around them.
+
+    As single bytes they would fill the few tokens that the tests allow, and a picture that stands
+    behind them would be cut off.
+    """
     import diffusers
 
     sources = [
         inspect.getsource(getattr(diffusers, f"Kandinsky5{task}Pipeline").__init__)
         for task in PIPELINES
     ]
-    return sorted({f" {word}" for word in re.findall(r"[A-Za-z]{2,}", " ".join(sources))})
+    sources.append(" a red square")  # what the tests ask for
+    return sorted(set(re.findall(r" ?\(?[A-Za-z]+", " ".join(sources))))
 
 
 def stand_in_tokenizers() -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the door for diffusers share: tiny models of theirs, what their pipelines would
-pass to them, and the differences."""
+"""What the tests of acceleration share: tiny models of diffusers, what its pipelines pass to them,
+and the distances between results."""
 
 import contextlib
 import functools
@@ -127,7 +127,7 @@ def off(actual, wanted):
 
 @contextlib.contextmanager
 def told(caplog):
-    """The messages of the door, collected meanwhile."""
+    """The lines that acceleration logs meanwhile, as a list."""
     messages = []
     before = len(caplog.records)
     with caplog.at_level(logging.WARNING, LOGGER):
