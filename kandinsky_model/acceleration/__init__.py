@@ -133,8 +133,11 @@ def accelerate(
 def _parts(target) -> dict[str, nn.Module]:
     """The transformer and the VAE of a pipeline, or the module itself, each without the wrapper
     that torch.compile puts around it."""
-    parts = {name: getattr(target, name, None) for name in ("transformer", "vae")}
-    parts = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    parts: dict[str, nn.Module] = {}
+    for name in ("transformer", "vae"):
+        part = getattr(target, name, None)
+        if isinstance(part, nn.Module):
+            parts[name] = part
     parts = parts or {"module": target}
     parts = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}
     if not {type(part).__name__ for part in parts.values()} & set(RULES):

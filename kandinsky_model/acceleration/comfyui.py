@@ -17,7 +17,7 @@ import logging
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kandinsky_kernels import (
     Rotary,
@@ -30,7 +30,7 @@ from kandinsky_kernels import (
 
 from ..config import PRESETS, NablaConfig
 from ..dit import geometry
-from .forward_swap import DTYPES, has_tangents, recorded
+from .forward_swap import DTYPES, Foreign, has_tangents, recorded
 
 WRAPPER = "diffusion_model"  # comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
 KEY = "kandinsky_kernels"  # the name under which the wrapper is found again
@@ -130,7 +130,7 @@ class BlockReplacer:
 
     def _with_blocks(
         self,
-        network: nn.Module,
+        network: Foreign,
         x: Tensor,
         options: dict,
     ) -> dict:
@@ -147,7 +147,7 @@ class BlockReplacer:
             self._say(f"{len(taken)} of {len(blocks)} blocks stay as another node made them")
         return {**options, "patches_replace": {**known, "dit": {**blocks, **others}}}
 
-    def _tiling(self, network: nn.Module, x: Tensor) -> Tiling | None:
+    def _tiling(self, network: Foreign, x: Tensor) -> Tiling | None:
         """How NABLA sees the tokens of x, or None for dense attention."""
         if self.attention == "dense":
             return None
@@ -164,7 +164,7 @@ class BlockReplacer:
         return replace(self._tilings[grid, x.device], rotaries=[])
 
     @staticmethod
-    def _problem(network: nn.Module, x: Tensor) -> str | None:
+    def _problem(network: Foreign, x: Tensor) -> str | None:
         """Why the blocks cannot be replaced, or None."""
         if _missing(network):
             return f"its network has no {_missing(network)}"
@@ -227,7 +227,7 @@ class Replacement:
 
     def __init__(
         self,
-        block: nn.Module,
+        block: Foreign,
         tiling: Tiling | None,
         say,
     ):
@@ -268,7 +268,7 @@ class Replacement:
         shift, scale, gate, shift_cross, scale_cross, gate_cross, shift_ff, scale_ff, gate_ff = (
             vectors
         )
-        normed = modulated_norm(x, scale, shift)
+        normed: Tensor | None = modulated_norm(x, scale, shift)
         if self.tiling is None:
             branch = block.self_attention(normed, freqs, transformer_options=options)
         else:
@@ -280,7 +280,7 @@ class Replacement:
 
     @staticmethod
     def attend(
-        layer: nn.Module,
+        layer: Foreign,
         x: Tensor,
         tiling: Tiling,
         freqs: Tensor,
@@ -305,7 +305,7 @@ class Replacement:
         return layer.out_layer(out[:, tiling.inverse])
 
 
-def _weight(norm: nn.Module, heads: Tensor) -> Tensor:
+def _weight(norm: Foreign, heads: Tensor) -> Tensor:
     """The weight [D] of an RMSNorm as its own forward applies it.
 
     The forward may fetch, cast or patch the weight first. So it is given a constant row, which is
@@ -314,7 +314,7 @@ def _weight(norm: nn.Module, heads: Tensor) -> Tensor:
     return norm(heads.new_full((1, heads.shape[-1]), PROBE))[0]
 
 
-def _missing(network: nn.Module) -> str | None:
+def _missing(network: Foreign) -> str | None:
     """The first name that this module needs and the network lacks, or None."""
     for name in ("visual_transformer_blocks", "patch_size", "model_dim"):
         if not hasattr(network, name):

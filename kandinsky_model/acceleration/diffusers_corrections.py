@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import MethodType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .forward_swap import Foreign
 
 Undo = Callable[[], object]
 
 
-def exact_time(pipe, transformer: nn.Module) -> list[Undo]:
+def exact_time(pipe, transformer: Foreign) -> list[Undo]:
     """Give the transformer the timestep in fp32.
 
     Pipelines round it to the dtype of the weights: in bf16 it can be off by 2 of 1000.
@@ -39,7 +41,7 @@ def exact_time(pipe, transformer: nn.Module) -> list[Undo]:
     return [transformer.register_forward_pre_hook(correct, with_kwargs=True).remove]
 
 
-def official_sigmas(pipe, _: nn.Module) -> list[Undo]:
+def official_sigmas(pipe, _: Foreign) -> list[Undo]:
     """Space the noise levels evenly from 1 towards 0 and shift them once.
 
     diffusers' scheduler shifts its own levels when it is made, and again when timesteps are set.
@@ -60,7 +62,7 @@ def official_sigmas(pipe, _: nn.Module) -> list[Undo]:
     return [_replace_method(pipe.scheduler, set_timesteps)]
 
 
-def cache_contexts(pipe, transformer: nn.Module) -> list[Undo]:
+def cache_contexts(pipe, transformer: Foreign) -> list[Undo]:
     """Give the passes with and without the prompt memories of their own, which caches of diffusers
     such as MagCache mix otherwise.
 
@@ -69,7 +71,7 @@ def cache_contexts(pipe, transformer: nn.Module) -> list[Undo]:
     last: tuple = (None, None)
     entered: list = []
 
-    def enter(module: nn.Module, *_) -> None:
+    def enter(module: Foreign, *_) -> None:
         nonlocal last
         now = pipe.scheduler.timesteps, pipe.scheduler.step_index
         again = now[0] is last[0] and now[1] == last[1]
@@ -86,7 +88,7 @@ def cache_contexts(pipe, transformer: nn.Module) -> list[Undo]:
     ]
 
 
-def image_once(pipe, transformer: nn.Module) -> list[Undo]:
+def image_once(pipe, transformer: Foreign) -> list[Undo]:
     """Put the first frame of an image-to-video run into the latents alone.
 
     diffusers up to 0.37 also copies it into the channels of visual conditioning, which the official
@@ -107,7 +109,7 @@ def image_once(pipe, transformer: nn.Module) -> list[Undo]:
     return [_replace_method(pipe, prepare_latents)]
 
 
-def _replace_method(owner: object, function: FunctionType) -> Undo:
+def _replace_method(owner: object, function: Callable[..., object]) -> Undo:
     """Replace a method of one object by a function of the same name."""
     name = function.__name__
     before = vars(owner).get(name)

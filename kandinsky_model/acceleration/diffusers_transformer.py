@@ -10,7 +10,8 @@ casting, quantisation and adapters work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from kandinsky_kernels import (
 
 from ..dit import geometry
 from .forward_swap import (
+    Foreign,
     accelerated,
     changed,
     falls_back,
@@ -47,10 +49,10 @@ ATTENTIONS = ("self_attention", "cross_attention")
 
 
 @replacement
-def head_norm(self, x: Tensor, *fused: Rotary | Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+def head_norm(self, x: Tensor, *fused: Any) -> Tensor | tuple[Tensor, Tensor]:
     """torch.nn.RMSNorm of queries and keys.
 
-    fused: (rotary, block_offsets), given for x [B, S, H, D]; either may be None. The heads are
+    fused: (Rotary, block offsets), given for x [B, S, H, D]; either may be None. The heads are
     normed and rotated; with offsets the means of the blocks, [B, N, H, D], are returned as well.
     """
     if not fused:
@@ -122,7 +124,7 @@ def text_block(
     shift, scale, gate, shift_ff, scale_ff, gate_ff = _vectors(
         self.text_modulation, time_embed, len(x), 6
     )
-    normed = modulated_norm(x, scale, shift, self.self_attention_norm.eps)
+    normed: Tensor | None = modulated_norm(x, scale, shift, self.self_attention_norm.eps)
     branch = self.self_attention(normed, rotary_emb=rope).to(x.dtype)
     x, normed = gated_add_norm(x, branch, gate, scale_ff, shift_ff, self.feed_forward_norm.eps)
     branch = self.feed_forward(normed).to(x.dtype)
@@ -145,7 +147,7 @@ def visual_block(
     shift, scale, gate, shift_cross, scale_cross, gate_cross, shift_ff, scale_ff, gate_ff = (
         _vectors(self.visual_modulation, time_embed, len(x), 9)
     )
-    normed = modulated_norm(x, scale, shift, self.self_attention_norm.eps)
+    normed: Tensor | None = modulated_norm(x, scale, shift, self.self_attention_norm.eps)
     branch = self.self_attention(normed, rotary_emb=rope, sparse_params=sparse_params).to(x.dtype)
     eps = self.cross_attention_norm.eps
     x, normed = gated_add_norm(x, branch, gate, scale_cross, shift_cross, eps)
@@ -222,7 +224,7 @@ def visual_positions(
     return Rotary(angles.cos(), angles.sin(), positions, pairs)
 
 
-def _turns_as_one(rope: nn.Module) -> bool:
+def _turns_as_one(rope: Foreign) -> bool:
     """Whether a Kandinsky5RoPE3D has one pair for a head of several: diffusers then turns all of
     them by its angle."""
     return sum(dim // 2 for dim in rope.axes_dims) == 1
@@ -287,14 +289,14 @@ def transformer(
     return Transformer2DModelOutput(sample=x)
 
 
-def _call(model: nn.Module, block: nn.Module, *args):
+def _call(model: Foreign, block: Foreign, *args):
     """Call a block, through gradient checkpointing where the model has it switched on."""
     if torch.is_grad_enabled() and model.gradient_checkpointing:
         return model._gradient_checkpointing_func(block, *args)
     return block(*args)
 
 
-def _stock_reason(model: nn.Module, sparse: dict | None, *inputs: Tensor) -> str | None:
+def _stock_reason(model: Foreign, sparse: dict | None, *inputs: Tensor) -> str | None:
     """Why this pass must be diffusers' own, or None.
 
     sparse: what the pipeline passes for NABLA. inputs: of the pass.
@@ -319,9 +321,9 @@ def _stock_reason(model: nn.Module, sparse: dict | None, *inputs: Tensor) -> str
 
 
 def _nabla_reason(
-    model: nn.Module,
+    model: Foreign,
     sparse: dict,
-    visual: list[nn.Module],
+    visual: list[Foreign],
     *inputs: Tensor,
 ) -> str | None:
     """Why diffusers must compute NABLA this time, or None."""
@@ -346,7 +348,7 @@ def _nabla_reason(
     return None
 
 
-def _blocks_of(blocks: nn.ModuleList, name: str) -> Iterator[nn.Module]:
+def _blocks_of(blocks: Iterable[Foreign], name: str) -> Iterator[Foreign]:
     """The blocks in a list, also those inside a wrapper (cache-dit's, for one) that stands there
     instead and calls them. A wrapper without any is returned itself."""
     for block in blocks:
@@ -354,19 +356,19 @@ def _blocks_of(blocks: nn.ModuleList, name: str) -> Iterator[nn.Module]:
         yield from inside or [block]
 
 
-def _attentions(visual: list[nn.Module], text: list[nn.Module]) -> list[nn.Module]:
+def _attentions(visual: list[Foreign], text: list[Foreign]) -> list[Foreign]:
     both = [getattr(block, name) for block in visual for name in ATTENTIONS]
     return both + [block.self_attention for block in text]
 
 
-def _processor_of(attention: nn.Module) -> object | None:
+def _processor_of(attention: Foreign) -> object | None:
     """The attention's processor where it is the one that diffusers gives it, or None."""
     processor = attention.processor
     return processor if type(processor) is attention._default_processor_cls else None
 
 
 def _parts(
-    model: nn.Module, visual: list[nn.Module], text: list[nn.Module]
+    model: Foreign, visual: list[Foreign], text: list[Foreign]
 ) -> Iterator[tuple[nn.Module, type | None]]:
     """The modules that a pass calls with other arguments or does not call at all, as `changed`
     takes them. Blocks and attentions may be watched by hooks, so only their class counts."""
@@ -391,7 +393,7 @@ def _parts(
             yield attention.key_norm, None
 
 
-def _window(model: nn.Module, sparse: dict) -> tuple[int | None, ...]:
+def _window(model: Foreign, sparse: dict) -> tuple[int | None, ...]:
     """The local window of NABLA in tiles, (T, Y, X)."""
     return tuple(
         sparse.get(name, getattr(model.config, f"attention_{name}")) for name in ("wT", "wH", "wW")
@@ -399,7 +401,7 @@ def _window(model: nn.Module, sparse: dict) -> tuple[int | None, ...]:
 
 
 def _nabla_of(
-    model: nn.Module,
+    model: Foreign,
     grid: geometry.Grid,
     sparse: dict,
     device: torch.device,
@@ -417,7 +419,7 @@ def _nabla_of(
 
 
 def _vectors(
-    modulation: nn.Module,
+    modulation: Foreign,
     time: Tensor,
     batch: int,
     count: int,
@@ -438,7 +440,7 @@ FORWARDS = {
 }
 
 
-def obstacle(model: nn.Module) -> str | None:
+def obstacle(model: Foreign) -> str | None:
     """Why nothing of this transformer would run faster, or None."""
     dims = model.config.axes_dims
     pairs = sum(dim // 2 for dim in dims)

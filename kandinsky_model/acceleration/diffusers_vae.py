@@ -29,7 +29,15 @@ from kandinsky_kernels import (
 from ..vae import winograd
 from ..vae.layers import fold
 from ..vae.stages import pad
-from .forward_swap import accelerated, changed, falls_back, refusal, replacement, stock
+from .forward_swap import (
+    Foreign,
+    accelerated,
+    changed,
+    falls_back,
+    refusal,
+    replacement,
+    stock,
+)
 
 SAME = (1, 1, 1)  # factors of an output as large as the input
 Part = tuple[nn.Module, type | None]  # as `changed` takes it
@@ -80,7 +88,7 @@ def _convolve(
     conv: nn.Conv3d,
     x: Tensor,
     weight: Tensor,
-    stride: tuple[int, ...],
+    stride: tuple[int, int, int],
 ) -> Tensor:
     """Convolve rows x, whose first three frames are copies of one where there are three taps in
     time: causal padding made them so."""
@@ -188,7 +196,7 @@ def decoder(self, hidden_states: Tensor) -> Tensor:
     return _finish(self, x)
 
 
-def _finish(network: nn.Module, x: Tensor) -> Tensor:
+def _finish(network: Foreign, x: Tensor) -> Tensor:
     """The last norm, SiLU and convolution of an encoder or decoder."""
     rows = network.conv_norm_out(_rows(x), True)
     return _planes(network.conv_out(rows, True)).contiguous()
@@ -207,16 +215,17 @@ def _planes(x: Tensor) -> Tensor:
 # What a forward above computes without calling it, or calls with other arguments.
 
 
-def _convolution(module: nn.Module) -> Iterator[Part]:
+def _convolution(module: Foreign) -> Iterator[Part]:
     """The inside of a HunyuanVideoCausalConv3d; the module itself is none where it is called as
     diffusers calls it."""
     if hasattr(module, "conv"):  # not where something else was put in its place
         yield module.conv, None
 
 
-def _resnet(block: nn.Module) -> Iterator[Part]:
-    for norm, conv in ((block.norm1, block.conv1), (block.norm2, block.conv2)):
-        yield norm, None
+def _resnet(block: Foreign) -> Iterator[Part]:
+    yield block.norm1, None
+    yield block.norm2, None
+    for conv in (block.conv1, block.conv2):
         yield conv, None
         yield from _convolution(conv)
     if block.conv_shortcut is not None:
@@ -226,24 +235,25 @@ def _resnet(block: nn.Module) -> Iterator[Part]:
     yield block.dropout, nn.Dropout
 
 
-def _attention(module: nn.Module) -> Iterator[Part]:
+def _attention(module: Foreign) -> Iterator[Part]:
     yield module, None
     if accelerated(module):
         yield module.group_norm, None
         yield module.to_out[1], nn.Dropout
 
 
-def _last_layers(network: nn.Module) -> Iterator[Part]:
+def _last_layers(network: Foreign) -> Iterator[Part]:
     yield network.conv_norm_out, None
     yield network.conv_act, nn.SiLU
     yield network.conv_out, None
     yield from _convolution(network.conv_out)
 
 
-def _unlike_the_published(module: nn.Module) -> str | None:
+def _unlike_the_published(module: Foreign) -> str | None:
     """What of an attention of the middle block is not as HunyuanVideo's is, or None."""
     processor = type(getattr(module, "processor", None))
-    if processor.__name__ != "AttnProcessor2_0" or not processor.__module__.startswith("diffusers"):
+    from_diffusers = processor.__module__.startswith("diffusers.")
+    if processor.__name__ != "AttnProcessor2_0" or not from_diffusers:
         return "an attention processor has been replaced"
     extras = (module.spatial_norm, module.norm_q, module.norm_k)
     if any(extra is not None for extra in extras) or module.heads != 1:
@@ -254,7 +264,7 @@ def _unlike_the_published(module: nn.Module) -> str | None:
 
 
 def _falls_back(
-    module: nn.Module,
+    module: Foreign,
     x: Tensor,
     parts: Iterator[Part] | list[Part],
     why: str | None = None,
@@ -294,7 +304,7 @@ FORWARDS = {
 }
 
 
-def obstacle(vae: nn.Module) -> str | None:
+def obstacle(vae: Foreign) -> str | None:
     """Why nothing of this VAE would run faster, or None."""
     if vae.config.act_fn not in ("silu", "swish"):
         return f"its activation is {vae.config.act_fn}, not SiLU"

@@ -17,20 +17,36 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from types import CellType, FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+Foreign = Any  # a module of another library, whose attributes are not known here
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MARK = "_acceleration"
 # hooks of torch that see a module's inputs or outputs
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 # attributes of accelerate and diffusers that say: this forward is wrapped to move or cast weights
-WEIGHT_HOOKS = ("_hf_hook", "_diffusers_hook")
+WEIGHT_HOOKS = (
+    "_hf_hook",
+    "_diffusers_hook",
+)
 # attributes under which modules, diffusers' hooks and cache-dit keep the forward they wrapped
-HELD = ("forward", "_old_forward", "original_forward", "_original_forward")
+HELD = (
+    "forward",
+    "_old_forward",
+    "original_forward",
+    "_original_forward",
+)
 _log = logging.getLogger(__package__)
 
 
@@ -49,7 +65,7 @@ class Reports(set):
         return twin
 
 
-def replacement(function: FunctionType) -> FunctionType:
+def replacement(function: Function) -> Function:
     """Mark a function as one that stands in for a forward: bound methods are pickled by their
     function's name, and this name leads to the stock forward."""
     function.__name__ = "forward"
@@ -66,7 +82,7 @@ def stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
-def swap(module: nn.Module, function: FunctionType, reports: Reports) -> bool:
+def swap(module: nn.Module, function: Callable[..., Any], reports: Reports) -> bool:
     """Replace the forward of `module`, also where a wrapper of it holds the stock one.
 
     Returns False, and changes nothing, where the forward is wrapped by something that does not show
@@ -109,8 +125,12 @@ def _places_of(
     """(holder, attribute) of every place that holds a wanted function bound to `module`: the
     module, the hooks of diffusers, and the closures of functions that wrap its forward."""
     registry = vars(module).get("_diffusers_hook")
-    holders: list[Any] = [module, *(registry._fn_refs if registry else ())]
-    places = [(holder, name) for holder in holders for name in HELD if name in vars(holder)]
+    holders: list[Any] = [module]
+    if registry:
+        holders += registry._fn_refs
+    places: list[tuple[Any, str]] = []
+    for holder in holders:
+        places += [(holder, name) for name in HELD if name in vars(holder)]
     seen: set[int] = set()
     for holder, name in places:
         held = getattr(holder, name)
@@ -134,7 +154,9 @@ def _function_of(held: object) -> FunctionType | None:
 
 def _cells(function: FunctionType | None) -> Iterator[CellType]:
     """The variables of a closure that hold something callable."""
-    for cell in (function and function.__closure__) or ():
+    if function is None or function.__closure__ is None:
+        return
+    for cell in function.__closure__:
         try:
             if callable(cell.cell_contents):
                 yield cell
@@ -162,7 +184,8 @@ def changed(modules: Iterable[tuple[nn.Module, type | None]]) -> str | None:
     """
     for module, wanted in modules:
         name = type(module).__name__
-        if not (accelerated(module) if wanted is None else type(module) is wanted):
+        fits = accelerated(module) if wanted is None else type(module) is wanted
+        if not fits:
             expected = "the module that diffusers builds" if wanted is None else wanted.__name__
             return f"a {name} stands in place of {expected}"
         if not (torch.compiler.is_compiling() or untouched(module)):

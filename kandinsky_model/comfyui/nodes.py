@@ -9,6 +9,8 @@ sentence, which ComfyUI shows on the node.
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..config import CACHES, PRESETS, QUANTIZATIONS
 from .folders import device, file_of, folder_of, listed
 
@@ -146,10 +148,11 @@ class LoadModel(Node):
         from .staged import Loaded, StagedModel
 
         name = path.strip() or (model if model in PRESETS else file_of("diffusion_models", model))
-        folders = {
-            place: folder_of("vae" if place == "vae" else "text_encoders", given.strip())
-            for place, given in places.items()
-        }
+        folders: dict[str, Any] = {}
+        for place, given in places.items():
+            folder = folder_of("vae" if place == "vae" else "text_encoders", given.strip())
+            if folder:
+                folders[place] = folder
         dtype_name = DTYPES[dtype]
         with working():
             loaded = Kandinsky5.from_pretrained(
@@ -157,7 +160,7 @@ class LoadModel(Node):
                 device(),
                 None if dtype_name is None else getattr(torch, dtype_name),
                 quantize=None if quantize == "none" else quantize,
-                **{place: folder for place, folder in folders.items() if folder},
+                **folders,
             )
         return (Loaded(StagedModel(loaded)),)
 

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..config import PRESETS
 from .nodes import NODES, RELEASED, Node
@@ -262,12 +263,12 @@ class Graph:
         inputs: dict[str, object],
     ) -> list[dict]:
         """The inputs that are sockets: those without a widget, and those that are linked."""
-        sockets = []
+        sockets: list[dict] = []
         for name, (kind, default) in definition.inputs.items():
             source = inputs.get(name)
             if kind in WIDGETS and not isinstance(source, Output):
                 continue
-            socket = {"name": name, "type": kind, "link": None}
+            socket: dict = {"name": name, "type": kind, "link": None}
             if default is not None:
                 socket["widget"] = {"name": name}
             if isinstance(source, Output):
@@ -318,8 +319,8 @@ def _staged(
     """Load, encode, sample, decode and save, with this package's nodes."""
     graph = Graph()
     model = graph.add("LoadModel", model=preset)["model"]
-    begin: dict[str, Output] = {}
-    seen: dict[str, Output] = {}
+    begin: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
     if takes_image:
         picture = graph.add("LoadImage")["IMAGE"]
         encoded = graph.add("EncodeImage", model=model, image=picture)
