@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -138,6 +140,19 @@ def locate(
     raise AssertionError("presets were handled above")
 
 
+_downloads = ContextVar("downloads", default=True)
+
+
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """While the body runs, `locate` takes of the hub only what its cache has."""
+    token = _downloads.set(False)
+    try:
+        yield
+    finally:
+        _downloads.reset(token)
+
+
 def download(repo: str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
     """The local folder of a hub repository's files, fetched where the cache lacks them;
     RuntimeError, in one sentence, otherwise."""
@@ -149,7 +164,13 @@ def download(repo: str, patterns: tuple[str, ...], revision: str | None = None) 
             f"imported ({error}); install it"
         ) from error
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+        folder = snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=list(patterns),
+            local_files_only=not _downloads.get(),
+        )
+        return Path(folder)
     except Exception as error:  # the library's errors have no common base, and run over many lines
         if type(error).__name__ == "GatedRepoError":
             raise RuntimeError(

@@ -9,14 +9,17 @@ under official names or with the prefixes that diffusers (`transformer.`) and PE
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import nn
 
@@ -63,7 +66,7 @@ class Adapters:
         Raises FileNotFoundError, or ValueError: names that are no LoRA's, modules the network
         lacks, other widths, a name taken.
         """
-        file = _find(Path(path))
+        file = find_adapter(path)
         name = name or (
             file.parent.name
             if file.stem in ("lora", "adapter_model", "pytorch_lora_weights")
@@ -156,14 +159,43 @@ class Adapters:
         return " ".join([*missing, prompt])
 
     def active(self) -> tuple[str, ...]:
-        """ "path:scale" of the active adapters, as the command line takes them."""
-        return tuple(f"{self.loaded[name].path}:{scale:g}" for name, scale in self.scales.items())
+        """ "path:scale" of the active adapters, as the command line takes them: the path absolute,
+        so that it can be found from another folder, and the scale with all its digits."""
+        return tuple(
+            f"{os.path.abspath(self.loaded[name].path)}:{_digits(scale)}"
+            for name, scale in self.scales.items()
+        )
+
+    def fingerprints(self) -> tuple[str, ...]:
+        """SHA-256 of the matrices of each active adapter, in the order of `active`."""
+        named = self.network.named_modules() if self.network else ()
+        layers = [
+            (name, layer.additions)
+            for name, layer in named
+            if isinstance(layer, Linear) and layer.additions is not None
+        ]
+        return tuple(_fingerprint(adapter, layers) for adapter in self.scales)
 
     def _layers(self) -> list[Linear]:
         modules = self.network.modules() if self.network else ()
         return [
             layer for layer in modules if isinstance(layer, Linear) and layer.additions is not None
         ]
+
+
+def _digits(scale: float) -> str:
+    """As few digits as give the same float back."""
+    short = f"{scale:g}"
+    return short if float(short) == scale else repr(float(scale))
+
+
+def _fingerprint(adapter: str, layers: Sequence[tuple[str, Additions]]) -> str:
+    digest = hashlib.sha256()
+    for name, additions in layers:
+        for matrix in additions.matrices.get(adapter, ()):
+            digest.update(f"{name} {matrix.dtype} {list(matrix.shape)} ".encode())
+            digest.update(matrix.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _check_scale(name: str, scale: float) -> None:
@@ -173,7 +205,10 @@ def _check_scale(name: str, scale: float) -> None:
         )
 
 
-def _find(path: Path) -> Path:
+def find_adapter(path: str | Path) -> Path:
+    """The file of the LoRA at a path: itself, or the only one in a folder. Raises FileNotFoundError
+    where there is none."""
+    path = Path(path)
     if path.is_file():
         return path
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []

@@ -117,8 +117,14 @@ def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | No
 
 
 def _loaded(args, sources, device):
+    """The model with its LoRAs. What can be known to be wrong is said before anything is read."""
     from .. import pipeline
+    from ..checkpoints.lora import find_adapter
+    from ..sampling.step_cache import make_cache
 
+    make_cache(args.cache or "none", sources.preset.name)
+    for path, _ in args.lora:
+        find_adapter(path)
     model = pipeline.Kandinsky5.from_sources(
         sources, device, text_cache=args.text_cache, quantize=args.quantize
     )
@@ -170,7 +176,6 @@ def inspect(args) -> None:
 
 
 def resume(args) -> None:
-    from .. import pipeline
     from ..media import video
     from ..sampling.run import Run
 
@@ -180,19 +185,25 @@ def resume(args) -> None:
     output = video.check_output(
         args.output or f"{stem}{'.mp4' if settings.num_frames > 1 else '.png'}"
     )
-    model = pipeline.load(
-        args.model or settings.model,
-        device=args.device,
-        parts=("dit", "vae"),
-        quantize=settings.quantization or None,
-    )
-    for path, scale in map(scaled_path, settings.lora):
+    options = dict(device=args.device, parts=("dit", "vae"), quantize=settings.quantization or None)
+    model = _named(args.model, settings, **options)
+    for path, scale in args.lora or map(scaled_path, settings.lora):
         model.lora.load(path, scale=scale)
     if args.memory_budget:
         logging.getLogger(SPOKEN_FOR["memory"]).setLevel(logging.INFO)
     with Progress() as progress, _kept(output):
         (result,) = model.resume(run, progress, args.memory_budget)
         _keep(result, output, None, progress)
+
+
+def _named(model: str | None, settings, **options):
+    """The model that the user names, or the one that the file names, for which nothing is
+    downloaded."""
+    from .. import pipeline
+
+    if model:
+        return pipeline.load(model, **options)
+    return pipeline.load_again(settings, **options)
 
 
 def _outputs(args, count: int) -> list[tuple[Path, Path | None]]:
@@ -242,7 +253,6 @@ def _keep(result, output: Path, strip: Path | None, progress: Progress) -> None:
 
 
 def decode(args) -> None:
-    from .. import pipeline
     from ..media import video
     from ..sampling import result as clip
 
@@ -250,7 +260,7 @@ def decode(args) -> None:
     output = video.check_output(
         args.output or re.sub(r"(\.latents)?\.safetensors$", ".mp4", args.latents)
     )
-    model = pipeline.load(args.model or settings.model, device=args.device, parts=("vae",))
+    model = _named(args.model, settings, device=args.device, parts=("vae",))
     with Progress() as progress:
         result = model.open(
             args.latents,

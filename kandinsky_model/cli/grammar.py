@@ -157,6 +157,14 @@ def _resume_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("run_file", metavar="run", help="a .run.safetensors file")
     command.add_argument("-o", "--output", help="default: the name of the run, as .mp4 or .png")
     command.add_argument("--model", help="default: the model that began the run")
+    command.add_argument(
+        "--lora",
+        type=generate.scaled_path,
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="where the run's LoRAs are now, in their order (default: where they were)",
+    )
     _device_arguments(command)
 
 

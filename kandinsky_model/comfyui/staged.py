@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipeline import Callback, Kandinsky5, Request
+from ..pipeline import Kandinsky5
 from ..sampling.given import TASKS_WITH_PICTURES, Given
+from ..sampling.progress import Callback
+from ..sampling.request import Request
 from ..sampling.run import Run
 from ..sampling.settings import Settings, complete
 from ..text.embeddings import Conditioning

@@ -208,7 +208,8 @@ def _check(
     uncond: Conditioning | None,
     given: Given,
 ) -> None:
-    channels = dit.config.in_visual_dim
+    config = dit.config
+    channels = config.in_visual_dim
     if initial.dim() != 5 or initial.shape[-1] != channels:
         raise ValueError(
             f"the noise must have shape [B, T, h, w, {channels}], got {list(initial.shape)}; "
@@ -219,4 +220,9 @@ def _check(
             f"guidance {sampling.guidance} requires an unconditional (negative) prompt, got none; "
             "pass uncond or set guidance to 1"
         )
-    check_given(given, dit.config, initial.shape)
+    if given and config.in_channels == channels:
+        raise ValueError(
+            "given frames and pictures require a model with conditioning channels, got one "
+            "without; use an image-to-video or image editing checkpoint"
+        )
+    check_given(given, initial.shape)

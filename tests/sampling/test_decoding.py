@@ -115,7 +115,7 @@ def test_a_memory_budget_changes_nothing_and_is_checked_before_the_work(model, t
             with pytest.raises(kind, match="memory budget"):
                 model.generate(PROMPT, memory_budget=wrong, vae_policy=policy, **settings)
         with pytest.raises(kind, match="memory budget"):
-            model.resume(Run([free.settings], free.latents, None, None, None), memory_budget=wrong)
+            model.sample(Run([free.settings], free.latents, None, None, None), memory_budget=wrong)
         with pytest.raises(kind, match="memory budget"):
             list(model.decode(free.latents, free.settings, memory_budget=wrong))
     preview = model.generate(PROMPT, memory_budget=10**8, vae_policy="preview", **settings)

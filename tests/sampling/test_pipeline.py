@@ -153,7 +153,7 @@ def test_nan_is_reported_with_its_step(model):
         weight.copy_(kept)
     with pytest.raises(RuntimeError, match="finite"):
         model.decode(
-            torch.full((1, 1, 8, 8, 16), float("inf")), model.generate(PROMPT, **SMALL).settings
+            torch.full((1, 2, 8, 10, 16), float("inf")), model.generate(PROMPT, **SMALL).settings
         )
 
 
