@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -53,7 +54,9 @@ class Run:
     cond, uncond: the embedded prompts and negative prompts; `uncond` is None without guidance.
     given: the latents of pictures. memories: what the branches of a step cache remember, by the
     names of `Remembering.memories`. adapters: `Adapters.fingerprints` of the run; empty where there
-    are none or where nobody asked yet.
+    are none or where nobody asked yet. rest: the jobs of the command line that were to follow,
+    each an object with the name of its "output", of its "strip" or None, and the "arguments" of
+    `Kandinsky5.generate`.
     """
 
     settings: list[Settings]
@@ -64,6 +67,7 @@ class Run:
     step: int = 0
     memories: Mapping[str, Tensor] = field(default_factory=dict)
     adapters: tuple[str, ...] = ()
+    rest: tuple[Mapping[str, Any], ...] = ()
 
     def to(self, device: torch.device) -> Run:
         """The same run with every tensor that the transformer reads on `device`."""
@@ -76,6 +80,7 @@ class Run:
             self.step,
             {name: tensor.to(device) for name, tensor in self.memories.items()},
             self.adapters,
+            self.rest,
         )
 
     def save(self, path: str | Path) -> Path:
@@ -91,6 +96,7 @@ class Run:
             "step": self.step,
             "settings": [asdict(one) for one in self.settings],
             "adapters": list(self.adapters),
+            "rest": list(self.rest),
         }
         data = bytearray(json.dumps(about).encode())
         tensors = {"latents": self.latents, ABOUT: torch.frombuffer(data, dtype=torch.uint8)}
@@ -146,6 +152,7 @@ class Run:
             about.step,
             _prefixed(tensors, MEMORY_PREFIX),
             about.adapters,
+            about.rest,
         )
         run.check()
         return run
@@ -246,6 +253,7 @@ class About:
     settings: list
     step: int
     adapters: tuple[str, ...]
+    rest: tuple[Mapping[str, Any], ...]
 
 
 def _about(stored: Tensor) -> About:
@@ -261,7 +269,22 @@ def _about(stored: Tensor) -> About:
         adapters = texts("adapters", about.get("adapters", ()))
     except TypeError as error:
         raise ValueError(str(error)) from None
-    return About(about["settings"], step, adapters)
+    rest = about.get("rest", [])
+    if not isinstance(rest, list) or not all(map(_is_job, rest)):
+        raise ValueError("its jobs that were to follow have no output, strip and arguments")
+    return About(about["settings"], step, adapters, tuple(rest))
+
+
+def _is_job(job: object) -> bool:
+    """Whether this is one of a run's `rest`."""
+    return (
+        isinstance(job, dict)
+        and isinstance(job.get("output"), str)
+        and isinstance(job.get("strip", 0), str | None)
+        and isinstance(job.get("arguments"), dict)
+        and "prompt" in job["arguments"]
+        and not {"callback", "memory_budget"} & job["arguments"].keys()
+    )
 
 
 def _prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -31,7 +31,8 @@ def video(model):
 
 def test_frames_as_pictures(video):
     pictures = video.pil()
-    assert len(pictures) == 5 and all(picture.size == (80, 64) for picture in pictures)
+    assert len(pictures) == 5
+    assert all(picture.size == (80, 64) for picture in pictures)
     assert pictures[2].tobytes() == video.frames[2].numpy().tobytes()
 
 
@@ -39,12 +40,12 @@ def test_a_video_and_a_model_say_what_they_are(model):
     video = model.generate(PROMPT, seed=3, **SMALL)
     shown = "Video('a red circle moving right', 5 frames at 24 per second of 80x64, seed 3, "
     assert repr(video) == shown + "not decoded yet)"
-    assert video.frames is not None and repr(video) == shown + "decoded)"
+    assert video.frames is not None
+    assert repr(video) == shown + "decoded)"
     still = model.generate(PROMPT, seed=3, **SMALL | {"num_frames": 1})
     assert "1 frame of 80x64" in repr(still)
-    assert repr(model).startswith("Kandinsky5('/") and repr(model).endswith(
-        "text, dit, vae for cpu)"
-    )
+    assert repr(model).startswith("Kandinsky5('/")
+    assert repr(model).endswith("text, dit, vae for cpu)")
 
 
 def test_a_notebook_shows_the_clip(model, video, monkeypatch):
@@ -71,7 +72,15 @@ def test_a_bar_shows_the_steps(model, video, capsys):
     assert "sampling" in capsys.readouterr().err
     assert events == [("text", 0, 1), *(("sampling", step, 2) for step in range(3))]
     assert torch.equal(shown.latents, video.latents)
-    assert model.generate(PROMPT, seed=3, progress=False, **SMALL).settings == video.settings
+    assert (
+        model.generate(
+            PROMPT,
+            seed=3,
+            progress=False,
+            **SMALL,
+        ).settings
+        == video.settings
+    )
     assert capsys.readouterr().err == ""
 
 

@@ -51,7 +51,13 @@ def test_going_on_gives_the_same_bits(model, tmp_path, count):
     prompts = [PROMPT, "a blue square"]
     wanted = model.generate(prompts, "green", seed=3, **STEPS)
     with pytest.raises(Interrupted, match=f"after {count} of 4 steps") as caught:
-        model.generate(prompts, "green", seed=3, callback=stop_after(count), **STEPS)
+        model.generate(
+            prompts,
+            "green",
+            seed=3,
+            callback=stop_after(count),
+            **STEPS,
+        )
     for run in (caught.value.run, Run.load(caught.value.run.save(tmp_path / "a.run.safetensors"))):
         model.text = None  # everything a prompt can say is in the run
         again = model.resume(run)
@@ -63,7 +69,11 @@ def test_going_on_gives_the_same_bits(model, tmp_path, count):
 
 
 def test_pictures_and_precision_are_kept(model, tmp_path):
-    model.preset = replace(model.preset, task="i2v", sizes=((96, 96),))
+    model.preset = replace(
+        model.preset,
+        task="i2v",
+        sizes=((96, 96),),
+    )
     image = torch.randint(256, (60, 100, 3), dtype=torch.uint8)
     settings = dict(
         image=image,
@@ -77,7 +87,8 @@ def test_pictures_and_precision_are_kept(model, tmp_path):
     with pytest.raises(Interrupted) as caught:
         model.generate(PROMPT, seed=1, callback=stop_after(1), **settings)
     run = Run.load(caught.value.run.save(tmp_path / "a.run.safetensors"))
-    assert run.latents.dtype == torch.bfloat16 and set(run.given.frames) == {0, 6}
+    assert run.latents.dtype == torch.bfloat16
+    assert set(run.given.frames) == {0, 6}
     (again,) = model.resume(run)
     assert again.settings == wanted.settings
     assert torch.equal(again.latents, wanted.latents)
@@ -175,7 +186,8 @@ def test_resuming_elsewhere_with_any_scale_gives_the_same_bits(
     monkeypatch.chdir(tmp_path)
     assert main(["resume", "work/a.run.safetensors", "--device", "cpu"]) == 0, capsys.readouterr()
     latents, settings = load_latents("work/a.latents.safetensors")
-    assert torch.equal(latents, wanted.latents) and settings == wanted.settings
+    assert torch.equal(latents, wanted.latents)
+    assert settings == wanted.settings
 
 
 def test_moved_models_and_adapters_are_named_on_the_command_line(
@@ -196,11 +208,59 @@ def test_moved_models_and_adapters_are_named_on_the_command_line(
     assert main(command) == 2
     assert f"made with the model '{tmp_path}/model'" in capsys.readouterr().err
     command += ["--model", "here"]
-    assert main(command) == 2 and "a LoRA is a .safetensors file" in capsys.readouterr().err
+    assert main(command) == 2
+    assert "a LoRA is a .safetensors file" in capsys.readouterr().err
     assert main([*command, "--lora", "b.safetensors:0.25"]) == 2
     assert "load the same files with the same scales" in capsys.readouterr().err
     assert main([*command, "--lora", "b.safetensors:0.5"]) == 0
     assert torch.equal(load_latents("a.latents.safetensors")[0], wanted.latents)
+
+
+def test_resuming_finishes_a_file_of_prompts(folder, tmp_path, monkeypatch, capsys):
+    """Interrupted in the second of four prompts, and again in the third."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a red circle\na blue square\na green circle\na circle\n")
+    command = ["generate", "--prompts", "prompts.txt", "--model", str(folder), "--device", "cpu"]
+    command += ["--seed", "3", *SMALL_ARGS]
+    Path("whole").mkdir()
+    assert main([*command, "-o", "whole/a.gif", "--strip", "whole/s.png"]) == 0
+    real = pipeline.sample
+    left = [1]  # samplings until an interruption
+
+    def stopping(*args):
+        left[0] -= 1
+        return interrupted(real(*args)) if left[0] < 0 else real(*args)
+
+    monkeypatch.setattr(pipeline, "sample", stopping)
+    Path("parts").mkdir()
+    assert main([*command, "-o", "parts/a.gif", "--strip", "parts/s.png"]) == 130
+    left[0] = 1
+    again = ["resume", "--device", "cpu"]
+    assert main([*again, "parts/a_001.run.safetensors", "-o", "parts/a_001.gif"]) == 130
+    left[0] = 9
+    assert main([*again, "parts/a_002.run.safetensors", "-o", "parts/a_002.gif"]) == 0
+    for i in range(4):
+        name = f"a_{i:03}.latents.safetensors"
+        one, settings = load_latents(f"whole/{name}")
+        other, same = load_latents(f"parts/{name}")
+        assert torch.equal(one, other)
+        assert settings == same
+    assert Path("parts/s_003.png").read_bytes() == Path("whole/s_003.png").read_bytes()
+
+
+def test_jobs_of_a_file_cannot_choose_a_folder(folder, stopped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, run = stopped
+    arguments = {"prompt": "a circle", "seed": 1, **SMALL}
+    job = {"output": "../../b.gif", "strip": None, "arguments": arguments}
+    replace(run, rest=(job,)).save("a.run.safetensors")
+    command = ["resume", "a.run.safetensors", "-o", "a.gif", "--device", "cpu"]
+    assert main([*command, "--model", str(folder)]) == 0
+    assert (tmp_path / "b.gif").exists()
+    for broken in ({}, [], {**job, "output": 3}, {**job, "arguments": {}}):
+        replace(run, rest=(broken,)).save("b.run.safetensors")
+        with pytest.raises(ValueError, match="jobs that were to follow"):
+            Run.load("b.run.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -419,7 +479,9 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys, mode):
     (one, settings), (other, same) = (
         load_latents(f"{name}.latents.safetensors") for name in ("whole", "a")
     )
-    assert torch.equal(one, other) and settings == same and settings.quantization == mode
+    assert torch.equal(one, other)
+    assert settings == same
+    assert settings.quantization == mode
     assert main(["resume", "whole.latents.safetensors"]) == 2
     assert "must hold an interrupted run" in capsys.readouterr().err
 

@@ -60,7 +60,8 @@ def test_numbers_of_other_libraries_are_taken(model, name, value, equal):
     video = model.generate(PROMPT, **{"seed": 3, **SMALL, name: value})
     if equal is not None:
         stored = getattr(video.settings, name)
-        assert stored == equal and type(stored) in (int, float)
+        assert stored == equal
+        assert type(stored) in (int, float)
     json.loads(video.settings.to_json())
 
 
@@ -130,7 +131,12 @@ def test_pictures_as_arrays_lists_and_addresses(tmp_path_factory):
     from dataclasses import replace
 
     made = pipeline.load(tiny_models.tiny_folder(tmp_path_factory.mktemp("i2v")), device="cpu")
-    made.preset = replace(made.preset, name="tiny-i2v", task="i2v", sizes=((96, 96),))
+    made.preset = replace(
+        made.preset,
+        name="tiny-i2v",
+        task="i2v",
+        sizes=((96, 96),),
+    )
     array = numpy.random.default_rng(0).integers(0, 256, (60, 100, 3), dtype=numpy.uint8)
     settings = dict(seed=1, num_frames=5, num_inference_steps=1)
     video = made.generate(PROMPT, image=array, **settings)
@@ -170,7 +176,8 @@ def test_latents_with_settings_that_do_not_fit_are_refused(saved, tmp_path, chan
     save_file({"latents": latents}, tmp_path / "a.safetensors", {"kandinsky": stored})
     with pytest.raises(ValueError, match=words) as caught:
         load_latents(tmp_path / "a.safetensors")
-    assert "\n" not in str(caught.value) and "a.safetensors must hold latents" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "a.safetensors must hold latents" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +236,8 @@ def test_a_file_cannot_make_a_download(saved, tmp_path, monkeypatch, capsys):
     save_file({"latents": latents}, file, {"kandinsky": stored})
     assert main(["decode", str(file), "-o", str(tmp_path / "a.gif"), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
-    assert "made with the model 'someone/else'" in error and error.count("\n") == 1
+    assert "made with the model 'someone/else'" in error
+    assert error.count("\n") == 1
     assert asked == [("someone/else", True)]
     arguments = ["decode", str(file), "-o", str(tmp_path / "a.gif"), "--device", "cpu"]
     assert main([*arguments, "--model", "someone/other"]) == 2
