@@ -14,7 +14,7 @@ from kandinsky_model.dit import attention as attention_module
 from kandinsky_model.dit.layout import make_layout
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
-from kandinsky_model.vae.tiles import TilePlan
+from kandinsky_model.vae.tiles import Tiling
 
 from .card import FULL, Clock, Size, block_mask, masks, peak_memory, ratios, show
 
@@ -150,7 +150,7 @@ def vae(clock: Clock, size: Size, _: dict) -> list[dict]:
             device=clock.device,
             dtype=ours.post_quant_conv.weight.dtype,
         )
-        plan = TilePlan.for_frame(8 * latents.shape[3], 8 * latents.shape[4])
+        plan = Tiling.for_frame(8 * latents.shape[3], 8 * latents.shape[4])
         _, peak = peak_memory(
             lambda latents=latents: drain(ours.decode_frames(latents)), clock.device
         )
