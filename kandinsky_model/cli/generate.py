@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -238,8 +238,8 @@ def _outputs(args, count: int) -> list[tuple[Path, Path | None]]:
     from ..media import video
     from ..sampling import result as clip
 
-    def named(path: str, i: int) -> Path:
-        path = Path(path)
+    def named(name: str, i: int) -> Path:
+        path = Path(name)
         return path if args.prompts is None else path.with_name(f"{path.stem}_{i:03}{path.suffix}")
 
     outputs = []
@@ -253,7 +253,7 @@ def _outputs(args, count: int) -> list[tuple[Path, Path | None]]:
 
 
 @contextmanager
-def _kept(output: Path | None, rest: Sequence[dict] = ()):
+def _kept(output: Path | None, rest: Sequence[Mapping] = ()):
     """An interruption of what is sampled inside leaves a file, and says how to go on; without an
     output another process does that. rest: the jobs of a file of prompts that were to come."""
     from ..sampling.run import Interrupted
