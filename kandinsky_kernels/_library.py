@@ -16,8 +16,10 @@ import os
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
-from . import _guard, tuning
+from . import _guard, checks, tuning
+from ._precision import full_precision
 
 NAMESPACE = "kandinsky_kernels"
 REFERENCE_ONLY = os.environ.get("KANDINSKY_KERNELS", "") == "reference"
@@ -25,6 +27,7 @@ REFERENCE_ONLY = os.environ.get("KANDINSKY_KERNELS", "") == "reference"
 _log = logging.getLogger(__name__)
 _library = torch.library.Library(NAMESPACE, "DEF")
 _references: dict[str, Callable] = {}
+_gradients: dict[str, type[torch.autograd.Function]] = {}
 extension = None  # the compiled module, or None
 extension_absence = ""  # why it is None
 
@@ -40,9 +43,47 @@ def declare(schema: str, reference: Callable, fake: Callable | None = None) -> C
     _library.define(schema)
     _library.impl(name, reference, "CompositeExplicitAutograd")
     if fake is not None:
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        check = getattr(checks, name)
+
+        def checked_fake(*args):
+            check(*args)
+            return fake(*args)
+
+        torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=_library)
     _references[name] = reference
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _library.impl(name, _derivable(name, operator, reference), "Autograd", with_keyset=True)
+    return operator
+
+
+def _derivable(name: str, operator: torch._ops.OpOverload, reference: Callable) -> Callable:
+    """What the operator is to PyTorch's derivatives of any kind and order.
+
+    Gradients are those of `differentiate`, where it was called. Everything else is derived from the
+    reference, which PyTorch then runs and differentiates by itself: gradients of operators without
+    one of their own (so that the gradient of a gradient is right) and forward-mode derivatives.
+    """
+
+    def run(keyset, *args):
+        if _has_tangents(args):
+            return reference(*args)
+        below = keyset & torch._C._after_autograd_keyset
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            gradient = _gradients.get(name)
+            return gradient.apply(below, *args) if gradient else reference(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(below, *args)
+
+    return run
+
+
+def _has_tangents(args: tuple) -> bool:
+    """Whether forward-mode differentiation is on and any argument takes part in it."""
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(arg).tangent is not None
+        for arg in args
+        if isinstance(arg, torch.Tensor)
+    )
 
 
 def differentiate(name: str, keep: Callable, backward: Callable) -> None:
@@ -52,22 +93,24 @@ def differentiate(name: str, keep: Callable, backward: Callable) -> None:
     keep(ctx, inputs, output) saves what backward(ctx, *gradients of the outputs) reads; one is None
     where its output was not used.
     """
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    def setup(ctx, inputs: tuple, output) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.inputs = len(inputs)
-        keep(ctx, inputs, output)
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, *inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                output = operator.redispatch(keyset, *inputs)
+            ctx.set_materialize_grads(False)
+            keep(ctx, inputs, output)
+            return output
 
-    def gradients(ctx, *grads: torch.Tensor | None) -> tuple:
-        return (
-            backward(ctx, *grads)
-            if any(grad is not None for grad in grads)
-            else (None,) * ctx.inputs
-        )
+        @staticmethod
+        def backward(ctx, *grads: torch.Tensor | None) -> tuple:
+            if all(grad is None for grad in grads):
+                return (None,) * len(ctx.needs_input_grad)
+            return None, *backward(ctx, *grads)
 
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", gradients, setup_context=setup, lib=_library
-    )
+    _gradients[name] = Gradient
 
 
 def triton_absence() -> str | None:
@@ -104,9 +147,14 @@ def attach(
     chooses between: each has its own trial. refuse_compiled is `refuse` for the CUDA C++ kernel,
     which is asked first once `tuning.CUDA_CPP` names the op.
     """
-    reference = _references[name]
+    reference, check = _references[name], getattr(checks, name)
 
     def run(*args):
+        check(*args)
+        with full_precision(args[0].device):
+            return choose(*args)
+
+    def choose(*args):
         kernel = compiled(name) if refuse_compiled and name in tuning.CUDA_CPP else None
         if (
             kernel
@@ -152,14 +200,19 @@ def in_double(*tensors: torch.Tensor | None) -> bool:
     return any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
 
 
+def derives(*tensors: torch.Tensor | None) -> bool:
+    """Whether a derivative of what is done to these tensors is wanted, of either mode."""
+    return (
+        torch.is_grad_enabled()
+        and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        or _has_tangents(tensors)
+    )
+
+
 def needs_reference(*tensors: torch.Tensor | None) -> bool:
     """`in_double`, and for operators without a gradient of their own also whether one is
     recorded."""
-    return (
-        in_double(*tensors)
-        or torch.is_grad_enabled()
-        and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    )
+    return in_double(*tensors) or derives(*tensors)
 
 
 def kernels() -> dict[str, dict[str, str]]:

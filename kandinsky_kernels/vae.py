@@ -13,9 +13,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
-from . import _guard, reference, tuning
-from ._library import attach, declare, needs_reference, on, triton_absence
+from . import _guard, checks, reference, tuning
+from ._library import attach, declare, derives, needs_reference, on, triton_absence
+from ._precision import full_precision
 
 GROUP_NORM_EPS = 1e-6
 INDEXABLE = 2**31 - 1  # elements of one operand of a convolution: cuDNN counts them in 32 bits
@@ -94,7 +96,7 @@ def group_affine(
     eps), shift = bias - mean scale, in fp64.
     moments: fp64 [B, T, G, 2] from `group_moments`. weight, bias: [C] of one float dtype, C a
     multiple of G. Returns two [B, C], fp32, or fp64 for fp64 weights. Raises ValueError on other
-    shapes.
+    shapes, TypeError on tensors that are not floats.
     """
     if moments.dim() != 4 or moments.shape[-1] != 2 or not moments.shape[1]:
         raise ValueError(
@@ -103,7 +105,10 @@ def group_affine(
             "make them with group_moments."
         )
     G = moments.shape[2]
-    if weight.dim() != 1 or weight.shape != bias.shape or weight.shape[0] % G:
+    checks.one_place(moments=moments, weight=weight, bias=bias)
+    for name, tensor in (("moments", moments), ("weight", weight), ("bias", bias)):
+        checks.floats(name, tensor)
+    if not G or weight.dim() != 1 or weight.shape != bias.shape or weight.shape[0] % G:
         raise ValueError(
             f"weight and bias must share one shape [C] with C a multiple of {G} "
             "groups, "
@@ -225,22 +230,30 @@ def causal_conv3d(
     [C', C, kT, kY, kX] of its dtype. Returns a contiguous [B, T', Y', X', C'] in x_padded's dtype
     with T' = (T - 1) // stride + 1 and so on. Frames go in several calls where one would have an
     operand of 2^31 elements. A Triton kernel takes cuDNN's place once `tuning.TRITON` names this
-    operator. Raises ValueError on other shapes.
+    operator. Raises ValueError on other shapes and strides, TypeError on other dtypes.
     """
     _check_floats("x_padded", x_padded, "B, T, Y, X, C")
+    checks.one_place(x_padded=x_padded, weight=weight, bias=bias)
     taps, sizes = weight.shape[2:], x_padded.shape[1:4]
     if (
         weight.dim() != 5
         or weight.shape[1] != x_padded.shape[-1]
-        or any(n < k for n, k in zip(sizes, taps, strict=True))
+        or not all(1 <= k <= n for n, k in zip(sizes, taps, strict=True))
     ):
         raise ValueError(
             "weight must have shape [C', C, kT, kY, kX] with C = "
             f"{x_padded.shape[-1]} and fit into x_padded, "
             f"got {list(weight.shape)} for {list(x_padded.shape)}."
         )
-    op = _launch_conv if _chosen_conv(x_padded, weight, bias, stride) else _convolve
-    return op(x_padded, weight, bias, stride)
+    if len(stride) != 3 or min(stride) < 1:
+        raise ValueError(f"stride must be three numbers from 1 on, got {stride}.")
+    checks.floats("weight", weight)
+    if bias is not None:
+        checks.shape("bias", bias, weight.shape[0])
+        checks.floats("bias", bias)
+    with full_precision(x_padded.device, convolutions=True):
+        op = _launch_conv if _chosen_conv(x_padded, weight, bias, stride) else _convolve
+        return op(x_padded, weight, bias, stride)
 
 
 def _convolve(
@@ -282,13 +295,15 @@ def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, i
     """F.conv3d, but always through oneDNN where it can be: PyTorch's choice for small inputs is up
     to seven times slower.
 
-    Under torch.compile, which cannot trace the call to oneDNN, the choice is the compiler's.
+    Under torch.compile and of fake tensors, for which there is no call to oneDNN to trace, the
+    choice is PyTorch's.
     """
-    grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    )
     other = (
-        grad or torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32
+        derives(x, weight, bias)
+        or torch.compiler.is_compiling()
+        or is_fake(x)
+        or x.device.type != "cpu"
+        or x.dtype != torch.float32
     )
     if other or not torch.backends.mkldnn.is_available():
         return F.conv3d(x, weight, bias, stride)
@@ -495,12 +510,9 @@ def _chosen_conv(
         or torch.compiler.is_compiling()
     ):
         return False
-    grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    )
     args = x, weight, bias, stride
     return (
-        not grad
+        not derives(x, weight, bias)
         and _refuse_conv(*args) is None
         and _guard.trusted(
             "causal_conv3d",

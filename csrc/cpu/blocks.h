@@ -10,7 +10,7 @@ constexpr int64_t kMaxBlock = 64;
 // Heads [first, first + count) of one sample of [B, S, H, D] as contiguous fp32 [count, S, D].
 inline Tensor pack(const Tensor& t, int64_t sample, int64_t first, int64_t count) {
   Tensor heads = torch::stable::select(t, 0, sample);
-  return torch::stable::contiguous(
+  return gapless(
       to_float(torch::stable::transpose(torch::stable::narrow(heads, 1, first, count), 0, 1)));
 }
 
