@@ -104,6 +104,14 @@ inline void require_float(const Tensor& tensor, const char* name) {
                     "; cast it first.");
 }
 
+// The form of block_offsets; what their values must be depends on the operator.
+inline void require_list(const Tensor& offsets) {
+  require(offsets.dim() == 1 && offsets.numel() > 0, "block_offsets must have shape [N + 1], got ",
+          shape_of(offsets), ".");
+  require_type(offsets, "block_offsets", ScalarType::Int);
+  require(offsets.is_contiguous(), "block_offsets must be contiguous; call .contiguous() first.");
+}
+
 // The kernels read whole rows: the last dimension must be contiguous, the other strides are free.
 inline void require_rows(const Tensor& tensor, const char* name) {
   const int64_t last = tensor.dim() - 1;
@@ -128,6 +136,14 @@ inline void require_choice(double keep_mass, const std::vector<int64_t>& tiles,
   require(
       fit && (rest == 1 || N == 0), "tiles must be three numbers from 1 on with product N = ", N,
       " and window three widths from 1 on, got ", list_of(tiles), " and ", list_of(window), ".");
+}
+
+// What every row of an operator shares.
+inline void require_vector(const Tensor& tensor, const char* name,
+                           const std::vector<int64_t>& wanted) {
+  require_shape(tensor, name, wanted);
+  require_float(tensor, name);
+  require_rows(tensor, name);
 }
 
 // make(), which only allocates `bytes` for what `name` says, or one sentence about them.

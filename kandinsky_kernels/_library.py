@@ -70,7 +70,11 @@ def _derivable(name: str, operator: torch._ops.OpOverload, reference: Callable) 
         below = keyset & torch._C._after_autograd_keyset
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             gradient = _gradients.get(name)
-            return gradient.apply(below, *args) if gradient else reference(*args)
+            if gradient is None or torch._C._are_functorch_transforms_active():
+                return reference(
+                    *args
+                )  # torch.func derives what is made of PyTorch's own operators
+            return gradient.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(below, *args)
 
@@ -97,18 +101,20 @@ def differentiate(name: str, keep: Callable, backward: Callable) -> None:
 
     class Gradient(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, keyset, *inputs):
+        def forward(*inputs):
             with torch._C._AutoDispatchBelowAutograd():
-                output = operator.redispatch(keyset, *inputs)
+                return operator(*inputs)
+
+        @staticmethod
+        def setup_context(ctx, inputs: tuple, output) -> None:
             ctx.set_materialize_grads(False)
             keep(ctx, inputs, output)
-            return output
 
         @staticmethod
         def backward(ctx, *grads: torch.Tensor | None) -> tuple:
             if all(grad is None for grad in grads):
                 return (None,) * len(ctx.needs_input_grad)
-            return None, *backward(ctx, *grads)
+            return backward(ctx, *grads)
 
     _gradients[name] = Gradient
 

@@ -20,9 +20,14 @@ def spelled(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def one_place(**tensors: Tensor | None) -> None:
-    """All tensors must be dense and on one device: kernels take their addresses."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+def one_place(optional: dict[str, Tensor | None] | None = None, **tensors: Tensor) -> None:
+    """All tensors must be there (but for `optional` ones), dense and on one device: kernels take
+    their addresses."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):  # PyTorch lets None pass for a tensor
+            raise TypeError(f"{name} must be a tensor, got {tensor!r}.")
+    given = dict(tensors)
+    given.update((name, x) for name, x in (optional or {}).items() if x is not None)
     (first, x), *rest = given.items()
     for name, tensor in rest:
         if tensor.device != x.device:
@@ -72,6 +77,11 @@ def rows(**tensors: Tensor | None) -> None:
             )
 
 
+def whole(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; call .contiguous() first.")
+
+
 def _known(tensor: Tensor) -> bool:
     """Whether there are values to look at: not while a graph is traced, nor of fake tensors."""
     return not (torch.compiler.is_compiling() or tensor.is_meta or is_fake(tensor))
@@ -83,6 +93,7 @@ def offsets(block_offsets: Tensor, tokens: int, most: int | None, values: bool) 
     if block_offsets.dim() != 1 or not block_offsets.shape[0]:
         raise ValueError(f"block_offsets must have shape [N + 1], got {list(block_offsets.shape)}.")
     dtype("block_offsets", block_offsets, torch.int32)
+    whole("block_offsets", block_offsets)
     if not values or not _known(block_offsets):
         return
     wide = block_offsets.long()  # the difference of two int32 numbers may not be one
@@ -135,7 +146,7 @@ def gated_add_norm(
     *_,
     values: bool = False,
 ) -> None:
-    one_place(x=x, branch=branch, gate=gate, scale=scale, shift=shift)
+    one_place({"scale": scale, "shift": shift}, x=x, branch=branch, gate=gate)
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must be given together, got only one of them.")
     _row_norm(x, "x", ("gate", gate), ("scale", scale), ("shift", shift))
@@ -160,7 +171,9 @@ def gated_add_norm_backward(
     *_,
     values: bool = False,
 ) -> None:
-    one_place(y=y, branch=branch, gate=gate, scale=scale, grad_y=grad_y, grad_normed=grad_normed)
+    one_place(
+        {"grad_y": grad_y}, y=y, branch=branch, gate=gate, scale=scale, grad_normed=grad_normed
+    )
     _row_norm(y, "y", ("gate", gate), ("scale", scale))
     _like("branch", branch, "y", y)
     _like("grad_normed", grad_normed, "y", y)
@@ -204,6 +217,7 @@ def _angles(
         )
     shape("positions", positions, x.shape[1], len(pairs))
     dtype("positions", positions, torch.int32)
+    whole("positions", positions)
     if values and _known(positions) and not ((positions >= 0) & (positions < P)).all():
         raise ValueError(f"positions must lie in the tables' rows 0 to {P - 1}.")
 
@@ -219,9 +233,8 @@ def norm_rope(
     *_,
     values: bool = False,
 ) -> None:
-    one_place(
-        x=x, weight=weight, cos=cos, sin=sin, positions=positions, block_offsets=block_offsets
-    )
+    tables = {"cos": cos, "sin": sin, "positions": positions, "block_offsets": block_offsets}
+    one_place(tables, x=x, weight=weight)
     _heads(x, weight)
     _angles(x, cos, sin, positions, pairs, values)
     if block_offsets is not None:
@@ -239,7 +252,7 @@ def norm_rope_backward(
     *_,
     values: bool = False,
 ) -> None:
-    one_place(x=x, weight=weight, cos=cos, sin=sin, positions=positions, grad=grad)
+    one_place({"cos": cos, "sin": sin, "positions": positions}, x=x, weight=weight, grad=grad)
     _heads(x, weight)
     _angles(x, cos, sin, positions, pairs, values)
     _like("grad", grad, "x", x)
@@ -331,11 +344,12 @@ def block_sparse_attention_backward(
     values: bool = False,
 ) -> None:
     alike = {"query": query, "key": key, "value": value, "out": out, "grad_out": grad_out}
-    sums = {"lse": lse, "grad_lse": grad_lse}
-    one_place(**alike, **sums, selection=selection, block_offsets=block_offsets)
+    one_place(
+        {"grad_lse": grad_lse}, **alike, lse=lse, selection=selection, block_offsets=block_offsets
+    )
     _attention(selection, block_offsets, values, **alike)
     B, S, H, _ = query.shape
-    for name, tensor in sums.items():
+    for name, tensor in (("lse", lse), ("grad_lse", grad_lse)):
         if tensor is not None:
             shape(name, tensor, B, H, S)
             dtype(name, tensor, torch.promote_types(query.dtype, torch.float32))
@@ -386,7 +400,7 @@ def group_norm_silu(
     *_,
     values: bool = False,
 ) -> None:
-    one_place(x=x, scale=scale, shift=shift, front=front)
+    one_place({"front": front}, x=x, scale=scale, shift=shift)
     dimensions("x", x, "B, T, Y, X, C")
     floats("x", x)
     rows(x=x)

@@ -287,7 +287,7 @@ def block_sparse_attention(
     starts, owner = block_offsets.tolist(), block_of_token(block_offsets, S)
     keep = unpack_selection(selection, len(starts) - 1)
     outs, sums = [query.new_empty(0, D)], [_wide(query).new_empty(0)]  # row by row of blocks
-    for batch in range(B if S else 0):
+    for batch in range(B if S and H else 0):
         for head in range(H):
             q, k, v = (_wide(x[batch, :, head]) for x in (query, key, value))  # [S, D]
             for block, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
@@ -322,7 +322,7 @@ def block_sparse_attention_backward(
     grad_query, grad_key, grad_value = (
         torch.zeros_like(_wide(query), memory_format=torch.contiguous_format) for _ in range(3)
     )
-    for batch in range(B if S else 0):
+    for batch in range(B if S and H else 0):
         for head in range(H):
             # [S, D]
             q, k, v, o, g = (_wide(x[batch, :, head]) for x in (query, key, value, out, grad_out))
@@ -385,7 +385,7 @@ def frame_causal_attention(
     B, T, P, _ = query.shape
     out, lse = (
         torch.empty_like(query, memory_format=torch.contiguous_format),
-        _wide(query[..., 0]).new_empty(B, T, P),
+        query.new_empty((B, T, P), dtype=torch.promote_types(query.dtype, torch.float32)),
     )
     for b in range(B if lse.numel() else 0):
         keys, values = _wide(key[b]), _wide(value[b])  # [T', P', D]

@@ -233,7 +233,7 @@ def causal_conv3d(
     operator. Raises ValueError on other shapes and strides, TypeError on other dtypes.
     """
     _check_floats("x_padded", x_padded, "B, T, Y, X, C")
-    checks.one_place(x_padded=x_padded, weight=weight, bias=bias)
+    checks.one_place({"bias": bias}, x_padded=x_padded, weight=weight)
     taps, sizes = weight.shape[2:], x_padded.shape[1:4]
     if (
         weight.dim() != 5

@@ -329,6 +329,9 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
     require_shape(*tensor, name, {B, S, H, D});
     require_type(*tensor, name, query.scalar_type());
   }
+  require_rows(query, "query");
+  require_rows(key, "key");
+  require_rows(value, "value");
   require_type(lse, "lse", ScalarType::Float);
   if (grad_lse) require_type(*grad_lse, "grad_lse", ScalarType::Float);
   require_shape(lse, "lse", {B, H, S});

@@ -126,8 +126,8 @@ Tensor modulated_norm(const Tensor& x, const Tensor& scale, const Tensor& shift,
   require(x.dim() == 3, "x must have shape [B, S, C], got ", shape_of(x), ".");
   const int64_t B = x.size(0), S = x.size(1), C = x.size(2);
   require_rows(x, "x");
-  require_shape(scale, "scale", {B, C});
-  require_shape(shift, "shift", {B, C});
+  require_vector(scale, "scale", {B, C});
+  require_vector(shift, "shift", {B, C});
   require_float(x, "x");
   Tensor out = fresh(x, "the result", {B, S, C});
   if (!x.numel()) return out;
@@ -152,11 +152,11 @@ std::tuple<Tensor, Tensor> gated_add_norm(const Tensor& x, const Tensor& branch,
   require_rows(branch, "branch");
   require_shape(branch, "branch", {B, S, C});
   require_type(branch, "branch", x.scalar_type());
-  require_shape(gate, "gate", {B, C});
+  require_vector(gate, "gate", {B, C});
   const std::vector<int64_t> shape{B, S, C};
   if (scale) {
-    require_shape(*scale, "scale", {B, C});
-    require_shape(*shift, "shift", {B, C});
+    require_vector(*scale, "scale", {B, C});
+    require_vector(*shift, "shift", {B, C});
   }
   require_float(x, "x");
   Tensor y = fresh(x, "the sum", shape);
@@ -179,9 +179,7 @@ std::tuple<Tensor, Tensor> gated_add_norm(const Tensor& x, const Tensor& branch,
 }
 
 void require_offsets(const Tensor& offsets, int64_t S) {
-  require(offsets.dim() == 1 && offsets.is_contiguous() && offsets.numel() > 0,
-          "block_offsets must have shape [N + 1], got ", shape_of(offsets), ".");
-  require_type(offsets, "block_offsets", ScalarType::Int);
+  require_list(offsets);
   const int32_t* p = data<int32_t>(offsets);
   const int64_t N = offsets.numel() - 1;
   bool ascending = p[0] == 0 && p[N] == S;
@@ -200,7 +198,7 @@ std::tuple<Tensor, Tensor> norm_rope(const Tensor& x, const Tensor& weight,
           shape_of(x), ".");
   const int64_t B = x.size(0), S = x.size(1), H = x.size(2), D = x.size(3);
   require_rows(x, "x");
-  require_shape(weight, "weight", {D});
+  require_vector(weight, "weight", {D});
   const Angles angles = angles_of(cos, sin, positions, pairs, S, D);
   if (offsets) require_offsets(*offsets, S);
   const int64_t N = offsets ? offsets->numel() - 1 : 0;

@@ -200,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward(const Tensor& x, cons
   require(x.dim() == 3, "x must have shape [B, S, C], got ", shape_of(x), ".");
   const int64_t B = x.size(0), S = x.size(1), C = x.size(2), chunks = chunks_of(S);
   require_rows(x, "x");
-  require_shape(scale, "scale", {B, C});
+  require_vector(scale, "scale", {B, C});
   require_like(grad, "grad", x, "x");
   require_float(x, "x");
   const Tensor grad_x = fresh(x, "the gradient", {B, S, C}), sums = floats(x, {B, chunks, 2, C});
@@ -226,8 +226,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_add_norm_backward(
   const int64_t B = y.size(0), S = y.size(1), C = y.size(2), chunks = chunks_of(S);
   require_rows(y, "y");
   require_like(branch, "branch", y, "y");
-  require_shape(gate, "gate", {B, C});
-  require_shape(scale, "scale", {B, C});
+  require_vector(gate, "gate", {B, C});
+  require_vector(scale, "scale", {B, C});
   require_like(grad_normed, "grad_normed", y, "y");
   if (grad_y) require_like(*grad_y, "grad_y", y, "y");
   const std::vector<int64_t> shape{B, S, C};
@@ -269,7 +269,7 @@ std::tuple<Tensor, Tensor> norm_rope_backward(const Tensor& x, const Tensor& wei
           shape_of(x), ".");
   const int64_t B = x.size(0), S = x.size(1), H = x.size(2), D = x.size(3), chunks = chunks_of(S);
   require_rows(x, "x");
-  require_shape(weight, "weight", {D});
+  require_vector(weight, "weight", {D});
   require_like(grad, "grad", x, "x");
   const Angles angles = angles_of(cos, sin, positions, pairs, S, D);
   require_float(x, "x");

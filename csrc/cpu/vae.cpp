@@ -282,10 +282,8 @@ Tensor group_norm_silu(const Tensor& x, const Tensor& scale, const Tensor& shift
     require_rows(*front, "front");
   }
   require_float(x, "x");
-  require_shape(scale, "scale", {B, C});
-  require_shape(shift, "shift", {B, C});
-  require_float(scale, "scale");
-  require_float(shift, "shift");
+  require_vector(scale, "scale", {B, C});
+  require_vector(shift, "shift", {B, C});
   require(std::max({T, Y, X}) <= std::numeric_limits<int64_t>::max() - edge,
           "x must leave room for its borders, got ", shape_of(x), ".");
   Tensor out = fresh(x, "the result", {B, T + edge, Y + edge, X + edge, C});
