@@ -76,8 +76,10 @@ def _exact_convolutions(kind: str) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def _exact(kind: str, convolutions: bool) -> Iterator[None]:
-    products = _exact_convolutions(kind) if convolutions else _exact_products(kind)
-    with products:
+    with contextlib.ExitStack() as settings:
+        settings.enter_context(_exact_products(kind))
+        if convolutions:  # some of which are products of matrices
+            settings.enter_context(_exact_convolutions(kind))
         if not torch.is_autocast_enabled(kind):
             yield
             return
@@ -88,7 +90,7 @@ def _exact(kind: str, convolutions: bool) -> Iterator[None]:
 def full_precision(
     device: torch.device, convolutions: bool = False
 ) -> contextlib.AbstractContextManager:
-    """A context in which products (or convolutions) on `device` are what their dtypes say."""
+    """A context in which products (and convolutions) on `device` are what their dtypes say."""
     kind = device.type
     if kind not in ("cpu", "cuda"):
         if torch.amp.is_autocast_available(kind):
