@@ -37,7 +37,8 @@ class Arguments:
     def floats(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.dtype
         if math.prod(shape) > 1 << 22:  # the same row again and again
-            return torch.zeros(shape[-1:], dtype=dtype).expand(shape)
+            row = shape[-1:] if shape[-1] < 1 << 22 else 1
+            return torch.zeros(row, dtype=dtype).expand(shape)
         return torch.randn(shape).to(dtype)
 
     def vector(self, *shape: int) -> Tensor:
@@ -51,7 +52,8 @@ class Arguments:
 
     def words(self, *shape: int) -> Tensor:
         if math.prod(shape) > 1 << 22:
-            return torch.zeros(shape[-1:], dtype=torch.int32).expand(shape)
+            row = shape[-1:] if shape[-1] < 1 << 22 else 1
+            return torch.zeros(row, dtype=torch.int32).expand(shape)
         return torch.randint(-(2**31), 2**31, shape).to(torch.int32)
 
     # ---- one method for each operator: the arguments of its schema
