@@ -11,6 +11,7 @@ seen; what is told of a failure is how to run that case again.
 import argparse
 import contextlib
 import faulthandler
+import importlib
 import inspect
 import os
 import resource
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REFUSALS = (ValueError, TypeError)
 MEMORY = 6 << 30  # bytes of address space beyond what is there at the start
 SUMS = ("group_moments", "group_affine")  # as long as their inputs are, without any memory
-PATIENCE = 20  # seconds for one case
+PATIENCE = 60  # seconds for one case
 RAW = sorted(_library._references)
 PUBLIC = [name for name in ops.__all__ if name not in ("Rotary", "kernels")]
 
@@ -156,6 +157,7 @@ class Case:
 def work(first: int, cases: int, seconds: float, progress: str) -> None:
     """Runs cases from number `first` on, each noted in the file `progress` before it begins."""
     warnings.simplefilter("ignore")
+    importlib.import_module("torch._dynamo")  # long, and otherwise within some case
     torch.set_num_threads(2)
     if not os.environ.get("LD_PRELOAD"):  # an address sanitizer reserves far more than it uses
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
