@@ -40,9 +40,8 @@ def test_logits_stay_below_their_bound():
         dit.visual_transformer_blocks[0].self_attention,
         make_layout(CONFIG, grid, SCALE),
     )
-    query, key, _ = attention.project(
-        *(torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(2)),) * 2
-    )
+    x = torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(2))
+    query, key, _ = attention.project(x)
     query, key = attention.query_norm(query, plan.rotary), attention.key_norm(key, plan.rotary)
     logits = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(attention.head_dim)
     assert 0.1 * attention.logit_bound < logits.abs().max() < attention.logit_bound < math.inf

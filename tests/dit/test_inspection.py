@@ -12,7 +12,7 @@ from PIL import Image
 from kandinsky_kernels import select_blocks, unpack_selection
 from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
-from kandinsky_model.dit import attention
+from kandinsky_model.dit import nabla
 from kandinsky_model.dit.layout import Chunks
 from kandinsky_model.inspection import CURVE, Watch, _measure, inspect
 from kandinsky_model.media import chart
@@ -48,7 +48,7 @@ def test_numbers_are_those_of_the_map():
 def test_every_pass_is_seen_and_none_is_changed(model, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        attention, "select_blocks", lambda *args: asked.append(select_blocks(*args)) or asked[-1]
+        nabla, "select_blocks", lambda *args: asked.append(select_blocks(*args)) or asked[-1]
     )
     plain = model.generate(PROMPT, guidance_scale=3.0, attention="nabla", **SIZE).latents
     asked.clear()
