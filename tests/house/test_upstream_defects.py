@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 
 from kandinsky_model import config, pipeline
@@ -23,6 +22,8 @@ from kandinsky_model.sampling.settings import Settings
 from kandinsky_model.sampling.step_cache import make_cache
 from kandinsky_model.text.qwen_clip import EDIT_CROPS, OFFICIAL_EDIT_CROP, QwenClipEncoder
 from kandinsky_model.vae.tiles import TilePlan, starts
+
+from ..support import tiny_models
 
 PROMPT, SMALL = "a red circle", dict(tiny_models.SMALL, guidance_scale=2.0)
 
