@@ -12,9 +12,10 @@ SUITABLE := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	"$$p" -c '$(SUITABLE)' 2>/dev/null && echo "$$p" && break; done)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+FORMATTED := $(SOURCES) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
 PIP := $(PY) -m pip install --disable-pip-version-check
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -26,9 +27,16 @@ test: $(VENV)/.built $(VENV)/.test
 bench: $(VENV)/.built $(VENV)/.test
 	$(PY) -m benchmarks.ops
 
-lint: $(VENV)/.built
-	$(PIP) -q ruff
+lint: $(VENV)/.lint
+	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(FORMATTED)
+	$(PY) -m mypy
+
+format: $(VENV)/.lint
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kandinsky_kernels/*.so demo.*
@@ -55,4 +63,8 @@ $(VENV)/.built: $(SOURCES) $(VENV)/.installed
 
 $(VENV)/.test: pyproject.toml $(VENV)/.installed
 	KANDINSKY_KERNELS_BUILD=none $(PIP) --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/.lint: pyproject.toml $(VENV)/.installed
+	KANDINSKY_KERNELS_BUILD=none $(PIP) --no-build-isolation -e ".[dev]"
 	touch $@

@@ -226,13 +226,24 @@ def test_16_nothing_is_encoded_that_is_not_read(model, monkeypatch):
 
 IMPORT = """
 import torch
-before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.get_default_dtype(),
-          torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed())
-import kandinsky_kernels, kandinsky_model
-from kandinsky_model import cli, pipeline
+
+def state():
+    return (
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        torch.initial_seed(),
+    )
+
+before = state()
 import sys
-assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark,
-                  torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed())
+import kandinsky_kernels
+import kandinsky_model
+from kandinsky_model import cli, pipeline
+assert before == state()
 assert "torch._dynamo" not in sys.modules or not torch._dynamo.config.suppress_errors
 assert not torch.cuda.is_initialized()
 """
