@@ -3,7 +3,8 @@
 
 | module | what it holds |
 |---|---|
-| `transformer` | the network: embeddings, modulation, text blocks, visual blocks |
+| `transformer` | the network: embeddings, text blocks, visual blocks, out layer |
+| `modulation` | shift, scale and gate of every sub-layer, from the time |
 | `attention` | multi-head attention: dense, block-sparse, over a text |
 | `nabla` | which blocks of keys a block of queries attends to |
 | `layout` | what one size of video needs at every step: token order, rotary tables, blocks |

@@ -33,9 +33,19 @@ class HeadNorm(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         return norm_rope(x, self.weight, rotary)
 
-    def with_means(self, x: Tensor, rotary: Rotary, block_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def with_means(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        block_offsets: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """The same, and the mean of the result over each block of tokens: [B, H, N, D]."""
-        return norm_rope_means(x, self.weight, rotary, block_offsets)
+        return norm_rope_means(
+            x,
+            self.weight,
+            rotary,
+            block_offsets,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +152,14 @@ class Attention(nn.Module):
         query, key, value = self.project(x)  # [B, S, H, D] each
         query = nabla.round_to(self.query_norm(query, rotary), rope_cast)
         key = nabla.round_to(self.key_norm(key, rotary), rope_cast)
-        return self.out_layer(_dense(query, key, value, key_mask))  # [B, S, C]
+        return self.out_layer(
+            _dense(
+                query,
+                key,
+                value,
+                key_mask,
+            )
+        )  # [B, S, C]
 
     def project(self, x: Tensor, rows: slice = ALL) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x [B, S, C], each [B, S, H, D]: of all heads, or of those
@@ -177,7 +194,12 @@ class Attention(nn.Module):
             out[..., rows] = self._attend(x, rows, layout)
         return out
 
-    def _attend(self, x: Tensor, rows: slice, layout: Layout) -> Tensor:
+    def _attend(
+        self,
+        x: Tensor,
+        rows: slice,
+        layout: Layout,
+    ) -> Tensor:
         """Attention of the heads whose channels are `rows`; where ranks share the heads, of this
         rank's heads over the tokens of all.
 
@@ -206,7 +228,12 @@ class Attention(nn.Module):
             self.logit_bound,
             self.watch,
         )
-        out = nabla.attend(project, self.query_norm.with_means, self.key_norm.with_means, recipe)
+        out = nabla.attend(
+            project,
+            self.query_norm.with_means,
+            self.key_norm.with_means,
+            recipe,
+        )
         return out.flatten(-2)  # [B, S, H D]
 
     # A video over a text
@@ -220,15 +247,32 @@ class Attention(nn.Module):
     def look_up(self, x: Tensor, text: TextKeys) -> Tensor:
         """Dense attention [B, S, C] of x [B, S, C] over a text."""
         query = self.query_norm(self._heads(self.to_query(x)))  # [B, S, H, D]
-        return self.out_layer(_dense(query, text.key, text.value, text.mask))
+        return self.out_layer(
+            _dense(
+                query,
+                text.key,
+                text.value,
+                text.mask,
+            )
+        )
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None) -> Tensor:
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """Attention of queries [B, S, H, D] over keys and values [B, L, H, D]: [B, S, H D]."""
     query = query.transpose(1, 2)  # [B, H, S, D]
     key = key.transpose(1, 2)  # [B, H, L, D]
     value = value.transpose(1, 2)  # [B, H, L, D]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=key_mask,
+    )
     return out.transpose(1, 2).flatten(-2)  # [B, S, H D]
 
 

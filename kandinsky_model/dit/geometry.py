@@ -66,7 +66,11 @@ def patchify(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
     )
 
 
-def unpatchify(tokens: Tensor, grid: Grid, patch_size: tuple[int, int, int]) -> Tensor:
+def unpatchify(
+    tokens: Tensor,
+    grid: Grid,
+    patch_size: tuple[int, int, int],
+) -> Tensor:
     """Tokens [B, S, C * patch] in raster order -> latent pixels [B, T, 2Y, 2X, C]. Unlike at the
     input, the *channel runs slowest* inside a token."""
     o, p, q = patch_size

@@ -90,7 +90,12 @@ def make_layout(
         tuple(dim // 2 for dim in config.axes_dims),
     )
     if order is None:
-        return Layout(grid, rotary, rope_cast=rope_cast, **options)
+        return Layout(
+            grid,
+            rotary,
+            rope_cast=rope_cast,
+            **options,
+        )
     return Layout(
         grid,
         rotary,

@@ -48,7 +48,12 @@ class Linear(nn.Linear):
     def empty(self, out_features: int) -> Linear:
         """A layer of this kind with `out_features` outputs, on the meta device."""
         has_bias = self.bias is not None
-        return Linear(self.in_features, out_features, has_bias, device="meta")
+        return Linear(
+            self.in_features,
+            out_features,
+            has_bias,
+            device="meta",
+        )
 
 
 class Additions(nn.Module):
@@ -62,7 +67,12 @@ class Additions(nn.Module):
         # active adapter: by how much it counts
         self.scales: dict[str, float] = {}
 
-    def forward(self, x: Tensor, y: Tensor, rows: slice = ALL) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        rows: slice = ALL,
+    ) -> Tensor:
         """y, which is the layer's product with x, and what the active adapters add to it."""
         for name, scale in self.scales.items():
             down, up = self.matrices[name]

@@ -60,12 +60,21 @@ def attend(
         query_means = block_means(query, nabla.block_offsets)
         key_means = block_means(key, nabla.block_offsets)
     selection = select_blocks(
-        query_means.detach(), key_means.detach(), nabla.keep_mass, nabla.tiles, nabla.window
+        query_means.detach(),
+        key_means.detach(),
+        nabla.keep_mass,
+        nabla.tiles,
+        nabla.window,
     )  # int32 [B, H, N, ceil(N / 32)]
     if nabla.watch is not None:
         nabla.watch(query_means, key_means, selection)
     return block_sparse_attention(
-        query, key, value, selection, nabla.block_offsets, logit_bound=nabla.logit_bound
+        query,
+        key,
+        value,
+        selection,
+        nabla.block_offsets,
+        logit_bound=nabla.logit_bound,
     )
 
 

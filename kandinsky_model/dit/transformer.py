@@ -7,10 +7,10 @@ every sub-layer is
 
     x + gate * f(LayerNorm(x) * (1 + scale) + shift)
 
-with a shift, scale and gate [B, C] that are linear in an embedding of the time and the pooled text.
-The sum of one sub-layer and the norm of the next are one fused pass over memory (`gated_add_norm`).
-Visual blocks therefore hand on two tensors: the residual stream `x`, and `normed`, which is x after
-the norm that the next block begins with.
+with a shift, scale and gate [B, C] that are computed from the time and the pooled text. The sum of
+one sub-layer and the norm of the next are one fused pass over memory (`gated_add_norm`). Visual
+blocks therefore hand on two tensors: the residual stream `x`, and `normed`, which is x after the
+norm that the next block begins with.
 
 Parameter names and shapes are those of the published checkpoints. Activations have the network's
 `dtype`. The time embedding and every modulation are computed in fp32, whatever dtype the weights
@@ -23,7 +23,6 @@ the text; C channels; V modulation vectors; n points in time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -31,90 +30,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kandinsky_kernels import gated_add_norm, modulated_norm
+from kandinsky_kernels import gated_add_norm
 
 from ..config import DiTConfig
 from . import geometry
 from .attention import Attention, TextKeys
 from .layout import Layout
 from .linear import Linear
+from .modulation import (
+    TEXT_SUBLAYERS,
+    VISUAL_SUBLAYERS,
+    Modulation,
+    Modulations,
+    ModulationTable,
+    Triple,
+)
 
 _log = logging.getLogger(__name__)
-
-
-# How the time modulates the network
-
-
-@dataclass(frozen=True, eq=False)
-class Triple:
-    """How the time modulates one sub-layer, [B, C] each. The out layer, which adds to nothing, has
-    no gate."""
-
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor | None
-
-    def norm(self, x: Tensor) -> Tensor:
-        """LayerNorm(x) * (1 + scale) + shift: x [B, S, C] as the sub-layer reads it."""
-        return modulated_norm(x, self.scale, self.shift)
-
-
-@dataclass(frozen=True, eq=False)
-class Modulations:
-    """How the time modulates one pass."""
-
-    text: list[tuple[Triple, ...]]  # of each text block: attention, feed-forward
-    visual: list[tuple[Triple, ...]]  # of each visual block: self-, cross-attention, feed-forward
-    out: Triple
-
-    def before(self, i: int) -> Triple:
-        """What modulates the norm that visual block i begins with, or past the last block the out
-        layer."""
-        return self.visual[i][0] if i < len(self.visual) else self.out
-
-
-@dataclass(frozen=True, eq=False)
-class ModulationTable:
-    """The modulations of n points in time, kept where the weights are that made them.
-
-    A hundred passes of Pro take 0.9 GB, of which one pass reads 9 MB: these are copied to `device`
-    when they are asked for.
-    """
-
-    vectors: Tensor  # [n, B, V, C]: of text blocks, visual blocks and the out layer, one by one
-    text_blocks: int
-    visual_blocks: int
-    device: torch.device
-
-    def step(self, i: int) -> Modulations:
-        """The modulations of the i-th point in time."""
-        vectors = iter(self.vectors[i].to(self.device, non_blocking=True).unbind(1))  # V x [B, C]
-        text = [triples(vectors, TextBlock.sublayers) for _ in range(self.text_blocks)]
-        visual = [triples(vectors, VisualBlock.sublayers) for _ in range(self.visual_blocks)]
-        shift, scale = vectors
-        return Modulations(text, visual, Triple(shift, scale, None))
-
-
-def triples(vectors: Iterator[Tensor], count: int) -> tuple[Triple, ...]:
-    """The next `count` triples of an iterator over shift, scale, gate, shift, scale, gate, ..."""
-    return tuple(Triple(next(vectors), next(vectors), next(vectors)) for _ in range(count))
-
-
-class Modulation(nn.Module):
-    """One block's modulation vectors as a linear function of the time's embedding. It starts at
-    zero, where a block is the identity."""
-
-    def __init__(self, time_dim: int, model_dim: int, count: int):
-        super().__init__()
-        self.count = count
-        self.out_layer = Linear(time_dim, count * model_dim)
-        if not self.out_layer.weight.is_meta:
-            nn.init.zeros_(self.out_layer.weight)
-            nn.init.zeros_(self.out_layer.bias)
-
-    def forward(self, time: Tensor) -> Tensor:
-        """[..., time_dim] -> [..., count, C], in the order of shift, scale, gate per sub-layer."""
-        return self.out_layer(F.silu(time)).unflatten(-1, (self.count, -1))
 
 
 # Embeddings
@@ -149,7 +81,13 @@ class TextEmbedding(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = self.norm.weight.to(wide)
         bias = self.norm.bias.to(wide)
-        return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, self.norm.eps).to(x.dtype)
+        return F.layer_norm(
+            x.to(wide),
+            x.shape[-1:],
+            weight,
+            bias,
+            self.norm.eps,
+        ).to(x.dtype)
 
 
 class VisualEmbedding(nn.Module):
@@ -191,23 +129,34 @@ class FeedForward(nn.Module):
 class TextBlock(nn.Module):
     """Self-attention of the text, then a feed-forward network."""
 
-    sublayers = 2
-
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.text_modulation = Modulation(config.time_dim, config.model_dim, 3 * self.sublayers)
+        self.text_modulation = Modulation(config.time_dim, config.model_dim, 3 * TEXT_SUBLAYERS)
         self.self_attention = Attention(config.model_dim, config.head_dim)
         self.feed_forward = FeedForward(config.model_dim, config.ff_dim)
 
     def forward(
-        self, x: Tensor, modulation: tuple[Triple, ...], key_mask: Tensor | None, layout: Layout
+        self,
+        x: Tensor,
+        modulation: tuple[Triple, ...],
+        key_mask: Tensor | None,
+        layout: Layout,
     ) -> Tensor:
         """[B, L, C] -> [B, L, C]."""
         attention, feed_forward = modulation
         rotary = layout.text_rotary(x.shape[1], self.self_attention.head_dim)
-        branch = self.self_attention(attention.norm(x), rotary, key_mask, layout.rope_cast)
+        branch = self.self_attention(
+            attention.norm(x),
+            rotary,
+            key_mask,
+            layout.rope_cast,
+        )
         x, normed = gated_add_norm(
-            x, branch, attention.gate, feed_forward.scale, feed_forward.shift
+            x,
+            branch,
+            attention.gate,
+            feed_forward.scale,
+            feed_forward.shift,
         )
         return gated_add_norm(x, self.feed_forward(normed), feed_forward.gate)[0]
 
@@ -215,11 +164,9 @@ class TextBlock(nn.Module):
 class VisualBlock(nn.Module):
     """Self-attention of the video, cross-attention to the text, then a feed-forward network."""
 
-    sublayers = 3
-
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.visual_modulation = Modulation(config.time_dim, config.model_dim, 3 * self.sublayers)
+        self.visual_modulation = Modulation(config.time_dim, config.model_dim, 3 * VISUAL_SUBLAYERS)
         self.self_attention = Attention(config.model_dim, config.head_dim)
         self.cross_attention = Attention(config.model_dim, config.head_dim)
         self.feed_forward = FeedForward(config.model_dim, config.ff_dim)
@@ -242,12 +189,27 @@ class VisualBlock(nn.Module):
         attended = self.self_attention.attend(normed, context.layout)
         text = self.cross_attention.read(context.text, context.key_mask)
         size = max(1, context.layout.chunks.tokens // x.shape[0])
-        if x.shape[1] <= size or _records(self, x, normed, context.text):
-            return self.after_attention(x, attended, text, modulation, following)
+        if x.shape[1] <= size or _records(
+            self,
+            x,
+            normed,
+            context.text,
+        ):
+            return self.after_attention(
+                x,
+                attended,
+                text,
+                modulation,
+                following,
+            )
         for start in range(0, x.shape[1], size):
             part = slice(start, start + size)
             x[:, part], normed[:, part] = self.after_attention(
-                x[:, part], attended[:, part], text, modulation, following
+                x[:, part],
+                attended[:, part],
+                text,
+                modulation,
+                following,
             )
         return x, normed
 
@@ -367,11 +329,29 @@ class DiffusionTransformer3D(nn.Module):
         1000 t. modulations: those of this time, where `modulate` has made them already. Raises
         ValueError when shapes do not fit the layout or each other.
         """
-        self._check(x, text, pooled, time, layout, text_lengths)
+        self._check(
+            x,
+            text,
+            pooled,
+            time,
+            layout,
+            text_lengths,
+        )
         if modulations is None:
             modulations = self.modulate(time[None], pooled).step(0)
-        x, context = self.begin(x, text, layout, text_lengths, modulations)  # [B, S, C]
-        _, normed = self.blocks(x, None, context, range(len(self.visual_transformer_blocks)))
+        x, context = self.begin(
+            x,
+            text,
+            layout,
+            text_lengths,
+            modulations,
+        )  # [B, S, C]
+        _, normed = self.blocks(
+            x,
+            None,
+            context,
+            range(len(self.visual_transformer_blocks)),
+        )
         return self.finish(normed, layout)
 
     def modulate(self, time: Tensor, pooled: Tensor) -> ModulationTable:
@@ -408,17 +388,31 @@ class DiffusionTransformer3D(nn.Module):
         text, key_mask = _trim(text.to(self.dtype), text_lengths)
         text = self.text_embeddings(text)  # [B, L, C]
         for block, modulation in zip(self.text_transformer_blocks, modulations.text, strict=True):
-            text = block(text, modulation, key_mask, layout)
+            text = block(
+                text,
+                modulation,
+                key_mask,
+                layout,
+            )
         patches = geometry.patchify(x.to(self.dtype), self.config.patch_size)  # [B, S, patch * Cin]
         if layout.order is not None:
             patches = patches[:, layout.order]
         if layout.ranks is not None:
             patches = layout.ranks.own(patches)
         tokens = self.visual_embeddings(patches)  # [B, S, C]
-        return tokens, BlockContext(text, key_mask, layout, modulations)
+        return tokens, BlockContext(
+            text,
+            key_mask,
+            layout,
+            modulations,
+        )
 
     def blocks(
-        self, x: Tensor, normed: Tensor | None, context: BlockContext, span: range
+        self,
+        x: Tensor,
+        normed: Tensor | None,
+        context: BlockContext,
+        span: range,
     ) -> tuple[Tensor, Tensor]:
         """The visual blocks of `span` on x [B, S, C] and its norm for the first of them, which is
         made here where it is None. Returns x and the norm for what comes next.
@@ -430,7 +424,13 @@ class DiffusionTransformer3D(nn.Module):
             normed = modulations.before(span.start).norm(x)
         for i in span:
             block = self.visual_transformer_blocks[i]
-            x, normed = block(x, normed, modulations.visual[i], modulations.before(i + 1), context)
+            x, normed = block(
+                x,
+                normed,
+                modulations.visual[i],
+                modulations.before(i + 1),
+                context,
+            )
         return x, normed
 
     def finish(self, normed: Tensor, layout: Layout) -> Tensor:

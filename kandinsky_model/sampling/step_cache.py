@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..config import CACHES
 from ..dit.layout import Layout
-from ..dit.transformer import BlockContext, DiffusionTransformer3D, Modulations
+from ..dit.modulation import Modulations
+from ..dit.transformer import BlockContext, DiffusionTransformer3D
 
 
 class Branch(ABC):

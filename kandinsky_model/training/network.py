@@ -21,13 +21,8 @@ from torch import Tensor, nn
 from ..devices.host import Store
 from ..devices.offload import LayerStream, streamed_layers
 from ..dit.layout import Layout
-from ..dit.transformer import (
-    DiffusionTransformer3D,
-    Modulations,
-    ModulationTable,
-    VisualBlock,
-    triples,
-)
+from ..dit.modulation import VISUAL_SUBLAYERS, Modulations, ModulationTable, triples
+from ..dit.transformer import DiffusionTransformer3D
 
 
 @dataclass(frozen=True)
@@ -152,7 +147,7 @@ class _Block(torch.autograd.Function):
         layout, key_mask, recorded = context
         if recorded:
             ctx.save_for_backward(network.keep(i, x), text, *vectors)
-        modulation = triples(iter(vectors), VisualBlock.sublayers)
+        modulation = triples(iter(vectors), VISUAL_SUBLAYERS)
         out = torch.empty_like(x)
         with network.placed(i, 1) as block:
             attended = block.self_attention.attend(modulation[0].norm(x), layout)
@@ -171,7 +166,7 @@ class _Block(torch.autograd.Function):
             x.detach().requires_grad_(need)
             for x, need in zip(saved, ctx.needs_input_grad[4:], strict=True)
         ]
-        modulation = triples(iter(vectors), VisualBlock.sublayers)
+        modulation = triples(iter(vectors), VISUAL_SUBLAYERS)
         with network.placed(ctx.i, -1) as block, torch.enable_grad():
             attended = block.self_attention.attend(modulation[0].norm(x), layout)
             keys = block.cross_attention.read(text, key_mask)

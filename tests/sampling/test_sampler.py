@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from kandinsky_model.config import DiTConfig, NablaConfig
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_layout
-from kandinsky_model.dit.transformer import DiffusionTransformer3D, Modulations, Triple
+from kandinsky_model.dit.modulation import Modulations, Triple
+from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.sampling import sampler
 from kandinsky_model.sampling.given import Given, normalize_first_frame
 from kandinsky_model.sampling.sampler import Sampling, noise, sample, schedule
