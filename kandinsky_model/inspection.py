@@ -50,7 +50,7 @@ class Watch:
         self._passes = passes
         self._maps_at = set(maps_at)
         # For each layer its passes, for each pass its groups of heads, for each group what
-        # `_measure` gave.
+        # `measure` gave.
         self._seen: list[list[list[dict[str, Tensor]]]] = [[] for _ in self._attentions]
         self.steps = 0
         self.maps: dict[int, Tensor] = {}
@@ -85,7 +85,7 @@ class Watch:
         step, branch = divmod(len(passes) - 1, self._passes)
         with_map = branch == 0 and step in self._maps_at
         passes[-1].append(
-            _measure(
+            measure(
                 query_means,
                 key_means,
                 selection,
@@ -94,19 +94,19 @@ class Watch:
         )
 
     def _joined(self, name: str) -> Tensor:
-        """[L, n * passes, H, ...]: what `_measure` calls `name`, of all whole steps."""
+        """[L, n * passes, H, ...]: what `measure` calls `name`, of all whole steps."""
         whole = self.steps * self._passes
         layers = [[_heads(groups, name) for groups in passes[:whole]] for passes in self._seen]
         return torch.stack([torch.stack(layer) for layer in layers])
 
 
 def _heads(groups: list[dict[str, Tensor]], name: str) -> Tensor:
-    """[H, ...]: what `_measure` calls `name`, of all groups of heads of one pass."""
+    """[H, ...]: what `measure` calls `name`, of all groups of heads of one pass."""
     return torch.cat([group[name] for group in groups])
 
 
 @torch.no_grad()
-def _measure(
+def measure(
     query_means: Tensor,
     key_means: Tensor,
     selection: Tensor,

@@ -152,14 +152,7 @@ class Attention(nn.Module):
         query, key, value = self.project(x)  # [B, S, H, D] each
         query = nabla.round_to(self.query_norm(query, rotary), rope_cast)
         key = nabla.round_to(self.key_norm(key, rotary), rope_cast)
-        return self.out_layer(
-            _dense(
-                query,
-                key,
-                value,
-                key_mask,
-            )
-        )  # [B, S, C]
+        return self.out_layer(_dense(query, key, value, key_mask))  # [B, S, C]
 
     def project(self, x: Tensor, rows: slice = ALL) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x [B, S, C], each [B, S, H, D]: of all heads, or of those
@@ -228,12 +221,7 @@ class Attention(nn.Module):
             self.logit_bound,
             self.watch,
         )
-        out = nabla.attend(
-            project,
-            self.query_norm.with_means,
-            self.key_norm.with_means,
-            recipe,
-        )
+        out = nabla.attend(project, self.query_norm.with_means, self.key_norm.with_means, recipe)
         return out.flatten(-2)  # [B, S, H D]
 
     # A video over a text
@@ -247,14 +235,7 @@ class Attention(nn.Module):
     def look_up(self, x: Tensor, text: TextKeys) -> Tensor:
         """Dense attention [B, S, C] of x [B, S, C] over a text."""
         query = self.query_norm(self._heads(self.to_query(x)))  # [B, S, H, D]
-        return self.out_layer(
-            _dense(
-                query,
-                text.key,
-                text.value,
-                text.mask,
-            )
-        )
+        return self.out_layer(_dense(query, text.key, text.value, text.mask))  # [B, S, C]
 
 
 def _dense(
@@ -267,12 +248,7 @@ def _dense(
     query = query.transpose(1, 2)  # [B, H, S, D]
     key = key.transpose(1, 2)  # [B, H, L, D]
     value = value.transpose(1, 2)  # [B, H, L, D]
-    out = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=key_mask,
-    )
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
     return out.transpose(1, 2).flatten(-2)  # [B, S, H D]
 
 

@@ -75,12 +75,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     In plain PyTorch this is several passes over x; one fused kernel, or the norm before it, could
     do it in one.
     """
-    largest = torch.linalg.vector_norm(
-        x,
-        math.inf,
-        dim=-1,
-        keepdim=True,
-    ).float()
+    largest = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True).float()
     scale = (largest / LARGEST[dtype]).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = x / scale  # in at least fp32
     if dtype == torch.int8:  # a cast to it would cut off, where one to fp8 rounds

@@ -81,13 +81,7 @@ class TextEmbedding(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = self.norm.weight.to(wide)
         bias = self.norm.bias.to(wide)
-        return F.layer_norm(
-            x.to(wide),
-            x.shape[-1:],
-            weight,
-            bias,
-            self.norm.eps,
-        ).to(x.dtype)
+        return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, self.norm.eps).to(x.dtype)
 
 
 class VisualEmbedding(nn.Module):
@@ -145,12 +139,7 @@ class TextBlock(nn.Module):
         """[B, L, C] -> [B, L, C]."""
         attention, feed_forward = modulation
         rotary = layout.text_rotary(x.shape[1], self.self_attention.head_dim)
-        branch = self.self_attention(
-            attention.norm(x),
-            rotary,
-            key_mask,
-            layout.rope_cast,
-        )
+        branch = self.self_attention(attention.norm(x), rotary, key_mask, layout.rope_cast)
         x, normed = gated_add_norm(
             x,
             branch,
@@ -189,19 +178,8 @@ class VisualBlock(nn.Module):
         attended = self.self_attention.attend(normed, context.layout)
         text = self.cross_attention.read(context.text, context.key_mask)
         size = max(1, context.layout.chunks.tokens // x.shape[0])
-        if x.shape[1] <= size or _records(
-            self,
-            x,
-            normed,
-            context.text,
-        ):
-            return self.after_attention(
-                x,
-                attended,
-                text,
-                modulation,
-                following,
-            )
+        if x.shape[1] <= size or _records(self, x, normed, context.text):
+            return self.after_attention(x, attended, text, modulation, following)
         for start in range(0, x.shape[1], size):
             part = slice(start, start + size)
             x[:, part], normed[:, part] = self.after_attention(
@@ -388,24 +366,14 @@ class DiffusionTransformer3D(nn.Module):
         text, key_mask = _trim(text.to(self.dtype), text_lengths)
         text = self.text_embeddings(text)  # [B, L, C]
         for block, modulation in zip(self.text_transformer_blocks, modulations.text, strict=True):
-            text = block(
-                text,
-                modulation,
-                key_mask,
-                layout,
-            )
+            text = block(text, modulation, key_mask, layout)
         patches = geometry.patchify(x.to(self.dtype), self.config.patch_size)  # [B, S, patch * Cin]
         if layout.order is not None:
             patches = patches[:, layout.order]
         if layout.ranks is not None:
             patches = layout.ranks.own(patches)
         tokens = self.visual_embeddings(patches)  # [B, S, C]
-        return tokens, BlockContext(
-            text,
-            key_mask,
-            layout,
-            modulations,
-        )
+        return tokens, BlockContext(text, key_mask, layout, modulations)
 
     def blocks(
         self,

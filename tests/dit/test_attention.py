@@ -17,32 +17,35 @@ from .test_transformer import CONFIG, MODES, SCALE, build, inputs, rel_l2
 @pytest.mark.parametrize("mode", MODES)
 def test_prepared_network_is_the_same_function(mode):
     """One product for queries, keys and values, and all steps' modulations at once."""
-    grid, plain = Grid(2, 10, 12), build()
-    data, plan = inputs(CONFIG, grid, 2), make_layout(CONFIG, grid, SCALE, MODES[mode])
+    grid = Grid(2, 10, 12)
+    plain = build()
+    data = inputs(CONFIG, grid, 2)
+    layout = make_layout(CONFIG, grid, SCALE, MODES[mode])
     dit = build().prepare()
     attentions = [block.self_attention for block in dit.visual_transformer_blocks]
     assert all(
         a._is_joint() and a.to_key.weight.data_ptr() == a._joint[0].weight[128:].data_ptr()
         for a in attentions
     )
-    assert rel_l2(dit(*data, plan), plain(*data, plan)) <= 1e-6
+    assert rel_l2(dit(*data, layout), plain(*data, layout)) <= 1e-6
     times = torch.stack([data[3] - 100, data[3]])
     steps = dit.modulate(times, data[2])
     for time, step in zip(times, (steps.step(0), steps.step(1)), strict=True):
-        wanted = plain(*data[:3], time, plan)
-        assert rel_l2(dit(*data[:3], time, plan, None, step), wanted) <= 1e-6
-    assert rel_l2(dit(*data, plan, None, steps.step(0)), plain(*data, plan)) > 1e-3
+        wanted = plain(*data[:3], time, layout)
+        out = dit(*data[:3], time, layout, None, step)
+        assert rel_l2(out, wanted) <= 1e-6
+    assert rel_l2(dit(*data, layout, None, steps.step(0)), plain(*data, layout)) > 1e-3
 
 
 def test_logits_stay_below_their_bound():
-    dit, grid = build().prepare(), Grid(1, 8, 8)
-    attention, plan = (
-        dit.visual_transformer_blocks[0].self_attention,
-        make_layout(CONFIG, grid, SCALE),
-    )
+    dit = build().prepare()
+    grid = Grid(1, 8, 8)
+    attention = dit.visual_transformer_blocks[0].self_attention
+    layout = make_layout(CONFIG, grid, SCALE)
     x = torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(2))
     query, key, _ = attention.project(x)
-    query, key = attention.query_norm(query, plan.rotary), attention.key_norm(key, plan.rotary)
+    query = attention.query_norm(query, layout.rotary)
+    key = attention.key_norm(key, layout.rotary)
     logits = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(attention.head_dim)
     assert 0.1 * attention.logit_bound < logits.abs().max() < attention.logit_bound < math.inf
 
@@ -70,11 +73,9 @@ def test_projections_are_joined_again_after_a_move():
     attention = dit.visual_transformer_blocks[1].self_attention
     state = {name: tensor.double() for name, tensor in dit.state_dict().items()}
     dit.double()
-    assert (
-        attention._is_joint()
-        and attention._joint[0].weight.dtype == torch.float64
-        and attention.logit_bound < math.inf
-    )
+    assert attention._is_joint()
+    assert attention._joint[0].weight.dtype == torch.float64
+    assert attention.logit_bound < math.inf
     assert all(torch.equal(tensor, state[name]) for name, tensor in dit.state_dict().items())
 
 
@@ -82,6 +83,5 @@ def test_prepared_weights_are_saved_as_before(tmp_path):
     plain = build()
     save_dit(build().prepare(), tmp_path)
     loaded = load_dit(tmp_path).state_dict()
-    assert loaded.keys() == plain.state_dict().keys() and all(
-        torch.equal(loaded[name], x) for name, x in plain.state_dict().items()
-    )
+    assert loaded.keys() == plain.state_dict().keys()
+    assert all(torch.equal(loaded[name], x) for name, x in plain.state_dict().items())

@@ -14,12 +14,16 @@ from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
 from kandinsky_model.dit import nabla
 from kandinsky_model.dit.layout import Chunks
-from kandinsky_model.inspection import CURVE, Watch, _measure, inspect
+from kandinsky_model.inspection import CURVE, Watch, inspect, measure
 from kandinsky_model.media import chart
 
-PROMPT, SIZE = (
-    "a red circle moving right",
-    dict(num_frames=9, height=96, width=160, num_inference_steps=3, seed=1),
+PROMPT = "a red circle moving right"
+SIZE = dict(
+    num_frames=9,
+    height=96,
+    width=160,
+    num_inference_steps=3,
+    seed=1,
 )
 
 
@@ -29,9 +33,10 @@ def model():
 
 
 def test_numbers_are_those_of_the_map():
-    query, key = torch.randn(2, 3, 11, 8), torch.randn(2, 3, 11, 8)
+    query = torch.randn(2, 3, 11, 8)
+    key = torch.randn(2, 3, 11, 8)
     selection = select_blocks(query, key, 0.6)
-    found = _measure(query, key, selection, True)
+    found = measure(query, key, selection, True)
     share = torch.softmax(query.double() @ key.double().mT / math.sqrt(8), -1)
     keep = unpack_selection(selection, 11)
     assert torch.allclose(found["density"].double(), keep.double().mean((0, 2, 3)))
@@ -56,15 +61,20 @@ def test_every_pass_is_seen_and_none_is_changed(model, monkeypatch):
         assert torch.equal(
             model.generate(PROMPT, guidance_scale=3.0, attention="nabla", **SIZE).latents, plain
         )
-    L, H = len(model.dit.visual_transformer_blocks), model.dit.config.num_heads
+    L = len(model.dit.visual_transformer_blocks)
+    H = model.dit.config.num_heads
     N = asked[0].shape[2]
     # step, pass, layer
     kept = torch.stack([unpack_selection(one, N)[0].float() for one in asked]).view(
-        3, 2, L, H, N, N
+        3,
+        2,
+        L,
+        H,
+        N,
+        N,
     )
-    assert watch.steps == 3 and torch.allclose(
-        watch.density, kept.mean((-1, -2)).permute(2, 0, 1, 3)
-    )
+    assert watch.steps == 3
+    assert torch.allclose(watch.density, kept.mean((-1, -2)).permute(2, 0, 1, 3))
     assert list(watch.maps) == [1] and torch.equal(watch.maps[1], kept[1, 0])
     assert all(block.self_attention.watch is None for block in model.dit.visual_transformer_blocks)
 
@@ -92,15 +102,26 @@ def test_heads_in_groups_leave_the_same_record(model, monkeypatch):
 def test_inspect_draws_and_leaves_the_model_as_it_was(model, tmp_path):
     before = model.preset
     light = inspect(
-        model, PROMPT, tmp_path / "light", keep_mass=0.3, guidance_scale=1.0, maps_at=[2], **SIZE
+        model,
+        PROMPT,
+        tmp_path / "light",
+        keep_mass=0.3,
+        guidance_scale=1.0,
+        maps_at=[2],
+        **SIZE,
     )
-    full = inspect(model, PROMPT, tmp_path / "full", keep_mass=1.0, guidance_scale=1.0, **SIZE)
+    full = inspect(
+        model,
+        PROMPT,
+        tmp_path / "full",
+        keep_mass=1.0,
+        guidance_scale=1.0,
+        **SIZE,
+    )
     assert model.preset is before
-    assert (
-        0.1 < light.density.mean() < 0.6
-        and full.density.min() == 1
-        and torch.allclose(full.mass, torch.ones(()))
-    )
+    assert 0.1 < light.density.mean() < 0.6
+    assert full.density.min() == 1
+    assert torch.allclose(full.mass, torch.ones(()))
     assert sorted(path.name for path in (tmp_path / "light").iterdir()) == [
         "blocks_002.png",
         "curves.png",
@@ -110,16 +131,22 @@ def test_inspect_draws_and_leaves_the_model_as_it_was(model, tmp_path):
     ]
     assert len(list((tmp_path / "full").glob("blocks_*.png"))) == 3
     numbers = json.loads((tmp_path / "light" / "numbers.json").read_text())
-    assert numbers["keep_mass"] == 0.3 and torch.allclose(
-        torch.tensor(numbers["density"]), light.density
-    )
+    assert numbers["keep_mass"] == 0.3
+    assert torch.allclose(torch.tensor(numbers["density"]), light.density)
     with pytest.raises(ValueError, match="steps 0 to 2, got 3"):
-        inspect(model, PROMPT, tmp_path, maps_at=[3], **SIZE)
+        inspect(
+            model,
+            PROMPT,
+            tmp_path,
+            maps_at=[3],
+            **SIZE,
+        )
 
 
 def test_a_model_trained_with_dense_attention_can_be_looked_at(model, tmp_path):
     model.preset = pipeline.replace(model.preset, nabla=None)
-    assert inspect(model, PROMPT, tmp_path, guidance_scale=1.0, **SIZE).steps == 3
+    watch = inspect(model, PROMPT, tmp_path, guidance_scale=1.0, **SIZE)
+    assert watch.steps == 3
 
 
 def test_the_command(tmp_path, capsys):
@@ -137,11 +164,9 @@ def test_the_command(tmp_path, capsys):
     ]
     assert main(["inspect", PROMPT, "-o", str(tmp_path / "out"), *options]) == 0
     out = capsys.readouterr().out
-    assert (
-        "layer  0:" in out
-        and "of the blocks" in out
-        and (tmp_path / "out" / "blocks_001.png").is_file()
-    )
+    assert "layer  0:" in out
+    assert "of the blocks" in out
+    assert (tmp_path / "out" / "blocks_001.png").is_file()
     assert main(["inspect", PROMPT, "-o", str(tmp_path / "out"), "--keep-mass", "2", *options]) == 2
     assert "keep_mass must lie in (0, 1], got 2" in capsys.readouterr().err
 
@@ -151,7 +176,8 @@ def test_lines_lie_where_their_numbers_say():
     picture = chart.lines(
         {"flat": [(0, 0.5), (30, 0.5)], "none": [(0, math.nan)]}, axes, (400, 300)
     )
-    top, bottom = 50, 300 - 44
+    top = 50
+    bottom = 300 - 44
     column = [picture.getpixel((200, y)) for y in range(300)]
     colored = [y for y, pixel in enumerate(column) if max(pixel) - min(pixel) > 60]
     assert colored and abs(sum(colored) / len(colored) - (top + bottom) / 2) <= 1
@@ -174,16 +200,12 @@ def test_cells_show_the_maps():
     picture = chart.cells(maps, side=40)
     assert [picture.getpixel((64 + 44 + 35, 48 + y)) for y in (5, 35)] == [(255,) * 3, (0,) * 3]
     assert picture.getpixel((64 + 35, 48 + 5)) == (0, 0, 0)
-    assert (
-        chart.cells(maps, side=40, title="a title that is longer than two small squares").width
-        > picture.width
-    )
+    titled = chart.cells(maps, side=40, title="a title that is longer than two small squares")
+    assert titled.width > picture.width
 
 
 def test_pictures_in_a_row():
     row = chart.beside([Image.new("RGB", (3, 5), (1, 2, 3)), Image.new("RGB", (4, 2))])
-    assert (
-        row.size == (7, 5)
-        and row.getpixel((0, 0)) == (1, 2, 3)
-        and row.getpixel((6, 4)) == (255, 255, 255)
-    )
+    assert row.size == (7, 5)
+    assert row.getpixel((0, 0)) == (1, 2, 3)
+    assert row.getpixel((6, 4)) == (255, 255, 255)
