@@ -41,7 +41,8 @@ def test_tile_order_and_its_inverse_compose_to_identity(grid):
     inverse = inverse_order(order)
     identity = torch.arange(grid.tokens)
     assert order.dtype == torch.int64
-    assert torch.equal(order[inverse], identity) and torch.equal(inverse[order], identity)
+    assert torch.equal(order[inverse], identity)
+    assert torch.equal(inverse[order], identity)
 
 
 @pytest.mark.parametrize("grid", [Grid(2, 16, 24), *ODD_GRIDS], ids=str)
@@ -61,7 +62,8 @@ def test_tile_order_walks_tile_by_tile(grid):
                 sizes.append(len(tile))
     offsets = block_offsets(grid)
     assert tile_order(grid).tolist() == wanted
-    assert offsets.dtype == torch.int32 and offsets.diff().tolist() == sizes
+    assert offsets.dtype == torch.int32
+    assert offsets.diff().tolist() == sizes
     assert (offsets[0], offsets[-1], len(offsets)) == (0, grid.tokens, grid.blocks + 1)
 
 
@@ -128,8 +130,10 @@ def test_rotary_angles(axes_dims):
     scale = (1.0, 2.0, 3.16)
     table = rotary_angles(5, axes_dims, scale)
     places = positions(grid)
-    assert table.shape == (5, sum(axes_dims) // 2) and table.dtype == torch.float32
-    assert places.shape == (grid.tokens, 3) and places.dtype == torch.int32
+    assert table.shape == (5, sum(axes_dims) // 2)
+    assert table.dtype == torch.float32
+    assert places.shape == (grid.tokens, 3)
+    assert places.dtype == torch.int32
     for position in ((2, 0, 0), (0, 3, 0), (0, 0, 4), (2, 3, 4)):
         t, y, x = position
         assert tuple(places[(t * grid.Y + y) * grid.X + x].tolist()) == position

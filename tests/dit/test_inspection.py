@@ -36,7 +36,12 @@ def test_numbers_are_those_of_the_map():
     query = torch.randn(2, 3, 11, 8)
     key = torch.randn(2, 3, 11, 8)
     selection = select_blocks(query, key, 0.6)
-    found = measure(query, key, selection, True)
+    found = measure(
+        query,
+        key,
+        selection,
+        True,
+    )
     share = torch.softmax(query.double() @ key.double().mT / math.sqrt(8), -1)
     keep = unpack_selection(selection, 11)
     assert torch.allclose(found["density"].double(), keep.double().mean((0, 2, 3)))
@@ -55,11 +60,22 @@ def test_every_pass_is_seen_and_none_is_changed(model, monkeypatch):
     monkeypatch.setattr(
         nabla, "select_blocks", lambda *args: asked.append(select_blocks(*args)) or asked[-1]
     )
-    plain = model.generate(PROMPT, guidance_scale=3.0, attention="nabla", **SIZE).latents
+    plain = model.generate(
+        PROMPT,
+        guidance_scale=3.0,
+        attention="nabla",
+        **SIZE,
+    ).latents
     asked.clear()
     with Watch(model.dit, 2, [1]) as watch:
         assert torch.equal(
-            model.generate(PROMPT, guidance_scale=3.0, attention="nabla", **SIZE).latents, plain
+            model.generate(
+                PROMPT,
+                guidance_scale=3.0,
+                attention="nabla",
+                **SIZE,
+            ).latents,
+            plain,
         )
     L = len(model.dit.visual_transformer_blocks)
     H = model.dit.config.num_heads
@@ -74,15 +90,24 @@ def test_every_pass_is_seen_and_none_is_changed(model, monkeypatch):
         N,
     )
     assert watch.steps == 3
-    assert torch.allclose(watch.density, kept.mean((-1, -2)).permute(2, 0, 1, 3))
-    assert list(watch.maps) == [1] and torch.equal(watch.maps[1], kept[1, 0])
+    assert torch.allclose(
+        watch.density,
+        kept.mean((-1, -2)).permute(2, 0, 1, 3),
+    )
+    assert list(watch.maps) == [1]
+    assert torch.equal(watch.maps[1], kept[1, 0])
     assert all(block.self_attention.watch is None for block in model.dit.visual_transformer_blocks)
 
 
 def test_heads_in_groups_leave_the_same_record(model, monkeypatch):
     def seen():
         with Watch(model.dit, 1, [0]) as watch:
-            model.generate(PROMPT, guidance_scale=1.0, attention="nabla", **SIZE)
+            model.generate(
+                PROMPT,
+                guidance_scale=1.0,
+                attention="nabla",
+                **SIZE,
+            )
         return watch
 
     whole = seen()
@@ -93,7 +118,8 @@ def test_heads_in_groups_leave_the_same_record(model, monkeypatch):
         lambda *args, chunks, **options: make_layout(*args, chunks=Chunks(heads=1), **options),
     )
     parts = seen()
-    assert whole.density.std() > 0.01 and parts.density.shape == whole.density.shape
+    assert whole.density.std() > 0.01
+    assert parts.density.shape == whole.density.shape
     # a product of fewer rows may round differently
     assert torch.allclose(parts.density, whole.density, atol=0.01)
     assert (parts.maps[0] != whole.maps[0]).float().mean() < 0.01
@@ -145,7 +171,13 @@ def test_inspect_draws_and_leaves_the_model_as_it_was(model, tmp_path):
 
 def test_a_model_trained_with_dense_attention_can_be_looked_at(model, tmp_path):
     model.preset = pipeline.replace(model.preset, nabla=None)
-    watch = inspect(model, PROMPT, tmp_path, guidance_scale=1.0, **SIZE)
+    watch = inspect(
+        model,
+        PROMPT,
+        tmp_path,
+        guidance_scale=1.0,
+        **SIZE,
+    )
     assert watch.steps == 3
 
 
@@ -180,7 +212,8 @@ def test_lines_lie_where_their_numbers_say():
     bottom = 300 - 44
     column = [picture.getpixel((200, y)) for y in range(300)]
     colored = [y for y, pixel in enumerate(column) if max(pixel) - min(pixel) > 60]
-    assert colored and abs(sum(colored) / len(colored) - (top + bottom) / 2) <= 1
+    assert colored
+    assert abs(sum(colored) / len(colored) - (top + bottom) / 2) <= 1
     with pytest.raises(ValueError, match="at least one finite number"):
         chart.lines({"none": [(0, math.nan)]}, axes)
 
@@ -191,7 +224,9 @@ def test_lines_lie_where_their_numbers_say():
 )
 def test_ticks_are_round_and_span_the_numbers(low, high, ticks):
     found = chart._ticks(low, high)
-    assert found[0] <= low and found[-1] >= high and (ticks is None or found == ticks)
+    assert found[0] <= low
+    assert found[-1] >= high
+    assert ticks is None or found == ticks
 
 
 def test_cells_show_the_maps():

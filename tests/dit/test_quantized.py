@@ -130,7 +130,9 @@ def test_rows_are_rounded_to_the_nearest_step(mode, dtype):
     ).to(dtype)
     x[5] = 0
     values, scale = quantize_rows(x, stored)
-    assert values.dtype == stored and scale.dtype == torch.float32 and scale.shape == (37, 1)
+    assert values.dtype == stored
+    assert scale.dtype == torch.float32
+    assert scale.shape == (37, 1)
     wide = values.double()
     exact = x.double()
     error = (wide * scale - exact).abs()
@@ -141,9 +143,11 @@ def test_rows_are_rounded_to_the_nearest_step(mode, dtype):
         if mode == "int8"
         else torch.exp2((wide.abs().clamp_min(2**-6)).log2().floor() - 3) * unit
     )
-    assert (error <= step / 2 * (1 + 1e-5)).all() and not values[5].double().any()
+    assert (error <= step / 2 * (1 + 1e-5)).all()
+    assert not values[5].double().any()
     rows = [i for i in range(37) if i != 5]
-    assert (wide[rows].abs().amax(-1) == largest).all() and wide.abs().amax() == largest
+    assert (wide[rows].abs().amax(-1) == largest).all()
+    assert wide.abs().amax() == largest
 
 
 @pytest.mark.parametrize("mode", STEPS)
@@ -153,7 +157,8 @@ def test_extreme_rows(mode):
     )
     values, scale = quantize_rows(x, STEPS[mode][0])
     back = values.double() * scale
-    assert back.isfinite().all() and (scale > 0).all()
+    assert back.isfinite().all()
+    assert (scale > 0).all()
     assert ((back - x).abs() <= 0.07 * x.abs().amax(-1, keepdim=True) + 1e-38).all()
 
 
@@ -234,7 +239,8 @@ def test_int8_products_keep_to_the_limits_of_cublas(rows, monkeypatch):
     wanted = layer(x)
     monkeypatch.setattr(quant, "CPU_MULTIPLIES", True)
     monkeypatch.setattr(torch, "_int_mm", strict)
-    assert torch.equal(layer(x), wanted) and called == [max(rows, 17)]
+    assert torch.equal(layer(x), wanted)
+    assert called == [max(rows, 17)]
 
 
 @pytest.mark.parametrize("inner, outer", [(60, 64), (64, 40)])
@@ -243,7 +249,8 @@ def test_widths_that_do_not_fit_compute_as_stored(mode, inner, outer):
     _, layer = layer_of(mode, inner, outer)
     _, stored = layer_of(mode.removesuffix("-dynamic"), inner, outer)
     x = torch.randn(1, 20, inner)
-    assert torch.equal(layer(x), stored(x)) and not quant._reasons
+    assert torch.equal(layer(x), stored(x))
+    assert not quant._reasons
 
 
 @pytest.mark.parametrize("fault", ["refused", "wrong"])
@@ -268,7 +275,8 @@ def test_devices_that_cannot_multiply_compute_as_stored_and_say_so_once(
     _, stored = layer_of(mode.removesuffix("-dynamic"))
     x = torch.randn(1, 20, 64)
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(layer(x), stored(x)) and torch.equal(layer(2 * x), stored(2 * x))
+        assert torch.equal(layer(x), stored(x))
+        assert torch.equal(layer(2 * x), stored(2 * x))
     (record,) = caplog.records
     wanted = (
         r"refused \(not on this card\)"
@@ -309,7 +317,8 @@ def test_gradients_reach_the_input(mode):
         mine = x.grad
         x.grad = None
         F.linear(x, by_hand(plain.weight.detach(), mode), plain.bias).square().sum().backward()
-    assert rel_l2(mine, x.grad) <= 1e-6 and not layer.weight.requires_grad
+    assert rel_l2(mine, x.grad) <= 1e-6
+    assert not layer.weight.requires_grad
 
 
 # The network
@@ -368,7 +377,8 @@ def test_one_product_gives_queries_keys_and_values(mode, attention):
     together = dit(*data, layout)
     for a in attentions:
         a.forget()
-    assert not attentions[0]._is_joint() and rel_l2(dit(*data, layout), together) <= 1e-6
+    assert not attentions[0]._is_joint()
+    assert rel_l2(dit(*data, layout), together) <= 1e-6
 
 
 def test_the_joint_weight_in_full_width_is_let_go(monkeypatch):
@@ -378,7 +388,8 @@ def test_the_joint_weight_in_full_width_is_let_go(monkeypatch):
     whole = weakref.ref(dit.visual_transformer_blocks[0].self_attention._joint[0].weight)
     prepare = dit.prepare
     monkeypatch.setattr(dit, "prepare", lambda: left.append(whole()) or prepare())
-    assert quantize(dit, "int8") is dit and left == [None]
+    assert quantize(dit, "int8") is dit
+    assert left == [None]
 
 
 @pytest.mark.parametrize("mode", STEPS)
@@ -399,7 +410,9 @@ def test_casts_and_moves_keep_8_bits(mode):
         assert not quantized or torch.equal(x, state[name]) and x.dtype == state[name].dtype, name
     assert rel_l2(dit(*data, layout), before) <= 1e-2  # the rest has been in bf16
     layer = attention.to_key.to("meta")
-    assert layer.weight.is_meta and layer.weight_scale.is_meta and layer.bias.is_meta
+    assert layer.weight.is_meta
+    assert layer.weight_scale.is_meta
+    assert layer.bias.is_meta
 
 
 @pytest.mark.parametrize("mode", ["int8", "fp8-dynamic"])
@@ -434,7 +447,8 @@ def test_report_is_that_of_the_definition():
         ).sqrt()
         assert f"{kind:26} {share.item():7.3%} in 3 layers" in lines
     worst = max(changes, key=lambda name: rel_l2(changes[name] + weights[name], weights[name]))
-    assert lines[-1].startswith(f"worst: {worst}, ") and len(lines) == len(KINDS) + 3
+    assert lines[-1].startswith(f"worst: {worst}, ")
+    assert len(lines) == len(KINDS) + 3
 
 
 def test_refusals():
@@ -470,14 +484,16 @@ def test_adapters_add_to_quantised_layers(mode, order, tmp_path):
         name: layer for name, layer in dit.named_modules() if isinstance(layer, QuantizedLinear)
     }
     attention = dit.visual_transformer_blocks[0].self_attention
-    assert not attention._is_joint() and layers
+    assert not attention._is_joint()
+    assert layers
     name = "visual_transformer_blocks.0.self_attention.to_key"
     down, up = made[name]
     wanted = layers[name].product(x) + F.linear(F.linear(x, down), up)  # 0.5 * 8 / 4
     assert rel_l2(attention.to_key(x), wanted) <= 1e-6
     adapters.remove()
     fresh = quantize(build(), mode)
-    assert attention._is_joint() and torch.equal(attention.to_key(x), fresh.get_submodule(name)(x))
+    assert attention._is_joint()
+    assert torch.equal(attention.to_key(x), fresh.get_submodule(name)(x))
 
 
 @pytest.mark.parametrize("mode", STEPS)

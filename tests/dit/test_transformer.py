@@ -276,7 +276,8 @@ def test_equal_lengths_need_no_mask(monkeypatch):
     x, text, pooled, time = inputs(CONFIG, grid, batch=2)
     layout = make_layout(CONFIG, grid, SCALE)
     cut = dit(x, text, pooled, time, layout, torch.tensor([7, 7]))
-    assert masks and all(mask is None for mask in masks)
+    assert masks
+    assert all(mask is None for mask in masks)
     assert torch.equal(cut, dit(x, text[:, :7], pooled, time, layout))
     masks.clear()
     dit(x, text, pooled, time, layout, torch.tensor([7, 5]))
@@ -327,7 +328,8 @@ def test_gradients_do_not_depend_on_chunks():
             *inputs(CONFIG, grid), make_layout(CONFIG, grid, SCALE, chunks=chunks)
         ).square().mean().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in dit.parameters()]))
-    assert rel_l2(gradients[1], gradients[0]) <= 1e-6 and gradients[0].norm() > 0
+    assert rel_l2(gradients[1], gradients[0]) <= 1e-6
+    assert gradients[0].norm() > 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -383,7 +385,8 @@ def test_modulation_is_fp32_whatever_is_stored():
                 lambda module, args, out, seen=seen: seen.add((args[0].dtype, out[0].dtype))
             )
         out = dit(*data, layout)
-        assert out.dtype == torch.bfloat16 and seen == {(torch.float32, torch.float32)}
+        assert out.dtype == torch.bfloat16
+        assert seen == {(torch.float32, torch.float32)}
         assert rel_l2(out, reference) <= 3e-2
     odd = build(dtype=torch.bfloat16)
     odd.visual_transformer_blocks[1].feed_forward.float()
