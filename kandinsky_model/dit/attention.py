@@ -49,6 +49,63 @@ class HeadNorm(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
+class LogitBound:
+    """What no |query . key| / sqrt(D) exceeds after norms with these weights and a rotation.
+
+    RMSNorm makes a query sqrt(D) u * w, with w the weight and |u| <= 1; so for a key. A rotation
+    turns each pair of adjacent channels in its plane and mixes it with no other pair. Therefore
+    query . key is at most the sum over pairs of |query pair| |key pair|, where |query pair| is at
+    most sqrt(D) |u pair| times the larger weight of the pair. By Cauchy-Schwarz this sum is at most
+
+        D * max over pairs of (larger weight of the query's) * (larger weight of the key's).
+
+    The value has 1 % more, for rounding to 16 bits.
+    """
+
+    value: float
+    weights: tuple[Tensor, Tensor]  # of the norms of queries and keys, [D]
+    versions: tuple[int, int]  # how often each had been written to
+
+    @classmethod
+    def of(cls, query_norm: HeadNorm, key_norm: HeadNorm) -> LogitBound | None:
+        """The bound of two norms as they are now.
+
+        None where the weights are not finite or have no values, or where PyTorch does not count
+        how often they are written to, because they were made in inference mode.
+        """
+        weights = (query_norm.weight, key_norm.weight)
+        if any(weight.is_meta or weight.is_inference() for weight in weights):
+            return None
+        query, key = (weight.detach().cpu().double().abs() for weight in weights)  # [D]
+        pairs = query.view(-1, 2).amax(-1) * key.view(-1, 2).amax(-1)  # [D / 2]
+        value = 1.01 * math.sqrt(len(query)) * pairs.max().item()
+        if not math.isfinite(value):
+            return None
+        return cls(value, weights, _versions(weights))
+
+    def holds(self, query_norm: HeadNorm, key_norm: HeadNorm) -> bool:
+        """Whether both weights still are what they were.
+
+        Moving a weight to other memory through `.data`, as offloading does, keeps the bound. So
+        would, unseen, a change of its values through `.data`, which PyTorch does not count.
+        """
+        query, key = self.weights
+        if query is not query_norm.weight or key is not key_norm.weight:
+            return False
+        return self.versions == _versions(self.weights)
+
+    def __reduce__(self) -> tuple:
+        """Copies of the weights count their writes anew: a copied bound holds for none."""
+        return LogitBound, (self.value, self.weights, (-1, -1))
+
+
+def _versions(tensors: tuple[Tensor, Tensor]) -> tuple[int, int]:
+    """How often PyTorch has seen each tensor written to."""
+    first, second = tensors
+    return first._version, second._version
+
+
+@dataclass(frozen=True, eq=False)
 class TextKeys:
     """What cross-attention reads of a text: keys, values, and which of them are not padding."""
 
@@ -81,23 +138,29 @@ class Attention(nn.Module):
 
     def prepare(self) -> None:
         """Join the three projections into one product and bound the logits, for inference. Loading
-        weights and training undo it.
-
-        RMSNorm makes |query| <= sqrt(D) max|weight|, and rotation keeps it; so for the key. The
-        bound of query . key / sqrt(D) has 1 % more, for rounding to 16 bits.
-        """
+        weights and training undo it."""
         self._joint = _join(self._projections())
-        query_weight = self.query_norm.weight.detach()
-        key_weight = self.key_norm.weight.detach()
-        largest = query_weight.abs().max() * key_weight.abs().max()
-        self.logit_bound = 1.01 * math.sqrt(self.head_dim) * largest.item()
+        self._bound = LogitBound.of(self.query_norm, self.key_norm)
+
+    @property
+    def logit_bound(self) -> float:
+        """What no |query . key| / sqrt(D) of self-attention exceeds; infinity where no bound is
+        known. It is worked out again where a norm's weight has been written to or replaced."""
+        if self._bound is None:
+            return math.inf
+        # The compiler cannot read version counters.
+        if torch.compiler.is_compiling():
+            return self._bound.value
+        if not self._bound.holds(self.query_norm, self.key_norm):
+            self._bound = LogitBound.of(self.query_norm, self.key_norm)
+        return math.inf if self._bound is None else self._bound.value
 
     def forget(self) -> None:
         """Undo `prepare`."""
         # One layer for all three projections, whose tensors are views of its own. It is in a tuple
         # to hide it from nn.Module, which would list its weights a second time.
         self._joint: tuple[Linear, ...] = ()
-        self.logit_bound = math.inf
+        self._bound: LogitBound | None = None
 
     def _projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         return self.to_query, self.to_key, self.to_value
@@ -122,10 +185,10 @@ class Attention(nn.Module):
         )
 
     def _apply(self, fn, recurse: bool = True) -> Attention:
-        joint = self._joint
-        self._joint = ()
+        prepared = bool(self._joint) or self._bound is not None
+        self.forget()  # the joint weight would keep its parts' former memory
         super()._apply(fn, recurse)
-        if joint:
+        if prepared:
             self.prepare()  # the weights have another place or dtype now
         return self
 
