@@ -4,6 +4,7 @@ its tokens, rotary tables, and blocks for NABLA."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -75,8 +76,14 @@ def make_layout(
     scale_factor: divides the rotary angles along (T, Y, X). nabla: block-sparse attention, for
     which tokens come tile by tile; any grid will do. rope_cast: rotated queries and keys are
     rounded to this dtype and back. None is exact; torch.bfloat16 reproduces in an fp32 run what
-    diffusers does there. options: `Layout`'s chunks and ranks.
+    diffusers does there. options: `Layout`'s chunks and ranks. Raises ValueError for a scale factor
+    that angles cannot be divided by.
     """
+    if len(scale_factor) != 3 or not all(0 < scale < math.inf for scale in scale_factor):
+        raise ValueError(
+            "scale_factor must be three positive numbers, for time, height and width, "
+            f"got {tuple(scale_factor)}; use those of the preset"
+        )
     longest = max(grid.T, grid.Y, grid.X)
     angles = geometry.rotary_angles(longest, config.axes_dims, scale_factor)  # [longest, D / 2]
     positions = geometry.positions(grid)  # [S, 3]

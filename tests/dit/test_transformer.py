@@ -127,6 +127,22 @@ def test_every_block_boundary_equals_plain_computation(mode, grid):
         assert_faithful(a, t, b)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("axes_dims", [(2, 2, 2), (2, 4, 2), (2, 2, 60)], ids=str)
+def test_axes_of_one_frequency(axes_dims, mode):
+    """The smallest axis that can turn is one pair of channels."""
+    config = replace(CONFIG, axes_dims=axes_dims, model_dim=2 * sum(axes_dims))
+    grid = Grid(2, 9, 13)
+    data = inputs(config, grid)
+    data = (*data[:3], data[3] / 100)
+    dit = build(config)
+    state = dit.state_dict()
+    wide = {name: x.double() for name, x in state.items()}
+    exact = plain_forward(wide, config, *(x.double() for x in data), SCALE, MODES[mode])[0]
+    peer = plain_forward(state, config, *data, SCALE, MODES[mode])[0]
+    assert_faithful(dit(*data, make_layout(config, grid, SCALE, MODES[mode])), exact, peer)
+
+
 def test_nabla_is_sparse_here():
     """Otherwise the comparisons above would pass with dense attention."""
     dit = build()
@@ -394,6 +410,22 @@ def test_modulation_is_fp32_whatever_is_stored():
 
 
 # Misuse
+
+
+@pytest.mark.parametrize("axes_dims", [(1, 1, 2), (3, 3, 2), (16, 24, 25)], ids=str)
+def test_channels_without_a_partner_cannot_turn(axes_dims):
+    with pytest.raises(ValueError, match="axes_dims must be even because rotation works on pairs"):
+        replace(CONFIG, axes_dims=axes_dims, model_dim=4 * sum(axes_dims))
+
+
+@pytest.mark.parametrize(
+    "scale_factor",
+    [(1.0, 2.0), (1.0, 0.0, 2.0), (1.0, -2.0, 2.0), (1.0, math.nan, 2.0), (1.0, 2.0, math.inf)],
+    ids=str,
+)
+def test_scale_factors_that_angles_cannot_be_divided_by(scale_factor):
+    with pytest.raises(ValueError, match="^scale_factor must be three positive numbers"):
+        make_layout(CONFIG, Grid(1, 4, 4), scale_factor)
 
 
 def test_errors_name_the_input():
