@@ -45,7 +45,7 @@ class Watch:
         passes: int,
         maps_at: Sequence[int] = (),
     ):
-        self._attentions = [block.self_attention for block in dit.visual_transformer_blocks]
+        self._attentions = dit.attentions
         self._heads = dit.config.num_heads
         self._passes = passes
         self._maps_at = set(maps_at)
@@ -206,9 +206,9 @@ def draw(
         ("mass", watch.mass, "kept probability"),
     ):
         layers = values.mean((2, 3))  # [L, n]
-        curves = {f"layer {i}": list(enumerate(layer.tolist())) for i, layer in enumerate(layers)}
+        steps = {f"layer {i}": list(enumerate(layer.tolist())) for i, layer in enumerate(layers)}
         axes = chart.Axes(f"{name.capitalize()}: {what}", "step", label)
-        chart.lines(curves, axes).save(folder / f"{name}.png")
+        chart.lines(steps, axes).save(folder / f"{name}.png")
     curves = {
         f"layer {i}": [(x / CURVE, y) for x, y in enumerate(layer.tolist())]
         for i, layer in enumerate(watch.curves.mean(1))  # [CURVE + 1]

@@ -121,6 +121,11 @@ class Attention(nn.Module):
     `out_layer`. A video over a text is `read`, once for all tokens, then `look_up`.
     """
 
+    # One layer for all three projections, whose tensors are views of its own. It is in a tuple to
+    # hide it from nn.Module, which would list its weights a second time.
+    _joint: tuple[Linear, ...]
+    _bound: LogitBound | None
+
     def __init__(self, model_dim: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
@@ -157,12 +162,10 @@ class Attention(nn.Module):
 
     def forget(self) -> None:
         """Undo `prepare`."""
-        # One layer for all three projections, whose tensors are views of its own. It is in a tuple
-        # to hide it from nn.Module, which would list its weights a second time.
-        self._joint: tuple[Linear, ...] = ()
-        self._bound: LogitBound | None = None
+        self._joint = ()
+        self._bound = None
 
-    def _projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def _projections(self) -> tuple[Linear, Linear, Linear]:
         return self.to_query, self.to_key, self.to_value
 
     def _is_joint(self) -> bool:
@@ -221,7 +224,9 @@ class Attention(nn.Module):
         """Queries, keys and values of x [B, S, C], each [B, S, H, D]: of all heads, or of those
         whose channels are `rows`."""
         if rows == ALL and self._is_joint():
-            return self._joint[0](x).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+            heads = self._joint[0](x).unflatten(-1, (3, -1, self.head_dim))  # [B, S, 3, H, D]
+            query, key, value = heads.unbind(2)
+            return query, key, value
         return (
             self._heads(self.to_query(x, rows)),
             self._heads(self.to_key(x, rows)),
@@ -267,9 +272,11 @@ class Attention(nn.Module):
             heads = self.project(x, rows)  # [B, S, H, D] each
             if layout.ranks is None or layout.ranks.team is None:
                 return heads
-            return layout.ranks.to_heads(torch.stack(heads), layout.grid.tokens).unbind(0)
+            shared = layout.ranks.to_heads(torch.stack(heads), layout.grid.tokens)
+            query, key, value = shared.unbind(0)
+            return query, key, value
 
-        if layout.nabla is None:
+        if layout.nabla is None or layout.block_offsets is None:
             query, key, value = project()
             query = nabla.round_to(self.query_norm(query, layout.rotary), layout.rope_cast)
             key = nabla.round_to(self.key_norm(key, layout.rotary), layout.rope_cast)
@@ -315,7 +322,7 @@ def _dense(
     return out.transpose(1, 2).flatten(-2)  # [B, S, H D]
 
 
-def _join(layers: tuple[nn.Module, ...]) -> tuple[Linear, ...]:
+def _join(layers: tuple[Linear, ...]) -> tuple[Linear, ...]:
     """One layer that has the outputs of all `layers`, or () where they are not alike.
 
     The layers' tensors become views of the joint layer's, so that names, values and memory stay

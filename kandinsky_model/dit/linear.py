@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -86,12 +88,10 @@ class Additions(nn.Module):
         return self
 
     def change(self) -> Tensor:
-        """What the active adapters together add to the weight: [out, in], in at least fp32."""
-        total = 0
-        for name, scale in self.scales.items():
-            down, up = self.matrices[name]
-            total = total + scale * _wide(up) @ _wide(down)
-        return total
+        """What the active adapters, of which there must be one, together add to the weight:
+        [out, in], in at least fp32."""
+        pairs = ((scale, *self.matrices[name]) for name, scale in self.scales.items())
+        return reduce(torch.add, (scale * _wide(up) @ _wide(down) for scale, down, up in pairs))
 
 
 def _wide(x: Tensor) -> Tensor:

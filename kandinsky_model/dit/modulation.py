@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kandinsky_kernels import modulated_norm
+from kandinsky_kernels import gated_add_norm, modulated_norm
 
 from .linear import Linear
 
@@ -25,17 +25,43 @@ VISUAL_SUBLAYERS = 3  # of a visual block: self-attention, cross-attention, feed
 
 
 @dataclass(frozen=True, eq=False)
-class Triple:
-    """How the time modulates one sub-layer, [B, C] each. The out layer, which adds to nothing, has
-    no gate."""
+class ShiftScale:
+    """How the time modulates one norm, [B, C] each. It is all that the out layer has."""
 
     shift: Tensor
     scale: Tensor
-    gate: Tensor | None
 
     def norm(self, x: Tensor) -> Tensor:
-        """LayerNorm(x) * (1 + scale) + shift: x [B, S, C] as the sub-layer reads it."""
+        """LayerNorm(x) * (1 + scale) + shift, for x [B, S, C]."""
         return modulated_norm(x, self.scale, self.shift)
+
+
+@dataclass(frozen=True, eq=False)
+class Triple(ShiftScale):
+    """How the time modulates one sub-layer: the norm before it, and a gate [B, C] after it."""
+
+    gate: Tensor
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """x + gate * branch, where `branch` is what the sub-layer gave: [B, S, C]."""
+        return gated_add_norm(x, branch, self.gate)[0]
+
+    def add_and_norm(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        following: ShiftScale,
+    ) -> tuple[Tensor, Tensor]:
+        """The same sum, and what `following.norm` makes of it, in one pass over memory."""
+        y, normed = gated_add_norm(
+            x,
+            branch,
+            self.gate,
+            following.scale,
+            following.shift,
+        )
+        assert normed is not None
+        return y, normed
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +70,9 @@ class Modulations:
 
     text: list[tuple[Triple, ...]]  # of each text block: attention, feed-forward
     visual: list[tuple[Triple, ...]]  # of each visual block: self-, cross-attention, feed-forward
-    out: Triple
+    out: ShiftScale
 
-    def before(self, i: int) -> Triple:
+    def before(self, i: int) -> ShiftScale:
         """What modulates the norm that visual block i begins with, or past the last block the out
         layer."""
         return self.visual[i][0] if i < len(self.visual) else self.out
@@ -71,7 +97,7 @@ class ModulationTable:
         text = [triples(vectors, TEXT_SUBLAYERS) for _ in range(self.text_blocks)]
         visual = [triples(vectors, VISUAL_SUBLAYERS) for _ in range(self.visual_blocks)]
         shift, scale = vectors
-        return Modulations(text, visual, Triple(shift, scale, None))
+        return Modulations(text, visual, ShiftScale(shift, scale))
 
 
 def triples(vectors: Iterator[Tensor], count: int) -> tuple[Triple, ...]:

@@ -23,6 +23,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ from torch.nn import functional as F
 
 from ..config import QUANTIZATIONS
 from .linear import ALL, Linear
+
+if TYPE_CHECKING:
+    from .transformer import DiffusionTransformer3D
 
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -103,6 +107,8 @@ class QuantizedLinear(Linear):
     """A linear layer whose weight is `weight` (8 bits) times `weight_scale` (fp32, [out, 1]). Both
     keep their dtypes in every cast."""
 
+    weight_scale: Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -130,9 +136,10 @@ class QuantizedLinear(Linear):
         )
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
-        self.bias = None
+        parameter = None
         if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False)
+            parameter = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False)
+        self.register_parameter("bias", parameter)
         self.additions = None
 
     def product(self, x: Tensor, rows: slice = ALL) -> Tensor:
@@ -271,11 +278,11 @@ def _try(
     x, x_scale, weight, weight_scale = (tensor.double() for tensor in operands)
     exact = F.linear(x * x_scale, weight * weight_scale, bias.double())
     try:
-        there = [tensor.to(device) for tensor in operands]
-        result = multiply(*there, bias.to(device, dtype), dtype).cpu().double()
+        x, x_scale, weight, weight_scale = (tensor.to(device) for tensor in operands)
+        result = multiply(x, x_scale, weight, weight_scale, bias.to(device, dtype), dtype)
+        off = ((result.cpu().double() - exact).abs().amax() / exact.abs().amax()).item()
     except Exception as error:  # whatever torch has against it is the reason
         return f"the product is refused ({str(error).strip().splitlines()[0]})"
-    off = ((result - exact).abs().amax() / exact.abs().amax()).item()
     if off <= AGREEMENT:
         return None
     return f"the product is wrong by {off:.1%} of its largest value"
@@ -293,7 +300,8 @@ def mode_of(network: nn.Module | None) -> str | None:
 
 def _large_layers(dit: nn.Module) -> list[tuple[str, Linear]]:
     """The layers that quantising replaces, by name."""
-    return [(name, layer) for name, layer in dit.named_modules() if kind_of(name)]
+    large = [(name, layer) for name, layer in dit.named_modules() if kind_of(name)]
+    return cast("list[tuple[str, Linear]]", large)
 
 
 def _empty_like(layer: Linear, mode: str) -> QuantizedLinear:
@@ -315,7 +323,7 @@ def replace_layers(dit: nn.Module, mode: str) -> None:
 
 
 @torch.no_grad()
-def quantize(dit: nn.Module, mode: str) -> nn.Module:
+def quantize(dit: DiffusionTransformer3D, mode: str) -> DiffusionTransformer3D:
     """Quantise a DiffusionTransformer3D in place, one layer after the other, and prepare it for
     inference. Adapters stay as they are.
 
@@ -328,8 +336,8 @@ def quantize(dit: nn.Module, mode: str) -> nn.Module:
             "quantising requires weights of full width, "
             f"but these are in {mode_of(dit)} already; load the original"
         )
-    for block in dit.visual_transformer_blocks:
-        block.self_attention.forget()  # or the joint weight would outlive its parts
+    for attention in dit.attentions:
+        attention.forget()  # or the joint weight would outlive its parts
     for name, layer in _large_layers(dit):
         packed = pack(name, layer.weight, mode)
         state = {key.removeprefix(f"{name}."): tensor for key, tensor in packed.items()}
@@ -361,7 +369,7 @@ def quantization_report(original: nn.Module, quantized: nn.Module) -> list[str]:
     errors = {}
     for name, layer in quantized.named_modules():
         if isinstance(layer, QuantizedLinear):
-            weight = original.get_submodule(name).weight.detach()
+            weight = original.get_parameter(f"{name}.weight").detach()
             errors[name] = weight_error(weight, layer.weight, layer.weight_scale)
     return report_lines(errors)
 

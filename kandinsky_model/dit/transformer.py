@@ -8,7 +8,7 @@ every sub-layer is
     x + gate * f(LayerNorm(x) * (1 + scale) + shift)
 
 with a shift, scale and gate [B, C] that are computed from the time and the pooled text. The sum of
-one sub-layer and the norm of the next are one fused pass over memory (`gated_add_norm`). Visual
+one sub-layer and the norm of the next are one pass over memory, `Triple.add_and_norm`. Visual
 blocks therefore hand on two tensors: the residual stream `x`, and `normed`, which is x after the
 norm that the next block begins with.
 
@@ -25,12 +25,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from kandinsky_kernels import gated_add_norm
 
 from ..config import DiTConfig
 from . import geometry
@@ -43,6 +42,7 @@ from .modulation import (
     Modulation,
     Modulations,
     ModulationTable,
+    ShiftScale,
     Triple,
 )
 
@@ -140,14 +140,8 @@ class TextBlock(nn.Module):
         attention, feed_forward = modulation
         rotary = layout.text_rotary(x.shape[1], self.self_attention.head_dim)
         branch = self.self_attention(attention.norm(x), rotary, key_mask, layout.rope_cast)
-        x, normed = gated_add_norm(
-            x,
-            branch,
-            attention.gate,
-            feed_forward.scale,
-            feed_forward.shift,
-        )
-        return gated_add_norm(x, self.feed_forward(normed), feed_forward.gate)[0]
+        x, normed = attention.add_and_norm(x, branch, feed_forward)
+        return feed_forward.add(x, self.feed_forward(normed))
 
 
 class VisualBlock(nn.Module):
@@ -165,7 +159,7 @@ class VisualBlock(nn.Module):
         x: Tensor,
         normed: Tensor,
         modulation: tuple[Triple, ...],
-        following: Triple,
+        following: ShiftScale,
         context: BlockContext,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream x [B, S, C] and its norm for this block -> the same two for what
@@ -197,37 +191,38 @@ class VisualBlock(nn.Module):
         attended: Tensor,
         text: TextKeys,
         modulation: tuple[Triple, ...],
-        following: Triple | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What comes after self-attention, which treats every token by itself.
+        following: ShiftScale,
+    ) -> tuple[Tensor, Tensor]:
+        """What comes after self-attention, which treats every token by itself: the next x, and its
+        norm for what `following` modulates.
 
-        attended: [B, S, C], from `Attention.attend`. Without `following` no norm is made for a next
-        block. Branches are not named, so that each is freed once it is added.
+        attended: [B, S, C], from `Attention.attend`.
         """
+        x, normed = self._before_feed_forward(x, attended, text, modulation)
+        return modulation[-1].add_and_norm(x, self.feed_forward(normed), following)
+
+    def after_attention_without_norm(
+        self,
+        x: Tensor,
+        attended: Tensor,
+        text: TextKeys,
+        modulation: tuple[Triple, ...],
+    ) -> Tensor:
+        """The next x alone, as training needs it."""
+        x, normed = self._before_feed_forward(x, attended, text, modulation)
+        return modulation[-1].add(x, self.feed_forward(normed))
+
+    def _before_feed_forward(
+        self,
+        x: Tensor,
+        attended: Tensor,
+        text: TextKeys,
+        modulation: tuple[Triple, ...],
+    ) -> tuple[Tensor, Tensor]:
+        # Branches have no names, so that each is freed once it is added.
         attention, cross, feed_forward = modulation
-        x, normed = gated_add_norm(
-            x,
-            self.self_attention.out_layer(attended),
-            attention.gate,
-            cross.scale,
-            cross.shift,
-        )
-        x, normed = gated_add_norm(
-            x,
-            self.cross_attention.look_up(normed, text),
-            cross.gate,
-            feed_forward.scale,
-            feed_forward.shift,
-        )
-        if following is None:
-            return gated_add_norm(x, self.feed_forward(normed), feed_forward.gate)
-        return gated_add_norm(
-            x,
-            self.feed_forward(normed),
-            feed_forward.gate,
-            following.scale,
-            following.shift,
-        )
+        x, normed = attention.add_and_norm(x, self.self_attention.out_layer(attended), cross)
+        return cross.add_and_norm(x, self.cross_attention.look_up(normed, text), feed_forward)
 
 
 def _records(module: nn.Module, *inputs: Tensor) -> bool:
@@ -342,8 +337,7 @@ class DiffusionTransformer3D(nn.Module):
         home = self.time_embeddings.in_layer.weight.device
         embedded = self.time_embeddings(time.to(home, wide))  # [n, B, time_dim]
         embedded = embedded + self.pooled_text_embeddings(pooled.to(home, self.dtype))
-        layers = [*self._text_modulations(), *self._visual_modulations(), self.out_layer.modulation]
-        vectors = torch.cat([layer(embedded) for layer in layers], dim=-2)  # [n, B, V, C]
+        vectors = torch.cat([layer(embedded) for layer in self._modulations()], -2)  # [n, B, V, C]
         if home.type == "cpu" and time.is_cuda:
             vectors = vectors.pin_memory()
         return ModulationTable(
@@ -417,16 +411,20 @@ class DiffusionTransformer3D(nn.Module):
         """Make the network ready for inference, once its weights are loaded: see
         `Attention.prepare`."""
         self.eval()
-        attentions = [block.self_attention for block in self.visual_transformer_blocks]
-        for attention in attentions:
+        for attention in self.attentions:
             attention.prepare()
-        bounds = [attention.logit_bound for attention in attentions]
+        bounds = [attention.logit_bound for attention in self.attentions]
         _log.info(
             "the weights of the norms bound the logits of self-attention by %.1f to %.1f",
             min(bounds),
             max(bounds),
         )
         return self
+
+    @property
+    def attentions(self) -> list[Attention]:
+        """Self-attention of every visual block."""
+        return [block.self_attention for block in self._visual_blocks()]
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -441,16 +439,20 @@ class DiffusionTransformer3D(nn.Module):
         return [
             self.time_embeddings,
             self.pooled_text_embeddings,
-            *self._text_modulations(),
-            *self._visual_modulations(),
-            self.out_layer.modulation,
+            *self._modulations(),
         ]
 
-    def _text_modulations(self) -> list[nn.Module]:
-        return [block.text_modulation for block in self.text_transformer_blocks]
+    def _text_blocks(self) -> list[TextBlock]:
+        return cast("list[TextBlock]", list(self.text_transformer_blocks))
 
-    def _visual_modulations(self) -> list[nn.Module]:
-        return [block.visual_modulation for block in self.visual_transformer_blocks]
+    def _visual_blocks(self) -> list[VisualBlock]:
+        return cast("list[VisualBlock]", list(self.visual_transformer_blocks))
+
+    def _modulations(self) -> list[Modulation]:
+        """What makes the vectors of a `ModulationTable`, in its order."""
+        text = [block.text_modulation for block in self._text_blocks()]
+        visual = [block.visual_modulation for block in self._visual_blocks()]
+        return [*text, *visual, self.out_layer.modulation]
 
     def _check(
         self,

@@ -153,9 +153,9 @@ class _Block(torch.autograd.Function):
             attended = block.self_attention.attend(modulation[0].norm(x), layout)
             keys = block.cross_attention.read(text, key_mask)
             for part in network.parts(x):
-                out[:, part] = block.after_attention(
-                    x[:, part], attended[:, part], keys, modulation, None
-                )[0]
+                out[:, part] = block.after_attention_without_norm(
+                    x[:, part], attended[:, part], keys, modulation
+                )
         return out
 
     @staticmethod
@@ -174,7 +174,7 @@ class _Block(torch.autograd.Function):
             through, direct = torch.empty_like(attended), torch.empty_like(x)
             for part in network.parts(x):
                 own, seen = _leaf(x[:, part]), _leaf(attended[:, part])
-                out = block.after_attention(own, seen, read, modulation, None)[0]
+                out = block.after_attention_without_norm(own, seen, read, modulation)
                 if out.requires_grad:
                     out.backward(grad[:, part])
                 through[:, part], direct[:, part] = _gradient(seen), _gradient(own)

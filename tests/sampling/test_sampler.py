@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from kandinsky_model.config import DiTConfig, NablaConfig
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_layout
-from kandinsky_model.dit.modulation import Modulations, Triple
+from kandinsky_model.dit.modulation import Modulations, ShiftScale
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.sampling import sampler
 from kandinsky_model.sampling.given import Given, normalize_first_frame
@@ -39,7 +39,7 @@ class Formula:
         self.rule, self.calls, self.config = rule, [], DiTConfig(visual_cond=visual_cond)
 
     def modulate(self, time, pooled):
-        return SimpleNamespace(step=lambda i: Modulations([], [], Triple(time[i], pooled, None)))
+        return SimpleNamespace(step=lambda i: Modulations([], [], ShiftScale(time[i], pooled)))
 
     def __call__(self, x, text, pooled, time, plan, text_lengths, modulations):
         # made for all steps before the first one
