@@ -160,9 +160,10 @@ def inspect(
     keep_mass: None takes the checkpoint's own, 0.9 where it was trained with dense attention.
     maps_at: steps to draw maps of, None for the first, middle and last. settings: as
     `Kandinsky5.generate` takes them. Files: density.png, mass.png and curves.png, one
-    blocks_<step>.png for each step drawn, and numbers.json. Raises ValueError for steps that the
-    run does not have, and as `generate` does.
+    blocks_<step>.png for each step drawn, and numbers.json. Raises RuntimeError without matplotlib,
+    ValueError for steps that the run does not have, and as `generate` does.
     """
+    chart.require()
     before = model.preset
     nabla = before.nabla or NABLA_FOR_DENSE
     if keep_mass is not None:
@@ -201,30 +202,30 @@ def draw(
 ) -> None:
     """Write the pictures and numbers of `inspect`; `about` goes into numbers.json as well."""
     what = f"{about['model']}, keep_mass {about['keep_mass']:g}"
-    for name, values, label in (
-        ("density", watch.density, "kept blocks / all blocks"),
-        ("mass", watch.mass, "kept probability"),
+    density = watch.density.mean((2, 3))  # [L, n]
+    mass = watch.mass.mean((2, 3))  # [L, n]
+    curves = watch.curves.mean(1)  # [L, CURVE + 1]
+    steps = range(watch.steps)
+    shares = torch.linspace(0, 1, CURVE + 1).tolist()
+    blocks = "share of a row's blocks, heaviest first"
+    for name, title, values, xs, x, y in (
+        ("density", "Density", density, steps, "step", "kept blocks / all blocks"),
+        ("mass", "Mass", mass, steps, "step", "kept probability"),
+        ("curves", "Where the probability is", curves, shares, blocks, "probability"),
     ):
-        layers = values.mean((2, 3))  # [L, n]
-        steps = {f"layer {i}": list(enumerate(layer.tolist())) for i, layer in enumerate(layers)}
-        axes = chart.Axes(f"{name.capitalize()}: {what}", "step", label)
-        chart.lines(steps, axes).save(folder / f"{name}.png")
-    curves = {
-        f"layer {i}": [(x / CURVE, y) for x, y in enumerate(layer.tolist())]
-        for i, layer in enumerate(watch.curves.mean(1))  # [CURVE + 1]
-    }
-    axes = chart.Axes(
-        f"Where the probability is: {what}",
-        "share of a row's blocks, heaviest first",
-        "their probability",
-        y_range=(0, 1),
-    )
-    chart.lines(curves, axes).save(folder / "curves.png")
+        layers = {
+            f"layer {i}": list(zip(xs, layer, strict=True))
+            for i, layer in enumerate(values.tolist())
+        }
+        figure = chart.figure()
+        axes = figure.subplots()
+        chart.describe(axes, f"{title}: {what}", x, y)
+        chart.curves(axes, layers)
+        figure.savefig(folder / f"{name}.png")
     for step, maps in watch.maps.items():
         title = f"Kept blocks (white) at step {step}: queries down, keys across"
-        chart.cells(maps, ("layer", "head"), title).save(
-            folder / f"blocks_{step:03}.png", optimize=True
-        )
+        figure = chart.grid_of_maps(maps, title, "layer", "head")
+        figure.savefig(folder / f"blocks_{step:03}.png")
     numbers = {
         **about,
         "density": watch.density.tolist(),

@@ -78,8 +78,8 @@ class Additions(nn.Module):
         """y, which is the layer's product with x, and what the active adapters add to it."""
         for name, scale in self.scales.items():
             down, up = self.matrices[name]
-            low = F.linear(x, down.to(x))  # [..., r]
-            y = y + scale * F.linear(low, up[rows].to(x))
+            # No name for what is [..., r] in between: it is freed before the sum is made.
+            y = y + scale * F.linear(F.linear(x, down.to(x)), up[rows].to(x))
         return y
 
     def _apply(self, fn, recurse: bool = True) -> Additions:

@@ -464,6 +464,14 @@ def test_a_full_disk_keeps_the_last_state(data, cache, tmp_path, monkeypatch):
     assert not list(run.out.glob(".*"))
 
 
+def test_a_training_goes_on_without_matplotlib(data, cache, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run = begun(data, tmp_path / "out", replace(CONFIG, cache=str(cache), steps=1))
+    run.advance()
+    assert (run.out / "lora.safetensors").is_file() and not (run.out / "loss.png").exists()
+    assert "no curve of the losses: charts require matplotlib" in caplog.text
+
+
 def test_a_loss_that_is_not_finite_stops(data, cache, tmp_path):
     run = begun(data, tmp_path / "out", replace(CONFIG, cache=str(cache)))
     run._losses = lambda batch: torch.full((1,), float("nan"), requires_grad=True)
