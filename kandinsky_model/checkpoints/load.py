@@ -201,7 +201,8 @@ def _load(
     for path in sorted({entry.path for entry in entries.values()}):
         with opened(path, device) as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
-                tensor, layer = file.get_tensor(name), name.removesuffix(".weight")
+                tensor = file.get_tensor(name)
+                layer = name.removesuffix(".weight")
                 if quantize and layer != name and kind_of(layer):
                     state |= pack(layer, tensor, quantize)
                 elif name not in quantized:

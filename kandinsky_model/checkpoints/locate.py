@@ -89,10 +89,8 @@ def locate(
     say. Raises ValueError for a name that is none of the three kinds, OSError for missing parts,
     RuntimeError when the hub has no answer.
     """
-    name, places = (
-        str(model),
-        {key: Path(path).expanduser() for key, path in (places or {}).items() if path},
-    )
+    name = str(model)
+    places = {key: Path(path).expanduser() for key, path in (places or {}).items() if path}
     path = Path(name).expanduser()
     for given, known in ((places, FOLDERS), (parts, PARTS)):
         if set(given) - set(known):
@@ -207,7 +205,8 @@ def _in_folder(root: Path, request: _Request) -> Sources:
             request,
         )
     found = {folder: request.places.get(folder, root / folder) for folder in request.folders}
-    preset, tokenizers = _settings(root, request.preset), {}
+    preset = _settings(root, request.preset)
+    tokenizers = {}
     # the small learned encoder of the bundled model
     if "words" in read_json(root / "text_encoder" / "config.json"):
         found.pop("text_encoder_2", None)

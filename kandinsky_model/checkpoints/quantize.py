@@ -48,7 +48,8 @@ def quantize_file(model: str | Path, folder: str | Path, mode: str) -> list[str]
     quantised already or not finite.
     """
     check_mode(mode)
-    folder, sources = Path(folder), locate(model, parts=("dit",))
+    folder = Path(folder)
+    sources = locate(model, parts=("dit",))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
             f"a quantised model is written into a new or empty folder, got {folder}; choose another"
@@ -65,13 +66,15 @@ def quantize_file(model: str | Path, folder: str | Path, mode: str) -> list[str]
         )
     config, nabla = read_dit_config(home)
     if config is None:
-        config, nabla = infer_dit_config(entries), sources.preset.nabla
+        config = infer_dit_config(entries)
+        nabla = sources.preset.nabla
     check_names(
         {name: tuple(tensor.shape) for name, tensor in empty_dit(config).state_dict().items()},
         entries,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    shards, errors = Shards(folder, {QUANTIZATION_KEY: mode}), {}
+    shards = Shards(folder, {QUANTIZATION_KEY: mode})
+    errors = {}
     for file in files:
         _quantize_into(shards, file, mode, errors)
     written = shards.close()
@@ -91,7 +94,8 @@ def _quantize_into(
 ) -> None:
     with opened(path) as file:
         for name in file.keys():  # noqa: SIM118 - not a mapping
-            tensor, layer = file.get_tensor(name), name.removesuffix(".weight")
+            tensor = file.get_tensor(name)
+            layer = name.removesuffix(".weight")
             if layer == name or not kind_of(layer):
                 shards.add(name, tensor)
                 continue
@@ -112,7 +116,8 @@ class Shards:
     """
 
     def __init__(self, folder: Path, metadata: Mapping[str, str]):
-        self.folder, self.metadata = folder, {"format": "pt", **metadata}
+        self.folder = folder
+        self.metadata = {"format": "pt", **metadata}
         self.files: list[tuple[Path, dict[str, dict]]] = []  # each with the entries of its header
         self.size = self.total = 0  # bytes of tensors: in the last file, in those before
 

@@ -39,12 +39,14 @@ def state():
 
 def assert_holds(dit, state):
     loaded = dit.state_dict()
-    assert list(loaded) and loaded.keys() == state.keys()
+    assert list(loaded)
+    assert loaded.keys() == state.keys()
     assert all(
         torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype
         for name, tensor in state.items()
     )
-    assert not dit.training and not any(parameter.requires_grad for parameter in dit.parameters())
+    assert not dit.training
+    assert not any(parameter.requires_grad for parameter in dit.parameters())
 
 
 def build(state):

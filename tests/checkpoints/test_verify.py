@@ -24,16 +24,19 @@ def test_bundled_model(capsys):
     assert main(["verify", str(TINY)]) == 0
     lines = capsys.readouterr().out.splitlines()
     count = sum(x.numel() for x in load_file(file).values())
-    assert lines[0].startswith("transformer, complete: ") and f" {count:,} parameters, " in lines[0]
+    assert lines[0].startswith("transformer, complete: ")
+    assert f" {count:,} parameters, " in lines[0]
     assert lines[1:] == [
         "presets: tiny",
         f"{WEIGHTS}: sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}",
     ]
-    assert verify(TINY / "vae")[0].startswith("VAE, complete: ") and len(verify(TINY / "vae")) == 2
+    assert verify(TINY / "vae")[0].startswith("VAE, complete: ")
+    assert len(verify(TINY / "vae")) == 2
 
 
 def test_names_decide_between_presets_of_one_network(tmp_path):
-    lite, pro = get_preset("t2v-lite-nocfg-10s"), get_preset("t2v-pro-sft-5s")
+    lite = get_preset("t2v-lite-nocfg-10s")
+    pro = get_preset("t2v-pro-sft-5s")
     assert _presets(lite.dit, tmp_path / lite.filename, tmp_path) == ["t2v-lite-nocfg-10s"]
     # two presets, one file
     assert _presets(pro.dit, tmp_path / pro.filename, tmp_path) == [
@@ -41,11 +44,9 @@ def test_names_decide_between_presets_of_one_network(tmp_path):
         "t2v-pro-sft-5s-hd",
     ]
     renamed = _presets(lite.dit, tmp_path / "mine.safetensors", tmp_path)
-    assert (
-        len(renamed) == 9
-        and "i2v-lite-5s" in renamed
-        and not any("pro" in name for name in renamed)
-    )
+    assert len(renamed) == 9
+    assert "i2v-lite-5s" in renamed
+    assert not any("pro" in name for name in renamed)
     assert _presets(pro.dit, tmp_path / lite.filename, tmp_path) == [
         n for n in _presets(pro.dit, tmp_path, tmp_path) if "pro" in n
     ]
@@ -88,10 +89,9 @@ def test_download_tells_where_the_parts_are(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(locate_module, "download", fetch)
     assert main(["download", "t2v-lite-sft-10s", "--revision", "abc"]) == 0
-    assert asked[0] == ("kandinskylab/Kandinsky-5.0-T2V-Lite-sft-10s", "abc") and len(asked) == 4
+    assert asked[0] == ("kandinskylab/Kandinsky-5.0-T2V-Lite-sft-10s", "abc")
+    assert len(asked) == 4
     out = capsys.readouterr().out
-    assert (
-        "kandinsky5lite_t2v_sft_10s.safetensors" in out
-        and "Qwen2.5-VL-7B-Instruct" in out
-        and out.count("\n") == 4
-    )
+    assert "kandinsky5lite_t2v_sft_10s.safetensors" in out
+    assert "Qwen2.5-VL-7B-Instruct" in out
+    assert out.count("\n") == 4
