@@ -111,6 +111,129 @@ def test_the_least_recently_used_go_first(tmp_path):
     assert not entries(cache), "nothing larger than the limit stays"
 
 
+# A folder with other things in it
+
+
+def entry_path(cache, **key):
+    """Where the entry of `key` lies."""
+    before = set(cache.folder.glob("*"))
+    cache.remember(Work(), **key)
+    (path,) = set(cache.folder.glob("*")) - before
+    return path
+
+
+def dangling_link(path):
+    path.symlink_to(path.parent / "nowhere")
+
+
+def link_to_a_file(path):
+    (path.parent / "precious").write_text("precious")
+    path.symlink_to(path.parent / "precious")
+
+
+def huge(path):
+    path.write_bytes(b"")
+    os.truncate(path, 2**40)
+
+
+def malformed(path):
+    path.write_bytes(b"{" * 100)
+
+
+INTRUDERS = [dangling_link, link_to_a_file, os.mkfifo, huge, malformed]
+
+
+@pytest.mark.parametrize("intrude", INTRUDERS)
+def test_what_lies_in_an_entrys_place_is_neither_read_nor_followed(tmp_path, intrude):
+    """Nor does it block, and the entry takes its place."""
+    cache = TensorCache("owner", tmp_path)
+    path = entry_path(cache, prompt="a")
+    path.unlink()
+    intrude(path)
+    work = Work()
+    assert [cache.remember(work, prompt="a")["x"][0] for _ in range(2)] == [1, 1]
+    assert path.is_file()
+    assert not path.is_symlink()
+    if (tmp_path / "precious").exists():
+        assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("intrude", INTRUDERS)
+def test_eviction_goes_on_whatever_has_the_name_of_an_entry(tmp_path, intrude):
+    cache = TensorCache("owner", tmp_path)
+    intrude(tmp_path / f"{'0' * 64}.safetensors")
+    size = entry_path(cache, prompt="first").stat().st_size
+    cache.limit = 3 * size
+    for i in range(9):
+        cache.remember(Work(), prompt=str(i))
+    kept = [path for path in tmp_path.glob("*.safetensors") if path.is_file()]
+    assert len(kept) in (2, 3)
+    assert sum(path.stat().st_size for path in kept) <= cache.limit
+
+
+def test_files_of_others_are_neither_counted_nor_touched(tmp_path):
+    cache = TensorCache("owner", tmp_path)
+    (tmp_path / "notes.txt").write_text("n" * 10**5)
+    (tmp_path / "model.safetensors").write_text("m" * 10**5)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / f"{'1' * 64}.safetensors").mkdir()
+    cache.limit = 10**4
+    work = Work()
+    for _ in range(2):
+        cache.remember(work, prompt="a")
+    assert work.times == 1, "what is not the cache's leaves no less room for its own"
+    cache.limit = 1
+    cache.remember(work, prompt="b")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"notes.txt", "model.safetensors", "folder", f"{'1' * 64}.safetensors"}
+
+
+def test_entries_dated_in_the_future_go_first(tmp_path):
+    cache = TensorCache("owner", tmp_path)
+    future = entry_path(cache, prompt="future")
+    os.utime(future, (2**32, 2**32))
+    size = future.stat().st_size
+    cache.limit = 2 * size
+    work = Work()
+    for prompt in "ab":
+        cache.remember(work, prompt=prompt)
+    assert not future.exists()
+    for prompt in "ab":
+        cache.remember(work, prompt=prompt)
+    assert work.times == 2
+
+
+def test_only_its_user_enters_the_folder(tmp_path, monkeypatch):
+    before = os.umask(0o000)
+    try:
+        cache = TensorCache("owner", tmp_path / "cache" / "text")
+        cache.remember(Work(), prompt="a")
+        assert cache.folder.stat().st_mode & 0o777 == 0o700
+        cache.folder.chmod(0o755)  # as earlier versions left it
+        cache.remember(Work(), prompt="a")
+        assert cache.folder.stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+    work = Work()
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert [cache.remember(work, prompt="a")["x"][0] for _ in range(2)] == [1, 2]
+
+
+def test_what_a_killed_process_was_writing_goes(tmp_path):
+    from kandinsky_model.files import replacing
+
+    cache = TensorCache("owner", tmp_path)
+    with replacing(tmp_path / f"{'2' * 64}.safetensors") as target:
+        target.write_bytes(b"")
+        own = target.parent.name
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    left = tmp_path / own.replace(f"-{os.getpid()}-", f"-{killed.pid}-")
+    left.mkdir()
+    cache.remember(Work(), prompt="a")
+    assert not left.exists()
+
+
 def test_a_place_that_cannot_be_written_costs_nothing_but_time(tmp_path):
     (tmp_path / "file").write_text("")
     cache = TensorCache("owner", tmp_path / "file")
