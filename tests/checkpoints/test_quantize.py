@@ -97,10 +97,9 @@ def test_wrong_quantised_files(tmp_path):
             r"\[256\] instead of .256, 1",
         ),
         (
-            state,
+            {k: x for k, x in state.items() if not k.endswith("weight_scale")},
             None,
-            r"unexpected \(24\): "
-            r"visual_transformer_blocks.0.cross_attention.out_layer.weight_scale",
+            r"weights in torch.int8 must have a scale, but visual_\S+ in \S+ has none",
         ),
         (
             state,
@@ -221,7 +220,7 @@ def test_the_command(tmp_path, capsys):
     assert out[0] == "relative rms error of the weights"
     assert out[-2].startswith("worst: visual_")
     assert "GB in 1 file" in out[-1]
-    lines = verify(place)
+    lines = verify(place / "transformer")
     count = sum(x.numel() for x in load_dit(TINY).parameters())
     assert f" {count:,} parameters, " in lines[0]
     assert "I8 in 32" in lines[0]
