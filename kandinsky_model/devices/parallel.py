@@ -212,7 +212,8 @@ def _is_about_a_peer(error: Exception) -> bool:
 @contextmanager
 def _termination_raises() -> Iterator[None]:
     """While the body runs, SIGTERM raises LostPeer: torchrun sends it to all processes when one has
-    failed. A handler that others have set stays."""
+    failed. After a failure it is ignored, so that the exit status is that of the failure; torchrun
+    kills what does not end. A handler that others have set stays."""
     is_default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if not is_default or threading.current_thread() is not threading.main_thread():
         yield
@@ -222,10 +223,12 @@ def _termination_raises() -> Iterator[None]:
         raise _lost_peer()
 
     signal.signal(signal.SIGTERM, terminated)
+    afterwards = signal.SIG_IGN
     try:
         yield
+        afterwards = signal.SIG_DFL
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, afterwards)
 
 
 def _is_told(store: dist.Store, rank: int, text: str) -> bool:
