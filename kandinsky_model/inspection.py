@@ -132,11 +132,12 @@ def inspect(
     keep_mass: None takes the checkpoint's own, 0.9 where it was trained with dense attention.
     maps_at: steps to draw maps of, None for the first, middle and last. settings: as
     `Kandinsky5.generate` takes them. Files: density.png, mass.png and curves.png, one
-    blocks_<step>.png for each step drawn, and numbers.json. Raises ValueError for steps that there
-    are not, and as `generate` does.
+    blocks_<step>.png for each step drawn, and numbers.json. Raises RuntimeError without matplotlib,
+    ValueError for steps that there are not, and as `generate` does.
     """
     from .config import NABLA_FOR_DENSE
 
+    chart.require()
     nabla, before = model.preset.nabla or NABLA_FOR_DENSE, model.preset
     nabla = nabla if keep_mass is None else NablaConfig(keep_mass, nabla.window)
     steps = settings.get("num_inference_steps") or before.steps
@@ -172,30 +173,28 @@ def draw(watch: Watch, folder: Path, about: dict) -> None:
     """The pictures and numbers of `inspect`; `about` goes into numbers.json as well."""
     density, mass = (x.mean((2, 3)) for x in (watch.density, watch.mass))  # [L, n]
     what = f"{about['model']}, keep_mass {about['keep_mass']:g}"
-    for name, values, label in (
-        ("density", density, "kept blocks / all blocks"),
-        ("mass", mass, "kept probability"),
+    steps, shares = range(watch.steps), torch.linspace(0, 1, CURVE + 1).tolist()
+    blocks = "share of a row's blocks, heaviest first"
+    for name, title, values, xs, x, y in (
+        ("density", "Density", density, steps, "step", "kept blocks / all blocks"),
+        ("mass", "Mass", mass, steps, "step", "kept probability"),
+        ("curves", "Where the probability is", watch.curves.mean(1), shares, blocks, "probability"),
     ):
-        curves = {f"layer {i}": list(enumerate(layer.tolist())) for i, layer in enumerate(values)}
-        chart.lines(curves, chart.Axes(f"{name.capitalize()}: {what}", "step", label)).save(
-            folder / f"{name}.png"
+        figure = chart.figure()
+        axes = figure.subplots()
+        chart.describe(axes, f"{title}: {what}", x, y)
+        chart.curves(
+            axes,
+            {
+                f"layer {i}": list(zip(xs, layer, strict=True))
+                for i, layer in enumerate(values.tolist())
+            },
         )
-    curves = {
-        f"layer {i}": [(x / CURVE, y) for x, y in enumerate(layer.tolist())]
-        for i, layer in enumerate(watch.curves.mean(1))
-    }
-    axes = chart.Axes(
-        f"Where the probability is: {what}",
-        "share of a row's blocks, heaviest first",
-        "their probability",
-        y_range=(0, 1),
-    )
-    chart.lines(curves, axes).save(folder / "curves.png")
+        figure.savefig(folder / f"{name}.png")
     for step, maps in watch.maps.items():
         title = f"Kept blocks (white) at step {step}: queries down, keys across"
-        chart.cells(maps, ("layer", "head"), title).save(
-            folder / f"blocks_{step:03}.png", optimize=True
-        )
+        figure = chart.grid_of_maps(maps, title, "layer", "head")
+        figure.savefig(folder / f"blocks_{step:03}.png")
     numbers = {
         **about,
         "density": watch.density.tolist(),

@@ -369,6 +369,13 @@ class Run:
         except (ValueError, OSError, RuntimeError) as error:
             _log.warning("no samples after step %d: %s", step, error)
 
+    def _draw_losses(self) -> None:
+        """The curve; a training goes on without what it takes to draw one."""
+        try:
+            save_curve(self.state.losses, self.out / "loss.png")
+        except RuntimeError as error:
+            _log.warning("no curve of the losses: %s", error)
+
     def save(self) -> None:
         """The state, what can be used of it, and the curve. OSError where they cannot be written;
         what was there before then stays."""
@@ -380,7 +387,7 @@ class Run:
                 )
             else:
                 save_model(self.out, self.network.dit, self.state.result, self.sources, self.dtype)
-            save_curve(self.state.losses, self.out / "loss.png")
+            self._draw_losses()
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"a training must be able to write to {self.out}, but after step "

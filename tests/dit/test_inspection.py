@@ -2,8 +2,10 @@
 """What NABLA keeps, as recorded and drawn: the numbers are those of the selections, and watching
 changes nothing."""
 
+import io
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -146,44 +148,55 @@ def test_the_command(tmp_path, capsys):
     assert "keep_mass must lie in (0, 1], got 2" in capsys.readouterr().err
 
 
-def test_lines_lie_where_their_numbers_say():
-    axes = chart.Axes("t", "x", "y", y_range=(0, 1))
-    picture = chart.lines(
-        {"flat": [(0, 0.5), (30, 0.5)], "none": [(0, math.nan)]}, axes, (400, 300)
-    )
-    top, bottom = 50, 300 - 44
-    column = [picture.getpixel((200, y)) for y in range(300)]
-    colored = [y for y, pixel in enumerate(column) if max(pixel) - min(pixel) > 60]
-    assert colored and abs(sum(colored) / len(colored) - (top + bottom) / 2) <= 1
-    with pytest.raises(ValueError, match="at least one finite number"):
-        chart.lines({"none": [(0, math.nan)]}, axes)
+def pixels(figure):
+    """What a figure looks like: a PIL image, RGB."""
+    file = io.BytesIO()
+    figure.savefig(file)
+    return Image.open(file).convert("RGB")
 
 
-@pytest.mark.parametrize(
-    "low, high, ticks",
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.31, 0.58, [0.3, 0.4, 0.5, 0.6]), (5, 5, None)],
-)
-def test_ticks_are_round_and_span_the_numbers(low, high, ticks):
-    found = chart._ticks(low, high)
-    assert found[0] <= low and found[-1] >= high and (ticks is None or found == ticks)
+def test_curves_hold_the_numbers_and_some_of_many_are_named(monkeypatch):
+    # the state that pyplot shares with other programs
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    figure = chart.figure(400, 300)
+    axes = figure.subplots()
+    chart.describe(axes, "of a folder $_$", "step", "y")
+    chart.curves(axes, {f"layer {i}": [(0, i), (1, 2 * i)] for i in range(32)})
+    assert [line.get_xydata().tolist() for line in axes.lines] == [
+        [[0, i], [1, 2 * i]] for i in range(32)
+    ]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        f"layer {i}" for i in range(0, 32, 4)
+    ]
+    assert set(axes.get_xticks()) <= set(range(-1, 3))
+    assert pixels(figure).size == (400, 300)
 
 
-def test_cells_show_the_maps():
-    maps = torch.zeros(1, 2, 4, 4)
-    maps[0, 1, 0, 3] = 1
-    picture = chart.cells(maps, side=40)
-    assert [picture.getpixel((64 + 44 + 35, 48 + y)) for y in (5, 35)] == [(255,) * 3, (0,) * 3]
-    assert picture.getpixel((64 + 35, 48 + 5)) == (0, 0, 0)
-    assert (
-        chart.cells(maps, side=40, title="a title that is longer than two small squares").width
-        > picture.width
-    )
+def test_without_matplotlib_nothing_is_begun(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(model, "generate", lambda *_, **__: pytest.fail("sampled"))
+    with pytest.raises(RuntimeError, match=r"pip install 'kandinsky-kernels\[charts\]'"):
+        inspect(model, PROMPT, tmp_path / "out", **SIZE)
+    assert not (tmp_path / "out").exists()
 
 
-def test_pictures_in_a_row():
-    row = chart.beside([Image.new("RGB", (3, 5), (1, 2, 3)), Image.new("RGB", (4, 2))])
-    assert (
-        row.size == (7, 5)
-        and row.getpixel((0, 0)) == (1, 2, 3)
-        and row.getpixel((6, 4)) == (255, 255, 255)
-    )
+def test_maps_are_shown_pixel_by_pixel():
+    maps = torch.zeros(2, 3, 4, 4)
+    maps[1, 2, 0, 3] = 1  # the last square's upper right corner
+    picture = pixels(chart.grid_of_maps(maps, "title", "layer", "head"))
+    white = [
+        (x, y)
+        for x in range(60, 60 + 3 * 100 + 4)
+        for y in range(72, 72 + 2 * 100 + 4)
+        if picture.getpixel((x, y)) == (255, 255, 255)
+    ]
+    assert white == [
+        (x, y) for x in range(60 + 204 + 72, 60 + 204 + 96) for y in range(72 + 104, 72 + 104 + 24)
+    ]
+    black = sum(picture.getpixel((60 + 4 + x, 72 + 4)) == (0, 0, 0) for x in range(96))
+    assert black == 96
+
+
+def test_a_large_map_is_averaged_down():
+    picture = pixels(chart.grid_of_maps(torch.eye(2).repeat(96, 96)[None, None], "title"))
+    assert {picture.getpixel((64 + x, 76 + x))[0] for x in range(96)} <= {127, 128}

@@ -5,7 +5,6 @@ an adapter."""
 from dataclasses import replace
 
 import pytest
-import tiny_models
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,6 +20,7 @@ from kandinsky_model.training.outputs import save_lora
 from kandinsky_model.training.trainer import Run, train
 
 from ..dit.test_transformer import CONFIG, SCALE, build, inputs, rel_l2
+from ..support import tiny_models
 from ..support.diffusers_dit import diffusers_of
 from ..support.train_folders import clips
 

@@ -271,7 +271,8 @@ def one_thread():
 def contents(path):
     """Every bit of a file but the order of its header."""
     with safe_open(path, framework="pt") as file:
-        return file.metadata(), {name: file.get_tensor(name).numpy().tobytes() for name in file}  # noqa: SIM118 - not a mapping
+        names = file.keys()
+        return file.metadata(), {name: file.get_tensor(name).numpy().tobytes() for name in names}
 
 
 def start(*arguments):
@@ -467,6 +468,14 @@ def test_a_full_disk_keeps_the_last_state(data, cache, tmp_path, monkeypatch):
     (run.out / name).mkdir()
     assert begun(data, run.out, run.config, resume=True).state.step == 1
     assert not list(run.out.glob(".*"))
+
+
+def test_a_training_goes_on_without_matplotlib(data, cache, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run = begun(data, tmp_path / "out", replace(CONFIG, cache=str(cache), steps=1))
+    run.advance()
+    assert (run.out / "lora.safetensors").is_file() and not (run.out / "loss.png").exists()
+    assert "no curve of the losses: charts require matplotlib" in caplog.text
 
 
 def test_a_loss_that_is_not_finite_stops(data, cache, tmp_path):
