@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import DiTConfig
-from ..devices.budget import Way, Weights, layers_told
+from ..devices.budget import Way, Weights, describe_layers
 from .geometry import Grid
 from .layout import Chunks
 from .quantized import ROWS_AT_ONCE
@@ -71,7 +71,7 @@ def sampling_ways(job: Job, weights: Weights) -> Iterator[SamplingWay]:
     ways += [(resident, free[-1]) for resident in range(count, -1, -1)]
     ways += [(0, chunks) for chunks in smallest]
     for resident, chunks in ways:
-        how = layers_told(weights, resident)
+        how = describe_layers(weights, resident)
         if chunks.heads is not None and chunks.heads < job.config.num_heads:
             groups = math.ceil(job.config.num_heads / chunks.heads)
             how += f", heads in {groups} groups, {chunks.tokens} tokens at a time"
