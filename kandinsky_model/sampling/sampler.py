@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..dit.layout import Layout
-from ..dit.transformer import DiffusionTransformer3D, ModulationTable
+from ..dit.modulation import ModulationTable
+from ..dit.transformer import DiffusionTransformer3D
 from ..text.embeddings import Conditioning
 from .given import Given, check_given, finish, model_input, with_frames
 from .step_cache import Branch, StepCache, log_counts

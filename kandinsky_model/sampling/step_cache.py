@@ -23,19 +23,10 @@ from torch import Tensor
 
 from ..config import CACHES
 from ..dit.layout import Layout
-from ..dit.transformer import DiffusionTransformer3D, Modulations
+from ..dit.modulation import Modulations
+from ..dit.transformer import BlockContext, DiffusionTransformer3D
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Context:
-    """What every visual block of a pass reads beside its tokens. text: [B, L, C], embedded."""
-
-    text: Tensor
-    modulations: Modulations
-    key_mask: Tensor | None
-    layout: Layout
 
 
 class Branch(ABC):
@@ -74,39 +65,35 @@ class Branch(ABC):
         modulations: Modulations,
     ) -> Tensor:
         """Arguments and result of `DiffusionTransformer3D.forward`."""
-        x, text, key_mask = self.dit.begin(x, text, layout, text_lengths, modulations)
+        x, context = self.dit.begin(x, text, layout, text_lengths, modulations)
         before = self.computed
-        normed = self.run(x, Context(text, modulations, key_mask, layout))
+        normed = self.run(x, context)
         self.skipped += self.computed == before
         self.step += 1
         return self.dit.finish(normed, layout)
 
     @abstractmethod
-    def run(self, x: Tensor, context: Context) -> Tensor:
+    def run(self, x: Tensor, context: BlockContext) -> Tensor:
         """What the out layer reads, [B, S, C]: the norm of the tokens x [B, S, C] after the blocks,
         or after the remembered change."""
 
-    def compute(self, x: Tensor, normed: Tensor | None, context: Context, first: int) -> Tensor:
+    def compute(
+        self, x: Tensor, normed: Tensor | None, context: BlockContext, first: int
+    ) -> Tensor:
         """Run the blocks from number `first` on, remember what they added, and return what the out
         layer reads. normed: what block `first` reads of x; None computes it."""
         self.change = None  # its memory is free while the blocks run
         before = x.clone()  # because the blocks may put their results into x
-        after, normed = self.blocks(x, normed, context, range(first, self.config.num_visual_blocks))
+        after, normed = self.dit.blocks(
+            x, normed, context, range(first, self.config.num_visual_blocks)
+        )
         self.change = torch.sub(after, before, out=before)
         self.computed += 1
         return normed
 
-    def reuse(self, x: Tensor, context: Context) -> Tensor:
+    def reuse(self, x: Tensor, context: BlockContext) -> Tensor:
         """What the out layer reads, from the remembered change."""
-        return self.dit.norm_for(-1, x + self.change, context.modulations.visual)
-
-    def blocks(
-        self, x: Tensor, normed: Tensor | None, context: Context, span: range
-    ) -> tuple[Tensor, Tensor]:
-        modulations = context.modulations.visual
-        return self.dit.blocks(
-            x, normed, context.text, modulations, context.key_mask, context.layout, span
-        )
+        return context.modulations.out.norm(x + self.change)
 
 
 class MagBranch(Branch):
@@ -116,7 +103,7 @@ class MagBranch(Branch):
         super().__init__(dit, step)
         self.runs = runs
 
-    def run(self, x: Tensor, context: Context) -> Tensor:
+    def run(self, x: Tensor, context: BlockContext) -> Tensor:
         if self.runs[self.step] or self.change is None:
             return self.compute(x, None, context, first=0)
         return self.reuse(x, context)
@@ -163,9 +150,9 @@ class FirstBlockBranch(Branch):
             step, reuse, in_a_row = memory["decision"].tolist()
             self.decision = Decision(step, bool(reuse), in_a_row)
 
-    def run(self, x: Tensor, context: Context) -> Tensor:
+    def run(self, x: Tensor, context: BlockContext) -> Tensor:
         before = x.clone()
-        after, normed = self.blocks(x, None, context, range(1))
+        after, normed = self.dit.blocks(x, None, context, range(1))
         added = torch.sub(after, before, out=before)
         if self.decision.step != self.step:
             reuse = self.is_close(added, context.layout)

@@ -422,22 +422,22 @@ MISUSE = [
     ),
     (
         lambda: torch.ops.kandinsky_kernels.group_norm_silu(X, V, V, X, True, True),
-        RuntimeError,
+        ValueError,
         r"front must have shape \[2, 2, 6, 7, 8\]",
     ),
     (
         lambda: torch.ops.kandinsky_kernels.group_moments(X, 3),
-        RuntimeError,
+        ValueError,
         "groups must divide the 8 channels",
     ),
     (
         lambda: torch.ops.kandinsky_kernels.frame_causal_attention(Q, Q, Q[:, :, :2], 0, 1.0),
-        RuntimeError,
+        ValueError,
         "value must have shape",
     ),
     (
         lambda: torch.ops.kandinsky_kernels.frame_causal_attention(Q, Q, Q, 1, 1.0),
-        RuntimeError,
+        ValueError,
         "got 2 frames for 2 and 1",
     ),
 ]

@@ -137,4 +137,4 @@ def test_refusals():
         make_cache("big", "tiny")
     with pytest.raises(ValueError, match="calibrated without guidance"):
         run(make_cache("mag", "t2v-lite-nocfg-5s"))
-    assert all(make_cache("mag", name) for name in PRESETS if name.startswith("t2v-pro"))
+    assert all(make_cache("mag", name) for name in PRESETS if name.startswith("t2v-pro-sft"))
