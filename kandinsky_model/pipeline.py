@@ -105,20 +105,19 @@ class Kandinsky5:
 
         device: None takes a CUDA device where there is one. dtype: of weights and activations; None
         means fp32, on CUDA bf16, while latents and schedule stay fp32; diffusers' name for it,
-        `torch_dtype`, is taken as well. parts: the parts to load.
-        text_cache: keep embedded prompts on disk, so that large text encoders are read for new
-        prompts only. quantize: keep the transformer's large weights in 8 bits, in one of the
-        `QUANTIZATIONS`; None keeps them as they are stored. preset: whose settings to take; None
-        finds out which checkpoint this is. places: the folders `vae=`,
-        `text_encoder=` and `text_encoder_2=` of an official checkpoint whose parts do not lie
-        together. Raises ValueError or OSError for names, files and weights that do not fit, and
-        RuntimeError for a device or package that is missing.
+        `torch_dtype`, is taken as well. parts: the parts to load. text_cache: keep embedded prompts
+        on disk, so that large text encoders are read for new prompts only. quantize: keep the
+        transformer's large weights in 8 bits, in one of the `QUANTIZATIONS`; None keeps them as they
+        are stored. preset: whose settings to take; None finds out which checkpoint this is.
+        places: the folders `vae=`, `text_encoder=` and `text_encoder_2=` of an official checkpoint
+        whose parts do not lie together.
+
+        Raises ValueError or OSError for names, files and weights that do not fit, and RuntimeError
+        for a device or package that is missing.
         """
         dtype = places.pop("torch_dtype", dtype)
         if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise TypeError(
-                f"dtype must be a torch.dtype, got {shown(dtype)}; pass one, such as torch.bfloat16"
-            )
+            raise TypeError(f"dtype must be a torch.dtype, got {shown(dtype)}; pass torch.bfloat16")
         chosen = choose_device(device)
         sources = locate(model, revision, cls.fallback_preset, places, parts, preset)
         return cls.from_sources(sources, chosen, dtype, text_cache, quantize)
@@ -180,16 +179,16 @@ class Kandinsky5:
         guidance_scale (1: none), scheduler_scale, attention ("nabla" | "dense"), precision ("fp32"
         | "reference"), cache ("none" | "mag" | "first-block"), vae_policy ("global" | "official" |
         "preview"). Each defaults to what the model was released with. expand_prompt=True lets the
-        text encoder's language model rewrite each prompt in detail first; settings keep both texts.
-        progress=True shows a bar, in a terminal or a notebook.
+        language model rewrite each prompt first; settings keep both texts. progress=True shows a
+        bar, in a terminal or a notebook.
 
         negative_prompt: one for all prompts or a list with one for each; None takes the model's
         own. seed: the i-th prompt uses seed + i, or a list has a seed for each; None draws one. The
         same seed, settings and batch give the same bits on one machine, with one number of threads
         and one instruction set; others of these, such as the prompt alone instead of in a batch,
         change rounding alone.
-        callback: called with (stage, steps done, steps, latents) when "text" and "sampling" begin and
-        after each step; an exception that it raises stops the run.
+        callback: called with (stage, steps done, steps, latents) when "text" and "sampling" begin
+        and after each step; an exception that it raises stops the run.
         memory_budget: bytes of the device that the run may use, weights included. None means what
         is free on a GPU, and no limit on a CPU. With less, weights come and go or are streamed
         layer by layer from pinned host memory, and more is computed piece by piece. That takes
