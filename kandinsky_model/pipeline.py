@@ -107,8 +107,8 @@ class Kandinsky5:
         means fp32, on CUDA bf16, while latents and schedule stay fp32; diffusers' name for it,
         `torch_dtype`, is taken as well. parts: the parts to load. text_cache: keep embedded prompts
         on disk, so that large text encoders are read for new prompts only. quantize: keep the
-        transformer's large weights in 8 bits, in one of the `QUANTIZATIONS`; None keeps them as they
-        are stored. preset: whose settings to take; None finds out which checkpoint this is.
+        transformer's large weights in 8 bits, in one of the `QUANTIZATIONS`; None keeps them as
+        they are stored. preset: whose settings to take; None finds out which checkpoint this is.
         places: the folders `vae=`, `text_encoder=` and `text_encoder_2=` of an official checkpoint
         whose parts do not lie together.
 
