@@ -6,8 +6,8 @@ from __future__ import annotations
 import logging
 import random
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints.load import load_any_vae, load_dit
-from .checkpoints.locate import Sources, locate
+from .checkpoints.locate import Sources, locate, without_downloads
 from .checkpoints.lora import Adapters
-from .config import KINDS, NABLA_FOR_DENSE, PARTS, Preset
+from .config import KINDS, NABLA_FOR_DENSE, PARTS, PRESETS, Preset
 from .devices.available import choose_device
 from .devices.budget import Placement
 from .devices.parallel import Ranks, from_first, share
@@ -27,41 +27,20 @@ from .dit.layout import Layout, make_layout
 from .dit.quantized import mode_of
 from .placement import STAGES, PartsOnDevice, Work, chunks, scheme_bytes
 from .sampling.given import Given, Pictures, encode_pictures, read_pictures
+from .sampling.progress import Callback, ProgressBar, check_callback
+from .sampling.request import Reading, Request
 from .sampling.result import Notify, Video, load_latents
 from .sampling.run import Interrupted, Run
-from .sampling.sampler import noise, sample
-from .sampling.settings import Settings, complete, warn_untrained
+from .sampling.sampler import Sampling, noise, sample
+from .sampling.settings import Settings, check_latents, complete, named, warn_untrained
+from .sampling.step_cache import Remembering, make_cache
+from .sampling.values import one_line, shown
 from .text.embeddings import Conditioning
 from .text.load import load_text
 
 SEEDS = 2**31  # a seed that is not given is drawn from 0 .. SEEDS - 1
 
-# (stage, steps done, steps, latents or None)
-Callback = Callable[[str, int, int, Tensor | None], None]
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """What `Kandinsky5.generate` was asked for; its docstring explains the values."""
-
-    prompts: Sequence[str]
-    negative_prompt: str | None = None
-    seed: int | None = None
-    image: object = None
-    last_image: object = None
-    expand_prompt: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """A request that was read and checked: the settings of each video, and the pictures."""
-
-    settings: list[Settings]
-    pictures: Pictures = Pictures()
-    expand_prompt: bool = False
 
 
 class Kandinsky5:
@@ -101,6 +80,11 @@ class Kandinsky5:
         # Whether all processes of torch.distributed's default group share every run.
         self.together = False
 
+    def __repr__(self) -> str:
+        parts = ", ".join(name for name in PARTS if getattr(self, name) is not None) or "no parts"
+        kind = type(self).__name__
+        return f"{kind}({self.name or self.preset.name!r}, {parts} for {self.device})"
+
     @classmethod
     def from_pretrained(
         cls,
@@ -111,7 +95,8 @@ class Kandinsky5:
         parts: Sequence[str] = PARTS,
         text_cache: bool = True,
         quantize: str | None = None,
-        **places: str | Path,
+        preset: str | None = None,
+        **places: Any,
     ) -> Kandinsky5:
         """Load a preset, a local path or a hub repository `owner/name`.
 
@@ -119,16 +104,22 @@ class Kandinsky5:
         CPU's memory and move to the device when first used, so that offloading can still be chosen.
 
         device: None takes a CUDA device where there is one. dtype: of weights and activations; None
-        means fp32, on CUDA bf16, while latents and schedule stay fp32. parts: the parts to load.
-        text_cache: keep embedded prompts on disk, so that large text encoders are read for new
-        prompts only. quantize: keep the transformer's large weights in 8 bits, in one of the
-        `QUANTIZATIONS`; None keeps them as they are stored. places: the folders `vae=`,
-        `text_encoder=` and `text_encoder_2=` of an official checkpoint whose parts do not lie
-        together. Raises ValueError or OSError for names, files and weights that do not fit, and
-        RuntimeError for a device or package that is missing.
+        means fp32, on CUDA bf16, while latents and schedule stay fp32; diffusers' name for it,
+        `torch_dtype`, is taken as well. parts: the parts to load. text_cache: keep embedded prompts
+        on disk, so that large text encoders are read for new prompts only. quantize: keep the
+        transformer's large weights in 8 bits, in one of the `QUANTIZATIONS`; None keeps them as
+        they are stored. preset: whose settings to take; None finds out which checkpoint this is.
+        places: the folders `vae=`, `text_encoder=` and `text_encoder_2=` of an official checkpoint
+        whose parts do not lie together.
+
+        Raises ValueError or OSError for names, files and weights that do not fit, and RuntimeError
+        for a device or package that is missing.
         """
+        dtype = places.pop("torch_dtype", dtype)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {shown(dtype)}; pass torch.bfloat16")
         chosen = choose_device(device)
-        sources = locate(model, revision, cls.fallback_preset, places, parts)
+        sources = locate(model, revision, cls.fallback_preset, places, parts, preset)
         return cls.from_sources(sources, chosen, dtype, text_cache, quantize)
 
     @classmethod
@@ -152,7 +143,7 @@ class Kandinsky5:
             vae = load_any_vae(sources.vae, dtype)
         if sources.text_encoder:
             text = load_text(sources, dtype, text_cache)
-        return cls(text, dit, vae, preset, sources.name, device)
+        return cls(text, dit, vae, preset, _lasting(sources.name), device)
 
     def enable_model_cpu_offload(self) -> None:
         """Keep every part on the CPU and move it to the device only while it works. A model whose
@@ -167,8 +158,8 @@ class Kandinsky5:
     def generate(
         self,
         prompt: str | list[str],
-        negative_prompt: str | None = None,
-        seed: int | None = None,
+        negative_prompt: str | list[str] | None = None,
+        seed: int | list[int] | None = None,
         callback: Callback | None = None,
         memory_budget: int | None = None,
         image=None,
@@ -179,22 +170,25 @@ class Kandinsky5:
         one batch.
 
         image: what image-to-video checkpoints begin with and image editing ones edit: a path, a PIL
-        image or uint8 [H, W, 3]. Without height and width the result takes the image's shape, as
-        near as the checkpoint was trained for; with them, the middle of the image is cut to their
-        shape. last_image: what a video ends with, cut to the same shape; no released checkpoint was
-        trained for it.
+        image, or a tensor or array uint8 [H, W, 3]. Without height and width the result takes the
+        image's shape, as near as the checkpoint was trained for; with them, the middle of the image
+        is cut to their shape. last_image: what a video ends with, cut to the same shape; no
+        released checkpoint was trained for it.
 
         settings: num_frames (4k + 1), height, width (multiples of 16), num_inference_steps,
         guidance_scale (1: none), scheduler_scale, attention ("nabla" | "dense"), precision ("fp32"
         | "reference"), cache ("none" | "mag" | "first-block"), vae_policy ("global" | "official" |
         "preview"). Each defaults to what the model was released with. expand_prompt=True lets the
-        text encoder's language model rewrite each prompt in detail first; the settings of the video
-        keep both texts.
+        language model rewrite each prompt first; settings keep both texts. progress=True shows a
+        bar, in a terminal or a notebook.
 
-        negative_prompt: None takes the model's own. seed: None draws one; the i-th prompt uses
-        seed + i, and a single prompt with that seed gives the same video.
-        callback: called with (stage, steps done, steps, latents) when the stages "text" and
-        "sampling" begin and after each step; an exception that it raises stops the run.
+        negative_prompt: one for all prompts or a list with one for each; None takes the model's
+        own. seed: the i-th prompt uses seed + i, or a list has a seed for each; None draws one. The
+        same seed, settings and batch give the same bits on one machine, with one number of threads
+        and one instruction set; others of these, such as the prompt alone instead of in a batch,
+        change rounding alone.
+        callback: called with (stage, steps done, steps, latents) when "text" and "sampling" begin
+        and after each step; an exception that it raises stops the run.
         memory_budget: bytes of the device that the run may use, weights included. None means what
         is free on a GPU, and no limit on a CPU. With less, weights come and go or are streamed
         layer by layer from pinned host memory, and more is computed piece by piece. That takes
@@ -207,6 +201,11 @@ class Kandinsky5:
         Where processes run `together`, each of them calls this alike. The first process alone reads
         prompts and pictures; all of them sample and return.
         """
+        if settings.pop("progress", False):
+            with ProgressBar(callback) as bar:
+                return self.generate(
+                    prompt, negative_prompt, seed, bar, memory_budget, image, last_image, **settings
+                )
         is_list = isinstance(prompt, (list, tuple))
         prompts: list = list(prompt) if is_list else [prompt]
         request = Request(
@@ -228,6 +227,7 @@ class Kandinsky5:
 
     def _begin(self, request: Request, callback: Callback | None, memory_budget: int | None) -> Run:
         """The stages before sampling. Sets `placement`, of the whole run."""
+        check_callback(callback)
         reading = self.read(request)
         self.placement = self.place(
             reading.settings,
@@ -243,22 +243,31 @@ class Kandinsky5:
         self, run: Run, callback: Callback | None = None, memory_budget: int | None = None
     ) -> list[Video]:
         """Do the steps that are left of an interrupted run: `Interrupted.run`, or `Run.load` of a
-        file. Arguments and errors as in `generate`."""
+        file. Arguments and errors as in `generate`.
+
+        The result is what it would have been without the interruption, bit for bit where bits are
+        the same for the same seed at all. Raises ValueError for a run of another network, or one
+        that was made with other adapters or another quantization.
+        """
+        run.check(self.preset.dit)
+        run.check_weights(self.lora.active(), self.lora.fingerprints(), mode_of(self.dit) or "")
         return self.sample(run, callback, memory_budget)
 
     def open(self, path: str | Path, memory_budget: int | None = None, **changes) -> Video:
         """The video whose latents `Video.save_latents` wrote, decoded by this model. changes:
         settings to replace, such as vae_policy."""
         latents, settings = load_latents(path)
+        settings = replace(settings, **changes)
+        check_latents(latents, settings, self.preset.dit.in_visual_dim)
         decode = partial(self.decode, memory_budget=memory_budget)
-        return Video(latents, replace(settings, **changes), decode)
+        return Video(latents, settings, decode)
 
     # Reading: what was asked for, checked before any work
 
     def read(self, request: Request) -> Reading:
         """The stage that reads pictures and completes settings. Raises ValueError, TypeError or
-        OSError where something does not fit."""
-        settings = dict(request.settings)
+        OSError."""
+        settings = named(request.settings)
         pictures, size = read_pictures(
             self.preset,
             request.image,
@@ -278,12 +287,17 @@ class Kandinsky5:
         return Reading(made, pictures, request.expand_prompt)
 
     def complete_settings(
-        self, prompts: Sequence[str], negative: str | None, seed: int | None, given: Mapping
+        self,
+        prompts: Sequence[str],
+        negative: str | Sequence[str] | None,
+        seed: int | Sequence[int] | None,
+        given: Mapping,
     ) -> list[Settings]:
         """Checked settings for each prompt, with warnings about what the model was not trained for.
 
-        negative: None takes the model's own. seed: None draws one. given: other settings by name.
-        Raises ValueError or TypeError, see `sampling.settings.complete`.
+        negative, seed: one for all prompts, or one for each. None takes the model's own negative
+        prompt, and draws a seed. given: other settings by name. Raises ValueError or TypeError, see
+        `sampling.settings.complete`.
         """
         if negative is None:
             makes_pictures = self.preset.task in KINDS
@@ -295,7 +309,7 @@ class Kandinsky5:
         warn_untrained(made[0], self.preset)
         self._warn_unknown_words(prompts)
         if self.together:  # raises where the processes cannot share the run
-            guided = made[0].sampling(self.preset.name).guided
+            guided = made[0].guided
             share(torch.distributed.get_world_size(), self.preset.dit.num_heads, guided)
         lora = self.lora.active()
         quantization = mode_of(self.dit) or ""
@@ -322,8 +336,7 @@ class Kandinsky5:
         pictures: bool = False,
         expand: bool = False,
     ) -> Placement | None:
-        """How the stages of a run keep within the budget; see `PartsOnDevice.choose`. The placement
-        of more than one stage is logged."""
+        """See `PartsOnDevice.choose`. The placement of more than one stage is logged."""
         first = settings[0]
         edits = self.preset.task == "i2i"
         job = Job(
@@ -332,7 +345,7 @@ class Kandinsky5:
             getattr(self.dit or self.vae, "dtype", torch.float32),
             len(settings),
             first.num_inference_steps,
-            first.sampling(self.preset.name).guided,
+            first.guided,
             first.attention == "nabla",
             first.cache,
             self.preset.text_max_length * (2 if edits else 1),
@@ -390,10 +403,12 @@ class Kandinsky5:
                 return text.encode(prompts, kind, **seen)
 
             cond = embed(prompts)
-            if not settings[0].sampling(self.preset.name).guided:
+            if not settings[0].guided:
                 return cond, None
-            uncond = embed([settings[0].negative_prompt])
-        return cond, uncond.repeat(len(settings))
+            negatives = [one.negative_prompt for one in settings]
+            if len(set(negatives)) == 1:
+                return cond, embed(negatives[:1]).repeat(len(settings))
+            return cond, embed(negatives)
 
     @torch.no_grad()
     def encode_pictures(
@@ -438,25 +453,47 @@ class Kandinsky5:
     ) -> list[Video]:
         self.placement = placement
         run = run.to(self.device)
-        steps = run.settings[0].num_inference_steps
-        done, latents = run.step, run.latents
+        sampling = self._sampling(run)
+        run = replace(run, memories={})  # they are the step cache's now
+        reached = run.step, run.latents
         try:
             if callback:
-                callback("sampling", done, steps, None)
-            for index, latents in self._steps(run, placement):
-                done = index + 1
+                callback("sampling", run.step, sampling.steps, None)
+            for index, latents in self._steps(run, sampling, placement):
+                # One assignment, so that an interruption never parts a step from its latents.
+                reached = index + 1, latents
                 if callback:
-                    callback("sampling", done, steps, latents)
+                    callback("sampling", index + 1, sampling.steps, latents)
         except KeyboardInterrupt:
-            raise Interrupted(replace(run, latents=latents, step=done)) from None
+            raise Interrupted(self._stopped(run, sampling, reached)) from None
         decode = partial(self.decode, memory_budget=memory_budget)
+        _, latents = reached
         return [
             Video(one, settings, decode)
             for one, settings in zip(latents.float().split(1), run.settings, strict=True)
         ]
 
-    def _steps(self, run: Run, placement: Placement | None) -> Iterator[tuple[int, Tensor]]:
-        sampling = run.settings[0].sampling(self.preset.name, run.step)
+    def _sampling(self, run: Run) -> Sampling:
+        """How to sample what is left of a run, with a step cache that can be interrupted. Processes
+        that share a run do not remember: each has but a part of the memories."""
+        first = run.settings[0]
+        sampling = first.sampling(self.preset.name, run.step)
+        cache = make_cache(first.cache, self.preset.name)
+        if cache is None or self.together:
+            return sampling
+        return replace(sampling, cache=Remembering(cache, run.memories))
+
+    def _stopped(self, run: Run, sampling: Sampling, reached: tuple[int, Tensor]) -> Run:
+        """The run as it is after the steps that it reached."""
+        step, latents = reached
+        cache = sampling.cache
+        memories = cache.memories() if isinstance(cache, Remembering) else {}
+        adapters = self.lora.fingerprints()
+        return replace(run, latents=latents, step=step, memories=memories, adapters=adapters)
+
+    def _steps(
+        self, run: Run, sampling: Sampling, placement: Placement | None
+    ) -> Iterator[tuple[int, Tensor]]:
         layout = self._layout(run.settings[0], sampling.guided, placement)
         with self.parts.working("dit", placement, "sampling") as dit:
             yield from sample(dit, run.latents, run.cond, layout, sampling, run.uncond, run.given)
@@ -488,8 +525,10 @@ class Kandinsky5:
         latents: [1, T, h, w, C], scaled as the transformer reads them. Values are rounded to 8
         bits; precision "reference" cuts them off instead, as the official code does.
         memory_budget: as in `generate`. notify: as in `HunyuanVideoVAE.decode_frames`. The frames
-        depend on neither. Raises RuntimeError for latents that are not finite.
+        depend on neither. Raises ValueError for latents of another size than the settings say, and
+        RuntimeError for latents that are not finite.
         """
+        check_latents(latents, settings, self.preset.dit.in_visual_dim)
         if not torch.isfinite(latents).all():
             raise RuntimeError(
                 "decoding requires finite latents, got NaN or infinity; sample them again"
@@ -537,3 +576,25 @@ class Kandinsky5ImageLite(Kandinsky5):
 
 
 load = Kandinsky5.from_pretrained
+
+
+def load_again(settings: Settings, **options) -> Kandinsky5:
+    """The model that a file's settings name, from this machine alone.
+
+    A file may name any model, so nothing is downloaded for it. options: of
+    `Kandinsky5.from_pretrained`. Raises ValueError where the model is not here.
+    """
+    try:
+        with without_downloads():
+            return load(settings.model, **options)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"the file was made with the model {settings.model or 'of no name'!r}, which cannot be "
+            f"loaded from this machine ({one_line(error)}); name the model to take or to download"
+        ) from None
+
+
+def _lasting(name: str) -> str:
+    """A model's name as files keep it: a path is absolute, to be found from another folder."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name not in PRESETS and path.exists() else name

@@ -11,6 +11,7 @@ which no program can give back.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,8 @@ class PartsOnDevice:
             budget = free_bytes(self.model.device, self._bytes_on_device(parts))
         if budget is None:
             return None
+        if hasattr(budget, "__index__") and not isinstance(budget, bool):
+            budget = operator.index(budget)  # an integer of numpy
         weights = {
             name: part.weigh(work.text_sees, work.text_writes)
             if hasattr(part, "weigh")

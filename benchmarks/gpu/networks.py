@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kandinsky_kernels as ops
 from kandinsky_model.config import HUNYUAN_VAE, LITE_DIT, DiTConfig, NablaConfig, VAEConfig
-from kandinsky_model.dit import attention as attention_module
+from kandinsky_model.dit import nabla
 from kandinsky_model.dit.layout import make_layout
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
@@ -51,7 +51,7 @@ def transformer(clock: Clock, size: Size, _: dict) -> list[dict]:
     theirs = diffusers_transformer(dit, inputs, plan, chosen)
     if theirs is not None:
         calls["diffusers"] = theirs
-    with mock.patch.object(attention_module, "select_blocks", lambda *_: chosen):
+    with mock.patch.object(nabla, "select_blocks", lambda *_: chosen):
         _, peak = peak_memory(calls["ours"], clock.device)
         times = clock.measure(calls)
     row = {

@@ -21,15 +21,13 @@ from torch import Tensor
 
 from kandinsky_kernels import (
     Rotary,
-    block_sparse_attention,
     gated_add_norm,
     modulated_norm,
     norm_rope_means,
-    select_blocks,
 )
 
 from ..config import PRESETS, NablaConfig
-from ..dit import geometry
+from ..dit import geometry, nabla
 from .forward_swap import DTYPES, Foreign, has_tangents, recorded
 
 WRAPPER = "diffusion_model"  # comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
@@ -153,13 +151,13 @@ class BlockReplacer:
             return None
         T, height, width = (1, *x.shape[-2:]) if x.dim() == 4 else x.shape[-3:]
         grid = geometry.Grid(T, -(-height // 2), -(-width // 2))  # the network pads odd sides
-        nabla = released(network.model_dim, grid)
-        if nabla is None and self.attention == "auto":
+        config = released(network.model_dim, grid)
+        if config is None and self.attention == "auto":
             return None
-        released_mass = KEEP_MASS if nabla is None else nabla.keep_mass
-        nabla = NablaConfig(self.keep_mass or released_mass)
+        released_mass = KEEP_MASS if config is None else config.keep_mass
+        config = NablaConfig(self.keep_mass or released_mass)
         if (grid, x.device) not in self._tilings:
-            self._tilings[grid, x.device] = Tiling.of(grid, nabla, x.device)
+            self._tilings[grid, x.device] = Tiling.of(grid, config, x.device)
         # angles are large, and belong to this pass alone
         return replace(self._tilings[grid, x.device], rotaries=[])
 
@@ -286,23 +284,31 @@ class Replacement:
         freqs: Tensor,
     ) -> Tensor:
         """NABLA of x [B, S, C], tokens in raster order, over itself."""
-        x = x[:, tiling.order]
-        rotary = tiling.rotary(freqs)
-        offsets = tiling.block_offsets
-        nabla = tiling.nabla
-        query, key, value = (
-            project(x).unflatten(-1, (-1, layer.head_dim))
-            for project in (layer.to_query, layer.to_key, layer.to_value)
+        x = x[:, tiling.order]  # [B, S, C], tile by tile
+        recipe = nabla.Nabla(
+            tiling.rotary(freqs),
+            tiling.block_offsets,
+            tiling.grid.tiles,
+            tiling.nabla.keep_mass,
+            tiling.nabla.window,
         )
-        query, query_means = norm_rope_means(
-            query, _weight(layer.query_norm, query), rotary, offsets
-        )
-        key, key_means = norm_rope_means(key, _weight(layer.key_norm, key), rotary, offsets)
-        selection = select_blocks(
-            query_means, key_means, nabla.keep_mass, tiling.grid.tiles, nabla.window
-        )
-        out = block_sparse_attention(query, key, value, selection, offsets).flatten(-2)  # [B, S, C]
+
+        def project() -> tuple[Tensor, Tensor, Tensor]:
+            heads = (-1, layer.head_dim)
+            query = layer.to_query(x).unflatten(-1, heads)  # [B, S, H, D]
+            key = layer.to_key(x).unflatten(-1, heads)  # [B, S, H, D]
+            value = layer.to_value(x).unflatten(-1, heads)  # [B, S, H, D]
+            return query, key, value
+
+        query_norm = _with_means(layer.query_norm)
+        key_norm = _with_means(layer.key_norm)
+        out = nabla.attend(project, query_norm, key_norm, recipe).flatten(-2)  # [B, S, C]
         return layer.out_layer(out[:, tiling.inverse])
+
+
+def _with_means(norm: Foreign) -> nabla.NormWithMeans:
+    """A ComfyUI RMSNorm, computed by our operator together with the rotation and block means."""
+    return lambda x, rotary, offsets: norm_rope_means(x, _weight(norm, x), rotary, offsets)
 
 
 def _weight(norm: Foreign, heads: Tensor) -> Tensor:

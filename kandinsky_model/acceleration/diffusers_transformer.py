@@ -18,15 +18,13 @@ from torch import Tensor, nn
 
 from kandinsky_kernels import (
     Rotary,
-    block_sparse_attention,
     gated_add_norm,
     modulated_norm,
     norm_rope,
     norm_rope_means,
-    select_blocks,
 )
 
-from ..dit import geometry
+from ..dit import geometry, nabla
 from .forward_swap import (
     Foreign,
     accelerated,
@@ -83,31 +81,26 @@ def attention(
             self, hidden_states, encoder_hidden_states, sparse_params, rotary_emb, **kwargs
         )
     context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-    heads = (self.num_heads, -1)
     rotary = rotary_emb or None
-    query, key, value = (
-        layer(x).unflatten(-1, heads)
-        for layer, x in
-        # [B, S, H, D]
-        ((self.to_query, hidden_states), (self.to_key, context), (self.to_value, context))
-    )
+
+    def project() -> tuple[Tensor, Tensor, Tensor]:
+        heads = (self.num_heads, -1)
+        query = self.to_query(hidden_states).unflatten(-1, heads)  # [B, S, H, D]
+        key = self.to_key(context).unflatten(-1, heads)  # [B, L, H, D]
+        value = self.to_value(context).unflatten(-1, heads)  # [B, L, H, D]
+        return query, key, value
+
     if sparse_params is None:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-        backend = self.processor._attention_backend
+        query, key, value = project()
         query = self.query_norm(query, rotary, None)
         key = self.key_norm(key, rotary, None)
+        backend = self.processor._attention_backend
         out = dispatch_attention_fn(query, key, value, backend=backend)
     else:
-        offsets, tiles, window, keep_mass = (
-            sparse_params[name] for name in ("offsets", "tiles", "window", "keep_mass")
-        )
-        query, query_means = self.query_norm(query, rotary, offsets)
-        key, key_means = self.key_norm(key, rotary, offsets)
-        selection = select_blocks(
-            query_means.detach(), key_means.detach(), keep_mass, tiles, window
-        )
-        out = block_sparse_attention(query, key, value, selection, offsets)
+        recipe = nabla.Nabla(rotary, **sparse_params)
+        out = nabla.attend(project, self.query_norm, self.key_norm, recipe)
     return self.out_layer(out.flatten(-2))  # [B, S, C]
 
 
@@ -271,7 +264,7 @@ def transformer(
     shape = x.shape
     grid = geometry.Grid(*x.shape[1:4])
     order = geometry.tile_order(grid, x.device) if sparse_params else None
-    nabla = _nabla_of(self, grid, sparse_params, x.device) if sparse_params else None
+    sparse = _nabla_of(self, grid, sparse_params, x.device) if sparse_params else None
     rope = self.text_rope_embeddings(text_rope_pos, True)
     for block in self.text_transformer_blocks:
         text = _call(self, block, text, time, rope)
@@ -279,7 +272,7 @@ def transformer(
     x = x.flatten(1, 3)  # [B, S, C]
     x = x if order is None else x[:, order]
     for block in self.visual_transformer_blocks:
-        x = _call(self, block, x, text, time, rope, nabla)
+        x = _call(self, block, x, text, time, rope, sparse)
     x = x if order is None else x[:, geometry.inverse_order(order)]
     x = self.out_layer(x.view(shape), text, time, True)
     if not return_dict:
@@ -406,12 +399,13 @@ def _nabla_of(
     sparse: dict,
     device: torch.device,
 ) -> dict:
-    """What the attention of a visual block takes for NABLA on this grid."""
+    """What visual blocks get as `sparse_params`: the fields of `nabla.Nabla` but the rotary, in a
+    dict because hooks that move arguments to another device look into dicts."""
     window: tuple | None = _window(model, sparse)
     if sparse.get("sta_mask") is None and None in _window(model, sparse):
         window = None
     return {
-        "offsets": geometry.block_offsets(grid, device),
+        "block_offsets": geometry.block_offsets(grid, device),
         "tiles": grid.tiles,
         "window": window,
         "keep_mass": sparse["P"],

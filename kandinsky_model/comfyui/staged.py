@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipeline import Kandinsky5, Request
+from ..pipeline import Kandinsky5
 from ..sampling.given import TASKS_WITH_PICTURES, Given
+from ..sampling.request import Request
 from ..sampling.run import Run
 from ..sampling.sampler import schedule
 from ..sampling.settings import Settings, complete

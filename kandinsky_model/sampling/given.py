@@ -8,13 +8,14 @@ with h = height / 8, w = width / 8 and C channels, scaled as the transformer rea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy
 import torch
 from torch import Tensor
 
-from ..config import DiTConfig, Preset
+from ..config import Preset
 from ..dit.transformer import DiffusionTransformer3D
 from ..media.picture import crop, read_image, resize
 from ..vae.flux import ImageVAE
@@ -73,6 +74,9 @@ class Given:
     frames: Mapping[int, Tensor] = field(default_factory=dict)
     source: Tensor | None = None
 
+    def __bool__(self) -> bool:
+        return bool(self.frames) or self.source is not None
+
     def to(self, device: torch.device) -> Given:
         frames = {index: frame.to(device) for index, frame in self.frames.items()}
         return Given(frames, None if self.source is None else self.source.to(device))
@@ -83,7 +87,7 @@ def read_pictures(
 ) -> tuple[Pictures, tuple[int, int] | None]:
     """The pictures of a request, cut to one shape, and the (height, width) of the result.
 
-    image, last_image: as `media.picture.read_image` takes them, or None.
+    image, last_image: as `media.picture.read_image` takes them, arrays of numpy, or None.
     size: the height and width that were asked for. Where one is missing, the result takes its size
     from the picture, see `fitting_size`. A request without pictures returns None for the size.
     Raises ValueError where the preset's task does not go with the pictures, and what `read_image`
@@ -91,8 +95,8 @@ def read_pictures(
     """
     _check_task(preset, image is not None, last_image is not None)
     pictures = Pictures(
-        None if image is None else read_image(image),
-        None if last_image is None else read_image(last_image),
+        None if image is None else _read("image", image),
+        None if last_image is None else _read("last_image", last_image),
     )
     leading = pictures.last if pictures.first is None else pictures.first
     if leading is None:
@@ -105,6 +109,24 @@ def read_pictures(
     if preset.task == "i2v":  # is not cut, because only the rounding of its sides deforms it
         return pictures.cropped(height, width), fitted
     return pictures.cropped(*fitted), fitted
+
+
+def _read(name: str, image) -> Tensor:
+    """`read_image`, which also takes arrays of numpy, and names the argument where it is a list or
+    an address."""
+    if isinstance(image, numpy.ndarray):
+        image = torch.from_numpy(numpy.ascontiguousarray(image))
+    if isinstance(image, (list, tuple)):
+        raise TypeError(
+            f"{name} must be one picture, which all prompts share, got a {type(image).__name__} "
+            f"of {len(image)}; call generate once for each"
+        )
+    if isinstance(image, str) and image.partition("://")[0] in ("http", "https"):
+        raise ValueError(
+            f"{name} must be a file on this machine, got the address {image:.80}; download it, or "
+            "pass a PIL image"
+        )
+    return read_image(image)
 
 
 def _check_task(preset: Preset, has_first: bool, has_last: bool) -> None:
@@ -237,16 +259,8 @@ def model_input(dit: DiffusionTransformer3D, x: Tensor, given: Given) -> Tensor:
     return torch.cat([x, condition], dim=-1)  # [B, T, h, w, in_channels]
 
 
-def check_given(given: Given, config: DiTConfig, shape: torch.Size) -> None:
-    """Raise ValueError unless the given latents go with the network and with latents of `shape`
-    [B, T, h, w, C]."""
-    if not given.frames and given.source is None:
-        return
-    if config.in_channels == config.in_visual_dim:
-        raise ValueError(
-            "given frames and pictures require a model with conditioning channels, got one "
-            "without; use an image-to-video or image editing checkpoint"
-        )
+def check_given(given: Given, shape: Sequence[int]) -> None:
+    """Raise ValueError unless the given latents go with latents of `shape` [B, T, h, w, C]."""
     B, T, *picture = shape
     for index, frame in given.frames.items():
         if not 0 <= index < T:

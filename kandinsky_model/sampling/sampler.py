@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..dit.layout import Layout
-from ..dit.transformer import DiffusionTransformer3D, ModulationTable
+from ..dit.modulation import ModulationTable
+from ..dit.transformer import DiffusionTransformer3D
 from ..text.embeddings import Conditioning
 from .given import Given, check_given, finish, model_input, with_frames
 from .step_cache import Branch, StepCache, log_counts
@@ -208,7 +209,8 @@ def _check(
     uncond: Conditioning | None,
     given: Given,
 ) -> None:
-    channels = dit.config.in_visual_dim
+    config = dit.config
+    channels = config.in_visual_dim
     if initial.dim() != 5 or initial.shape[-1] != channels:
         raise ValueError(
             f"the noise must have shape [B, T, h, w, {channels}], got {list(initial.shape)}; "
@@ -219,4 +221,9 @@ def _check(
             f"guidance {sampling.guidance} requires an unconditional (negative) prompt, got none; "
             "pass uncond or set guidance to 1"
         )
-    check_given(given, dit.config, initial.shape)
+    if given and config.in_channels == channels:
+        raise ValueError(
+            "given frames and pictures require a model with conditioning channels, got one "
+            "without; use an image-to-video or image editing checkpoint"
+        )
+    check_given(given, initial.shape)

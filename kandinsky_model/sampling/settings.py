@@ -6,19 +6,29 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from torch import Tensor
+
 from ..config import ATTENTIONS, CACHES, Preset
 from ..dit.geometry import Grid
 from ..vae.hunyuan import POLICIES
-from .sampler import PRECISIONS, Sampling
+from .sampler import NO_GUIDANCE, PRECISIONS, Sampling
 from .step_cache import make_cache
+from .values import CONVERTERS, integer, text
 
-PIXELS_PER_TOKEN = 16  # in height and width: 8 of the VAE, 2 of the transformer's patches
+PIXELS_PER_LATENT = 8  # in height and width
+PIXELS_PER_TOKEN = 2 * PIXELS_PER_LATENT  # the transformer's patches are 2 x 2 latent pixels
 FRAMES_PER_LATENT = 4  # of all latent frames but the first, which holds one
+
+# Beyond these a value is a mistake or a damaged file.
+LARGEST_SIDE = 16384
+MOST_FRAMES = 16385
+MOST_STEPS = 1000
+MOST_FPS = 240
+SEEDS = 2**64
 
 # From this many elements of the decoder's widest activation (256 channels at full size) on, clips
 # are decoded in the official tiles. This depends on the clip's size alone, never on free memory, so
@@ -34,6 +44,42 @@ CHOICES = {
 }
 # Settings that `generate` does not take by name: it has them from elsewhere.
 NOT_BY_NAME = ("prompt", "expanded_prompt", "seed", "fps", "model", "lora", "quantization")
+
+# What others call our settings.
+OTHER_NAMES = {
+    "steps": "num_inference_steps",
+    "num_steps": "num_inference_steps",
+    "frames": "num_frames",
+    "length": "num_frames",
+    "guidance": "guidance_scale",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "scale": "scheduler_scale",
+    "shift": "scheduler_scale",
+    "flow_shift": "scheduler_scale",
+    "negative": "negative_prompt",
+    "policy": "vae_policy",
+    "prompts": "prompt",
+    "seeds": "seed",
+    "expand": "expand_prompt",
+}
+# Arguments of diffusers' pipelines that `generate` has no equal of, and what to do instead.
+REFUSED = {
+    "generator": "pass seed=, for example seed=generator.initial_seed()",
+    "output_type": "leave it out: the result has .latents, .frames (uint8 [F, H, W, 3]) and .pil()",
+    "return_dict": "leave it out: the result is a Video",
+    "callback_on_step_end": "pass callback=, which is called with (stage, step, steps, latents)",
+    "callback_on_step_end_tensor_inputs": "pass callback=, which is always given the latents",
+    "num_videos_per_prompt": "pass a list with the prompt as often as videos are wanted",
+    "num_images_per_prompt": "pass a list with the prompt as often as pictures are wanted",
+    "max_sequence_length": "leave it out: it belongs to the checkpoint",
+    "latents": "pass seed=, or go on with a run by resume()",
+    "prompt_embeds": "pass prompt=; embedded prompts are kept on disk",
+    "negative_prompt_embeds": "pass negative_prompt=",
+    "prompt_template": "leave it out: it belongs to the checkpoint",
+    "sigmas": "pass scheduler_scale=",
+    "timesteps": "pass scheduler_scale=",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +117,8 @@ class Settings:
     model: str = ""
 
     def __post_init__(self):
-        object.__setattr__(self, "lora", tuple(self.lora))  # a list where it comes from JSON
+        for name in FIELD_TYPES:
+            object.__setattr__(self, name, converted(name, getattr(self, name)))
         check_prompt(self.prompt)
         check_size(self.height, self.width)
         _check_frames(self.num_frames)
@@ -81,18 +128,46 @@ class Settings:
                 raise ValueError(
                     f"{name} must be {' or '.join(allowed)}, got {value!r}; choose one of them"
                 )
-        if self.num_inference_steps < 1:
+        if not 1 <= self.num_inference_steps <= MOST_STEPS:
             raise ValueError(
-                f"the number of steps must be at least 1, got {self.num_inference_steps}; "
-                "50 is usual"
+                f"num_inference_steps must be at least 1 and at most {MOST_STEPS}, got "
+                f"{self.num_inference_steps}; 50 is usual"
             )
-        if not (math.isfinite(self.guidance_scale) and 0 < self.scheduler_scale < math.inf):
+        if self.scheduler_scale <= 0:
             raise ValueError(
-                "guidance must be finite and the scheduler scale positive, got "
-                f"{self.guidance_scale} and {self.scheduler_scale}; 5 is usual for both"
+                f"scheduler_scale must be positive, got {self.scheduler_scale}; 5 is usual"
             )
-        if not 0 <= self.seed < 2**64:
+        if not 0 <= self.seed < SEEDS:
             raise ValueError(f"the seed must lie in 0 .. 2^64 - 1, got {self.seed}; choose another")
+        if not 1 <= self.fps <= MOST_FPS:
+            raise ValueError(f"fps must lie in 1 .. {MOST_FPS}, got {self.fps}; 24 is usual")
+
+    @classmethod
+    def parse(cls, stored: object) -> Settings:
+        """Settings from the JSON that `to_json` wrote, or from what it stands for. Raises
+        ValueError for anything else."""
+        if isinstance(stored, (str, bytes)):
+            try:
+                stored = json.loads(stored)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"settings must be valid JSON, got {error}") from None
+        if not isinstance(stored, dict):
+            raise ValueError(f"settings must be a JSON object, got {type(stored).__name__}")
+        unknown = sorted(stored.keys() - FIELD_TYPES.keys())
+        if unknown:
+            raise ValueError(
+                f"settings must be those that this version knows, got {str(unknown[0])!r:.80} too"
+            )
+        try:
+            return cls(**stored)
+        except TypeError as error:  # of a value, or for one that is missing
+            raise ValueError(str(error)) from None
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(T, h, w): latent frames and latent pixels."""
+        height, width = self.height // PIXELS_PER_LATENT, self.width // PIXELS_PER_LATENT
+        return (self.grid.T, height, width)
 
     @property
     def grid(self) -> Grid:
@@ -102,6 +177,10 @@ class Settings:
             self.height // PIXELS_PER_TOKEN,
             self.width // PIXELS_PER_TOKEN,
         )
+
+    @property
+    def guided(self) -> bool:
+        return abs(self.guidance_scale - 1.0) > NO_GUIDANCE
 
     def sampling(self, preset: str, start: int = 0) -> Sampling:
         """How to sample with these settings, for the checkpoint of a preset. start: steps that are
@@ -119,18 +198,56 @@ class Settings:
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
-def complete(
-    preset: Preset, name: str, prompts: Sequence[str], seed: int, given: Mapping
-) -> list[Settings]:
-    """Checked settings for each prompt, the i-th with seed + i.
+# The type of each setting, by its annotation.
+FIELD_TYPES = {field.name: str(field.type) for field in fields(Settings)}
 
-    name: of the model. given: settings by name, where None counts as not given; the others are what
-    the preset was released with. Raises TypeError for names that are no settings, ValueError for
-    values that do not fit each other or the checkpoint.
+
+def converted(name: str, value: object) -> Any:
+    """The value of a setting in the setting's own type; see `sampling.values`."""
+    return CONVERTERS[FIELD_TYPES[name]](name, value)
+
+
+def named(given: Mapping[str, object]) -> dict[str, Any]:
+    """Those of the given settings that are not None, in their own types.
+
+    Raises TypeError for names that are no settings and for values of another type, and ValueError
+    for numbers that are not finite. negative_prompt may be a list, and stays as it is.
     """
     _check_names(given)
+    return {
+        name: value if name == "negative_prompt" else converted(name, value)
+        for name, value in given.items()
+        if value is not None
+    }
+
+
+def complete(
+    preset: Preset, name: str, prompts: Sequence[str], seed: int | Sequence[int], given: Mapping
+) -> list[Settings]:
+    """Checked settings for each prompt.
+
+    name: of the model. seed: the i-th prompt takes seed + i; or a seed for each prompt. given:
+    settings by name, where None counts as not given; the others are what the preset was released
+    with. negative_prompt may be a list, of one for each prompt. Raises TypeError for names that are
+    no settings and values of another type, ValueError for values that do not fit each other or the
+    checkpoint.
+    """
+    chosen = named(given)
     for prompt in prompts or [""]:
         check_prompt(prompt)
+    seeds = seed
+    if not isinstance(seeds, (list, tuple)):
+        first = integer("seed", seed)
+        seeds = [first + i for i in range(len(prompts))]
+    negatives = chosen.pop("negative_prompt", "")
+    if not isinstance(negatives, (list, tuple)):
+        negatives = [negatives] * len(prompts)
+    for what, values in (("seed", seeds), ("negative_prompt", negatives)):
+        if len(values) != len(prompts):
+            raise ValueError(
+                f"a list for {what} must have one for each prompt, got {len(values)} for "
+                f"{len(prompts)} prompts; pass as many, or a single one"
+            )
     released: dict[str, Any] = {
         "height": preset.sizes[0][0],
         "width": preset.sizes[0][1],
@@ -142,7 +259,7 @@ def complete(
         "fps": preset.fps,
         "model": name,
     }
-    values = released | {key: value for key, value in given.items() if value is not None}
+    values = released | chosen
     check_size(values["height"], values["width"])
     policy = default_policy(values["num_frames"], values["height"], values["width"])
     values.setdefault("vae_policy", policy)
@@ -152,14 +269,20 @@ def complete(
             f"{values['vae_policy']} decoding; leave both out, or use a video preset"
         )
     make_cache(values.get("cache", "none"), preset.name)  # raises where the preset has none
-    return [Settings(prompt, seed=seed + i, **values) for i, prompt in enumerate(prompts)]
+    return [
+        Settings(prompt, negative, one, **values)
+        for prompt, negative, one in zip(prompts, negatives, seeds, strict=True)
+    ]
 
 
 def _check_names(given: Mapping) -> None:
     known = [field.name for field in fields(Settings) if field.name not in NOT_BY_NAME]
     for name in given:
+        if name in REFUSED:
+            raise TypeError(f"generate takes no {name}; {REFUSED[name]}")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1) or known
+            near = [OTHER_NAMES[name]] if name in OTHER_NAMES else []
+            near += difflib.get_close_matches(name, known, n=1) or known
             raise TypeError(
                 f"settings must be among {', '.join(known)}, got {name!r}; "
                 f"did you mean {near[0]!r}?"
@@ -203,17 +326,33 @@ def default_policy(num_frames: int, height: int, width: int) -> str:
     return "global" if fits else "official"
 
 
-def check_prompt(prompt: str) -> None:
-    if not isinstance(prompt, str):
-        raise TypeError(
-            f"a prompt must be a str, got {type(prompt).__name__}; pass a str or a list of them"
+def check_latents(latents: Tensor, settings: Settings, channels: int | None = None) -> None:
+    """Raise ValueError unless latents [1, T, h, w, C] have the size that the settings say.
+
+    channels: C; None for any.
+    """
+    T, h, w = settings.latent_shape
+    C = latents.shape[-1] if channels is None and latents.dim() == 5 else channels
+    if tuple(latents.shape) != (1, T, h, w, C) or not latents.is_floating_point():
+        raise ValueError(
+            f"{settings.num_frames} frames of {settings.width}x{settings.height} require floating "
+            f"latents [1, {T}, {h}, {w}, {channels or 'C'}], got {latents.dtype} "
+            f"{list(latents.shape)}; they belong to another model or other settings"
         )
-    if not prompt.strip():
+
+
+def check_prompt(prompt: str) -> None:
+    if not text("prompt", prompt).strip():
         raise ValueError("the prompt must say something, got an empty one; describe the video")
 
 
 def check_size(height: int, width: int) -> None:
     step = PIXELS_PER_TOKEN
+    if max(height, width) > LARGEST_SIDE:
+        raise ValueError(
+            f"width and height must be at most {LARGEST_SIDE}, got {width}x{height}; make it "
+            "smaller"
+        )
     if min(height, width) < step or height % step or width % step:
         near_width, near_height = (max(step, round(side / step) * step) for side in (width, height))
         raise ValueError(
@@ -223,6 +362,10 @@ def check_size(height: int, width: int) -> None:
 
 
 def _check_frames(count: int) -> None:
+    if count > MOST_FRAMES:
+        raise ValueError(
+            f"the number of frames must be at most {MOST_FRAMES}, got {count}; make it shorter"
+        )
     if count < 1 or count % FRAMES_PER_LATENT != 1:
         below = max(1, (count - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1)
         near = "1" if count < 1 else f"{below} or {below + FRAMES_PER_LATENT}"

@@ -76,8 +76,9 @@ class TinyTextEncoder(nn.Module):
             raise TypeError(
                 f"a prompt must be a str, got {type(prompt).__name__}; pass a list of str to encode"
             )
-        tokens = [self._index.get(word, UNKNOWN) for _, word in self._words(prompt)]
-        return [START, *tokens][: self.config["max_length"]]
+        words = [word for _, word in self._words(prompt)]
+        tokens = [START, *(self._index.get(word, UNKNOWN) for word in words)]
+        return tokens[: self.config["max_length"]]
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of a prompt that the vocabulary lacks; all of them become the same token."""
@@ -117,7 +118,8 @@ class TinyTextEncoder(nn.Module):
         lengths = torch.tensor([len(sequence) for sequence in sequences])  # [B]
         longest = int(lengths.max())
         padded = [sequence + [START] * (longest - len(sequence)) for sequence in sequences]
-        is_text = (torch.arange(longest) < lengths[:, None]).to(device)  # [B, L]
+        places = torch.arange(longest)
+        is_text = (places < lengths[:, None]).to(device)  # [B, L]
         x = self.word_embedding(torch.tensor(padded, device=device))  # [B, L, Dt]
         x = x + self.position_embedding.weight[:longest]
         query, key, value = self.attention_in(self.attention_norm(x)).chunk(3, dim=-1)

@@ -72,15 +72,13 @@ class Preprocessor:
         area = near_height * near_width
         if area > self.max_pixels:
             factor = math.sqrt(height * width / self.max_pixels)
-            small_height, small_width = (
-                max(step, math.floor(side / factor / step) * step) for side in (height, width)
-            )
-            return small_height, small_width
+            small_height = math.floor(height / factor / step) * step
+            small_width = math.floor(width / factor / step) * step
+            return max(step, small_height), max(step, small_width)
         if area < self.min_pixels:
             factor = math.sqrt(self.min_pixels / (height * width))
-            large_height, large_width = (
-                math.ceil(side * factor / step) * step for side in (height, width)
-            )
+            large_height = math.ceil(height * factor / step) * step
+            large_width = math.ceil(width * factor / step) * step
             return large_height, large_width
         return near_height, near_width
 
@@ -104,13 +102,23 @@ class Preprocessor:
         mean = torch.tensor(self.image_mean)[:, None, None]
         std = torch.tensor(self.image_std)[:, None, None]
         pixels = (pixels - mean) / std
-        patch, merge, times = self.patch_size, self.merge_size, self.temporal_patch_size
-        rows, columns = height // patch, width // patch
-        # [3, rows / m, m, patch, columns / m, m, patch]
-        split = pixels.reshape(3, rows // merge, merge, patch, columns // merge, merge, patch)
-        # [rows / m, columns / m, m, m, 3, 1, patch, patch]
-        split = split.permute(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
-        split = split.expand(-1, -1, -1, -1, -1, times, -1, -1)
+        patch = self.patch_size
+        merge = self.merge_size
+        rows = height // patch
+        columns = width // patch
+        split = pixels.reshape(
+            3,
+            rows // merge,
+            merge,
+            patch,
+            columns // merge,
+            merge,
+            patch,
+        )
+        # [rows / m, columns / m, m, m, 3, patch, patch]
+        split = split.permute(1, 4, 2, 5, 0, 3, 6)
+        # [rows / m, columns / m, m, m, 3, times, patch, patch]
+        split = split.unsqueeze(5).repeat_interleave(self.temporal_patch_size, 5)
         return split.reshape(rows * columns, -1), rows, columns
 
 
@@ -125,10 +133,9 @@ def positions(before: int, rows: int = 0, columns: int = 0, after: int = 0) -> T
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     # [3, rows * columns]
     picture = torch.stack([torch.zeros_like(row), row, column]).flatten(1) + before
-    behind = torch.arange(after) + before + max(rows, columns)
-    in_front = torch.arange(before)
-    text = (in_front.expand(3, -1), behind.expand(3, -1))
-    rotary = torch.cat([text[0], picture, text[1]], dim=1)  # [3, L]
+    text_before = torch.arange(before).expand(3, -1)
+    text_after = torch.arange(after).expand(3, -1) + before + max(rows, columns)
+    rotary = torch.cat([text_before, picture, text_after], dim=1)  # [3, L]
     sequence = torch.arange(rotary.shape[1])[None]  # [1, L]
     return torch.cat([sequence, rotary])[:, None]
 

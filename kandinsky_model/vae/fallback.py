@@ -49,7 +49,11 @@ class Streaming:
             return self._pieces_in_float32(x, given=0)
         return self._pieces(x, schemes_within(self.chain, x.shape, self.memory_budget))
 
-    def _pieces(self, x: Tensor, schemes: list[Scheme]) -> Iterator[Tensor]:
+    def _pieces(
+        self,
+        x: Tensor,
+        schemes: list[Scheme],
+    ) -> Iterator[Tensor]:
         given = 0  # frames given out
         try:
             for piece in stream_within(self.chain, x, schemes, self.notify):

@@ -8,6 +8,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,12 @@ class ImageVAE(nn.Module):
     in both directions, so it is left out.
     """
 
-    def __init__(self, vae: nn.Module):
+    def __init__(self, vae: Any):
         super().__init__()
         self.vae = vae
         self.config = SimpleNamespace(
-            scaling_factor=vae.config.scaling_factor, latent_channels=vae.config.latent_channels
+            scaling_factor=vae.config.scaling_factor,
+            latent_channels=vae.config.latent_channels,
         )
 
     @property
@@ -53,7 +55,7 @@ class ImageVAE(nn.Module):
                 f"an image VAE encodes [B, 3, 1, H, W], got {list(video.shape)}; give it one frame"
             )
 
-        def encode(vae: nn.Module) -> Tensor:
+        def encode(vae: Any) -> Tensor:
             picture = pixels(video[:, :, 0], vae.encoder.conv_in.weight)  # [B, 3, H, W]
             posterior = vae.encode(picture).latent_dist
             return torch.cat((posterior.mean, posterior.logvar), dim=1)  # [B, 2 C, Y, X]
@@ -83,12 +85,16 @@ class ImageVAE(nn.Module):
         if not latents.isfinite().all():
             raise ValueError("latents must be finite, got NaN or infinity: sample them again")
 
-        def decode(vae: nn.Module) -> Tensor:
+        def decode(vae: Any) -> Tensor:
             return vae.decode(latents[:, :, 0].to(vae.dtype)).sample  # [B, 3, H, W]
 
         yield self._finite(decode, "decoding")[:, :, None]  # [B, 3, 1, H, W]
 
-    def _finite(self, call: Callable[[nn.Module], Tensor], doing: str) -> Tensor:
+    def _finite(
+        self,
+        call: Callable[[Any], Tensor],
+        doing: str,
+    ) -> Tensor:
         """call(vae), by a copy of the VAE in float32 where float16 overflows.
 
         NotFinite where the result holds NaN or infinity nevertheless.
@@ -106,7 +112,10 @@ class ImageVAE(nn.Module):
         return out
 
 
-def from_weights(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> ImageVAE:
+def from_weights(
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+) -> ImageVAE:
     """The picture VAE of a single file's tensors, in either layout that `names` knows.
 
     dtype: None keeps that of the tensors. RuntimeError without diffusers. ValueError for tensors
@@ -120,10 +129,11 @@ def from_weights(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) 
             "pip install 'kandinsky-kernels[text]'"
         ) from error
     weights = names.converted(state)
-    config = names.picture_config({name: tuple(x.shape) for name, x in weights.items()})
+    shapes = {name: tuple(x.shape) for name, x in weights.items()}
+    config = names.picture_config(shapes)
     with torch.device("meta"):
-        vae = AutoencoderKL(**config)
-    wanted = {name: x.shape for name, x in vae.state_dict().items()}
-    names.check_complete(wanted, {name: x.shape for name, x in weights.items()})
+        vae: Any = AutoencoderKL(**config)
+    wanted = {name: tuple(x.shape) for name, x in vae.state_dict().items()}
+    names.check_complete(wanted, shapes)
     vae.load_state_dict(weights, strict=True, assign=True)
     return ImageVAE(vae.to(dtype or vae.dtype).eval().requires_grad_(False))

@@ -9,13 +9,15 @@ the first one stands for a single frame, each later one for four.
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import VAEConfig
+from . import names
 from .fallback import Streaming
 from .layers import Decoder, Encoder
 from .schemes import Accounting, Scheme, choose, ladder
@@ -27,6 +29,7 @@ POLICIES = ("global", "official", "preview")
 _log = logging.getLogger(__name__)
 
 Notify = Callable[[str], None]
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class HunyuanVideoVAE(nn.Module):
@@ -157,9 +160,14 @@ class HunyuanVideoVAE(nn.Module):
         )
         if policy == "global":
             return decode(latents)
-        tiles = tiles or Tiling.for_frame(8 * latents.shape[3], 8 * latents.shape[4])
+        height, width = latents.shape[3:]
+        tiles = tiles or Tiling.for_frame(8 * height, 8 * width)
         decode(tiles.largest(latents))  # decodes nothing yet, but refuses a budget too small
-        return tiled(latents, tiles, lambda tile: torch.cat(list(decode(tile)), dim=2))
+
+        def decode_tile(tile: Tensor) -> Tensor:
+            return torch.cat(list(decode(tile)), dim=2)
+
+        return tiled(latents, tiles, decode_tile)
 
     def normed_values(self, latent_shape: tuple[int, ...], policy: str = "global") -> int:
         """How many values the norms read, in all, while latents of this shape [B, C, T, Y, X] are
@@ -229,7 +237,8 @@ class HunyuanVideoVAE(nn.Module):
             self._colours = (version, self._fit_colours())
         colours = self._colours[1].to(latents)
         weight, bias = colours.split((self.config.latent_channels, 1))  # [C, 3], [1, 3]
-        small = (latents.movedim(1, -1) @ weight + bias).movedim(-1, 1)  # [B, 3, T, Y, X]
+        rows = latents.movedim(1, -1)  # [B, T, Y, X, C]
+        small = (rows @ weight + bias).movedim(-1, 1)  # [B, 3, T, Y, X]
         wide = small.repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)  # [B, 3, T, H, W]
         return wide.repeat_interleave(4, dim=2)[:, :, 3:]  # [B, 3, F, H, W]
 
@@ -242,13 +251,40 @@ class HunyuanVideoVAE(nn.Module):
         latents_in_dtype = latents.to(self.post_quant_conv.weight)
         # one by one, because statistics span a batch of frames but not of samples
         decode = self._decoding(None, _log.debug, recorded=False)
-        videos = [torch.cat(list(decode(one)), dim=2) for one in latents_in_dtype.split(1)]
+        videos = []
+        for one in latents_in_dtype.split(1):
+            videos += list(decode(one))  # one frame each, so one piece
         video = torch.cat(videos)  # [4, 3, 1, 128, 128]
         colours = F.avg_pool2d(video[:, :, 0].double().cpu(), 8)  # [4, 3, 16, 16]
         colours = colours.movedim(1, -1).flatten(0, 2)  # [1024, 3]
-        known = latents[:, :, 0].double().movedim(1, -1).flatten(0, 2)  # [1024, C]
-        known = torch.cat((known, torch.ones_like(known[:, :1])), dim=1)  # [1024, C + 1]
+        known = latents[:, :, 0].double()  # [4, C, 16, 16]
+        known = known.movedim(1, -1).flatten(0, 2)  # [1024, C]
+        ones = torch.ones_like(known[:, :1])
+        known = torch.cat((known, ones), dim=1)  # [1024, C + 1]
         return torch.linalg.lstsq(known, colours).solution
+
+
+def from_weights(
+    state: Mapping[str, Tensor],
+    config: VAEConfig | None = None,
+    dtype: torch.dtype | None = None,
+) -> HunyuanVideoVAE:
+    """The video VAE of a single file's tensors, in either layout that `names` knows.
+
+    config: None takes sizes from the shapes. dtype: None keeps that of the tensors. ValueError for
+    tensors that are missing, unexpected or of another shape, of which the first is named.
+    """
+    weights = names.converted(state)
+    shapes = {name: tuple(x.shape) for name, x in weights.items()}
+    with torch.device("meta"):
+        vae = HunyuanVideoVAE(config or names.video_config(shapes))
+    wanted = {name: tuple(x.shape) for name, x in vae.state_dict().items()}
+    names.check_complete(wanted, shapes)
+    vae.load_state_dict(weights, strict=True, assign=True)
+    # convolutions of channels-last activations would bring other weights into this order each time
+    vae.to(dtype=dtype)
+    vae.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload] # torch's stub
+    return vae.eval().requires_grad_(False)
 
 
 def decoding_scheme(
@@ -289,7 +325,7 @@ def _fastest(
     return choose(ladder(Accounting(chain, shape)), memory_budget)[0]
 
 
-def _in_float32(module: nn.Module) -> nn.Module:
+def _in_float32(module: _Module) -> _Module:
     """A copy of `module` whose weights are float32."""
     return copy.deepcopy(module).float()
 

@@ -5,6 +5,9 @@ These modules hold the weights and define the network for autograd. Without grad
 the same weights over chunks of frames.
 """
 
+from collections.abc import Sequence
+from typing import TypeVar, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +15,12 @@ from torch import Tensor, nn
 from ..config import VAEConfig
 
 _EPS = 1e-6  # of every GroupNorm
+_Layer = TypeVar("_Layer", bound=nn.Module)
+
+
+def _list(layers: Sequence[_Layer]) -> Sequence[_Layer]:
+    """A ModuleList of `layers`, whose items a type checker knows."""
+    return cast(Sequence[_Layer], nn.ModuleList(layers))
 
 
 class CausalConv3d(nn.Module):
@@ -55,7 +64,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = CausalConv3d(in_channels, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=_EPS)
         self.conv2 = CausalConv3d(out_channels, out_channels)
-        self.conv_shortcut = None
+        self.conv_shortcut: CausalConv3d | None = None
         if in_channels != out_channels:
             self.conv_shortcut = CausalConv3d(in_channels, out_channels, kernel=1)
 
@@ -79,7 +88,7 @@ class FrameCausalAttention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_out = _list([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         frames, height, width = x.shape[2:]
@@ -95,9 +104,10 @@ class FrameCausalAttention(nn.Module):
             k = key[:, :, :end]
             v = value[:, :, :end]
             attended.append(F.scaled_dot_product_attention(q, k, v))  # [B, 1, Y*X, C]
-        out = self.to_out[0](torch.cat(attended, dim=2)).squeeze(1)  # [B, T*Y*X, C]
-        out = out.unflatten(1, (frames, height, width)).permute(0, 4, 1, 2, 3)  # [B, C, T, Y, X]
-        return x + out
+        out = torch.cat(attended, dim=2).squeeze(1)  # [B, T*Y*X, C]
+        out = self.to_out[0](out)
+        out = out.unflatten(1, (frames, height, width))  # [B, T, Y, X, C]
+        return x + out.permute(0, 4, 1, 2, 3)  # [B, C, T, Y, X]
 
 
 class MidBlock(nn.Module):
@@ -105,11 +115,13 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
-        self.attentions = nn.ModuleList([FrameCausalAttention(channels, groups)])
+        self.resnets = _list([ResnetBlock(channels, channels, groups) for _ in range(2)])
+        self.attentions = _list([FrameCausalAttention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        x = self.resnets[0](x)
+        x = self.attentions[0](x)
+        return self.resnets[1](x)
 
 
 class Downsample(nn.Module):
@@ -118,7 +130,11 @@ class Downsample(nn.Module):
     Stride 2 in time makes (T - 1) // 2 + 1 frames of T.
     """
 
-    def __init__(self, channels: int, factors: tuple[int, int, int]):
+    def __init__(
+        self,
+        channels: int,
+        factors: tuple[int, int, int],
+    ):
         super().__init__()
         self.conv = CausalConv3d(channels, channels, stride=factors)
 
@@ -136,12 +152,16 @@ class Upsample(nn.Module):
     tensor never exists. The result is exact, at borders and in the first frame too.
     """
 
-    def __init__(self, channels: int, factors: tuple[int, int, int]):
+    def __init__(
+        self,
+        channels: int,
+        factors: tuple[int, int, int],
+    ):
         super().__init__()
         self.factors = factors
         self.conv = CausalConv3d(channels, channels)
 
-    def folded(self) -> dict[tuple[int, int, int], Tensor]:
+    def folded(self) -> dict[tuple[int, ...], Tensor]:
         """The weights of the convolution for every phase of the output, see `fold`."""
         return fold(self.conv.conv.weight, self.factors)
 
@@ -163,7 +183,10 @@ class Upsample(nn.Module):
         return out  # [B, C, time * (T - 1) + 1, down * Y, across * X]
 
 
-def fold(weight: Tensor, factors: tuple[int, int, int]) -> dict[tuple[int, int, int], Tensor]:
+def fold(
+    weight: Tensor,
+    factors: tuple[int, int, int],
+) -> dict[tuple[int, ...], Tensor]:
     """The convolutions that replace upsampling by `factors` and convolution with `weight`.
 
     weight: [C', C, 3, 3, 3]. The result holds one kernel [C', C, 2 or 3, 2 or 3, 2 or 3] for every
@@ -194,33 +217,62 @@ def _fold_axis(
     if factor == 1:
         return [kernel]
     w0, w1, w2 = kernel.split(1, dim)
-    return [torch.cat((w0, w1 + w2), dim), torch.cat((w0 + w1, w2), dim)]
+    even = (w0, w1 + w2)
+    odd = (w0 + w1, w2)
+    return [torch.cat(even, dim), torch.cat(odd, dim)]
 
 
-class Level(nn.Module):
-    """The resnets at one size, then the layer that changes the size, if any.
+def _resnets(
+    config: VAEConfig,
+    layers: int,
+    channels: tuple[int, int],
+) -> Sequence[ResnetBlock]:
+    """The resnets of one level, of which the first changes the channels from one to the other."""
+    inputs = (channels[0],) + (channels[1],) * (layers - 1)
+    return _list([ResnetBlock(c, channels[1], config.norm_num_groups) for c in inputs])
 
-    channels: (of the input, of the output). name: of the list that holds `resize`, "downsamplers"
-    or "upsamplers" in the published checkpoint.
-    """
+
+class DownLevel(nn.Module):
+    """The resnets at one size, then the layer that makes the video smaller, if any."""
 
     def __init__(
         self,
+        config: VAEConfig,
         channels: tuple[int, int],
-        layers: int,
-        groups: int,
-        name: str,
-        resize: nn.Module | None,
+        factors: tuple[int, int, int],
     ):
         super().__init__()
-        inputs = (channels[0],) + (channels[1],) * (layers - 1)
-        self.resnets = nn.ModuleList([ResnetBlock(c, channels[1], groups) for c in inputs])
-        self.add_module(name, nn.ModuleList([resize] if resize is not None else []))
+        resizes = max(factors) > 1
+        # made first, because the order decides which random weights a seed gives
+        downsamplers = _list([Downsample(channels[1], factors)] if resizes else [])
+        self.resnets = _resnets(config, config.layers_per_block, channels)
+        self.downsamplers = downsamplers
 
     def forward(self, x: Tensor) -> Tensor:
-        for layers in self.children():
-            for layer in layers:
-                x = layer(x)
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class UpLevel(nn.Module):
+    """The resnets at one size, then the layer that makes the video larger, if any."""
+
+    def __init__(
+        self,
+        config: VAEConfig,
+        channels: tuple[int, int],
+        factors: tuple[int, int, int],
+    ):
+        super().__init__()
+        resizes = max(factors) > 1
+        # made first, as in `DownLevel`
+        upsamplers = _list([Upsample(channels[1], factors)] if resizes else [])
+        self.resnets = _resnets(config, config.layers_per_block + 1, channels)
+        self.upsamplers = upsamplers
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
         return x
 
 
@@ -245,19 +297,13 @@ def _level_factors(config: VAEConfig) -> list[tuple[int, int, int]]:
 def _levels(
     config: VAEConfig,
     widths: tuple[int, ...],
-    layers: int,
-    name: str,
-    resize: type,
-) -> nn.ModuleList:
-    """The levels of a network whose channels are `widths`; `resize` is Downsample or Upsample."""
-    levels = []
+    kind: type[_Layer],
+) -> Sequence[_Layer]:
+    """The levels, of class `kind`, of a network whose levels have `widths` channels."""
     inputs = (widths[0], *widths[:-1])
-    for channels, factors in zip(
-        zip(inputs, widths, strict=True), _level_factors(config), strict=True
-    ):
-        step = resize(channels[1], factors) if max(factors) > 1 else None
-        levels.append(Level(channels, layers, config.norm_num_groups, name, step))
-    return nn.ModuleList(levels)
+    channels = zip(inputs, widths, strict=True)
+    levels = zip(channels, _level_factors(config), strict=True)
+    return _list([kind(config, pair, factors) for pair, factors in levels])
 
 
 class Encoder(nn.Module):
@@ -266,9 +312,8 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = config.block_out_channels
-        layers = config.layers_per_block
         self.conv_in = CausalConv3d(3, widths[0])
-        self.down_blocks = _levels(config, widths, layers, "downsamplers", Downsample)
+        self.down_blocks = _levels(config, widths, DownLevel)
         self.mid_block = MidBlock(widths[-1], config.norm_num_groups)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=_EPS)
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
@@ -287,10 +332,9 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = config.block_out_channels[::-1]
-        layers = config.layers_per_block + 1
         self.conv_in = CausalConv3d(config.latent_channels, widths[0])
         self.mid_block = MidBlock(widths[0], config.norm_num_groups)
-        self.up_blocks = _levels(config, widths, layers, "upsamplers", Upsample)
+        self.up_blocks = _levels(config, widths, UpLevel)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=_EPS)
         self.conv_out = CausalConv3d(widths[-1], 3)
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ..config import VAEConfig
 
+Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
+
 # where all-in-one files keep their VAE
 PREFIXES = ("", "vae.", "first_stage_model.")
 _SIDES = ("encoder", "decoder")
@@ -79,7 +81,9 @@ def _within(side: str, name: str, levels: int) -> str | None:
     )
     if match is None or int(match[1]) >= levels:
         return None
-    level = int(match[1]) if side == "encoder" else levels - 1 - int(match[1])
+    level = int(match[1])
+    if side == "decoder":
+        level = levels - 1 - level
     inside = f"{direction}samplers.0"
     if match[3] is not None:
         inside = f"resnets.{match[3]}.{_RESNET.get(match[4], match[4])}"
@@ -103,8 +107,9 @@ def our_names(names: Iterable[str]) -> dict[str, str]:
     bare = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     if not is_original(bare.values()):
         return bare
-    ups = [re.match(r"decoder\.up\.(\d+)\.", name) for name in bare.values()]
-    levels = 1 + max((int(up[1]) for up in ups if up is not None), default=-1)
+    matches = [re.match(r"decoder\.up\.(\d+)\.", name) for name in bare.values()]
+    ups = [int(match[1]) for match in matches if match is not None]
+    levels = 1 + max(ups, default=-1)
     ours = {name: our_name(original, levels) for name, original in bare.items()}
     wrong = [name for name, found in ours.items() if found is None]
     if wrong:
@@ -115,7 +120,10 @@ def our_names(names: Iterable[str]) -> dict[str, str]:
     return {name: found for name, found in ours.items() if found is not None}
 
 
-def our_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def our_shape(
+    name: str,
+    shape: tuple[int, ...],
+) -> tuple[int, ...]:
     """The shape of the weight that we call `name`, stored with `shape` in either layout."""
     pointwise = len(shape) > 2 and all(size == 1 for size in shape[2:])
     return shape[:2] if pointwise and _PROJECTION.search(name) else shape
@@ -134,7 +142,7 @@ def converted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def video_config(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
+def video_config(shapes: Shapes) -> VAEConfig:
     """The sizes of the video VAE whose weights, under our names, have these shapes.
 
     What shapes do not tell, the groups of the norms and the scaling factor, is as in the released
@@ -150,7 +158,7 @@ def video_config(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
     return VAEConfig(latent_channels=latents[0], block_out_channels=widths, layers_per_block=layers)
 
 
-def picture_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def picture_config(shapes: Shapes) -> dict[str, Any]:
     """The arguments of diffusers' AutoencoderKL for a picture VAE whose weights have these shapes.
 
     What shapes do not tell is as in FLUX.1's VAE. ValueError where a size is missing.
@@ -178,9 +186,7 @@ def picture_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def check_complete(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> None:
+def check_complete(wanted: Shapes, found: Shapes) -> None:
     """ValueError unless both hold the same names with the same shapes; the first fault is named."""
     lacking = sorted(wanted.keys() - found.keys())
     others = sorted(found.keys() - wanted.keys())
@@ -198,12 +204,15 @@ def check_complete(
             )
 
 
-def _sizes(shapes: Mapping[str, tuple[int, ...]], weight: str) -> tuple[tuple[int, ...], int]:
+def _sizes(
+    shapes: Shapes,
+    weight: str,
+) -> tuple[tuple[int, ...], int]:
     """Channels of each level, and resnets of the first, of the encoder with these shapes.
 
     weight: what the weight of a convolution is called behind the name of its layer.
     """
-    widths = []
+    widths: list[int] = []
     while (name := f"encoder.down_blocks.{len(widths)}.resnets.0.conv2.{weight}") in shapes:
         widths.append(shapes[name][0])
     layers = 0

@@ -200,7 +200,10 @@ def ladder(accounting: Accounting) -> list[Scheme]:
     return result
 
 
-def choose(schemes: list[Scheme], memory_budget: int | None) -> list[Scheme]:
+def choose(
+    schemes: list[Scheme],
+    memory_budget: int | None,
+) -> list[Scheme]:
     """The schemes of a ladder that fit `memory_budget` bytes; None takes all.
 
     TypeError for a budget that is no int, ValueError for one that is too small for any scheme.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import kandinsky_kernels as ops
 
 from . import winograd
+from .layers import CausalConv3d, Downsample, FrameCausalAttention, Upsample
 
 # A chunk has as many frames as it takes to reach this many positions: in smaller ones a convolution
 # spends more time repacking its weights than it saves.
@@ -38,19 +39,18 @@ class Chunk:
     __slots__ = ("x", "skip")
 
     def __init__(self, x: Tensor, skip: Tensor | None = None):
-        self.x: Tensor | None = x
+        self.x = x
         self.skip = skip
 
     def take(self) -> Tensor:
         """`x`, which the chunk then no longer holds."""
         x = self.x
-        self.x = None
+        del self.x
         return x
 
     def move(self) -> Chunk:
         """A new chunk with these tensors, which this one then no longer holds."""
-        moved = Chunk(self.x, self.skip)
-        self.x = None
+        moved = Chunk(self.take(), self.skip)
         self.skip = None
         return moved
 
@@ -142,17 +142,17 @@ class Convolve(Stage):
 
     def __init__(
         self,
-        conv: nn.Module,
+        conv: CausalConv3d,
         norm: nn.GroupNorm | None = None,
         before: Callable[[Tensor], Tensor] | None = None,
-        shortcut: nn.Module | None = None,
+        shortcut: CausalConv3d | None = None,
         detour: str = "",
     ):
-        self.conv: nn.Conv3d = conv.conv
+        self.conv = conv.conv
         self.norm = norm
         self.before = before
         self.detour = detour
-        self.shortcut: nn.Conv3d | None = None if shortcut is None else shortcut.conv
+        self.shortcut = None if shortcut is None else shortcut.conv
 
     def flow(
         self,
@@ -181,12 +181,17 @@ class Convolve(Stage):
             chunk.x = out  # [B, f, Y, X, C']
             del padded, out
             if self.detour == "closes":
+                assert chunk.skip is not None  # the stage before opened the detour
                 chunk.x.add_(chunk.skip)
                 chunk.skip = None
             yield chunk
 
     @staticmethod
-    def _padded(x: Tensor, front: Tensor | None, affine: Affine | None) -> Tensor:
+    def _padded(
+        x: Tensor,
+        front: Tensor | None,
+        affine: Affine | None,
+    ) -> Tensor:
         """The padded input of the convolution, after GroupNorm and SiLU where there is a norm."""
         if affine is None:
             return pad(x, front, 2)
@@ -222,9 +227,9 @@ class Convolve(Stage):
 class Attend(Stage):
     """The frame-causal attention of the middle, which keeps the keys and values of all frames."""
 
-    def __init__(self, attention: nn.Module):
+    def __init__(self, attention: FrameCausalAttention):
         self.attention = attention
-        self.norm = attention.group_norm
+        self.norm: nn.GroupNorm = attention.group_norm
 
     def flow(
         self,
@@ -232,8 +237,9 @@ class Attend(Stage):
         affine: Affine | None,
         frames: int,
     ) -> Iterator[Chunk]:
+        assert affine is not None  # `norm` is not None
         layer = self.attention
-        keys = values = None
+        keys: Tensor | None = None
         start = 0  # index of the first frame of the chunk
         scale, shift = (v[:, None, None] for v in affine)  # [B, 1, 1, C]
         for chunk in stream:
@@ -241,7 +247,8 @@ class Attend(Stage):
             end = start + x.shape[1]
             tokens = torch.addcmul(shift, x.flatten(2, 3), scale).to(x.dtype)  # [B, f, P, C]
             if keys is None:
-                shape = (x.shape[0], frames, tokens.shape[2], x.shape[-1])
+                batch, _, positions, channels = tokens.shape
+                shape = (batch, frames, positions, channels)
                 keys = tokens.new_empty(shape)  # [B, T, P, C]
                 values = tokens.new_empty(shape)
             keys[:, start:end] = layer.to_k(tokens)
@@ -272,20 +279,20 @@ class Enlarge(Stage):
 
     resizes = True
 
-    def __init__(self, upsample: nn.Module):
+    def __init__(self, upsample: Upsample):
         self.upsample = upsample
         self.front = 3 - upsample.factors[0]  # frames that the next chunk needs again
         three_taps_in_time = self.front == 2
         self.in_pairs = three_taps_in_time and winograd.suits(upsample.conv.conv)
-        self._kernels: dict | None = None
+        self._kernels: dict[tuple[int, ...], Tensor | list[Tensor]] | None = None
 
-    def _folded(self) -> dict:
-        """For every phase its kernel, or the four of the convolution in pairs; made once."""
+    def _folded(self) -> dict[tuple[int, ...], Tensor | list[Tensor]]:
+        """For every phase its weight, or the four kernels of convolution in pairs; made once."""
         if self._kernels is None:
-            self._kernels = self.upsample.folded()
-            if self.in_pairs:
-                for phase, weight in self._kernels.items():
-                    self._kernels[phase] = winograd.taps_of(weight)
+            self._kernels = {
+                phase: winograd.taps_of(weight) if self.in_pairs else weight
+                for phase, weight in self.upsample.folded().items()
+            }
         return self._kernels
 
     def flow(
@@ -303,7 +310,8 @@ class Enlarge(Stage):
                 front = _keep(front, padded, self.front)
                 del padded
                 yield piece
-            x = chunk.x = None
+            del x
+            chunk.take()
 
     def _phases(self, padded: Tensor, first: bool) -> Tensor:
         """Enlarged frames [B, f', 2Y, 2X, C] of padded ones [B, front + f, Y + 2, X + 2, C].
@@ -320,7 +328,7 @@ class Enlarge(Stage):
         frames = time * count - int(single)
         out = padded.new_empty(batch, frames, down * height, across * width, channels)
         bias = self.upsample.conv.conv.bias
-        for (t, y, z), weight in self._folded().items():
+        for (t, y, z), kernel in self._folded().items():
             if single and t and count == 1:  # a single frame is not doubled
                 continue
             rows = slice(y, y + height + 3 - down)
@@ -328,10 +336,10 @@ class Enlarge(Stage):
             window = padded[:, t if single else 0 :, rows, columns]
             offset = t if single else time - 1 - t
             phase = out[:, offset::time, y::down, z::across]
-            if self.in_pairs:
-                phase.copy_(winograd.convolve(window, weight, bias, first))
+            if isinstance(kernel, list):
+                phase.copy_(winograd.convolve(window, kernel, bias, first))
             else:
-                phase.copy_(ops.causal_conv3d(window, weight, bias))
+                phase.copy_(ops.causal_conv3d(window, kernel, bias))
         return out
 
     def after(self, shape: StreamShape) -> StreamShape:
@@ -388,9 +396,11 @@ class Shrink(Stage):
 
     resizes = True
 
-    def __init__(self, downsample: nn.Module):
-        self.conv: nn.Conv3d = downsample.conv.conv
-        self.front = 3 - self.conv.stride[0]  # frames that the next chunk needs again
+    def __init__(self, downsample: Downsample):
+        self.conv = downsample.conv.conv
+        time, down, across = self.conv.stride
+        self.stride = (time, down, across)
+        self.front = 3 - time  # frames that the next chunk needs again
 
     def flow(
         self,
@@ -404,12 +414,13 @@ class Shrink(Stage):
         for chunk in stream:
             x = chunk.take()
             if front is None:
-                after = self.after(StreamShape(frames, *x.shape[2:], x.shape[1]))
+                _, length, height, width, channels = x.shape
+                after = self.after(StreamShape(frames, height, width, channels, length))
                 wanted, *lengths = shrinking_lengths(after.frames, after.height, after.width)
             padded = pad(x, front, 2 if front is None else self.front)
             del x
             front = _keep(front, padded, self.front)
-            out = ops.causal_conv3d(padded, conv.weight, conv.bias, conv.stride)
+            out = ops.causal_conv3d(padded, conv.weight, conv.bias, self.stride)
             ready.append(out)  # [B, f', Y', X', C]
             del padded, out
             if sum(piece.shape[1] for piece in ready) == wanted:
@@ -422,7 +433,7 @@ class Shrink(Stage):
         sizes = (shape.frames, shape.height, shape.width)
         strided = [
             (size - 1) // step + 1  # of positions 0 to size - 1, those that a stride meets
-            for size, step in zip(sizes, self.conv.stride, strict=True)
+            for size, step in zip(sizes, self.stride, strict=True)
         ]
         frames, height, width = strided
         chunk = max(shrinking_lengths(frames, height, width))
@@ -443,7 +454,7 @@ class Shrink(Stage):
 
     def _made(self, shape: StreamShape) -> int:
         """The most frames that become of one chunk."""
-        return (shape.chunk - 1) // self.conv.stride[0] + 1
+        return (shape.chunk - 1) // self.stride[0] + 1
 
     def flops(self, shape: StreamShape) -> int:
         after = self.after(shape)
@@ -497,7 +508,8 @@ def pixels(video: Tensor, like: Tensor) -> Tensor:
     """
     if video.dtype == torch.uint8:
         wide = torch.promote_types(like.dtype, torch.float32)
-        video = video.to(like.device).to(wide).div_(127.5).sub_(1)
+        video = video.to(like.device).to(wide)
+        video = video.div_(127.5).sub_(1)
     return video.to(like)
 
 
@@ -529,4 +541,5 @@ def shrinking_lengths(
     count = frames_of_chunk(height, width)
     later = max(2, 1 << (count.bit_length() - 1))
     first = min(frames, 1 + later if count > 1 else 1)
-    return [first, *(min(later, frames - start) for start in range(first, frames, later))]
+    starts = range(first, frames, later)
+    return [first, *(min(later, frames - start) for start in starts)]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import kandinsky_kernels as ops
 
+from .layers import Decoder, Encoder, MidBlock, ResnetBlock
 from .stages import (
     Affine,
     Attend,
@@ -45,12 +46,13 @@ class NotFinite(RuntimeError):
 
 def check_finite(x: Tensor, doing: str) -> None:
     """Raise NotFinite where x holds NaN or infinity. doing: "encoding" or "decoding"."""
-    if x.is_meta or not x.numel():
-        return
-    extremes = torch.stack(x.detach().aminmax())  # NaN where x holds one
-    if extremes.isfinite().all():
-        return
-    raise _not_finite(doing, x.dtype)
+    if x.numel() and not _finite(*x.detach().aminmax()):  # both are NaN where x holds one
+        raise _not_finite(doing, x.dtype)
+
+
+def _finite(one: Tensor, other: Tensor) -> bool:
+    """Whether all values of two tensors of one shape are finite; the meta device holds none."""
+    return one.is_meta or bool(torch.stack((one, other)).isfinite().all())
 
 
 def _not_finite(doing: str, dtype: torch.dtype) -> NotFinite:
@@ -76,7 +78,9 @@ class Chain:
     @property
     def weight(self) -> Tensor:
         """One of the weights, for their dtype and device."""
-        return self.stages[0].conv.weight
+        first = self.stages[0]
+        assert isinstance(first, Convolve)
+        return first.conv.weight
 
     def shapes(
         self,
@@ -93,7 +97,7 @@ class Chain:
         return shapes
 
 
-def decoding(decoder: nn.Module, post_quant: nn.Conv3d | None = None) -> Chain:
+def decoding(decoder: Decoder, post_quant: nn.Conv3d | None = None) -> Chain:
     """The chain from latents (before `post_quant`, where it is given) to video."""
     before = None if post_quant is None else partial(pointwise, conv=post_quant)
     stages: list[Stage] = [Convolve(decoder.conv_in, before=before)]
@@ -106,7 +110,7 @@ def decoding(decoder: nn.Module, post_quant: nn.Conv3d | None = None) -> Chain:
     return Chain("decoding", stages, enlarging_lengths)
 
 
-def encoding(encoder: nn.Module) -> Chain:
+def encoding(encoder: Encoder) -> Chain:
     """The chain from video, as `pixels` takes it, to moments before quant_conv."""
     convert = partial(pixels, like=encoder.conv_in.conv.weight)
     stages: list[Stage] = [Convolve(encoder.conv_in, before=convert)]
@@ -119,12 +123,12 @@ def encoding(encoder: nn.Module) -> Chain:
     return Chain("encoding", stages, shrinking_lengths)
 
 
-def _middle(block: nn.Module) -> list[Stage]:
+def _middle(block: MidBlock) -> list[Stage]:
     first, last = block.resnets
     return [*_resnet(first), Attend(block.attentions[0]), *_resnet(last)]
 
 
-def _resnet(resnet: nn.Module) -> list[Stage]:
+def _resnet(resnet: ResnetBlock) -> list[Stage]:
     return [
         Convolve(resnet.conv1, resnet.norm1, shortcut=resnet.conv_shortcut, detour="opens"),
         Convolve(resnet.conv2, resnet.norm2, detour="closes"),
@@ -158,7 +162,8 @@ def stream(
         return iter(source)
 
     rows = x.permute(0, 2, 3, 4, 1)  # [B, T, Y, X, C]
-    source = deque(Chunk(piece) for piece in rows.split(chain.lengths(*x.shape[2:]), dim=1))
+    lengths = chain.lengths(*x.shape[2:])
+    source = deque(Chunk(piece) for piece in rows.split(lengths, dim=1))
     start = 0  # the stage in front of which `source` lies
     for k, stage in enumerate(stages):
         norm = stage.norm if k not in affines else None
@@ -168,12 +173,17 @@ def stream(
         elif norm is not None:
             moments, _ = _pass(flow(start, k, _copy(source)), norm, keep=False)
         if norm is not None:
-            scale, shift = ops.group_affine(torch.cat(moments, 1), norm.weight, norm.bias, norm.eps)
-            if not (scale.is_meta or torch.stack((scale, shift)).isfinite().all()):
+            affines[k] = _affine(norm, torch.cat(moments, 1))
+            if not _finite(*affines[k]):
                 raise _not_finite(chain.doing, chain.weight.dtype)
-            affines[k] = (scale, shift)
     for chunk in flow(start, len(stages), _drain(source)):
         yield chunk.take().permute(0, 4, 1, 2, 3)  # [B, C', f, Y', X']
+
+
+def _affine(norm: nn.GroupNorm, moments: Tensor) -> Affine:
+    """`norm` as scale and shift [B, C], from the moments [B, T, G, 2] of all frames."""
+    scale, shift = ops.group_affine(moments, norm.weight, norm.bias, norm.eps)
+    return scale, shift
 
 
 def _pass(

@@ -50,13 +50,14 @@ def taps_of(weight: Tensor) -> list[Tensor]:
 def convolve(
     padded: Tensor,
     taps: list[Tensor],
-    bias: Tensor,
+    bias: Tensor | None,
     first: bool,
 ) -> Tensor:
     """`causal_conv3d` of padded [B, f + 2, Y + kY - 1, X + kX - 1, C]: [B, f, Y, X, C'].
 
     taps: from `taps_of`. first: whether the first three frames of `padded` are the same one.
     """
+    assert bias is not None  # every convolution of the VAE has one
     batch, padded_frames, padded_height, padded_width, _ = padded.shape
     channels, _, tap_height, tap_width = taps[0].shape
     frames = padded_frames - 2

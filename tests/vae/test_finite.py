@@ -16,7 +16,7 @@ from kandinsky_model.vae.flux import ImageVAE
 from kandinsky_model.vae.stream import NotFinite
 from kandinsky_model.vae.tiles import Tiling
 
-from .test_hunyuan import small_vae
+from .test_hunyuan import frozen_vae, small_vae
 from .test_names import picture_vae
 
 LINE = "decoding overflows float16; it goes on in float32, which takes twice the memory"
@@ -41,7 +41,11 @@ def bundled():
 
 @pytest.mark.parametrize(
     ("policy", "tiles"),
-    [("global", None), ("official", Tiling(64, 64)), ("preview", None)],
+    [
+        ("global", None),
+        ("official", Tiling(64, 64)),
+        ("preview", None),
+    ],
     ids=["global", "official", "preview"],
 )
 def test_the_bundled_vae_decodes_in_float16(bundled, caplog, policy, tiles):
@@ -67,9 +71,9 @@ def test_weights_stay_as_they_were(bundled):
 
 
 def test_what_fits_float16_stays_in_it(caplog):
-    vae = small_vae(dtype=torch.float16).requires_grad_(False)
+    vae = frozen_vae(dtype=torch.float16)
     latents = torch.randn(1, 4, 3, 4, 5).half()
-    wanted = small_vae().requires_grad_(False).decode(latents.float())
+    wanted = frozen_vae().decode(latents.float())
     assert psnr(vae.decode(latents), wanted) >= 45
     assert not warnings(caplog)
 
@@ -91,7 +95,7 @@ def test_the_budget_changes_no_bit_and_is_exceeded_with_a_word(bundled, caplog):
 
 def test_pieces_that_were_given_out_are_not_given_again(monkeypatch, caplog):
     monkeypatch.setattr(stages, "POSITIONS", 64)  # so that there are several pieces
-    vae = small_vae(dtype=torch.float16).requires_grad_(False)
+    vae = frozen_vae(dtype=torch.float16)
     latents = torch.randn(1, 4, 5, 4, 4).half()
     narrow = list(vae.decode_frames(latents))
     same_weights = small_vae(dtype=torch.float16).float().requires_grad_(False)
@@ -139,7 +143,7 @@ def test_broken_weights_are_an_error(dtype, layer, recorded):
 
 
 def test_results_beyond_float16_are_an_error():
-    vae = small_vae(dtype=torch.float16).requires_grad_(False)
+    vae = frozen_vae(dtype=torch.float16)
     vae.decoder.conv_out.conv.weight.mul_(2**15)
     vae.decoder.conv_out.conv.bias.fill_(65504)
     with pytest.raises(NotFinite, match="in torch.float16: load the VAE in bfloat16 or float32"):

@@ -3,12 +3,13 @@
 name is told."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kandinsky_model.config import VAEConfig
-from kandinsky_model.vae import flux, names
+from kandinsky_model.vae import flux, hunyuan, names
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 
 from .test_hunyuan import SMALL, small_vae
@@ -81,6 +82,15 @@ def test_video_vae_in_the_original_layout(config, prefix):
     assert f"{prefix}encoder.down.0.downsample.conv.conv.weight" in file
     assert file[f"{prefix}encoder.mid.attn_1.q.weight"].ndim == 5
     same(names.converted(file), state)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_video_vae_from_weights_decodes_the_same(dtype):
+    vae = small_vae().to(dtype).eval().requires_grad_(False)
+    latents = torch.randn(1, 4, 2, 3, 4).to(vae.dtype)
+    loaded = hunyuan.from_weights(original(small_vae().state_dict(), 3), SMALL, dtype)
+    assert not loaded.training
+    assert torch.equal(loaded.decode(latents), vae.decode(latents))
 
 
 def test_published_names_of_the_video_vae():
@@ -202,3 +212,12 @@ def test_a_picture_vae_that_lacks_a_tensor_is_refused():
     del file["decoder.conv_out.bias"]
     with pytest.raises(ValueError, match=r"lacks 1 of them, decoder\.conv_out\.bias first"):
         flux.from_weights(file)
+
+
+def test_a_video_vae_of_other_sizes_is_refused():
+    file = original(small_vae().state_dict(), 3)
+    with pytest.raises(ValueError, match=r"must have shape .* got \[.*24.*\]: use the file"):
+        hunyuan.from_weights(file, replace(SMALL, block_out_channels=(8, 16, 16, 32)))
+    file["decoder.mid.block_3.conv1.conv.weight"] = torch.ones(1)
+    with pytest.raises(ValueError, match=r"got 1 others, decoder\.mid\.block_3"):
+        hunyuan.from_weights(file, SMALL)
