@@ -266,11 +266,11 @@ class Replacement:
         shift, scale, gate, shift_cross, scale_cross, gate_cross, shift_ff, scale_ff, gate_ff = (
             vectors
         )
-        normed: Tensor | None = modulated_norm(x, scale, shift)
+        begin = modulated_norm(x, scale, shift)
         if self.tiling is None:
-            branch = block.self_attention(normed, freqs, transformer_options=options)
+            branch = block.self_attention(begin, freqs, transformer_options=options)
         else:
-            branch = self.attend(block.self_attention, normed, self.tiling, freqs)
+            branch = self.attend(block.self_attention, begin, self.tiling, freqs)
         x, normed = gated_add_norm(x, branch, gate, scale_cross, shift_cross)
         branch = block.cross_attention(normed, context, transformer_options=options)
         x, normed = gated_add_norm(x, branch, gate_cross, scale_ff, shift_ff)

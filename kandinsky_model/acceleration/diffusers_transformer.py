@@ -11,7 +11,7 @@ casting, quantisation and adapters work.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ def attention(
         backend = self.processor._attention_backend
         out = dispatch_attention_fn(query, key, value, backend=backend)
     else:
-        recipe = nabla.Nabla(rotary, **sparse_params)
+        recipe = nabla.Nabla(cast(Rotary, rotary), **sparse_params)
         out = nabla.attend(project, self.query_norm, self.key_norm, recipe)
     return self.out_layer(out.flatten(-2))  # [B, S, C]
 
