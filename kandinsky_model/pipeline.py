@@ -95,8 +95,7 @@ class Kandinsky5:
         parts: Sequence[str] = PARTS,
         text_cache: bool = True,
         quantize: str | None = None,
-        preset: str | None = None,
-        **places: Any,
+        **options: Any,
     ) -> Kandinsky5:
         """Load a preset, a local path or a hub repository `owner/name`.
 
@@ -108,18 +107,19 @@ class Kandinsky5:
         `torch_dtype`, is taken as well. parts: the parts to load. text_cache: keep embedded prompts
         on disk, so that large text encoders are read for new prompts only. quantize: keep the
         transformer's large weights in 8 bits, in one of the `QUANTIZATIONS`; None keeps them as
-        they are stored. preset: whose settings to take; None finds out which checkpoint this is.
-        places: the folders `vae=`, `text_encoder=` and `text_encoder_2=` of an official checkpoint
-        whose parts do not lie together.
+        they are stored. options: `preset=`, whose settings to take, where it should not be found
+        out which checkpoint this is; the folders `vae=`, `text_encoder=` and `text_encoder_2=` of
+        an official checkpoint whose parts do not lie together.
 
         Raises ValueError or OSError for names, files and weights that do not fit, and RuntimeError
         for a device or package that is missing.
         """
-        dtype = places.pop("torch_dtype", dtype)
+        dtype = options.pop("torch_dtype", dtype)
+        preset = options.pop("preset", None)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype, got {shown(dtype)}; pass torch.bfloat16")
         chosen = choose_device(device)
-        sources = locate(model, revision, cls.fallback_preset, places, parts, preset)
+        sources = locate(model, revision, cls.fallback_preset, options, parts, preset)
         return cls.from_sources(sources, chosen, dtype, text_cache, quantize)
 
     @classmethod
