@@ -26,7 +26,7 @@ def _check_sizes(config: object, **most: int) -> None:
         for size in value if isinstance(value, tuple) else (value,):
             if isinstance(size, bool) or not isinstance(size, Integral):
                 raise TypeError(f"{name} must be made of whole numbers, got {value!r}; correct it")
-            if not 1 <= size <= limit:
+            if not 1 <= int(size) <= limit:
                 raise ValueError(f"{name} must lie in 1..{limit:,}, got {value!r}; correct it")
 
 

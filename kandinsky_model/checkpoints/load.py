@@ -131,7 +131,7 @@ def load_vae(
     check_vae_config(config, entries)
     vae = _load(empty_vae(config), entries, dtype, device)
     # Activations are channels-last, and a convolution reorders weights that are not on every call.
-    return vae.to(memory_format=torch.channels_last_3d)
+    return vae.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 
 def empty_vae(config: VAEConfig) -> HunyuanVideoVAE:

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ..config import PRESETS, DiTConfig, NablaConfig, Preset, get_preset
@@ -104,7 +105,7 @@ def check_preset(preset: Preset, path: Path) -> None:
     """ValueError where the network at `path` has other sizes than the preset that the user named,
     though another preset has them."""
     config = _config_at(path)
-    if _fits_any(config) and not fits(preset, config):
+    if config is not None and _fits_any(config) and not fits(preset, config):
         fitting = ", ".join(one.name for one in PRESETS.values() if fits(one, config))
         raise ValueError(
             f"the preset must have the sizes of the weights, but {path} is not a "
@@ -141,7 +142,7 @@ def _evidence(path: Path, name: str) -> Iterator[tuple[str, Callable[[Preset], b
     try:
         files, folder = find_weights(path, "transformer")
         said = _read_quietly(folder / CONFIG_NAME).get(PRESET_KEY)
-        yield "its config.json", lambda preset: preset.name == said
+        yield "its config.json", partial(_is_called, str(said))
     except (OSError, ValueError):
         pass  # whoever loads it says what is wrong
     file = files[0] if files else path
@@ -174,7 +175,15 @@ def _words_of(text: str, source: str) -> Iterator[tuple[str, Callable[[Preset], 
     for subject, patterns in _WORDS.items():
         found = next((word for word, form in patterns.items() if re.search(form, text.lower())), "")
         if found:
-            yield source, lambda preset, s=subject, w=found: _word(preset, s) == w
+            yield source, partial(_is_said, subject, found)
+
+
+def _is_called(name: str, preset: Preset) -> bool:
+    return preset.name == name
+
+
+def _is_said(subject: str, word: str, preset: Preset) -> bool:
+    return _word(preset, subject) == word
 
 
 def _word(preset: Preset, subject: str) -> str:
