@@ -186,6 +186,7 @@ def resume(args) -> None:
         device=args.device,
         parts=("dit", "vae"),
         quantize=settings.quantization or None,
+        preset=args.preset,
     )
     for path, scale in map(scaled_path, settings.lora):
         model.lora.load(path, scale=scale)

@@ -158,6 +158,7 @@ def _resume_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("run_file", metavar="run", help="a .run.safetensors file")
     command.add_argument("-o", "--output", help="default: the name of the run, as .mp4 or .png")
     command.add_argument("--model", help="default: the model that began the run")
+    command.add_argument("--preset", help="what the run was begun with, if it was")
     _device_arguments(command)
 
 
