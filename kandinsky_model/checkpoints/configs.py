@@ -129,6 +129,12 @@ def check_dit_config(config: DiTConfig, entries: Mapping[str, Entry]) -> None:
 def check_vae_config(config: VAEConfig, entries: Mapping[str, Entry]) -> None:
     """`check_dit_config` for a VAE, of videos or of pictures."""
     levels = _count(entries, "encoder.down_blocks")
+    if not levels:
+        raise ValueError(
+            "the file must hold a VAE, but "
+            f"{first_few('missing', ['encoder.conv_in.conv.weight'])}, "
+            f"{first_few('found', sorted(entries))}; check that this is the right file"
+        )
     convolution = "encoder.down_blocks.{}.resnets.0.conv1{}.weight"
     widths = []
     for i in range(levels):
