@@ -174,6 +174,9 @@ def _decode_arguments(command: argparse.ArgumentParser) -> None:
 def _decoding_arguments(command: argparse.ArgumentParser) -> None:
     _device_arguments(command)
     command.add_argument(
+        "--vae", metavar="PATH", help="a VAE's folder or file (default: where the model lies)"
+    )
+    command.add_argument(
         "--vae-policy",
         choices=("global", "official", "preview"),
         help="decode in one piece, in the published pipeline's tiles, or to "
