@@ -302,7 +302,7 @@ def load_vae_file(path: str | Path, dtype: torch.dtype) -> nn.Module:
         build = partial(hunyuan.from_weights, config=config)
     # The header alone shows whether the tensors are those of a VAE.
     build({name: torch.empty(entries[name].shape, device="meta") for name in own})
-    state = {}
+    state: dict[str, Tensor] = {}
     for file_path in files:
         with opened(file_path) as file:
             found = {name: entries[name] for name in own if entries[name].path == file_path}
