@@ -146,12 +146,16 @@ def _evidence(path: Path, name: str) -> Iterator[tuple[str, Callable[[Preset], b
     except (OSError, ValueError):
         pass  # whoever loads it says what is wrong
     file = files[0] if files else path
-    names = [path.name, name.rpartition("/")[2], file.name]
-    names += [parent.name for parent in file.absolute().parents][:_PARENTS]
-    for text in dict.fromkeys(names):
+    own = list(dict.fromkeys([path.name, name.rpartition("/")[2], file.name]))
+    above = [parent.name for parent in file.absolute().parents][:_PARENTS]
+    for text in own + above:
         yield from _published(text)
-    for text in dict.fromkeys(names):
+    for text in own:
         yield from _words_of(text, "its name")
+    for text in above:
+        # A folder called hd may be a hard disk.
+        certain = "kandinsky" in text.lower()
+        yield from _words_of(text if certain else text.lower().replace("hd", ""), "its folder")
     for source in files[:1]:
         yield from _words_of(_titles(source), "the metadata in its header")
     for root in (folder, folder.parent):

@@ -182,6 +182,13 @@ def test_the_folder_of_the_hubs_cache_names_it(home, headers, caplog):
     assert chosen(path, caplog) == ("t2v-lite-distilled16steps-10s", [])
 
 
+def test_a_hard_disk_is_no_high_definition(home, headers, caplog):
+    path = write(home / "hd" / "kandinsky5pro_t2v_sft_5s.safetensors", headers["t2v-pro-sft-5s"])
+    assert chosen(path, caplog)[0] == "t2v-pro-sft-5s"
+    path = path.rename(path.with_name("k5_pro_t2v_sft_5s_hd.safetensors"))
+    assert chosen(path, caplog)[0] == "t2v-pro-sft-5s-hd"
+
+
 def test_sizes_of_no_checkpoint_are_said_to_be_that(home, caplog, headers):
     shapes = {
         name: tuple(128 if size == 1792 else size for size in shape)
