@@ -51,28 +51,27 @@ def choose_preset(path: Path, name: str, fallback: str) -> Preset:
     where the choice was not certain. fallback: the preset to take where nothing tells."""
     config = _config_at(path)
     left, reason = presets_of(path, name, config)
-    preset = next((one for one in left if one.name == fallback), None)
     if reason is None and not _fits_any(config):
-        preset = get_preset(fallback)
-        if config is not None:
-            _log.warning(
-                "%s has the sizes of no released checkpoint, so the settings of %s are taken; "
-                "name others with --preset (preset=)",
-                printable(name),
-                preset.name,
-            )
-        return preset
-    preset = preset or left[0]
-    if len({one.filename for one in left}) > 1:
+        left = [get_preset(fallback)]
+    preset = next((one for one in left if one.name == fallback), left[0])
+    is_one_file = len({one.filename for one in left}) == 1
+    if config is not None and not _fits_any(config) and (reason is None or not is_one_file):
+        _log.warning(
+            "%s has the sizes of no released checkpoint, so the settings of %s are taken; "
+            "name others with --preset (preset=)",
+            printable(name),
+            preset.name,
+        )
+    elif not is_one_file:
         _log.warning(
             "%s may be any of %s: the settings of %s are taken, %s; "
             "name others with --preset (preset=)",
             printable(name),
             ", ".join(one.name for one in left),
             preset.name,
-            "as asked for by the class" if preset.name == fallback != left[0].name else "the first",
+            "the first" if preset is left[0] else "the default of the class",
         )
-    else:
+    elif reason is not None:
         _log.info("%s is taken for %s, known by %s", printable(name), preset.name, reason)
     return preset
 

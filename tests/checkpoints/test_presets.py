@@ -115,7 +115,7 @@ def test_where_several_fit_the_user_is_told_which_is_taken(home, headers, caplog
     assert "distilled16steps-5s" in note
     name, (note,) = chosen(path, caplog, "t2v-lite-nocfg-5s")
     assert name == "t2v-lite-nocfg-5s"
-    assert "as asked for by the class" in note
+    assert "the default of the class" in note
 
 
 @pytest.mark.parametrize(

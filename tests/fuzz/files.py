@@ -11,6 +11,7 @@ import argparse
 import copy
 import inspect
 import json
+import logging
 import shutil
 import struct
 import sys
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=1 << 62, help="how many, at most")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     asked = parser.parse_args()
+    logging.getLogger("kandinsky_model").setLevel(logging.ERROR)  # notes about what is loaded
     try:
         print(fuzz(asked.first, asked.cases, 60 * asked.minutes), flush=True)
     except AssertionError as error:
