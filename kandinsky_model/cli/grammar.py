@@ -166,6 +166,7 @@ def _resume_arguments(command: argparse.ArgumentParser) -> None:
         metavar="PATH[:SCALE]",
         help="where the run's LoRAs are now, in their order (default: where they were)",
     )
+    command.add_argument("--preset", help="what the run was begun with, if it was")
     _device_arguments(command)
 
 
@@ -180,6 +181,9 @@ def _decode_arguments(command: argparse.ArgumentParser) -> None:
 
 def _decoding_arguments(command: argparse.ArgumentParser) -> None:
     _device_arguments(command)
+    command.add_argument(
+        "--vae", metavar="PATH", help="a VAE's folder or file (default: where the model lies)"
+    )
     command.add_argument(
         "--vae-policy",
         choices=("global", "official", "preview"),

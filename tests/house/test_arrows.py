@@ -54,7 +54,7 @@ KERNELS = {
 }
 PACKAGES = {"kandinsky_model": MODEL, "kandinsky_kernels": KERNELS}
 # packages that are slow to import or may be absent: only inside functions
-HEAVY = {"transformers", "diffusers", "av", "huggingface_hub", "matplotlib", "peft"}
+HEAVY = {"transformers", "diffusers", "av", "huggingface_hub", "matplotlib", "peft", "gguf"}
 FILES = sorted(path for package in PACKAGES for path in ROOT.joinpath(package).rglob("*.py"))
 
 
