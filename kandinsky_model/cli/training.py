@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def train(args) -> None:
-    from ..training.config import LoRAConfig, TrainConfig
+    from ..training import LoRAConfig, TrainConfig
     from ..training.trainer import train
 
     if args.full and args.trigger:
@@ -55,7 +55,7 @@ def draw_clips(args) -> None:
     import random
 
     from ..media import video
-    from ..tiny import scenes as shapes
+    from ..tiny import scenes
 
     folder, generator = Path(args.folder), random.Random(args.seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,11 +65,11 @@ def draw_clips(args) -> None:
             "something; choose another"
         )
     for i in range(args.count):
-        scene = shapes.training_scene(generator.randrange(10**6), generator)
+        scene = scenes.training_scene(generator.randrange(10**6), generator)
         (folder / f"clip{i:04}.txt").write_text(
-            shapes.prompt(scene.combination, i % shapes.FULL) + "\n", encoding="utf-8"
+            scenes.prompt(scene.combination, i % scenes.FULL) + "\n", encoding="utf-8"
         )
-        video.save(shapes.draw(scene), folder / f"clip{i:04}.mp4")
+        video.save(scenes.draw(scene), folder / f"clip{i:04}.mp4")
     print(f"{args.count} clips with captions in {folder}")
 
 

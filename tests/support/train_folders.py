@@ -1,36 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders to train on: small clips of drawn shapes, with captions."""
+"""Folders to train on, small clips of drawn shapes with captions, and the options of a small
+training."""
 
 import random
 from pathlib import Path
 
 from kandinsky_model.media import video
-from kandinsky_model.tiny import scenes as shapes
+from kandinsky_model.tiny import scenes
 
 SMALL = [
-    "--size",
-    "64x64",
-    "--frames",
-    "5",
-    "--lora-rank",
-    "4",
-    "--batch",
-    "2",
-    "--passes",
-    "2",
-    "--rate",
-    "1e-2",
-    "--warmup",
-    "2",
+    *("--size", "64x64"),
+    *("--frames", "5"),
+    *("--lora-rank", "4"),
+    *("--batch", "2"),
+    *("--passes", "2"),
+    *("--rate", "1e-2"),
+    *("--warmup", "2"),
+    *("--device", "cpu"),
 ]
 
 
 def clips(folder: Path, count: int = 4, frames: int = 5, window=(32, 32, 96, 80)) -> Path:
-    """`count` clips of `frames` frames, 96 x 80 pixels each, and their captions."""
+    """`count` clips of `frames` frames with captions; window: the part of the frame they show."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = random.Random(1)
     for i in range(count):
-        scene = shapes.training_scene(37 * i, generator)
-        video.save(shapes.draw(scene, range(frames), window), folder / f"clip{i}.mp4")
-        (folder / f"clip{i}.txt").write_text(shapes.prompt(scene.combination) + "\n")
+        scene = scenes.training_scene(37 * i, generator)
+        drawn = scenes.draw(scene, range(frames), window)
+        video.save(drawn, folder / f"clip{i}.mp4")
+        (folder / f"clip{i}.txt").write_text(scenes.prompt(scene.combination) + "\n")
     return folder

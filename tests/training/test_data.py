@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of training data: what is read of it, in which order, what is wrong with it, and what
-stays of it on disk."""
+"""A folder of training data: what is read of it, what is wrong with it, what is kept of it on disk,
+and in which order and with which random numbers it is trained on."""
 
-import json
 import logging
 import random
 from fractions import Fraction
@@ -14,13 +13,12 @@ from PIL import Image
 from kandinsky_model.__main__ import main
 from kandinsky_model.checkpoints.locate import locate
 from kandinsky_model.media import video
-from kandinsky_model.tiny import scenes as shapes
-from kandinsky_model.training import cache as train_cache
+from kandinsky_model.tiny import scenes
+from kandinsky_model.training import cache as cache_module
 from kandinsky_model.training.batches import Draws, Passes, draw
 from kandinsky_model.training.cache import Cache, Sample, Wanted
 from kandinsky_model.training.data import (
     Bad,
-    BadData,
     Item,
     find_items,
     nearest_size,
@@ -40,20 +38,23 @@ def data(tmp_path_factory):
     return clips(tmp_path_factory.mktemp("data"))
 
 
-def numbered(path, rates, count):
-    """A clip of grey frames, the i-th of brightness 10 i; rates: frames per second of the file and
-    of its timestamps."""
+# Clips and pictures
+
+
+def numbered(path, rate, count):
+    """A clip of `count` grey frames at `rate` frames per second, the i-th of brightness 10 i."""
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rates, options={"crf": "0", "bf": "0"})
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "0", "bf": "0"})
         stream.width = stream.height = 64
-        stream.pix_fmt, stream.codec_context.color_range = "yuv420p", 1
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.color_range = 1
         for i in range(count):
-            frame = av.VideoFrame.from_ndarray(
-                torch.full((64, 64, 3), 10 * i, dtype=torch.uint8).numpy(), format="rgb24"
-            )
-            frame.pts, frame.time_base = i, Fraction(1, rates)
+            grey = torch.full((64, 64, 3), 10 * i, dtype=torch.uint8)
+            frame = av.VideoFrame.from_ndarray(grey.numpy(), format="rgb24")
+            frame.pts = i
+            frame.time_base = Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
@@ -70,50 +71,84 @@ def numbered(path, rates, count):
 )
 @pytest.mark.parametrize("kind", ["mp4", "mkv"])
 def test_clips_of_any_rate(tmp_path, rate, wanted, kind):
-    frames = read_clip(numbered(tmp_path / f"a.{kind}", rate, 24), 24, 8, [(64, 64)])
+    frames = read_clip(
+        numbered(tmp_path / f"a.{kind}", rate, 24),
+        24,
+        8,
+        [(64, 64)],
+    )
     assert [round(frame.float().mean().item() / 10) for frame in frames] == wanted
-    assert frames[0].shape == (3, 64, 64) and frames[0].dtype == torch.uint8
+    assert frames[0].shape == (3, 64, 64)
+    assert frames[0].dtype == torch.uint8
 
 
 def test_colours_of_a_clip_are_those_of_its_frames(tmp_path):
-    scene = shapes.training_scene(5, random.Random(0))
-    drawn = shapes.draw(scene, range(5))
+    scene = scenes.training_scene(5, random.Random(0))
+    drawn = scenes.draw(scene, range(5))
     video.save(drawn, tmp_path / "a.mp4")
-    read = torch.stack(read_clip(tmp_path / "a.mp4", 24, 99, [(160, 160)])).permute(0, 2, 3, 1)
-    assert len(read) == 5 and (read.float() - drawn.float()).abs().mean() < 3
+    read = torch.stack(read_clip(tmp_path / "a.mp4", 24, 99, [(160, 160)]))
+    assert len(read) == 5
+    assert (read.permute(0, 2, 3, 1).float() - drawn.float()).abs().mean() < 3
 
 
 def test_sizes_and_lengths_are_the_nearest(tmp_path):
-    assert nearest_size(100, 150, SIZES) == (64, 96) and nearest_size(150, 100, SIZES) == (64, 64)
-    folder = clips(tmp_path, 1, 9)
-    item = Item(folder / "clip0.mp4", "a clip")
-    assert read_item(item, SIZES, (5, 13), 24).shape == (3, 5, 64, 64)
-    assert read_item(item, [(64, 96)], (5, 9), 24).shape == (3, 9, 64, 96)
+    assert nearest_size(100, 150, SIZES) == (64, 96)
+    assert nearest_size(150, 100, SIZES) == (64, 64)
+    clip = Item(clips(tmp_path, 1, 9) / "clip0.mp4", "a clip")
+    assert read_item(clip, SIZES, (5, 13), 24).shape == (3, 5, 64, 64)
+    assert read_item(clip, [(64, 96)], (5, 9), 24).shape == (3, 9, 64, 96)
     Image.new("RGB", (300, 200), "red").save(tmp_path / "still.png")
-    assert read_item(Item(tmp_path / "still.png", "red"), SIZES, (1, 9), 24).shape == (3, 1, 64, 96)
+    still = Item(tmp_path / "still.png", "red")
+    assert read_item(still, SIZES, (1, 9), 24).shape == (3, 1, 64, 96)
+
+
+def test_a_real_clip():
+    path = shared_data() / "clips" / "kandinsky_a.mp4"
+    frames = read_clip(path, 24, 9, [(512, 768), (512, 512)])
+    assert len(frames) == 9
+    assert frames[0].float().std() > 10
+
+
+# Captions
 
 
 def test_captions(tmp_path):
     folder = clips(tmp_path, 3)
     (folder / "clip1.txt").unlink()
-    (folder / "captions.jsonl").write_text(
-        '{"file": "clip1.mp4", "caption": "from '
-        'the\\nlist"}\n\n{"file": "clip0.mp4", "caption": '
-        '"x"}\n'
-    )
+    lines = [
+        '{"file": "clip1.mp4", "caption": "from the\\nlist"}',
+        "",
+        '{"file": "clip0.mp4", "caption": "x"}',
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
     items = find_items(folder, Bad())
     assert [item.path.name for item in items] == ["clip0.mp4", "clip1.mp4", "clip2.mp4"]
-    assert (
-        items[1].caption == "from the list"
-        and items[0].caption == (folder / "clip0.txt").read_text().strip()
-    )
+    assert items[1].caption == "from the list"
+    assert items[0].caption == (folder / "clip0.txt").read_text().strip()
     (folder / "captions.jsonl").write_text('{"file": "clip1.mp4", "caption": "x"}\n{"file": 3}\n')
     with pytest.raises(ValueError, match="line 2 of .*captions.jsonl must be like"):
         find_items(folder, Bad())
 
 
+def test_pictures_before_edits(tmp_path):
+    for name, colour in (("a.png", "red"), ("a.source.png", "blue"), ("b.jpg", "red")):
+        Image.new("RGB", (80, 64), colour).save(tmp_path / name)
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("make it red")
+    missing = "b.jpg cannot be trained on: the picture before the edit is missing, b.source.jpg"
+    with pytest.raises(ValueError, match=missing):
+        find_items(tmp_path, Bad(), edits=True)
+    bad = Bad("skip")
+    (item,) = find_items(tmp_path, bad, edits=True)
+    assert (item.path.name, item.source.name) == ("a.png", "a.source.png")
+    assert list(bad.skipped) == ["b.jpg"]
+
+
+# Files that cannot be trained on
+
+
 def spoil(folder):
-    """One file of every bad kind beside four good ones: {name: what is said of it}."""
+    """Put one file of every bad kind beside the good ones: {name: what is said of it}."""
     whole = (folder / "clip0.mp4").read_bytes()
     (folder / "cut.mp4").write_bytes(whole[: len(whole) // 3])
     (folder / "noise.mp4").write_bytes(bytes(range(256)) * 9)
@@ -121,9 +156,8 @@ def spoil(folder):
     (folder / "no_caption.mp4").write_bytes(whole)
     (folder / "blank_caption.mp4").write_bytes(whole)
     (folder / "blank_caption.txt").write_text(" \n")
-    video.save(
-        shapes.draw(shapes.training_scene(1, random.Random(2)), range(3)), folder / "short.mp4"
-    )
+    short = scenes.draw(scenes.training_scene(1, random.Random(2)), range(3))
+    video.save(short, folder / "short.mp4")
     Image.new("RGB", (64, 64)).save(folder / "still.png")
     (folder / "broken.png").write_bytes(b"no picture")
     for name in ("cut", "noise", "empty", "short", "still", "broken"):
@@ -143,36 +177,20 @@ def spoil(folder):
 def test_bad_data_are_named_and_skipped_or_stop(tmp_path, caplog, capsys):
     folder = clips(tmp_path / "data")
     wanted = spoil(folder)
-    arguments = [
-        "train",
-        str(folder),
-        "-o",
-        str(tmp_path / "out"),
-        *SMALL,
-        "--steps",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    arguments = ["train", str(folder), "-o", str(tmp_path / "out"), *SMALL, "--steps", "1"]
     assert main(arguments) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        said.startswith("kandinsky: ")
-        and ("blank_caption.mp4 cannot be trained on: it has no caption") in said
-    )
+    assert said.startswith("kandinsky: ")
+    assert "blank_caption.mp4 cannot be trained on: it has no caption" in said
     assert "--bad-data skip" in said
-    with caplog.at_level(logging.WARNING, "kandinsky_model.training.data"):
+    logger = "kandinsky_model.training.data"
+    with caplog.at_level(logging.WARNING, logger):
         assert main([*arguments, "--bad-data", "skip"]) == 0
-    skipped = [
-        record.getMessage()
-        for record in caplog.records
-        if record.name == "kandinsky_model.training.data"
-    ]
+    skipped = [record.getMessage() for record in caplog.records if record.name == logger]
     for name, reason in wanted.items():
         assert [line for line in skipped if f"{name}: " in line and reason in line], (name, skipped)
     assert len(skipped) == len(wanted)
-    entries = list((tmp_path / "out" / "training" / "cache").iterdir())
-    assert len([path for path in entries if ".latents." in path.name]) == 4
+    assert len(list((tmp_path / "out" / "training" / "cache").glob("*.latents.*"))) == 4
 
 
 def test_stopping_names_the_first_corrupt_clip(tmp_path):
@@ -192,33 +210,34 @@ def test_nothing_to_train_on(tmp_path):
         Bad("ignore")
 
 
-def test_a_real_clip():
-    frames = read_clip(shared_data() / "clips" / "kandinsky_a.mp4", 24, 9, [(512, 768), (512, 512)])
-    assert len(frames) == 9 and frames[0].float().std() > 10
-
-
 # The cache
 
 
-def cache_of(folder, **wanted):
-    return Cache(
-        folder,
-        locate("tiny"),
-        Wanted(**{"sizes": ((64, 64),), "lengths": (5,)} | wanted),
-        CPU,
-        torch.float32,
-    )
+def cache_of(folder, **changes):
+    wanted = Wanted(**{"sizes": ((64, 64),), "lengths": (5,)} | changes)
+    return Cache(folder, locate("tiny"), wanted, CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def samples(data, tmp_path_factory):
+    """The samples of `data`, whose entries are to be left as they are."""
+    items = find_items(data, Bad())
+    cache = cache_of(tmp_path_factory.mktemp("cache"))
+    cache.fill(items, Bad())
+    return cache.samples(items)
 
 
 def test_entries_are_made_once_and_again_where_broken(data, tmp_path, monkeypatch):
-    items, cache = find_items(data, Bad()), cache_of(tmp_path)
+    items = find_items(data, Bad())
+    cache = cache_of(tmp_path)
     cache.fill(items, Bad())
     samples = cache.samples(items)
-    assert [sample.shape for sample in samples] == [(2, 8, 8)] * 4 and len(
-        list(tmp_path.iterdir())
-    ) == 4 + 4 + 1
-    entry = train_cache.load(samples[0].latents)
-    assert entry["latents"].shape == (2, 8, 8, 16) and 0.1 < entry["latents"].float().std() < 3
+    assert [sample.shape for sample in samples] == [(2, 8, 8)] * 4
+    assert len(list(tmp_path.iterdir())) == 4 + 4 + 1  # latents, captions and the null prompt
+    latents = cache_module.load(samples[0].latents)["latents"]
+    assert latents.shape == (2, 8, 8, 16)
+    assert 0.1 < latents.float().std() < 3
+
     made = []
     monkeypatch.setattr(Cache, "_write", lambda _, path, tensors: made.append(path))
     cache_of(tmp_path).fill(items, Bad())
@@ -226,28 +245,23 @@ def test_entries_are_made_once_and_again_where_broken(data, tmp_path, monkeypatc
     samples[1].latents.write_bytes(samples[1].latents.read_bytes()[:-5])
     cache_of(tmp_path).fill(items, Bad())
     assert made == [samples[1].latents]
-    assert (
-        len(
-            {s.latents for s in samples}
-            | {s.latents for s in cache_of(tmp_path, lengths=(1,)).samples(items)}
-        )
-        == 4
-    )
+    assert cache_of(tmp_path, lengths=(1,)).samples(items) == []  # these have other names
     assert cache_of(tmp_path, trigger="zap").samples(items)[0].caption.startswith("zap ")
 
 
-def test_a_full_disk_leaves_nothing_half_written(data, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_nothing_half_written(data, tmp_path):
     resource = pytest.importorskip("resource")
-    items, before = find_items(data, Bad()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    items = find_items(data, Bad())
     cache_of(tmp_path).fill(items[:1], Bad())
     kept = sorted(tmp_path.iterdir())
-    # what a file may have: writing more fails as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    # the largest size of a file: writing more fails as on a full disk
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
         with pytest.raises(OSError, match="must have room .* start again: what is there is whole"):
             cache_of(tmp_path).fill(items, Bad("skip"))
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(tmp_path.iterdir()) == kept
     cache_of(tmp_path).fill(items, Bad())
     assert len(cache_of(tmp_path).samples(items)) == 4
@@ -256,79 +270,62 @@ def test_a_full_disk_leaves_nothing_half_written(data, tmp_path, monkeypatch):
 # Passes and their random numbers
 
 
-def sample_of(i, shape):
-    return Sample(str(i), "", *[None] * 3, shape)
-
-
 def test_every_epoch_shows_every_sample_once():
-    shapes_ = [(2, 8, 8)] * 5 + [(1, 8, 8)] * 2 + [(2, 8, 12)]
-    samples = [sample_of(i, shape) for i, shape in enumerate(shapes_)]
+    shapes = [(2, 8, 8)] * 5 + [(1, 8, 8)] * 2 + [(2, 8, 12)]
+    samples = [
+        Sample(
+            str(i),
+            "",
+            *[None] * 3,
+            shape,
+        )
+        for i, shape in enumerate(shapes)
+    ]
     passes = Passes(samples, 2, seed=3)
     assert passes.length == 3 + 1 + 1
-    orders, numbers = [], []
+    orders = []
+    numbers = []
     for epoch in range(4):
-        members = [passes[i] for i in range(epoch * passes.length, (epoch + 1) * passes.length)]
-        assert all(
-            len({sample.shape for sample, _ in one}) == 1 and len(one) <= 2 for one in members
-        )
+        members = [passes[epoch * passes.length + i] for i in range(passes.length)]
+        for one in members:
+            assert len(one) <= 2
+            assert len({sample.shape for sample, _ in one}) == 1
         orders.append([sample.name for one in members for sample, _ in one])
         numbers += [number for one in members for _, number in one]
         assert sorted(orders[-1]) == [str(i) for i in range(8)]
-    assert len(set(map(tuple, orders))) == 4 and len(set(numbers)) == len(numbers)
+    assert len(set(map(tuple, orders))) == 4
+    assert len(set(numbers)) == len(numbers)
     assert Passes(samples, 2, seed=3)[17] == passes[17]
     assert [Passes(samples, 2, seed=4)[i] for i in range(5)] != [passes[i] for i in range(5)]
 
 
-def test_random_numbers_depend_on_seed_and_number_alone(data, tmp_path):
-    items, cache = find_items(data, Bad()), cache_of(tmp_path)
-    cache.fill(items, Bad())
-    samples, how = cache.samples(items), Draws(1, 5.0, 0.5)
-    alone, pair = (
-        draw([(samples[0], 7)], how, "t2v", CPU),
-        draw([(samples[2], 3), (samples[0], 7)], how, "t2v", CPU),
-    )
-    assert torch.equal(alone.noise[0], pair.noise[1]) and torch.equal(alone.times[0], pair.times[1])
+def test_random_numbers_depend_on_seed_and_number_alone(samples):
+    draws = Draws(1, 5.0, 0.5)
+    alone = draw([(samples[0], 7)], draws, "t2v", CPU)
+    pair = draw([(samples[2], 3), (samples[0], 7)], draws, "t2v", CPU)
+    assert torch.equal(alone.noise[0], pair.noise[1])
+    assert torch.equal(alone.times[0], pair.times[1])
     assert torch.equal(alone.cond.embeds[0], pair.cond.embeds[1, : alone.cond.lengths[0]])
-    assert not torch.equal(alone.noise[0], draw([(samples[0], 8)], how, "t2v", CPU).noise[0])
+    other = draw([(samples[0], 8)], draws, "t2v", CPU)
+    assert not torch.equal(alone.noise[0], other.noise[0])
     t = alone.times[0]
     torch.testing.assert_close(alone.noisy[0], (1 - t) * alone.clean[0] + t * alone.noise[0])
 
 
-def test_times_and_dropping_are_distributed_as_said(data, tmp_path):
-    items, cache = find_items(data, Bad()), cache_of(tmp_path)
-    cache.fill(items, Bad())
-    sample, null = cache.samples(items)[0], train_cache.load(cache.samples(items)[0].null)["embeds"]
-    batch = draw([(sample, i) for i in range(1500)], Draws(0, 3.0, 0.3), "t2v", CPU)
+def test_times_and_dropping_are_distributed_as_said(samples):
+    members = [(samples[0], i) for i in range(1500)]
+    batch = draw(members, Draws(0, 3.0, 0.3), "t2v", CPU)
     u = batch.times / (3.0 - 2.0 * batch.times)  # the shift undone
     z = torch.logit(u.double())
-    assert abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.1
+    assert abs(z.mean()) < 0.1
+    assert abs(z.std() - 1) < 0.1
+    null = cache_module.load(samples[0].null)["embeds"]
     dropped = (batch.cond.lengths == len(null)).double().mean()
     assert abs(dropped - 0.3) < 0.05
     assert abs(batch.noise.std() - 1) < 0.01
 
 
-def test_given_frames_and_sources(data, tmp_path):
-    items, cache = find_items(data, Bad()), cache_of(tmp_path)
-    cache.fill(items, Bad())
-    batch = draw([(cache.samples(items)[0], 0)], Draws(0, 5.0, 0.0), "i2v", CPU)
-    assert set(batch.given.frames) == {0} and torch.equal(batch.given.frames[0], batch.clean[:, :1])
-
-
-def test_pictures_before_edits(tmp_path):
-    for name, colour in (("a.png", "red"), ("a.source.png", "blue"), ("b.jpg", "red")):
-        Image.new("RGB", (80, 64), colour).save(tmp_path / name)
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text("make it red")
-    with pytest.raises(
-        ValueError,
-        match="b.jpg cannot be trained on: the picture before the edit is missing, b.source.jpg",
-    ):
-        find_items(tmp_path, Bad(), edits=True)
-    bad = Bad("skip")
-    (item,) = find_items(tmp_path, bad, edits=True)
-    assert (item.path.name, item.source.name, list(bad.skipped)) == (
-        "a.png",
-        "a.source.png",
-        ["b.jpg"],
-    )
-    assert json.dumps(bad.skipped) and isinstance(BadData("x"), ValueError)
+def test_first_frames_are_given(samples):
+    batch = draw([(samples[0], 0)], Draws(0, 5.0, 0.0), "i2v", CPU)
+    assert set(batch.given.frames) == {0}
+    assert torch.equal(batch.given.frames[0], batch.clean[:, :1])
