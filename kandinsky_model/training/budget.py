@@ -33,11 +33,7 @@ class Trained:
     teacher: bool = False
 
     @classmethod
-    def of(
-        cls,
-        dit: nn.Module,
-        config: TrainConfig,
-    ) -> Trained:
+    def of(cls, dit: nn.Module, config: TrainConfig) -> Trained:
         """The parameters that `config` trains of `dit`, which may be on the meta device."""
         average = config.ema > 0
         if config.lora is None:

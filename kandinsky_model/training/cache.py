@@ -30,11 +30,16 @@ from ..files import replacing
 from ..pipeline import Kandinsky5
 from ..text.cache import identity
 from ..vae.hunyuan import HunyuanVideoVAE
-from .data import Bad, Item, read_item, read_source
+from .data import Bad, Item, Stamp, read_item, read_source
 
 # Latents lie within about +-10, where fp16 keeps 11 bits of them and bf16 would keep 8.
 LATENT_DTYPE = torch.float16
 VAE_STRIDE = 8  # pixels per latent pixel, in height and width
+COLOURS = 2  # how clips become RGB: entries that were made in another way are made again
+# the tensors of each kind of entry, with the number of their dimensions
+LATENTS = {"latents": 4}
+EDIT = {"latents": 4, "source": 4}
+TEXT = {"embeds": 2, "pooled": 1}
 
 _log = logging.getLogger(__name__)
 
@@ -99,11 +104,7 @@ class Cache:
             "text": identity(encoders, dtype),
         }
 
-    def fill(
-        self,
-        items: Sequence[Item],
-        bad: Bad,
-    ) -> None:
+    def fill(self, items: Sequence[Item], bad: Bad) -> None:
         """Compute and write the entries that are missing for `items`: first latents, then the
         embeddings of items that have latents.
 
@@ -116,40 +117,37 @@ class Cache:
                 f"the cache {self.folder} must be a folder that can be written, got {error}; "
                 "choose another"
             ) from None
-        missing = [item for item in items if not _is_whole(self._latents(item))]
+        missing = [item for item in items if not self._has_latents(item)]
         if missing:
             self._fill_latents(missing, bad)
         texts = {}
         for item in items:
-            if not _is_whole(self._latents(item)):
+            if not self._has_latents(item):
                 continue
             for prompt in (self._caption(item), self.wanted.null):
                 path = self._text(item, prompt)
-                if not _is_whole(path):
+                if not _is_whole(path, TEXT):
                     texts[path] = item, prompt
         if texts:
-            self._fill_texts(texts)
+            self._fill_texts(texts, bad)
 
     def samples(self, items: Sequence[Item]) -> list[Sample]:
         """The samples of those of `items` that are complete."""
         found = []
         for item in items:
-            latents = self._latents(item)
-            if not _is_whole(latents):
+            if not self._has_latents(item):
                 continue
             caption = self._caption(item)
-            text = self._text(item, caption)
-            null = self._text(item, self.wanted.null)
-            found.append(
-                Sample(
-                    item.path.name,
-                    caption,
-                    latents,
-                    text,
-                    null,
-                    _shape(latents),
-                )
+            sample = Sample(
+                name=item.name,
+                caption=caption,
+                latents=self._latents(item),
+                text=self._text(item, caption),
+                null=self._text(item, self.wanted.null),
+                shape=_shape(self._latents(item)),
             )
+            if _is_whole(sample.text, TEXT) and _is_whole(sample.null, TEXT):
+                found.append(sample)
         return found
 
     def _caption(self, item: Item) -> str:
@@ -163,39 +161,27 @@ class Cache:
         return fixed or ("video" if _shape(self._latents(item))[0] > 1 else "image")
 
     def _latents(self, item: Item) -> Path:
-        files = [_stat(path) for path in (item.path, item.source) if path]
         wanted = self.wanted
-        return self._path(
-            "latents",
-            files,
-            wanted.sizes,
-            wanted.lengths,
-            self.sources.preset.fps,
-        )
+        files = [_listed(stamp) for stamp in item.stamps]
+        shaped_by = [wanted.sizes, wanted.lengths, self.sources.preset.fps]
+        if item.is_clip:
+            shaped_by.append(COLOURS)
+        return self._path("latents", files, *shaped_by)
 
-    def _text(
-        self,
-        item: Item,
-        prompt: str,
-    ) -> Path:
+    def _has_latents(self, item: Item) -> bool:
+        return _is_whole(self._latents(item), EDIT if item.source else LATENTS)
+
+    def _text(self, item: Item, prompt: str) -> Path:
         # an editing model's text encoder sees the picture before the edit, at the result's size
-        seen = [_stat(item.source), _shape(self._latents(item))] if item.source else None
+        seen = [_listed(item.stamps[1]), _shape(self._latents(item))] if item.source else None
         return self._path("text", prompt, self._kind(item), seen)
 
-    def _path(
-        self,
-        kind: str,
-        *made_from: object,
-    ) -> Path:
+    def _path(self, kind: str, *made_from: object) -> Path:
         key = json.dumps([self.owners[kind], made_from])
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.{kind}.safetensors"
 
     @torch.no_grad()
-    def _fill_latents(
-        self,
-        items: Sequence[Item],
-        bad: Bad,
-    ) -> None:
+    def _fill_latents(self, items: Sequence[Item], bad: Bad) -> None:
         sources = replace(self.sources, dit=None, text_encoder=None)
         vae = Kandinsky5.from_sources(sources, self.device, self.dtype).vae.to(self.device)
         left = None if self.budget is None else self.budget - Weights.of(vae).total
@@ -206,56 +192,45 @@ class Cache:
         def encode(pixels: Tensor) -> Tensor:
             """Scaled latents [T, h, w, C] of uint8 [3, F, H, W]."""
             mean = vae.encode(pixels[None], **limits)[0][0].float()  # [C, T, h, w]
-            return (
-                mean.permute(
-                    1,
-                    2,
-                    3,
-                    0,
-                )
-                * vae.config.scaling_factor
-            ).to(LATENT_DTYPE)
+            return (mean.permute(1, 2, 3, 0) * vae.config.scaling_factor).to(LATENT_DTYPE)
 
         for number, item in enumerate(items, start=1):
-            with bad.among(item.path):
-                video = read_item(
-                    item,
-                    wanted.sizes,
-                    wanted.lengths,
-                    self.sources.preset.fps,
-                )
-                tensors = {"latents": encode(video)}
+            video = source = None
+            with bad.reading(item.path):
+                video = read_item(item, wanted.sizes, wanted.lengths, self.sources.preset.fps)
                 if item.source:
                     source = read_source(item, video.shape[2:])  # [3, H, W]
-                    tensors["source"] = encode(source[:, None])
-                self._write(self._latents(item), tensors)
-                _, frames, height, width = video.shape
-                _log.info(
-                    "encoded %s, %d frames of %dx%d, %d of %d",
-                    item.path.name,
-                    frames,
-                    width,
-                    height,
-                    number,
-                    len(items),
-                )
+            if video is None or (item.source and source is None):
+                continue
+            tensors = {"latents": encode(video)}
+            if source is not None:
+                tensors["source"] = encode(source[:, None])
+            self._write(self._latents(item), tensors)
+            _, frames, height, width = video.shape
+            _log.info(
+                "encoded %s, %d frames of %dx%d, %d of %d",
+                item.name,
+                frames,
+                width,
+                height,
+                number,
+                len(items),
+            )
 
-    def _fill_texts(self, texts: Mapping[Path, tuple[Item, str]]) -> None:
+    def _fill_texts(self, texts: Mapping[Path, tuple[Item, str]], bad: Bad) -> None:
         """Embed prompts; texts: (item, prompt) by the path of the entry."""
         sources = replace(self.sources, dit=None, vae=None)
-        encoder = Kandinsky5.from_sources(
-            sources,
-            self.device,
-            self.dtype,
-            text_cache=False,
-        ).text
+        encoder = Kandinsky5.from_sources(sources, self.device, self.dtype, text_cache=False).text
         with self._placed(encoder) as text, torch.no_grad():
             for path, (item, prompt) in texts.items():
                 seen = {}
                 if item.source:
                     _, height, width = _shape(self._latents(item))
                     size = height * VAE_STRIDE, width * VAE_STRIDE
-                    seen = {"images": [read_source(item, size)]}
+                    with bad.reading(item.path):
+                        seen = {"images": [read_source(item, size)]}
+                    if not seen:
+                        continue
                 made = text.encode([prompt], self._kind(item), **seen)
                 embeds = made.embeds[0, : made.lengths[0]]  # [L, Dt]
                 self._write(path, {"embeds": embeds, "pooled": made.pooled[0]})
@@ -277,11 +252,7 @@ class Cache:
         with offload(text, self.device).on_device(way.resident) as placed:
             yield placed
 
-    def _write(
-        self,
-        path: Path,
-        tensors: Mapping[str, Tensor],
-    ) -> None:
+    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         try:
             with replacing(path) as target:
@@ -303,9 +274,8 @@ def load(path: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
-def _stat(path: Path) -> list:
-    stat = path.stat()
-    return [path.name, stat.st_size, stat.st_mtime_ns]
+def _listed(stamp: Stamp) -> list:
+    return [stamp.name, stamp.size, stamp.changed]
 
 
 def _shape(path: Path) -> tuple[int, int, int]:
@@ -313,8 +283,11 @@ def _shape(path: Path) -> tuple[int, int, int]:
     return read_headers([path])["latents"].shape[:3]
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Path, dimensions: Mapping[str, int]) -> bool:
+    """Whether an entry is there, with its tensors, which have so many dimensions each."""
     try:
-        return bool(read_headers([path]))
+        entries = read_headers([path])
     except (OSError, ValueError):
         return False
+    found = {name: len(entry.shape) for name, entry in entries.items()}
+    return found == dict(dimensions)

@@ -86,11 +86,7 @@ class TrainNetwork:
     def config(self) -> DiTConfig:
         return self.dit.config
 
-    def modulate(
-        self,
-        time: Tensor,
-        pooled: Tensor,
-    ) -> ModulationTable:
+    def modulate(self, time: Tensor, pooled: Tensor) -> ModulationTable:
         return self.dit.modulate(time, pooled)
 
     def _stream(self, resident: int) -> None:
@@ -111,11 +107,7 @@ class TrainNetwork:
         self.stream = LayerStream((), stores, self.device)
 
     @contextmanager
-    def placed(
-        self,
-        i: int,
-        step: int,
-    ) -> Iterator[nn.Module]:
+    def placed(self, i: int, step: int) -> Iterator[nn.Module]:
         """Block i with its weights on the device. Meanwhile the next streamed block is fetched;
         step: 1 where blocks run forwards, -1 where they run backwards."""
         if i not in self.streamed:
@@ -151,13 +143,7 @@ class TrainNetwork:
             )
         if modulations is None:
             modulations = self.dit.modulate(time[None], pooled).step(0)
-        x, text, key_mask = self.dit.begin(
-            x,
-            text,
-            layout,
-            text_lengths,
-            modulations,
-        )
+        x, text, key_mask = self.dit.begin(x, text, layout, text_lengths, modulations)
         shared = _Pass(self, layout, key_mask, torch.is_grad_enabled())
         for i in range(len(self.blocks)):
             x = _Block.apply(
@@ -175,11 +161,7 @@ class TrainNetwork:
         size = max(1, self.computation.tokens // x.shape[0])
         return [slice(start, start + size) for start in range(0, x.shape[1], size)]
 
-    def keep(
-        self,
-        i: int,
-        x: Tensor,
-    ) -> Tensor:
+    def keep(self, i: int, x: Tensor) -> Tensor:
         """x, the input of block i, or with `host` its copy in host memory."""
         if not self.computation.host:
             return x

@@ -50,11 +50,7 @@ class Objective:
         self.nabla = trained_attention(config, preset)
         self._layouts: dict[tuple, Layout] = {}
 
-    def layout(
-        self,
-        shape: tuple[int, int, int],
-        dense: bool = False,
-    ) -> Layout:
+    def layout(self, shape: tuple[int, int, int], dense: bool = False) -> Layout:
         """For latents of (T, h, w): with the attention that is trained, or dense."""
         key = (shape, dense)
         if key not in self._layouts:
@@ -107,11 +103,7 @@ class Objective:
         ).float()
 
     @torch.no_grad()
-    def _taught(
-        self,
-        x: Tensor,
-        batch: Batch,
-    ) -> Tensor:
+    def _taught(self, x: Tensor, batch: Batch) -> Tensor:
         """The velocity of the teacher, with dense attention or with guidance."""
         shape = tuple(x.shape[1:4])
         with switched_off(self.teacher.dit):

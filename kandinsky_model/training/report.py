@@ -100,11 +100,7 @@ class Gallery:
             written += Video(latents, settings, decode).save(path, latents=False)
         return written
 
-    def _settings(
-        self,
-        one: Sample,
-        seed: int,
-    ) -> Settings:
+    def _settings(self, one: Sample, seed: int) -> Settings:
         preset = self.sources.preset
         T, h, w = one.shape
         return Settings(

@@ -29,11 +29,7 @@ class State:
     of the parameters, empty where `config.ema` is 0.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        config: TrainConfig,
-    ):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig):
         self.parameters = dict(parameters)
         self.config = config
         self.losses: list[float] = []
@@ -85,11 +81,7 @@ class State:
             for name, data in own.items():
                 self.parameters[name].data = data
 
-    def save(
-        self,
-        path: Path,
-        about: Mapping,
-    ) -> None:
+    def save(self, path: Path, about: Mapping) -> None:
         """Write the state after at least one step. about: what was trained, as JSON takes it."""
         tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
         for name, parameter in self.parameters.items():

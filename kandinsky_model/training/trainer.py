@@ -228,7 +228,11 @@ class Trainer:
             config.memory_budget,
         )
         bad = Bad(config.bad_data)
-        items = find_items(self.data, bad, edits=preset.task == "i2i")
+        # what a training writes is not data, even where its output lies among the data
+        written = [self.out / "samples", self.place.parent]
+        if self.out.resolve() != self.data.resolve():
+            written.append(self.out)
+        items = find_items(self.data, bad, preset.task == "i2i", written)
         cache.fill(items[self.rank :: self.world], bad)
         self._wait()
         samples = cache.samples(items)
@@ -251,11 +255,7 @@ class Trainer:
             f"{preset.name} {does}, got lengths of {', '.join(map(str, lengths))}; leave them out"
         )
 
-    def _computation(
-        self,
-        dit: DiffusionTransformer3D,
-        samples: list[Sample],
-    ) -> Computation:
+    def _computation(self, dit: DiffusionTransformer3D, samples: list[Sample]) -> Computation:
         """How passes are computed, so that memory suffices for the largest samples. Where memory is
         not limited, everything is kept."""
         config = self.config
@@ -283,9 +283,7 @@ class Trainer:
         return way.computation
 
     def _attach(
-        self,
-        dit: DiffusionTransformer3D,
-        computation: Computation,
+        self, dit: DiffusionTransformer3D, computation: Computation
     ) -> dict[str, torch.nn.Parameter]:
         """Make the network and its objective, and return the parameters in training by name."""
         config = self.config
@@ -413,10 +411,6 @@ class Trainer:
                 self.dtype,
             )
 
-    def _tell(
-        self,
-        line: str,
-        *values: object,
-    ) -> None:
+    def _tell(self, line: str, *values: object) -> None:
         if self.rank == 0:
             _log.info(line, *values)

@@ -3,28 +3,27 @@
 and in which order and with which random numbers it is trained on."""
 
 import logging
+import os
 import random
+import struct
 from fractions import Fraction
 
+import numpy
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from kandinsky_model.__main__ import main
 from kandinsky_model.checkpoints.locate import locate
 from kandinsky_model.media import video
 from kandinsky_model.tiny import scenes
 from kandinsky_model.training import cache as cache_module
+from kandinsky_model.training import data as data_module
 from kandinsky_model.training.batches import Draws, Passes, draw
 from kandinsky_model.training.cache import Cache, Sample, Wanted
-from kandinsky_model.training.data import (
-    Bad,
-    Item,
-    find_items,
-    nearest_size,
-    read_clip,
-    read_item,
-)
+from kandinsky_model.training.clips import nearest_size, read_clip
+from kandinsky_model.training.data import Bad, Item, find_items, read_item
 
 from ..conftest import shared_data
 from ..support.train_folders import SMALL, clips
@@ -91,6 +90,93 @@ def test_colours_of_a_clip_are_those_of_its_frames(tmp_path):
     assert (read.permute(0, 2, 3, 1).float() - drawn.float()).abs().mean() < 3
 
 
+COLOURS = ((205, 25, 40), (40, 170, 70), (40, 80, 220), (255, 240, 80), (128, 128, 128))
+# the shares of red and blue in luma, and the code of H.273
+MATRICES = {"bt709": (0.2126, 0.0722, 1), "bt601": (0.299, 0.114, 5)}
+
+
+def levels(rgb, matrix, full):
+    """(Y, Cb, Cr) of a colour, by the definition in BT.601 and BT.709."""
+    red, blue, _ = MATRICES[matrix]
+    r, g, b = (level / 255 for level in rgb)
+    y = red * r + (1 - red - blue) * g + blue * b
+    cb = (b - y) / (2 * (1 - blue))
+    cr = (r - y) / (2 * (1 - red))
+    if full:
+        return round(255 * y), round(128 + 255 * cb), round(128 + 255 * cr)
+    return round(16 + 219 * y), round(128 + 224 * cb), round(128 + 224 * cr)
+
+
+def striped(path, size, matrix, tag, full=False):
+    """A clip of vertical stripes in COLOURS, whose Y, Cb and Cr are computed here."""
+    import av
+
+    height, width = size
+    stripe = width // len(COLOURS)
+    planes = [numpy.zeros((height >> half, width >> half), numpy.uint8) for half in (0, 1, 1)]
+    for i, colour in enumerate(COLOURS):
+        for plane, level in zip(planes, levels(colour, matrix, full), strict=True):
+            step = stripe * plane.shape[1] // width
+            plane[:, i * step : (i + 1) * step] = level
+    stacked = numpy.concatenate([plane.ravel() for plane in planes])
+    frame = av.VideoFrame.from_ndarray(stacked.reshape(height * 3 // 2, width), format="yuv420p")
+    with av.open(str(path), "w") as container:
+        options = {"crf": "0", "preset": "ultrafast"}
+        stream = container.add_stream("libx264", rate=24, options=options)
+        stream.height = height
+        stream.width = width
+        stream.pix_fmt = "yuv420p"
+        if tag:
+            stream.codec_context.colorspace = MATRICES[matrix][2]
+        stream.codec_context.color_range = 2 if full else 1
+        frame.pts = 0
+        frame.time_base = Fraction(1, 24)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("height", "matrix", "tag", "full"),
+    [
+        (480, "bt709", True, False),
+        (480, "bt601", True, False),
+        (480, "bt601", False, False),
+        (720, "bt601", True, False),
+        (720, "bt709", True, False),
+        (720, "bt709", False, False),
+        (720, "bt709", False, True),
+        (480, "bt709", True, True),
+    ],
+)
+def test_colours_are_those_that_the_file_means(tmp_path, height, matrix, tag, full):
+    """Within two levels, which is what 8 bits of Y, Cb and Cr leave. Untagged clips of 720 rows and
+    more have the matrix of BT.709."""
+    size = (height, 160)
+    path = striped(tmp_path / "a.mp4", size, matrix, tag, full)
+    (frame,) = read_clip(path, 24, 1, [size])
+    for i, colour in enumerate(COLOURS):
+        seen = frame[:, height // 2, 32 * i + 16]
+        assert (seen.int() - torch.tensor(colour)).abs().max() <= 2, (colour, seen)
+
+
+def test_a_gif_keeps_its_colours(tmp_path):
+    """Its pixels are RGB, for which neither matrix nor range mean anything."""
+    drawn = torch.zeros(2, 64, 160, 3, dtype=torch.uint8)
+    for i, colour in enumerate(COLOURS):
+        drawn[:, :, 32 * i : 32 * (i + 1)] = torch.tensor(colour, dtype=torch.uint8)
+    video.save(drawn, tmp_path / "a.gif")
+    frame = read_clip(tmp_path / "a.gif", 24, 1, [(64, 160)])[0]
+    assert (frame.permute(1, 2, 0).int() - drawn[0].int()).abs().max() <= 2
+
+
+def test_a_colour_matrix_that_is_not_read_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(MATRICES, "bt709", (0.2126, 0.0722, 8))  # YCgCo
+    path = striped(tmp_path / "a.mp4", (64, 160), "bt709", True)
+    with pytest.raises(ValueError, match="its colour matrix has the code 8 of H.273"):
+        read_clip(path, 24, 1, [(64, 160)])
+
+
 def test_sizes_and_lengths_are_the_nearest(tmp_path):
     assert nearest_size(100, 150, SIZES) == (64, 96)
     assert nearest_size(150, 100, SIZES) == (64, 64)
@@ -112,6 +198,18 @@ def test_a_real_clip():
 # Captions
 
 
+def pictures(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(folder / name)
+    return folder
+
+
+def captions_of(folder):
+    return {item.name: item.caption for item in find_items(folder, Bad())}
+
+
 def test_captions(tmp_path):
     folder = clips(tmp_path, 3)
     (folder / "clip1.txt").unlink()
@@ -125,9 +223,82 @@ def test_captions(tmp_path):
     assert [item.path.name for item in items] == ["clip0.mp4", "clip1.mp4", "clip2.mp4"]
     assert items[1].caption == "from the list"
     assert items[0].caption == (folder / "clip0.txt").read_text().strip()
-    (folder / "captions.jsonl").write_text('{"file": "clip1.mp4", "caption": "x"}\n{"file": 3}\n')
-    with pytest.raises(ValueError, match="line 2 of .*captions.jsonl must be like"):
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "captions.jsonl",
+            '{"file": "a.png", "caption": "one"}\n{"file": "b/c.png", "text": "two"}',
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": "one"}\n{"path": "b/c.png", "prompt": "two"}',
+        ),
+        ("metadata.csv", 'file_name,text\na.png,one\nb/c.png,"two"\n'),
+        ("metadata.csv", "id,caption,image_path\n1,one,a.png\n2,two,./b/c.png\n"),
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["", "BOM"])
+def test_tables_of_captions(tmp_path, name, text, mark):
+    folder = pictures(tmp_path, "a.png", "b/c.png")
+    (folder / name).write_text(mark + text, encoding="utf-8")
+    assert captions_of(folder) == {"a.png": "one", "b/c.png": "two"}
+
+
+def test_captions_beside_in_folders_and_in_their_tables(tmp_path):
+    folder = pictures(tmp_path, "a.png", "b/a.png", "b/d/e.png", ".hidden/f.png")
+    (folder / "a.caption").write_text("\ufeffone", encoding="utf-8")
+    (folder / "b" / "a.txt").write_text("two")
+    (folder / "b" / "a.caption").write_text("not this one")
+    (folder / "b" / "d" / "metadata.csv").write_text("file_name,text\ne.png,three\n")
+    (folder / "b" / "loop").symlink_to(folder)
+    assert captions_of(folder) == {"a.png": "one", "b/a.png": "two", "b/d/e.png": "three"}
+
+
+def test_what_a_training_writes_is_not_data(tmp_path):
+    folder = pictures(tmp_path, "a.png", "out/samples/b.png", "samples/c.png")
+    for path in folder.rglob("*.png"):
+        path.with_suffix(".txt").write_text("x")
+    without = [folder / "samples", folder / "out"]
+    assert [item.name for item in find_items(folder, Bad(), without=without)] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        (
+            "captions.jsonl",
+            b'{"file": "a.png", "caption": "x"}\n{"file": 3}\n',
+            "line 2 of .*captions",
+        ),
+        ("metadata.jsonl", b"\n[[1]]\n", "line 2 of .*metadata.jsonl must be like"),
+        ("metadata.csv", b"file_name,text\na.png\n", "line 2 of .*metadata.csv must be like"),
+        ("metadata.csv", b"name,words\n", "must have a column file or file_name"),
+        ("metadata.csv", b"file,text\n" + b"x" * 200_000, "after line 1 there is field larger"),
+        (
+            "metadata.csv",
+            "file,text\na.png,\n\xe9\n".encode("latin-1"),
+            "line 3 of .*metadata.csv has",
+        ),
+        ("a.txt", "one\ntwo\nfa\xe7ade".encode("latin-1"), "line 3 of .*a.txt has the byte 0xE7"),
+        ("a.txt", "two".encode("utf-16"), "line 1 of .*a.txt has the byte 0xFF"),
+        ("b.txt", b"", "neither in a.txt or a.caption nor in captions.jsonl or metadata.jsonl or"),
+    ],
+)
+def test_captions_that_cannot_be_read_are_refused_by_file_and_line(tmp_path, name, data, words):
+    folder = pictures(tmp_path, "a.png")
+    (folder / name).write_bytes(data)
+    with pytest.raises(ValueError, match=words) as raised:
         find_items(folder, Bad())
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_the_layouts_are_told_where_there_is_nothing(tmp_path):
+    for words in ("walk.caption", "metadata.jsonl", "metadata.csv", "folders inside it"):
+        with pytest.raises(ValueError, match=words):
+            find_items(tmp_path, Bad())
 
 
 def test_pictures_before_edits(tmp_path):
@@ -141,7 +312,7 @@ def test_pictures_before_edits(tmp_path):
     bad = Bad("skip")
     (item,) = find_items(tmp_path, bad, edits=True)
     assert (item.path.name, item.source.name) == ("a.png", "a.source.png")
-    assert list(bad.skipped) == ["b.jpg"]
+    assert [path.name for path in bad.skipped] == ["b.jpg"]
 
 
 # Files that cannot be trained on
@@ -160,17 +331,36 @@ def spoil(folder):
     video.save(short, folder / "short.mp4")
     Image.new("RGB", (64, 64)).save(folder / "still.png")
     (folder / "broken.png").write_bytes(b"no picture")
-    for name in ("cut", "noise", "empty", "short", "still", "broken"):
+    video.save(
+        scenes.draw(scenes.training_scene(1, random.Random(2))),
+        folder / "tags.mp4",
+        comment="@" * 24,
+    )
+    tags = (folder / "tags.mp4").read_bytes()
+    assert tags.count(b"@" * 24) == 1
+    (folder / "tags.mp4").write_bytes(tags.replace(b"@" * 24, b"\xe9" * 24))
+    (folder / "lost.mp4").symlink_to(folder / "nowhere.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    (folder / "folder.mp4").mkdir()
+    (folder / "latin.mp4").write_bytes(whole)
+    (folder / "latin.txt").write_bytes(b"a\n\xe9")
+    names = ("cut", "noise", "empty", "short", "still", "broken", "tags", "lost", "pipe", "folder")
+    for name in names:
         (folder / f"{name}.txt").write_text("something")
     return {
         "cut.mp4": "cannot be decoded: there is not one frame",
         "noise.mp4": "cannot be decoded",
         "empty.webm": "cannot be decoded",
-        "no_caption.mp4": "it has no caption, neither in no_caption.txt nor in captions.jsonl",
+        "no_caption.mp4": "it has no caption, neither in no_caption.txt or no_caption.caption",
         "blank_caption.mp4": "has no caption",
         "short.mp4": "has 3 frames at 24 per second, but the shortest length asked for is 5",
         "still.png": "is a picture, but",
         "broken.png": "must be one that Pillow can read",
+        "tags.mp4": "reading it failed with UnicodeDecodeError ('utf-8' codec can't decode",
+        "lost.mp4": "it is no ordinary file",
+        "pipe.mp4": "it is no ordinary file",
+        "folder.mp4": "it is no ordinary file",
+        "latin.mp4": "but line 2 of",
     }
 
 
@@ -199,6 +389,57 @@ def test_stopping_names_the_first_corrupt_clip(tmp_path):
     with pytest.raises(ValueError, match="clip0.mp4 cannot be trained on: it cannot be decoded"):
         cache_of(tmp_path / "cache").fill(find_items(folder, Bad()), Bad())
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("error", [struct.error("bad"), ZeroDivisionError(), MemoryError("much")])
+def test_whatever_a_library_raises_belongs_to_the_policy(tmp_path, monkeypatch, error, caplog):
+    """Reading one sample may fail in any way; writing the cache is not reading."""
+    folder = pictures(tmp_path / "data", "a.png", "b.png")
+    for name in "ab":
+        (folder / f"{name}.txt").write_text("x")
+    read_image = data_module.read_image
+
+    def failing(path):
+        if path.name == "a.png":
+            raise error
+        return read_image(path)
+
+    monkeypatch.setattr(data_module, "read_image", failing)
+    items = find_items(folder, Bad())
+    cache = cache_of(tmp_path / "cache", lengths=(1,))
+    with pytest.raises(ValueError, match=f"a.png cannot be trained on: .* {type(error).__name__}"):
+        cache.fill(items, Bad())
+    cache.fill(items, Bad("skip"))
+    assert [sample.name for sample in cache.samples(items)] == ["b.png"]
+
+
+def test_an_entry_of_another_kind_is_made_again(data, tmp_path):
+    """Whole files, but not with the tensors that training reads."""
+    items = find_items(data, Bad())[:1]
+    cache = cache_of(tmp_path)
+    cache.fill(items, Bad())
+    (sample,) = cache.samples(items)
+    for path in (sample.latents, sample.text):
+        good = path.read_bytes()
+        save_file({"latents": torch.zeros(3), "embeds": torch.zeros(3)}, path)
+        assert cache.samples(items) == []
+        cache.fill(items, Bad())
+        assert cache.samples(items) == [sample]
+        assert path.read_bytes() == good
+
+
+def test_equal_names_in_two_folders_are_two_samples(tmp_path):
+    """Even where size and time are equal too, as they are for files of some archives."""
+    folder = pictures(tmp_path / "data", "a/0.bmp", "b/0.bmp")
+    Image.new("RGB", (64, 64), "white").save(folder / "b" / "0.bmp")
+    for name in "ab":
+        (folder / name / "0.txt").write_text("x")
+        os.utime(folder / name / "0.bmp", (1, 1))
+    items = find_items(folder, Bad())
+    cache = cache_of(tmp_path / "cache", lengths=(1,))
+    cache.fill(items, Bad())
+    dark, light = (cache_module.load(one.latents)["latents"] for one in cache.samples(items))
+    assert not torch.equal(dark, light)
 
 
 def test_nothing_to_train_on(tmp_path):
@@ -246,7 +487,10 @@ def test_entries_are_made_once_and_again_where_broken(data, tmp_path, monkeypatc
     cache_of(tmp_path).fill(items, Bad())
     assert made == [samples[1].latents]
     assert cache_of(tmp_path, lengths=(1,)).samples(items) == []  # these have other names
-    assert cache_of(tmp_path, trigger="zap").samples(items)[0].caption.startswith("zap ")
+    monkeypatch.undo()
+    called = cache_of(tmp_path, trigger="zap")
+    called.fill(items, Bad())
+    assert called.samples(items)[0].caption.startswith("zap ")
 
 
 def test_a_full_disk_leaves_nothing_half_written(data, tmp_path):

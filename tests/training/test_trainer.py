@@ -98,17 +98,7 @@ def test_the_room_offers_what_a_user_needs():
 def test_a_lora_from_the_command_line(data, cache, tmp_path, capsys):
     out = tmp_path / "out"
     words = [data, "-o", out, *SMALL, "--cache", cache, "--trigger", "zap", "--sample-every", 3]
-    assert (
-        run(
-            "train",
-            *words,
-            "--steps",
-            3,
-            "--seed",
-            5,
-        )
-        == 0
-    ), capsys.readouterr().err
+    assert run("train", *words, "--steps", 3, "--seed", 5) == 0, capsys.readouterr().err
     assert capsys.readouterr().out == f"{out}\n"
     results = ["config_lora.json", "lora.safetensors", "loss.png", "samples", "training"]
     assert names(out) == results
@@ -166,16 +156,7 @@ def test_settings_on_the_command_line(monkeypatch):
 def test_all_weights_from_the_command_line(data, cache, tmp_path, capsys):
     small = [word for word in SMALL if word not in ("--lora-rank", "4")]
     words = [data, "-o", tmp_path / "out", *small, "--cache", cache, "--rate", 1e-4, "--ema", 0]
-    assert (
-        run(
-            "train",
-            *words,
-            "--full",
-            "--steps",
-            2,
-        )
-        == 0
-    ), capsys.readouterr().err
+    assert run("train", *words, "--full", "--steps", 2) == 0, capsys.readouterr().err
     model = pipeline.load(tmp_path / "out", device="cpu")
     assert model.preset.name == "tiny"
     assert model.preset.nabla
