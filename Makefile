@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo   writes demo.mp4 from PROMPT          make bench  times the operators on this machine
-# make test   runs the tests, JOBS at a time       make clean  forgets everything that was built
+# make demo   writes demo.mp4 from PROMPT          make bench   times the operators on this machine
+# make test   runs the tests, JOBS at a time       make lint    checks formats and types
+# make clean  forgets everything that was built    make format  formats the sources
 # All of them set up .venv first where it is missing: PYTHON=... chooses the interpreter, TORCH=... the torch to install.
 
 VENV := .venv
@@ -12,13 +13,15 @@ SUITABLE := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	"$$p" -c '$(SUITABLE)' 2>/dev/null && echo "$$p" && break; done)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+FORMATTED := $(SOURCES) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
+COMMA := ,
 PIP := $(PY) -m pip install --disable-pip-version-check
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
-	$(VENV)/bin/kandinsky generate "$(PROMPT)" -o demo.mp4 --strip demo.png --seed 7
+	@$(VENV)/bin/kandinsky generate "$(PROMPT)" -o demo.mp4 --strip demo.png --seed 7
 
 test: $(VENV)/.built $(VENV)/.test
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
@@ -26,33 +29,45 @@ test: $(VENV)/.built $(VENV)/.test
 bench: $(VENV)/.built $(VENV)/.test
 	$(PY) -m benchmarks.ops
 
-lint: $(VENV)/.built
-	$(PIP) -q ruff
+lint: $(VENV)/.lint
+	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(FORMATTED)
+	$(PY) -m mypy
+
+format: $(VENV)/.lint
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kandinsky_kernels/*.so demo.*
 
+# $(call step,what is done,commands): one line of output; the commands' own is shown if they fail.
+define step
+	@echo "$(1)"
+	@mkdir -p build
+	@{ $(2); } >build/setup.log 2>&1 || { cat build/setup.log; exit 1; }
+	@touch $@
+endef
+
 $(VENV)/.python:
 	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer is required, found none on PATH; install it or run make PYTHON=/path/to/python3"; exit 1; }
 	@"$(PYTHON)" -c '$(SUITABLE)' || { echo "Python 3.10 or newer is required, got $$("$(PYTHON)" --version 2>&1); run make PYTHON=/path/to/python3"; exit 1; }
-	$(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv $(VENV)
-	touch $@
+	$(call step,set-up 1 of 4: a virtual environment in $(VENV),$(PY) -m pip --version || "$(PYTHON)" -m venv $(VENV))
 
 $(VENV)/.torch: $(VENV)/.python
-	$(PY) -c 'import torch' 2>/dev/null || $(PIP) "$(TORCH)"
-	touch $@
+	$(call step,set-up 2 of 4: $(TORCH)$(COMMA) which may take minutes,$(PY) -c 'import torch' || $(PIP) "$(TORCH)")
 
 # Without build isolation the extension is compiled against the torch above, and no second torch is fetched.
 $(VENV)/.installed: setup.py pyproject.toml $(VENV)/.torch
-	$(PIP) "setuptools>=77" ninja
-	KANDINSKY_KERNELS_BUILD=none $(PIP) --no-build-isolation -e .
-	touch $@
+	$(call step,set-up 3 of 4: the packages and what they need,$(PIP) "setuptools>=77" ninja && KANDINSKY_KERNELS_BUILD=none $(PIP) --no-build-isolation -e .)
 
 $(VENV)/.built: $(SOURCES) $(VENV)/.installed
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) setup.py -q build_ext --inplace
-	touch $@
+	$(call step,set-up 4 of 4: compiling the kernels,PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) setup.py -q build_ext --inplace)
 
 $(VENV)/.test: pyproject.toml $(VENV)/.installed
-	KANDINSKY_KERNELS_BUILD=none $(PIP) --no-build-isolation -e ".[test]"
-	touch $@
+	$(call step,set-up of the tests,KANDINSKY_KERNELS_BUILD=none $(PIP) --no-build-isolation -e ".[test]")
+
+$(VENV)/.lint: pyproject.toml $(VENV)/.installed
+	$(call step,set-up of formatters and type checker,KANDINSKY_KERNELS_BUILD=none $(PIP) --no-build-isolation -e ".[dev]")

@@ -180,10 +180,10 @@ def kernels() -> dict[str, dict[str, str]]:
                     f"cpp ({extension.simd()})" if device == "CPU" else _gpu_state(name)
                 )
             elif device == "CPU":
-                row["cpu"] = (
-                    "reference: "
-                    f"{extension_absence or 'the compiled extension has no kernel for this operator'}"
+                absence = (
+                    extension_absence or "the compiled extension has no kernel for this operator"
                 )
+                row["cpu"] = f"reference: {absence}"
             else:
                 row["cuda"] = (
                     f"reference: {triton_absence() or 'no GPU kernel for this operator yet'}"

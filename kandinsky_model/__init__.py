@@ -1,10 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kandinsky 5.0: the leanest model that consumes `kandinsky_kernels` end to end.
 
-from kandinsky_model import Kandinsky5VideoLite video =
-Kandinsky5VideoLite.from_pretrained("tiny").generate("a red circle moving right on a blue
-background") video.save("out.mp4")
+    from kandinsky_model import Kandinsky5VideoLite
+
+    model = Kandinsky5VideoLite.from_pretrained("tiny")
+    video = model.generate("a red circle moving right on a blue background")
+    video.save("out.mp4")
+
+The names below are the public ones. Each is imported when it is first used, because `--help` and
+ComfyUI's start should not wait for torch.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .acceleration import accelerate as accelerate
+    from .config import PRESETS as PRESETS
+    from .config import get_preset as get_preset
+    from .pipeline import Kandinsky5 as Kandinsky5
+    from .pipeline import Kandinsky5ImageLite as Kandinsky5ImageLite
+    from .pipeline import Kandinsky5VideoLite as Kandinsky5VideoLite
+    from .pipeline import Kandinsky5VideoPro as Kandinsky5VideoPro
+    from .pipeline import load as load
+    from .sampling.result import Video as Video
 
 _HOMES = {
     "Kandinsky5": "pipeline",
@@ -17,12 +35,21 @@ _HOMES = {
     "PRESETS": "config",
     "get_preset": "config",
 }
-__all__ = sorted(_HOMES)
+__all__ = [  # noqa: F822 - __getattr__ finds them
+    "PRESETS",
+    "Kandinsky5",
+    "Kandinsky5ImageLite",
+    "Kandinsky5VideoLite",
+    "Kandinsky5VideoPro",
+    "Video",
+    "accelerate",
+    "get_preset",
+    "load",
+]
 
 
 def __getattr__(name: str):
-    """Import what is asked for when it is asked for: the command line's help should not wait for
-    torch."""
+    """The public name, imported from its home."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

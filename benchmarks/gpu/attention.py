@@ -149,9 +149,10 @@ def gradients(clock: Clock, size: Size, roof: dict) -> list[dict]:
         off = gradient_check(backward(), *qkv, grad, chosen, offsets)
         calls = {"ours": backward}
         if clock.device.type == "cuda":  # FlexAttention has no backward pass on a CPU
-            flex = lambda query, key, value, chosen=chosen: flex_call(
-                compiled, (query, key, value), chosen, N
-            )()  # noqa: E731
+
+            def flex(query, key, value, chosen=chosen):
+                return flex_call(compiled, (query, key, value), chosen, N)()
+
             calls["flex"] = lazily(lambda flex=flex: derived(flex, names, heads))
         times = clock.measure(calls) | dense
         tflop = 10 * 64 * 64 * size.D * real * N * N * size.H / 1e12

@@ -100,7 +100,10 @@ def card(device: torch.device) -> dict:
     if device.type == "cuda":
         import triton
 
-        query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,memory.total,mig.mode.current"
+        query = (
+            "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,memory.total,"
+            "mig.mode.current"
+        )
         answer = subprocess.run(
             ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
             capture_output=True,

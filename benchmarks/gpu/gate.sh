@@ -23,7 +23,7 @@ if [ "${1:-}" = "--only" ]; then
 fi
 parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 8")  # most of the tests' time is compilation
 step build 150 "$PYTHON" setup.py -q build_ext --inplace
-step tests 150 "$PYTHON" -m pytest -q $parallel tests/kernels/test_triton.py tests/kernels/test_gpu.py tests/kernels/test_cuda.py -k "not cubins and not spills and not matrix_units and not shared_memory"
+step tests 150 "$PYTHON" -m pytest -q $parallel tests/kernels/test_triton.py tests/kernels/test_guard.py tests/kernels/test_gpu.py tests/kernels/test_cuda.py -k "not cubins and not spills and not matrix_units and not shared_memory"
 if command -v compute-sanitizer >/dev/null; then
     step memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m pytest -q -x tests/kernels/test_triton.py \
         -k "test_every_case and (odd or ragged-bfloat16 or select_blocks-one)"

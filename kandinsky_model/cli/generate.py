@@ -11,7 +11,13 @@ from pathlib import Path
 
 from .progress import Progress
 
-ROOT_LOGGER = "kandinsky_model"
+# The loggers that say what an option does: how many steps a cache saved, what an expanded prompt
+# says, what lies where within a memory budget.
+SPOKEN_FOR = {
+    "cache": "kandinsky_model.sampling.sampler",
+    "expand": "kandinsky_model.text.qwen_clip",
+    "memory": "kandinsky_model.pipeline",
+}
 
 
 def generate(args) -> None:
@@ -91,13 +97,14 @@ def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | No
     from ..checkpoints.locate import PARTS, locate
     from ..devices.available import choose_device
 
-    for name, shown in (
-        ("sampling.sampler", args.cache not in (None, "none")),
-        ("text.qwen_clip", args.expand),
-        ("pipeline", args.memory_budget),
-    ):
-        if shown:  # how many passes were saved, what was really asked for, what goes where
-            logging.getLogger(f"{ROOT_LOGGER}.{name}").setLevel(logging.INFO)
+    chosen = {
+        "cache": args.cache not in (None, "none"),
+        "expand": args.expand,
+        "memory": args.memory_budget,
+    }
+    for option, name in SPOKEN_FOR.items():
+        if chosen[option]:
+            logging.getLogger(name).setLevel(logging.INFO)
     outputs = _outputs(args, count) if args.output else None
     device, sources = (
         choose_device(device),
@@ -182,7 +189,7 @@ def resume(args) -> None:
     for path, scale in map(scaled_path, settings.lora):
         model.lora.load(path, scale=scale)
     if args.memory_budget:
-        logging.getLogger(f"{ROOT_LOGGER}.pipeline").setLevel(logging.INFO)
+        logging.getLogger(SPOKEN_FOR["memory"]).setLevel(logging.INFO)
     with Progress() as progress, _kept(output):
         (result,) = model.resume(run, progress, args.memory_budget)
         _keep(result, output, None, progress)

@@ -5,12 +5,12 @@ copies, however its weights are kept."""
 import copy
 
 import pytest
-import tiny_models
 import torch
 
 from kandinsky_model import accelerate
 from kandinsky_model.vae import winograd as vae_pairs
 
+from ..support import tiny_models
 from ..support.accelerated import ROUNDING, off, told
 
 CPU = torch.device("cpu")

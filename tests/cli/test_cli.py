@@ -10,9 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
-from tiny_models import SMALL_ARGS
 
 import kandinsky_kernels
 from kandinsky_model import pipeline
@@ -23,6 +21,9 @@ from kandinsky_model.cli.models import preset_rows
 from kandinsky_model.media import video
 from kandinsky_model.sampling import settings
 from kandinsky_model.tiny.judge import judge
+
+from ..support import tiny_models
+from ..support.tiny_models import SMALL_ARGS
 
 PROMPT = "a red circle moving right"
 

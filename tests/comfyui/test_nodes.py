@@ -9,12 +9,13 @@ from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import tiny_models
 import torch
 from safetensors.torch import save_file
 
 from kandinsky_model import comfyui
 from kandinsky_model.comfyui.nodes import MODEL
+
+from ..support import tiny_models
 
 PROMPT = "a red circle moving right"
 SMALL = dict(width=64, height=48, num_frames=5, num_inference_steps=2)

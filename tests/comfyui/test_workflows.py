@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 
 from kandinsky_model import comfyui
 from kandinsky_model.__main__ import main
 from kandinsky_model.comfyui import install as comfyui_install
 from kandinsky_model.comfyui.workflows import CORE, FOLDER, WIDGETS, Graph, definitions, workflows
+
+from ..support import tiny_models
 
 NAMES = sorted(workflows())
 

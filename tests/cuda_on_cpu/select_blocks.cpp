@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // csrc/cuda/select_blocks.cuh as a C function on the emulator, for ctypes.
-#include "../../csrc/cuda/select_blocks.cuh"
-
 #include "intrinsics.h"
+
+#include "../../csrc/cuda/select_blocks.cuh"
 
 // Contiguous query and key [heads, N, D], selection [heads, N, words]; tiles and window of three
 // numbers, or null. Returns the rows of a thread block, of which only the first most_blocks run.

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -24,6 +23,7 @@ from kandinsky_model.sampling.sampler import Sampling, noise, sample
 from kandinsky_model.sampling.step_cache import FirstBlockCache, MagCache
 from kandinsky_model.text.embeddings import Conditioning
 
+from ..support import tiny_models
 from ..support.plain_dit import random_state
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -55,16 +54,23 @@ def imports(tree):
 
 WITHOUT_EXTENSION = """
 import sys
-if {hide}: sys.modules["kandinsky_kernels._C"] = None
-import torch, kandinsky_kernels as k
+if {hide}:
+    sys.modules["kandinsky_kernels._C"] = None
+import torch
+import kandinsky_kernels as k
+
+offsets = torch.tensor([0, 64, 128, 130], dtype=torch.int32)
 x = torch.randn(1, 130, 2, 8)
-y, means = k.norm_rope_means(x, torch.ones(8), None, torch.tensor([0, 64, 128, 130], dtype=torch.int32))
+y, means = k.norm_rope_means(x, torch.ones(8), None, offsets)
 selection = k.select_blocks(means, means, 0.5, (1, 1, 3), (1, 1, 1))
-out = k.block_sparse_attention(y, y, y, selection, torch.tensor([0, 64, 128, 130], dtype=torch.int32))
-assert out.isfinite().all() and k.modulated_norm(y.flatten(2), torch.zeros(1, 16), torch.zeros(1, 16)).shape == (1, 130, 16)
+out = k.block_sparse_attention(y, y, y, selection, offsets)
+assert out.isfinite().all()
+vector = torch.zeros(1, 16)
+assert k.modulated_norm(y.flatten(2), vector, vector).shape == (1, 130, 16)
 assert k._library.extension is None
-rows = k.kernels().values()
-assert all(row["cpu"].startswith("reference: ") and "{why}" in row["cpu"] for row in rows), list(rows)
+for row in k.kernels().values():
+    assert row["cpu"].startswith("reference: "), row
+    assert "{why}" in row["cpu"], row
 """
 
 
@@ -75,41 +81,6 @@ assert all(row["cpu"].startswith("reference: ") and "{why}" in row["cpu"] for ro
 def test_works_without_the_extension(hide, variable, why):
     result = run("-c", WITHOUT_EXTENSION.format(hide=hide, why=why), KANDINSKY_KERNELS=variable)
     assert result.returncode == 0, result.stderr
-
-
-def test_pure_wheel(tmp_path):
-    """KANDINSKY_KERNELS_BUILD=none: a wheel for any machine, the bundled checkpoint inside and no
-    compiled file."""
-    result = run(
-        "setup.py",
-        "-q",
-        "egg_info",
-        "-e",
-        str(tmp_path),
-        "build",
-        "-b",
-        str(tmp_path / "build"),
-        "bdist_wheel",
-        "-b",
-        str(tmp_path / "wheel"),
-        "-d",
-        str(tmp_path),
-        KANDINSKY_KERNELS_BUILD="none",
-    )
-    assert result.returncode == 0, result.stderr
-    assert "pure Python, because KANDINSKY_KERNELS_BUILD=none" in result.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name.endswith("-py3-none-any.whl")
-    files = zipfile.ZipFile(wheel).namelist()
-    bundled = [
-        name(path)
-        for path in ROOT.joinpath("kandinsky_model/tiny/weights").rglob("*")
-        if path.is_file()
-    ]
-    sources = [name(path) for path in PYTHON if path.parts[len(ROOT.parts)] in PACKAGES]
-    assert {*bundled, *sources} <= set(files)
-    assert not [file for file in files if file.endswith((".so", ".pyd", ".cpp"))]
-    assert not [file for file in files if file.startswith(("tests", "benchmarks"))]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 
 from kandinsky_model import config, pipeline
@@ -23,6 +22,8 @@ from kandinsky_model.sampling.settings import Settings
 from kandinsky_model.sampling.step_cache import make_cache
 from kandinsky_model.text.qwen_clip import EDIT_CROPS, OFFICIAL_EDIT_CROP, QwenClipEncoder
 from kandinsky_model.vae.tiles import TilePlan, starts
+
+from ..support import tiny_models
 
 PROMPT, SMALL = "a red circle", dict(tiny_models.SMALL, guidance_scale=2.0)
 
@@ -225,13 +226,24 @@ def test_16_nothing_is_encoded_that_is_not_read(model, monkeypatch):
 
 IMPORT = """
 import torch
-before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.get_default_dtype(),
-          torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed())
-import kandinsky_kernels, kandinsky_model
-from kandinsky_model import cli, pipeline
+
+def state():
+    return (
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        torch.initial_seed(),
+    )
+
+before = state()
 import sys
-assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark,
-                  torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed())
+import kandinsky_kernels
+import kandinsky_model
+from kandinsky_model import cli, pipeline
+assert before == state()
 assert "torch._dynamo" not in sys.modules or not torch._dynamo.config.suppress_errors
 assert not torch.cuda.is_initialized()
 """

@@ -6,16 +6,16 @@ import logging
 import re
 
 import pytest
-import tiny_models
 import torch
-from tiny_models import SMALL
 
 from kandinsky_model import pipeline
 from kandinsky_model.media import video as files
 from kandinsky_model.sampling.run import Interrupted, Run
 
 from ..checkpoints.test_lora import write
+from ..support import tiny_models
 from ..support.live_memory import LiveMemory
+from ..support.tiny_models import SMALL
 
 PROMPT = "a red circle moving right"
 

@@ -9,7 +9,6 @@ the statistics of the first frames.
 from dataclasses import replace
 
 import pytest
-import tiny_models
 import torch
 
 from kandinsky_model import pipeline
@@ -20,6 +19,7 @@ from kandinsky_model.sampling.sampler import noise, schedule
 from kandinsky_model.text.embeddings import Conditioning
 from kandinsky_model.vae.flux import ImageVAE
 
+from ..support import tiny_models
 from ..support.diffusers_dit import diffusers_of
 
 STEPS, GUIDANCE, SCALE, SEED = 10, 4.0, 5.0, 3

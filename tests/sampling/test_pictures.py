@@ -7,7 +7,6 @@ import re
 import shutil
 
 import pytest
-import tiny_models
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -24,6 +23,8 @@ from kandinsky_model.sampling.given import latent_of
 from kandinsky_model.sampling.result import load_latents
 from kandinsky_model.sampling.sampler import noise, sample
 from kandinsky_model.text.templates import official_template
+
+from ..support import tiny_models
 
 SHORT = dict(height=64, width=96, num_inference_steps=2, guidance_scale=2.0)
 PROMPT = "a red cube"

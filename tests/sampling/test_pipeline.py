@@ -11,11 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_models import NABLA, SMALL
 
 from kandinsky_model import pipeline
 from kandinsky_model.checkpoints.locate import locate
@@ -24,6 +22,9 @@ from kandinsky_model.devices.available import choose_device
 from kandinsky_model.sampling.sampler import schedule
 from kandinsky_model.sampling.settings import default_policy
 from kandinsky_model.text.templates import official_negative, official_template
+
+from ..support import tiny_models
+from ..support.tiny_models import NABLA, SMALL
 
 PROMPT = "a red circle moving right"
 

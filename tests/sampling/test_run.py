@@ -6,15 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 from safetensors.torch import save_file
-from tiny_models import SMALL, SMALL_ARGS
 
 from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
 from kandinsky_model.sampling.result import load_latents
 from kandinsky_model.sampling.run import Interrupted, Run
+
+from ..support import tiny_models
+from ..support.tiny_models import SMALL, SMALL_ARGS
 
 PROMPT = "a red circle moving right"
 STEPS = dict(SMALL, num_inference_steps=4)

@@ -7,13 +7,13 @@ import functools
 import logging
 
 import pytest
-import tiny_models
 import torch
 
 from kandinsky_model import accelerate
 from kandinsky_model.config import DiTConfig, NablaConfig
 from kandinsky_model.dit.geometry import Grid
 
+from . import tiny_models
 from .diffusers_dit import diffusers_of
 from .plain_dit import plain_forward, random_state
 

@@ -122,7 +122,8 @@ def kernels(capability):
                 "BLOCK": D,
                 "TOKENS": tuning.TOKENS,
             }
-            name = f"block_sparse_attention-{D}{'' if full else '-ragged'}{'-bounded' if bounded else ''}"
+            kind = f"{'' if full else '-ragged'}{'-bounded' if bounded else ''}"
+            name = f"block_sparse_attention-{D}{kind}"
             yield name, nabla.block_sparse_attention, constants, launch
         for full in (True, False):
             yield from gradient_kernels(D, capability, full)
@@ -189,7 +190,8 @@ def vae_kernels(capability):
             "COLUMNS": tile.columns,
             "DEPTH": tile.depth,
         }
-        name = f"causal_conv3d-{C}-{N}-{''.join(map(str, taps))}{'-strided' if max(stride) > 1 else ''}"
+        kind = "".join(map(str, taps)) + ("-strided" if max(stride) > 1 else "")
+        name = f"causal_conv3d-{C}-{N}-{kind}"
         yield name, vae.causal_conv3d, constants, tile.launch
 
 

@@ -304,8 +304,8 @@ def one_thread():
 def contents(path):
     """Every bit of a file but the order of its header."""
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118 - not a mapping
-        return file.metadata(), tensors
+        names = file.keys()
+        return file.metadata(), {name: file.get_tensor(name).numpy().tobytes() for name in names}
 
 
 def environment():

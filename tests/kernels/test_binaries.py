@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels as binaries for every architecture, read without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def cubins():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.support.cubins"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+    )
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_no_kernel_spills_and_every_architecture_is_built(cubins):
+    assert {row["sm"] for row in cubins} == {80, 86, 89, 90, 100, 120}
+    assert [row for row in cubins if row["local"]] == []
+
+
+def test_products_use_the_matrix_units_of_their_architecture(cubins):
+    rows = [row for row in cubins if "attention" in row["kernel"] or "conv" in row["kernel"]]
+    wanted = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
+    for row in rows:
+        assert [unit for unit in ("wgmma", "mma", "tcgen05") if row[unit]] == [wanted[row["sm"]]], (
+            row
+        )
+        described = row["sm"] in (90, 100) or row["sm"] == 120 and "backward" not in row["kernel"]
+        assert row["tma"] == (
+            described and "block_sparse" in row["kernel"] and "ragged" not in row["kernel"]
+        ), row
+
+
+def test_shared_memory_leaves_room_for_a_second_program(cubins):
+    # KiB, CUDA programming guide, table of technical specifications
+    per_sm = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+    for row in cubins:
+        alone = re.match("block_sparse_attention.*-128|frame_causal_attention-512", row["kernel"])
+        residents = 1 if alone or "conv" in row["kernel"] and row["sm"] in (90, 100) else 2
+        assert residents * (row["shared"] + 1024) <= per_sm[row["sm"]] << 10, row
