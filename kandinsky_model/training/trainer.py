@@ -27,6 +27,7 @@ from ..devices.parallel import processes
 from ..dit.accounting import Job
 from ..dit.geometry import Grid
 from ..dit.transformer import DiffusionTransformer3D
+from ..files import remove_leftovers
 from .adapters import attach
 from .batches import Batch, Draws, Passes, draw
 from .budget import Trained, plan_training
@@ -182,8 +183,7 @@ class Trainer:
         self.place.parent.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
             for folder in (self.out, self.place.parent):
-                for partial in folder.glob(".*.partial-*"):
-                    partial.unlink()
+                remove_leftovers(folder)
         return read_about(self.place) if resume else {}
 
     def _compare(self, earlier: dict) -> None:

@@ -38,7 +38,9 @@ def test_round_trip(mode, tmp_path):
     dit = quantize(build(), mode)
     save_dit(dit, tmp_path, NABLA)
     loaded = load_dit(tmp_path)
-    assert mode_of(loaded) == mode and loaded.config == CONFIG and not loaded.training
+    assert mode_of(loaded) == mode
+    assert loaded.config == CONFIG
+    assert not loaded.training
     same(loaded, dit)
     assert loaded.prepare().visual_transformer_blocks[0].self_attention._is_joint()
     half = load_dit(tmp_path, dtype=torch.bfloat16).state_dict()
@@ -67,10 +69,8 @@ def test_quantised_while_loading(mode, dtype, tmp_path):
 def test_stored_weights_compute_in_both_modes_of_their_dtype(tmp_path):
     save_dit(quantize(build(), "int8"), tmp_path)
     dynamic = load_dit(tmp_path, quantize="int8-dynamic")
-    assert (
-        mode_of(dynamic) == "int8-dynamic"
-        and mode_of(load_dit(tmp_path, quantize="int8")) == "int8"
-    )
+    assert mode_of(dynamic) == "int8-dynamic"
+    assert mode_of(load_dit(tmp_path, quantize="int8")) == "int8"
     with pytest.raises(
         ValueError,
         match="stored in int8 can compute in int8 and int8-dynamic, got fp8; load the original",
@@ -81,7 +81,8 @@ def test_stored_weights_compute_in_both_modes_of_their_dtype(tmp_path):
 def test_wrong_quantised_files(tmp_path):
     save_dit(quantize(build(), "int8"), tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
-    state, name = load_file(file), "visual_transformer_blocks.0.feed_forward.in_layer"
+    state = load_file(file)
+    name = "visual_transformer_blocks.0.feed_forward.in_layer"
     cases = [
         (
             {k: x for k, x in state.items() if k != f"{name}.weight_scale"},
@@ -96,10 +97,9 @@ def test_wrong_quantised_files(tmp_path):
             r"\[256\] instead of .256, 1",
         ),
         (
-            state,
+            {k: x for k, x in state.items() if not k.endswith("weight_scale")},
             None,
-            r"unexpected \(24\): "
-            r"visual_transformer_blocks.0.cross_attention.out_layer.weight_scale",
+            r"weights in torch.int8 must have a scale, but visual_\S+ in \S+ has none",
         ),
         (
             state,
@@ -159,10 +159,12 @@ def test_a_checkpoint_is_quantised_as_the_network_is(mode, shard_bytes, tmp_path
     )
     files = sorted((tmp_path / "small" / "transformer").glob("*.safetensors"))
     assert all(file.stat().st_size <= shard_bytes + quant_file.HEADER_BYTES + 8 for file in files)
-    assert (len(files) > 3) == (shard_bytes < 10**9) and not list(tmp_path.rglob("*.part"))
+    assert (len(files) > 3) == (shard_bytes < 10**9)
+    assert not list(tmp_path.rglob("*.part"))
     loaded = load_dit(tmp_path / "small")
     whole = quantize(load_dit(tmp_path / "full"), mode)
-    assert mode_of(loaded) == mode and read_dit_config(tmp_path / "small" / "transformer") == (
+    assert mode_of(loaded) == mode
+    assert read_dit_config(tmp_path / "small" / "transformer") == (
         CONFIG,
         NABLA,
     )
@@ -182,14 +184,10 @@ def test_the_index_is_that_of_diffusers(tmp_path, monkeypatch):
     split(build(), tmp_path / "full")
     quantize_file(tmp_path / "full", tmp_path / "small", "int8")
     index = json.loads((tmp_path / "small" / f"{WEIGHTS_NAME}.index.json").read_text())
-    files, stem = (
-        sorted(set(index["weight_map"].values())),
-        WEIGHTS_NAME.removesuffix(".safetensors"),
-    )
-    assert (
-        files == [f"{stem}-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-        and len(files) > 1
-    )
+    files = sorted(set(index["weight_map"].values()))
+    stem = WEIGHTS_NAME.removesuffix(".safetensors")
+    assert files == [f"{stem}-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    assert len(files) > 1
     total = 0
     for name in files:
         tensors = load_file(tmp_path / "small" / name)
@@ -197,9 +195,8 @@ def test_the_index_is_that_of_diffusers(tmp_path, monkeypatch):
         assert all(index["weight_map"][key] == name for key in tensors)
         with safe_open(tmp_path / "small" / name, "pt") as file:
             assert file.metadata() == {"format": "pt", "quantization": "int8"}
-    assert index["metadata"] == {"total_size": total} and list(index["weight_map"]) == sorted(
-        load_dit(tmp_path / "small").state_dict()
-    )
+    assert index["metadata"] == {"total_size": total}
+    assert list(index["weight_map"]) == sorted(load_dit(tmp_path / "small").state_dict())
     save_file(load_file(tmp_path / "small" / files[0]), tmp_path / "small" / files[0])
     with pytest.raises(
         ValueError, match="quantised alike, but small has None, int8; do not mix them"
@@ -220,23 +217,17 @@ def test_the_command(tmp_path, capsys):
     shutil.copytree(TINY, place, ignore=shutil.ignore_patterns("transformer"))
     assert main(["quantize", "tiny", str(place / "transformer"), "--mode", "int8"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert (
-        out[0] == "relative rms error of the weights"
-        and out[-2].startswith("worst: visual_")
-        and "GB in 1 file" in out[-1]
-    )
-    lines = verify(place)
+    assert out[0] == "relative rms error of the weights"
+    assert out[-2].startswith("worst: visual_")
+    assert "GB in 1 file" in out[-1]
+    lines = verify(place / "transformer")
     count = sum(x.numel() for x in load_dit(TINY).parameters())
-    assert (
-        f" {count:,} parameters, " in lines[0]
-        and "I8 in 32" in lines[0]
-        and lines[1:3] == ["quantised: int8", "presets: tiny"]
-    )
+    assert f" {count:,} parameters, " in lines[0]
+    assert "I8 in 32" in lines[0]
+    assert lines[1:3] == ["quantised: int8", "presets: tiny"]
     assert main(["quantize", str(place), str(tmp_path / "again"), "--mode", "fp8"]) == 2
-    assert (
-        "is in int8 already; take the original" in capsys.readouterr().err
-        and not (tmp_path / "again").exists()
-    )
+    assert "is in int8 already; take the original" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
     assert main(["quantize", "tiny", str(place), "--mode", "fp8"]) == 2
     assert "new or empty folder" in capsys.readouterr().err
     assert (

@@ -25,6 +25,7 @@ from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_layout
+from kandinsky_model.files import replacing
 from kandinsky_model.training import trainer as trainer_module
 from kandinsky_model.training.config import LoRAConfig, TrainConfig
 from kandinsky_model.training.trainer import Trainer, train
@@ -426,14 +427,12 @@ def test_a_full_disk_keeps_the_last_state(data, config, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     after = {path: path.read_bytes() for path in trainer.out.rglob("*") if path.is_file()}
     assert after == before
-    (trainer.out / ".lora.partial-1.safetensors").write_bytes(b"left by a killed process")
-    assert (
-        begun(
-            data,
-            trainer.out,
-            trainer.config,
-            resume=True,
-        ).state.step
-        == 1
-    )
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    with replacing(tmp_path / "lora.safetensors") as target:
+        target.write_bytes(b"")
+        name = target.parent.name.replace(f"-{os.getpid()}-", f"-{killed.pid}-")
+    (trainer.out / name).mkdir()
+    resumed = begun(data, trainer.out, trainer.config, resume=True)
+    assert resumed.state.step == 1
     assert not list(trainer.out.glob(".*"))
