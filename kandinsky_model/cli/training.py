@@ -16,6 +16,11 @@ def train(args) -> None:
         raise ValueError(
             "a trigger calls a LoRA, so it does not go with --full; leave one of them out"
         )
+    if args.full and args.lora_alpha is not None:
+        raise ValueError(
+            "--lora-alpha is the factor of a LoRA, so it does not go with --full; "
+            "leave one of them out"
+        )
     names = (
         "model",
         "steps",
@@ -23,6 +28,8 @@ def train(args) -> None:
         "passes",
         "rate",
         "warmup",
+        "schedule",
+        "optimizer",
         "ema",
         "drop",
         "seed",
@@ -37,8 +44,11 @@ def train(args) -> None:
         "device",
     )
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    lora = None
+    if not args.full:
+        lora = LoRAConfig(args.lora_rank, args.lora_alpha, trigger=args.trigger)
     config = TrainConfig(
-        lora=None if args.full else LoRAConfig(args.lora_rank, trigger=args.trigger),
+        lora=lora,
         lengths=args.frames,
         sizes=args.size and [(height, width) for width, height in args.size],
         **given,

@@ -37,6 +37,20 @@ def targeted(dit: nn.Module, targets: Sequence[str]) -> dict[str, Linear]:
     }
 
 
+def check_rank(dit: nn.Module, config: LoRAConfig) -> None:
+    """ValueError for a rank above what a change of some targeted layer's weight can have at all.
+
+    `dit` may be on the meta device, so that this is known before any memory is taken.
+    """
+    for name, layer in targeted(dit, config.targets).items():
+        most = min(layer.in_features, layer.out_features)
+        if config.rank > most:
+            raise ValueError(
+                f"the rank of a LoRA must be at most {most}, the smaller side of {name}, "
+                f"got {config.rank}; 32 is usual"
+            )
+
+
 def attach(
     dit: nn.Module,
     config: LoRAConfig,

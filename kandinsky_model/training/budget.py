@@ -14,20 +14,22 @@ from ..dit.accounting import LIST_BYTES, SCRATCH_BYTES, WIDE, Job
 from .adapters import targeted
 from .config import TrainConfig
 from .network import Computation
+from .optimizers import moment_bytes
 
 TOKENS = (16384, 4096, 1024)  # that are computed at a time, in everything but self-attention
-MOMENTS = 2  # numbers that AdamW keeps for each parameter
 
 
 @dataclass(frozen=True)
 class Trained:
     """The parameters in training.
 
-    numbers: how many there are. full: they are the network's own weights. average: a moving average
-    is kept. teacher: a second network is kept, which distillation of all weights learns from.
+    numbers: how many there are. moments: bytes that the optimiser keeps of them. full: they are the
+    network's own weights. average: a moving average is kept. teacher: a second network is kept,
+    which distillation of all weights learns from.
     """
 
     numbers: int
+    moments: int
     full: bool = False
     average: bool = True
     teacher: bool = False
@@ -35,22 +37,30 @@ class Trained:
     @classmethod
     def of(cls, dit: nn.Module, config: TrainConfig) -> Trained:
         """The parameters that `config` trains of `dit`, which may be on the meta device."""
-        average = config.ema > 0
-        if config.lora is None:
-            numbers = sum(parameter.numel() for parameter in dit.parameters())
-            return cls(numbers, True, average, config.distill is not None)
-        layers = targeted(dit, config.lora.targets).values()
-        sides = sum(layer.in_features + layer.out_features for layer in layers)
-        return cls(config.lora.rank * sides, False, average)
+        full = config.lora is None
+        if full:
+            sizes = [parameter.numel() for parameter in dit.parameters()]
+        else:
+            layers = targeted(dit, config.lora.targets).values()
+            sides = [side for one in layers for side in (one.in_features, one.out_features)]
+            sizes = [config.lora.rank * side for side in sides]
+        return cls(
+            numbers=sum(sizes),
+            moments=moment_bytes(sizes, config.optimizer),
+            full=full,
+            average=config.ema > 0,
+            teacher=full and config.distill is not None,
+        )
 
     @property
     def state(self) -> int:
-        """Bytes of gradients, moments and average, and of an adapter's parameters, all in fp32.
+        """Bytes of gradients, moments and average, and of an adapter's parameters, in fp32 but for
+        moments of 8 bits.
 
         The network's own weights are counted with the network.
         """
-        tensors = 1 + MOMENTS + self.average + (not self.full)
-        return WIDE * self.numbers * tensors
+        tensors = 1 + self.average + (not self.full)
+        return WIDE * self.numbers * tensors + self.moments
 
 
 @dataclass(frozen=True)

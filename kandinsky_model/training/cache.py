@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..checkpoints.headers import read_headers
@@ -26,11 +26,11 @@ from ..config import KINDS
 from ..devices.available import free_bytes
 from ..devices.budget import Weights, text_ways
 from ..devices.offload import LateOffload, Offload
-from ..files import replacing
 from ..pipeline import Kandinsky5
 from ..text.cache import identity
 from ..vae.hunyuan import HunyuanVideoVAE
 from .data import Bad, Item, Stamp, read_item, read_source
+from .tensors import write_tensors
 
 # Latents lie within about +-10, where fp16 keeps 11 bits of them and bf16 would keep 8.
 LATENT_DTYPE = torch.float16
@@ -253,10 +253,8 @@ class Cache:
             yield placed
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            with replacing(path) as target:
-                save_file(on_cpu, target)
+            write_tensors(path, tensors)
         except (OSError, SafetensorError) as error:
             raise OSError(
                 "the cache must have room for latents and embeddings, but writing to "

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 from ..config import ATTENTIONS
 
@@ -24,6 +26,8 @@ TARGETS = (
 )
 DISTILLATIONS = ("dense", "guidance")
 DTYPES = ("bf16", "fp32")
+SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "adamw8bit")
 FRAMES_PER_LATENT = 4  # a latent frame after the first one holds four frames of the clip
 PIXELS_PER_TOKEN = 16  # a token covers 16 x 16 pixels: VAE and patches halve the sides four times
 
@@ -33,8 +37,25 @@ _LEAST = {
     "passes": 1,
     "save_every": 1,
     "sample_every": 0,
+    "samples": 0,
     "warmup": 0,
+    "seed": 0,
 }
+_CHOICES = {
+    "schedule": (SCHEDULES, "constant is usual"),
+    "optimizer": (OPTIMIZERS, "adamw is usual"),
+    "attention": ((None, *ATTENTIONS), "leave it out for the preset's own"),
+    "dtype": ((None, *DTYPES), "leave it out for what suits the device"),
+    "distill": ((None, *DISTILLATIONS), "leave it out to fit the data"),
+}
+_MOST_SEED = 2**63 - 1
+
+
+def whole(name: str, value: SupportsIndex) -> int:
+    """`value` as an int, which scalars of NumPy and of tensors become; TypeError for others."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {value!r}; convert it")
+    return operator.index(value)
 
 
 @dataclass(frozen=True)
@@ -55,6 +76,7 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
+        object.__setattr__(self, "rank", whole("rank", self.rank))
         if self.rank < 1 or not (self.alpha is None or 0 < self.alpha < math.inf):
             raise ValueError(
                 "a LoRA must have a rank from 1 on and a positive alpha, "
@@ -93,7 +115,10 @@ class TrainConfig:
     steps: optimiser steps.
     batch, passes: samples of a forward and backward pass, and passes whose gradients make a step.
         Several processes share the passes of a step.
-    rate, warmup: the learning rate, which rises linearly for `warmup` steps.
+    rate, warmup: the highest learning rate, to which it rises linearly for `warmup` steps.
+    schedule: what follows: "constant", or a fall to zero until the last step, "linear" or along
+        half a "cosine".
+    optimizer: "adamw", or "adamw8bit" with moments in 8 bits by bitsandbytes.
     betas, decay: of AdamW.
     clip: the norm that the gradient of a step is cut to.
     ema: the decay of the moving average of the weights. The average is what is saved; 0 saves the
@@ -125,6 +150,8 @@ class TrainConfig:
     passes: int = 4
     rate: float = 1e-4
     warmup: int = 100
+    schedule: str = "constant"
+    optimizer: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     decay: float = 1e-3
     clip: float = 1.0
@@ -154,17 +181,36 @@ class TrainConfig:
 
     def _check_counts(self) -> None:
         for name, least in _LEAST.items():
-            if getattr(self, name) < least:
+            value = whole(name, getattr(self, name))
+            object.__setattr__(self, name, value)
+            if value < least:
                 raise ValueError(
-                    f"{name} must be at least {least}, got {getattr(self, name)}; "
+                    f"{name} must be at least {least}, got {value}; "
                     f"the default is {getattr(TrainConfig, name)}"
                 )
+        if self.seed > _MOST_SEED:
+            raise ValueError(f"seed must be at most {_MOST_SEED}, got {self.seed}; choose another")
+        if self.sample_steps is not None and self.sample_steps < 1:
+            raise ValueError(
+                f"sample_steps must be at least 1, got {self.sample_steps}; "
+                "leave it out for the preset's own"
+            )
 
     def _check_shares(self) -> None:
         if not (0 < self.rate < 1 and 0 <= self.drop <= 1 and 0 <= self.ema < 1):
             raise ValueError(
                 "rate must lie between 0 and 1, drop in 0..1 and ema in 0..1 below 1, "
                 f"got {self.rate}, {self.drop} and {self.ema}; 1e-4, 0.5 and 0.99 are usual"
+            )
+        if not (all(0 <= beta < 1 for beta in self.betas) and 0 <= self.decay < 1):
+            raise ValueError(
+                "betas and decay must lie in 0..1 below 1, "
+                f"got {self.betas} and {self.decay}; (0.9, 0.95) and 1e-3 are usual"
+            )
+        if not (0 < self.clip < math.inf and (self.shift is None or 0 < self.shift < math.inf)):
+            raise ValueError(
+                "clip and shift must be positive, "
+                f"got {self.clip} and {self.shift}; leave them out for the usual ones"
             )
 
     def _check_shapes(self) -> None:
@@ -184,21 +230,11 @@ class TrainConfig:
                 )
 
     def _check_choices(self) -> None:
-        if self.attention not in (None, *ATTENTIONS):
-            raise ValueError(
-                f"attention must be {' or '.join(ATTENTIONS)}, got {self.attention!r}; "
-                "leave it out for the preset's own"
-            )
-        if self.dtype not in (None, *DTYPES):
-            raise ValueError(
-                f"dtype must be bf16 or fp32, got {self.dtype!r}; "
-                "leave it out for what suits the device"
-            )
-        if self.distill not in (None, *DISTILLATIONS):
-            raise ValueError(
-                f"distill must be {' or '.join(DISTILLATIONS)}, got {self.distill!r}; "
-                "leave it out to fit the data"
-            )
+        for name, (choices, remedy) in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                names = " or ".join(choice for choice in choices if choice)
+                raise ValueError(f"{name} must be {names}, got {value!r}; {remedy}")
         if self.distill == "dense" and self.attention == "dense":
             raise ValueError(
                 "distillation fits sparse attention to dense, got dense attention to train; "

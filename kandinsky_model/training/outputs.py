@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoints.configs import dit_config_json
@@ -20,6 +19,7 @@ from ..checkpoints.locate import PRESET_KEY, Sources
 from ..dit.transformer import DiffusionTransformer3D
 from ..files import replacing
 from .config import LoRAConfig
+from .tensors import write_tensors
 
 LORA_WEIGHTS, LORA_CONFIG = "lora.safetensors", "config_lora.json"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -57,11 +57,8 @@ def save_lora(
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(peft)}
     if config.trigger:
         metadata["trigger"] = config.trigger
-    tensors = {
-        name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in parameters.items()
-    }
-    with replacing(folder / LORA_WEIGHTS) as target:
-        save_file(tensors, target, metadata)
+    tensors = {name: tensor.detach().to(dtype) for name, tensor in parameters.items()}
+    write_tensors(folder / LORA_WEIGHTS, tensors, metadata)
 
 
 def save_model(

@@ -87,18 +87,18 @@ class Gallery:
         self.folder.mkdir(parents=True, exist_ok=True)
         decode = partial(self.decoder.decode, memory_budget=memory_budget)
         written = []
-        for i, one in enumerate(self.samples):
+        for i, (one, path) in enumerate(zip(self.samples, self.paths(step), strict=True)):
             settings = self._settings(one, self.seed + i)
-            latents = self._sampled(
-                network,
-                one,
-                settings,
-                layout_of(one.shape),
-            )
-            suffix = ".mp4" if settings.num_frames > 1 else ".png"
-            path = self.folder / f"step_{step:06}_{i}{suffix}"
+            latents = self._sampled(network, one, settings, layout_of(one.shape))
             written += Video(latents, settings, decode).save(path, latents=False)
         return written
+
+    def paths(self, step: int) -> list[Path]:
+        """The files of the samples after `step` steps."""
+        return [
+            self.folder / f"step_{step:06}_{i}{'.mp4' if one.shape[0] > 1 else '.png'}"
+            for i, one in enumerate(self.samples)
+        ]
 
     def _settings(self, one: Sample, seed: int) -> Settings:
         preset = self.sources.preset

@@ -11,6 +11,8 @@ import copy
 import json
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,8 +21,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..checkpoints.load import load_dit
+from ..checkpoints.configs import infer_dit_config, read_dit_config
+from ..checkpoints.headers import find_weights, read_headers
+from ..checkpoints.load import empty_dit, load_dit
 from ..checkpoints.locate import locate
+from ..config import DiTConfig
 from ..devices.available import choose_device, free_bytes
 from ..devices.budget import Weights
 from ..devices.parallel import processes
@@ -28,7 +33,7 @@ from ..dit.accounting import Job
 from ..dit.geometry import Grid
 from ..dit.transformer import DiffusionTransformer3D
 from ..files import remove_leftovers
-from .adapters import attach
+from .adapters import attach, check_rank
 from .batches import Batch, Draws, Passes, draw
 from .budget import Trained, plan_training
 from .cache import Cache, Sample, Wanted
@@ -36,6 +41,7 @@ from .config import TrainConfig
 from .data import Bad, find_items
 from .network import Computation, TrainNetwork
 from .objective import Objective, trained_attention
+from .optimizers import check_optimizer
 from .outputs import save_lora, save_model
 from .report import Gallery, save_curve
 from .state import State, read_about
@@ -129,6 +135,10 @@ class Trainer:
         usual = "bf16" if self.device.type == "cuda" else "fp32"
         narrow = (config.dtype or usual) == "bf16"
         self.dtype = torch.bfloat16 if narrow else torch.float32
+        check_optimizer(config)
+        self.preset = replace(self.preset, dit=_described(self.sources.dit))
+        if config.lora:
+            check_rank(empty_dit(self.preset.dit), config.lora)
         self.place = out / FOLDER / STATE
         self.spare: int | None = None  # bytes of the memory budget that samples may use
 
@@ -145,7 +155,6 @@ class Trainer:
 
         dit = load_dit(self.sources.dit, dtype=self.dtype if config.lora else torch.float32)
         dit.compute_dtype = self.dtype
-        self.preset = replace(self.preset, dit=dit.config)
         computation = self._computation(dit, samples)
         self.parameters = self._attach(dit, computation)
         self.state = State(self.parameters, config)
@@ -167,6 +176,17 @@ class Trainer:
             len(self.passes.buckets),
             self.state.step,
         )
+        if resume and self.rank == 0:
+            self._restore()
+
+    def _restore(self) -> None:
+        """Write again what is made from the state. A process that was killed after it had written
+        the state may have left older results, or none."""
+        self._save_results()
+        if self._samples_due() and not all(
+            p.is_file() for p in self.gallery.paths(self.state.step)
+        ):
+            self._show()
 
     def _check_state(self, resume: bool) -> dict:
         """What the training to resume was about, or {}. Leftovers of a killed process go."""
@@ -191,9 +211,14 @@ class Trainer:
         as far as `about` is complete by now."""
         if not earlier:
             return
+        # a state from before a setting existed was made with its default
+        earlier = asdict(DEFAULTS) | earlier
+        free = set(FREE)
+        if self.config.schedule != "constant":
+            free.remove("steps")  # which all learning rates depend on
         for name, now in json.loads(json.dumps(self.about)).items():
             before = earlier.get(name)
-            if name in FREE or before == now:
+            if name in free or before == now:
                 continue
             if name == "data":
                 raise ValueError(
@@ -350,46 +375,55 @@ class Trainer:
 
     def _after(self) -> None:
         """Write what is due after this step."""
-        config = self.config
-        step = self.state.step
+        config, step = self.config, self.state.step
         last = step == config.steps
         if step % TOLD_EVERY == 0 or last:
             recent = self.state.losses[-TOLD_EVERY:]
-            self._tell(
-                "step %d of %d, loss %.4g",
-                step,
-                config.steps,
-                sum(recent) / len(recent),
-            )
+            self._tell("step %d of %d, loss %.4g", step, config.steps, sum(recent) / len(recent))
         if self.rank:
             return
         if step % config.save_every == 0 or last:
             self.save()
-        if config.sample_every and (step % config.sample_every == 0 or last):
-            self._show(step)
+        if self._samples_due():
+            self._show()
 
-    def _show(self, step: int) -> None:
+    def _samples_due(self) -> bool:
+        every, step = self.config.sample_every, self.state.step
+        return every > 0 and (step % every == 0 or step == self.config.steps)
+
+    def _show(self) -> None:
         """Draw samples. A training of days does not end because they cannot be drawn."""
+        step = self.state.step
         layout_of = self.objective.layout
         try:
             with self.state.averaged(), torch.no_grad():
-                for path in self.gallery.show(
-                    self.network,
-                    layout_of,
-                    step,
-                    self.spare,
-                ):
+                for path in self.gallery.show(self.network, layout_of, step, self.spare):
                     _log.info("%s", path)
         except (ValueError, OSError, RuntimeError) as error:
             _log.warning("no samples after step %d: %s", step, error)
 
     def save(self) -> None:
-        """Write the state, the result and the curve. OSError where they cannot be written; the
-        files that were there before stay."""
-        try:
+        """Write the state, then the results, which `_restore` can make from it. OSError where they
+        cannot be written; the files that were there before stay."""
+        with self._writing():
             self.state.save(self.place, self.about)
-            self._save_result()
+        self._save_results()
+
+    def _save_results(self) -> None:
+        """Write the weights and the curve of the losses."""
+        result, lora = self.state.result, self.config.lora
+        with self._writing():
+            if lora:
+                save_lora(self.out, result, lora, self.dtype, self.sources.name)
+            else:
+                save_model(self.out, self.network.dit, result, self.sources, self.dtype)
             save_curve(self.state.losses, self.out / "loss.png")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One sentence for a file that cannot be written in the body."""
+        try:
+            yield
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"a training must be able to write to {self.out}, but after step "
@@ -397,20 +431,13 @@ class Trainer:
                 "from the state before"
             ) from None
 
-    def _save_result(self) -> None:
-        result = self.state.result
-        lora = self.config.lora
-        if lora:
-            save_lora(self.out, result, lora, self.dtype, self.sources.name)
-        else:
-            save_model(
-                self.out,
-                self.network.dit,
-                result,
-                self.sources,
-                self.dtype,
-            )
-
     def _tell(self, line: str, *values: object) -> None:
         if self.rank == 0:
             _log.info(line, *values)
+
+
+def _described(path: Path) -> DiTConfig:
+    """The configuration of a transformer, from its config.json or the shapes of its tensors."""
+    files, folder = find_weights(path, "transformer")
+    config, _ = read_dit_config(folder)
+    return config or infer_dit_config(read_headers(files))

@@ -30,3 +30,19 @@ def clips(folder: Path, count: int = 4, frames: int = 5, window=(32, 32, 96, 80)
         video.save(drawn, folder / f"clip{i}.mp4")
         (folder / f"clip{i}.txt").write_text(scenes.prompt(scene.combination) + "\n")
     return folder
+
+
+def pictures(folder: Path, count: int = 2) -> Path:
+    """`count` pictures of 64 x 64 pixels with captions.
+
+    Where samples are compared bit by bit, they must be pictures: of equal frames, x264 does not
+    always make equal files on processors with AVX-512.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = random.Random(2)
+    for i in range(count):
+        scene = scenes.training_scene(41 * i, generator)
+        drawn = scenes.draw(scene, [0], (48, 48, 64, 64))
+        video.save(drawn, folder / f"picture{i}.png")
+        (folder / f"picture{i}.txt").write_text(scenes.prompt(scene.combination) + "\n")
+    return folder
