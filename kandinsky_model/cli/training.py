@@ -50,7 +50,7 @@ def train(args) -> None:
     config = TrainConfig(
         lora=lora,
         lengths=args.frames,
-        sizes=args.size and [(height, width) for width, height in args.size],
+        sizes=tuple((height, width) for width, height in args.size) if args.size else None,
         **given,
     )
     try:

@@ -40,6 +40,7 @@ def draw(
         wanted = combinations[start : start + batch]
         prompts = [scenes.prompt(combination) for combination in wanted]
         videos = model.generate(prompts, seed=seed + start, **settings)
+        assert isinstance(videos, list)  # as prompts are
         yield from zip(wanted, prompts, videos, strict=True)
 
 
@@ -64,7 +65,7 @@ def check_tiny(
     has the shares without it, and each sample the "psnr" between both clips, in dB.
     """
     combinations = scenes.held_out() if combinations is None else combinations
-    settings = {"num_inference_steps": steps, "guidance_scale": guidance}
+    settings: dict = {"num_inference_steps": steps, "guidance_scale": guidance}
     modes = [quantize, None] if quantize else [None]
     runs = [
         draw(

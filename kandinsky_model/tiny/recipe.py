@@ -15,12 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from ..checkpoints.load import load_dit, load_vae, save_dit, save_vae
 from ..config import PRESETS, Preset
+from ..files import read_json, replacing
 from ..text.tiny import TinyTextEncoder
+from ..training.tensors import write_tensors
 from .optimizer import machine
 from .train_flow import FlowRecipe, Pool, encode_pool, new_networks, pool_scenes, train_flow
 from .train_vae import VAERecipe, train_vae
@@ -56,13 +58,25 @@ def write_log(folder: Path, entry: dict) -> None:
     run = (entry["stage"], entry["seed"])
     others = [old for old in read_log(folder) if (old["stage"], old["seed"]) != run]
     text = json.dumps({"stages": [*others, entry]}, indent=1) + "\n"
-    (folder / LOG_NAME).write_text(text, encoding="utf-8")
+    with replacing(folder / LOG_NAME) as target:
+        target.write_text(text, encoding="utf-8")
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The entries of training.json in `folder`; none where it is missing."""
+    """The entries of training.json in `folder`; none where it is missing. ValueError for a file of
+    another kind."""
     path = folder / LOG_NAME
-    return json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else []
+    if not path.is_file():
+        return []
+    stages = read_json(path).get("stages")
+    if isinstance(stages, list):
+        entries = [one for one in stages if isinstance(one, dict) and {"stage", "seed"} <= set(one)]
+        if len(entries) == len(stages):
+            return entries
+    raise ValueError(
+        f"{path} must list the stages of a training with their seeds, but does not; "
+        "remove it, or train into another folder"
+    )
 
 
 def train_tiny(
@@ -88,24 +102,13 @@ def train_tiny(
         (folder / LOG_NAME).unlink(missing_ok=True)
     has_vae = resume and (folder / "vae").is_dir()
     if vae_recipe or not has_vae:
-        recipe = vae_recipe or VAERecipe()
-        entry = _entry(folder, "vae", seed, has_vae, recipe)
-        start = load_vae(folder / "vae", dtype=torch.float32) if has_vae else None
-        vae, losses = train_vae(
-            preset.vae,
-            recipe,
-            entry["seed"],
-            device,
-            start,
-        )
-        save_vae(vae.half(), folder / "vae")
-        (folder / POOL_NAME).unlink(missing_ok=True)
-        write_log(folder, {**entry, "seconds": losses[-1]["seconds"], "losses": losses})
+        _vae_stage(folder, seed, device, vae_recipe or VAERecipe(), has_vae)
 
     recipe = flow_recipe or FlowRecipe()
     pool = make_pool(folder, recipe.copies, seed, device)
     has_networks = resume and (folder / "transformer").is_dir()
     networks = load_networks(folder) if has_networks else new_networks(preset.dit, seed)
+    networks = networks.to(device)
     entry = _entry(folder, "flow", seed, has_networks, recipe)
 
     def keep(average: nn.ModuleDict, losses: list[dict]) -> None:
@@ -115,17 +118,20 @@ def train_tiny(
             seconds = losses[-1]["seconds"]
             write_log(folder, {**entry, "steps": steps, "seconds": seconds, "losses": losses})
 
-    keep(
-        *train_flow(
-            networks.to(device),
-            pool,
-            recipe,
-            preset,
-            entry["seed"],
-            keep,
-        )
-    )
+    average, losses = train_flow(networks, pool, recipe, preset, entry["seed"], keep)
+    keep(average, losses)
     return folder
+
+
+def _vae_stage(folder: Path, seed: int, device: str, recipe: VAERecipe, continued: bool) -> None:
+    entry = _entry(folder, "vae", seed, continued, recipe)
+    start = load_vae(folder / "vae", dtype=torch.float32) if continued else None
+    config = PRESETS["tiny"].vae
+    assert config is not None
+    vae, losses = train_vae(config, recipe, entry["seed"], device, start)
+    save_vae(vae.half(), folder / "vae")
+    (folder / POOL_NAME).unlink(missing_ok=True)
+    write_log(folder, {**entry, "seconds": losses[-1]["seconds"], "losses": losses})
 
 
 def _entry(
@@ -147,20 +153,27 @@ def _entry(
     }
 
 
-def make_pool(
-    folder: Path,
-    copies: int,
-    seed: int,
-    device: str,
-) -> Pool:
-    """The pool of `folder`: read where its file has as many clips, else encoded and written."""
+def make_pool(folder: Path, copies: int, seed: int, device: str) -> Pool:
+    """The pool of `folder`: read where its file is whole and has the same scenes, else encoded and
+    written."""
     path = folder / POOL_NAME
     scenes = pool_scenes(copies, seed)
+    about = {"seed": str(seed), "copies": str(copies)}
     if path.is_file():
-        latents = load_file(path)["latents"]
-        if len(latents) == len(scenes):
+        latents = _read_pool(path, about)
+        if latents is not None and len(latents) == len(scenes):
             return Pool(latents, scenes)
     vae = load_vae(folder / "vae", dtype=torch.float32, device=device)
     pool = encode_pool(vae, scenes)
-    save_file({"latents": pool.latents}, path)
+    write_tensors(path, {"latents": pool.latents}, about)
     return pool
+
+
+def _read_pool(path: Path, about: dict[str, str]) -> Tensor | None:
+    """The latents of a pool's file; None where it is damaged or about other scenes."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            same = file.metadata() == about
+            return file.get_tensor("latents") if same else None
+    except (OSError, SafetensorError):
+        return None

@@ -284,7 +284,11 @@ def train_flow(
     generator = random.Random(seed)
     device = next(networks.parameters()).device
     dtype = training_dtype(device)
-    schedule = [phase for steps, *phase in recipe.phases for _ in range(steps)]
+    schedule = [
+        (count, frames, sparse)
+        for steps, count, frames, sparse in recipe.phases
+        for _ in range(steps)
+    ]
     optimizer = Optimizer(networks, boost=recipe.boost)
     average = Average(networks, recipe.average)
     clock = Clock(len(schedule), recipe.minutes)

@@ -37,13 +37,14 @@ class Trained:
     @classmethod
     def of(cls, dit: nn.Module, config: TrainConfig) -> Trained:
         """The parameters that `config` trains of `dit`, which may be on the meta device."""
-        full = config.lora is None
-        if full:
+        lora = config.lora
+        full = lora is None
+        if lora is None:
             sizes = [parameter.numel() for parameter in dit.parameters()]
         else:
-            layers = targeted(dit, config.lora.targets).values()
+            layers = targeted(dit, lora.targets).values()
             sides = [side for one in layers for side in (one.in_features, one.out_features)]
-            sizes = [config.lora.rank * side for side in sides]
+            sizes = [lora.rank * side for side in sides]
         return cls(
             numbers=sum(sizes),
             moments=moment_bytes(sizes, config.optimizer),

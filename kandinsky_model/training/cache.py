@@ -98,6 +98,10 @@ class Cache:
         self.dtype = dtype
         self.budget = free_bytes(device) if memory_budget is None else memory_budget
         encoders = [place for place in (sources.text_encoder, sources.text_encoder_2) if place]
+        if sources.vae is None:
+            raise ValueError(
+                "training data are encoded by a VAE, but the model was located without"
+            )
         # what entries of each kind depend on, beside the item: see `_path`
         self.owners = {
             "latents": identity([sources.vae], dtype)[:2],
@@ -183,7 +187,8 @@ class Cache:
     @torch.no_grad()
     def _fill_latents(self, items: Sequence[Item], bad: Bad) -> None:
         sources = replace(self.sources, dit=None, text_encoder=None)
-        vae = Kandinsky5.from_sources(sources, self.device, self.dtype).vae.to(self.device)
+        vae: nn.Module = Kandinsky5.from_sources(sources, self.device, self.dtype).vae
+        vae.to(self.device)
         left = None if self.budget is None else self.budget - Weights.of(vae).total
         # an image VAE knows no budget
         limits = {"memory_budget": left} if isinstance(vae, HunyuanVideoVAE) else {}
@@ -269,7 +274,13 @@ def load(path: Path) -> dict[str, Tensor]:
     They are copied out of the mapped file: libraries round differently by where in a cache line a
     tensor begins.
     """
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    try:
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            "the cache must stay as it is while a training runs, "
+            f"but {path} gave {error}; start again with --resume"
+        ) from None
 
 
 def _listed(stamp: Stamp) -> list:
@@ -278,7 +289,8 @@ def _listed(stamp: Stamp) -> list:
 
 def _shape(path: Path) -> tuple[int, int, int]:
     """(T, h, w) of the latents in an entry."""
-    return read_headers([path])["latents"].shape[:3]
+    T, h, w, _ = read_headers([path])["latents"].shape
+    return T, h, w
 
 
 def _is_whole(path: Path, dimensions: Mapping[str, int]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> t
 
 def fitted(image: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
     """An image, uint8 [3, h, w], cut and scaled to the nearest of `sizes`."""
-    height, width = nearest_size(*image.shape[1:], sizes)
+    shape = image.shape
+    height, width = nearest_size(shape[1], shape[2], sizes)
     return resize(crop(image, height, width), height, width)
 
 
@@ -115,7 +117,7 @@ class Converter:
     """
 
     def __init__(self) -> None:
-        self._graphs: dict[tuple, object] = {}  # by all that a frame's conversion depends on
+        self._graphs: dict[tuple, Any] = {}  # by all that a frame's conversion depends on
 
     def __call__(self, frame) -> Tensor:
         kind = (frame.width, frame.height, frame.format.name, matrix_of(frame), range_of(frame))

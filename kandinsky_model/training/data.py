@@ -209,7 +209,9 @@ def read_source(item: Item, size: tuple[int, int]) -> Tensor:
     return fitted(_picture(item.source), [size])
 
 
-def _picture(path: Path) -> Tensor:
+def _picture(path: Path | None) -> Tensor:
+    if path is None:
+        raise BadData("it has no picture before the edit")
     try:
         return read_image(path)
     except (ValueError, OSError) as error:

@@ -110,7 +110,7 @@ class TrainNetwork:
     def placed(self, i: int, step: int) -> Iterator[nn.Module]:
         """Block i with its weights on the device. Meanwhile the next streamed block is fetched;
         step: 1 where blocks run forwards, -1 where they run backwards."""
-        if i not in self.streamed:
+        if self.stream is None or i not in self.streamed:
             yield self.blocks[i]
             return
         place = self.streamed[i]

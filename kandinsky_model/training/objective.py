@@ -117,6 +117,7 @@ class Objective:
                     layout,
                 )
             layout = self.layout(shape)
+            assert batch.null is not None  # it was drawn for guidance
             cond, uncond = (
                 self._velocity(self.teacher, x, batch.times, text, layout)
                 for text in (batch.cond, batch.null)

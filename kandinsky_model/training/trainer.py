@@ -35,7 +35,7 @@ from ..dit.transformer import DiffusionTransformer3D
 from ..files import remove_leftovers
 from .adapters import attach, check_rank
 from .batches import Batch, Draws, Passes, draw
-from .budget import Trained, plan_training
+from .budget import Trained, TrainingWay, plan_training
 from .cache import Cache, Sample, Wanted
 from .config import TrainConfig
 from .data import Bad, find_items
@@ -127,6 +127,9 @@ class Trainer:
         self.device = choose_device(config.device)
         self.sources = locate(config.model)
         self.preset = self.sources.preset
+        if self.sources.dit is None:
+            raise ValueError(f"{config.model} must have a transformer to train, got none")
+        self.weights = self.sources.dit
         if config.distill == "guidance" and self.preset.guidance == 1:
             raise ValueError(
                 "guidance is distilled from a checkpoint that uses it, "
@@ -136,7 +139,7 @@ class Trainer:
         narrow = (config.dtype or usual) == "bf16"
         self.dtype = torch.bfloat16 if narrow else torch.float32
         check_optimizer(config)
-        self.preset = replace(self.preset, dit=_described(self.sources.dit))
+        self.preset = replace(self.preset, dit=_described(self.weights))
         if config.lora:
             check_rank(empty_dit(self.preset.dit), config.lora)
         self.place = out / FOLDER / STATE
@@ -153,7 +156,7 @@ class Trainer:
         self._compare(earlier)
         self.passes = Passes(samples, config.batch, config.seed)
 
-        dit = load_dit(self.sources.dit, dtype=self.dtype if config.lora else torch.float32)
+        dit = load_dit(self.weights, dtype=self.dtype if config.lora else torch.float32)
         dit.compute_dtype = self.dtype
         computation = self._computation(dit, samples)
         self.parameters = self._attach(dit, computation)
@@ -200,7 +203,13 @@ class Trainer:
                 f"{self.out} holds a training already; "
                 "go on with it by --resume, or choose another folder"
             )
-        self.place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"the output {self.out} must be a folder that can be written, got {error}; "
+                "choose another"
+            ) from None
         if self.rank == 0:
             for folder in (self.out, self.place.parent):
                 remove_leftovers(folder)
@@ -303,6 +312,7 @@ class Trainer:
         trained = Trained.of(dit, config)
         placement = plan_training(job, Weights.of(dit), trained, budget)
         way = placement.stages["training"]
+        assert isinstance(way, TrainingWay)
         self._tell("%s", placement)
         self.spare = budget - way.weights - trained.state
         return way.computation

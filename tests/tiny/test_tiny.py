@@ -14,6 +14,7 @@ from kandinsky_model.checkpoints.load import load_dit, load_vae
 from kandinsky_model.checkpoints.locate import TINY as BUNDLE
 from kandinsky_model.config import PRESETS, DiTConfig, VAEConfig
 from kandinsky_model.text.tiny import START, UNKNOWN, TinyTextEncoder
+from kandinsky_model.tiny import recipe as recipe_module
 from kandinsky_model.tiny import scenes
 from kandinsky_model.tiny.check import check_tiny
 from kandinsky_model.tiny.judge import judge, marks
@@ -321,6 +322,35 @@ def test_training_in_miniature(tmp_path, monkeypatch):
     assert load_vae(tmp_path / "vae").config == SMALL.vae
     text = TinyTextEncoder.load(tmp_path / "text_encoder").encode(["a star"])
     assert text.embeds.shape == (1, 3, 16)
+
+
+def test_a_pool_belongs_to_its_scenes(tmp_path, monkeypatch):
+    """As many clips of another seed show other scenes; a damaged file shows none."""
+    made = []
+
+    def encode(vae, scenes):
+        made.append(scenes)
+        return Pool(torch.full((len(scenes), 1, 1, 1, 16), float(len(made))).half(), scenes)
+
+    monkeypatch.setattr(recipe_module, "encode_pool", encode)
+    monkeypatch.setattr(recipe_module, "load_vae", lambda *_, **__: None)
+
+    def pool(seed):
+        return recipe_module.make_pool(tmp_path, 1, seed, "cpu")
+
+    first, again, other = pool(1), pool(1), pool(2)
+    assert torch.equal(first.latents, again.latents)
+    assert len(made) == 2
+    assert other.scenes == pool_scenes(1, 2)
+    (tmp_path / "pool.safetensors").write_bytes(b"damaged")
+    assert torch.equal(pool(2).latents, torch.full_like(first.latents, 3.0))
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"stages": [1]}', '{"stages": [{"stage": "vae"}]}', "{}"])
+def test_a_log_of_another_kind_is_refused(tmp_path, text):
+    (tmp_path / "training.json").write_text(text)
+    with pytest.raises(ValueError, match="must (list the stages|hold a JSON object)"):
+        recipe_module.read_log(tmp_path)
 
 
 def test_flow_training_learns():

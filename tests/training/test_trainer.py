@@ -412,6 +412,17 @@ def test_refusals(data, config, tmp_path):
     assert steps_of(out) == 2
 
 
+def test_what_is_in_the_way_is_told_in_one_sentence(data, config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="the output .*file must be a folder that can be written"):
+        train(data, tmp_path / "file", config)
+    trainer = begun(data, tmp_path / "out", replace(config, cache=str(tmp_path / "cache")))
+    for path in (tmp_path / "cache").iterdir():
+        path.unlink()
+    with pytest.raises(OSError, match="the cache must stay as it is while a training runs"):
+        trainer.advance()
+
+
 def test_a_full_disk_keeps_the_last_state(data, config, tmp_path):
     resource = pytest.importorskip("resource")
     trainer = begun(data, tmp_path / "out", replace(config, steps=10, save_every=1))
