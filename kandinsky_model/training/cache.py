@@ -98,10 +98,7 @@ class Cache:
         self.dtype = dtype
         self.budget = free_bytes(device) if memory_budget is None else memory_budget
         encoders = [place for place in (sources.text_encoder, sources.text_encoder_2) if place]
-        if sources.vae is None:
-            raise ValueError(
-                "training data are encoded by a VAE, but the model was located without"
-            )
+        assert sources.vae is not None  # all parts were located
         # what entries of each kind depend on, beside the item: see `_path`
         self.owners = {
             "latents": identity([sources.vae], dtype)[:2],

@@ -71,17 +71,9 @@ class Objective:
         x = model_input(self.network.dit, noisy, batch.given)  # [B, T, h, w, in_channels]
         wanted = self._taught(x, batch) if self.config.distill else batch.noise - batch.clean
         layout = self.layout(tuple(x.shape[1:4]))
-        error = (
-            self._velocity(
-                self.network,
-                x,
-                batch.times,
-                batch.cond,
-                layout,
-            )
-            - wanted
-        )
-        return error[:, len(frames) :].square().mean((1, 2, 3, 4))  # [B]
+        velocity = self._velocity(self.network, x, batch.times, batch.cond, layout)
+        error = (velocity - wanted)[:, len(frames) :]
+        return error.square().mean((1, 2, 3, 4))  # [B]
 
     @staticmethod
     def _velocity(
@@ -93,14 +85,7 @@ class Objective:
     ) -> Tensor:
         """fp32 [B, T, h, w, C]."""
         time = TIME_UNIT * times
-        return network(
-            x,
-            text.embeds,
-            text.pooled,
-            time,
-            layout,
-            text.lengths,
-        ).float()
+        return network(x, text.embeds, text.pooled, time, layout, text.lengths).float()
 
     @torch.no_grad()
     def _taught(self, x: Tensor, batch: Batch) -> Tensor:
@@ -109,13 +94,7 @@ class Objective:
         with switched_off(self.teacher.dit):
             if self.config.distill == "dense":
                 layout = self.layout(shape, dense=True)
-                return self._velocity(
-                    self.teacher,
-                    x,
-                    batch.times,
-                    batch.cond,
-                    layout,
-                )
+                return self._velocity(self.teacher, x, batch.times, batch.cond, layout)
             layout = self.layout(shape)
             assert batch.null is not None  # it was drawn for guidance
             cond, uncond = (

@@ -127,8 +127,7 @@ class Trainer:
         self.device = choose_device(config.device)
         self.sources = locate(config.model)
         self.preset = self.sources.preset
-        if self.sources.dit is None:
-            raise ValueError(f"{config.model} must have a transformer to train, got none")
+        assert self.sources.dit is not None  # all parts were located
         self.weights = self.sources.dit
         if config.distill == "guidance" and self.preset.guidance == 1:
             raise ValueError(
@@ -186,9 +185,8 @@ class Trainer:
         """Write again what is made from the state. A process that was killed after it had written
         the state may have left older results, or none."""
         self._save_results()
-        if self._samples_due() and not all(
-            p.is_file() for p in self.gallery.paths(self.state.step)
-        ):
+        samples = self.gallery.paths(self.state.step)
+        if self._samples_due() and not all(path.is_file() for path in samples):
             self._show()
 
     def _check_state(self, resume: bool) -> dict:
@@ -246,12 +244,8 @@ class Trainer:
         lengths = config.lengths or (preset.frames,)
         self._check_lengths(lengths)
         trigger = config.lora.trigger if config.lora else ""
-        wanted = Wanted(
-            config.sizes or preset.sizes,
-            lengths,
-            trigger,
-            config.null_prompt,
-        )
+        sizes = config.sizes or preset.sizes
+        wanted = Wanted(sizes, lengths, trigger, config.null_prompt)
         folder = Path(config.cache or self.place.with_name(CACHE))
         cache = Cache(
             folder,
