@@ -133,7 +133,7 @@ def _words(row):
 
 
 def picture(result):
-    """Four charts in a row."""
+    """A figure of four charts in a row."""
     rows, own = result["rows"], max(result["rows"], key=lambda row: row["keep_mass"] == 0.9)
     layers = range(len(own["density_by_layer_and_step"]))
 
@@ -151,33 +151,21 @@ def picture(result):
         word: over_mass(lambda row, word=word: row[word])
         for word in ("color", "shape", "motion", "all")
     }
-    size = (420, 320)
-    return chart.beside(
-        [
-            chart.lines(
-                by_layer,
-                chart.Axes("Kept blocks", "keep_mass", "share of all blocks", y_range=(0, 1)),
-                size,
-            ),
-            chart.lines(
-                by_step,
-                chart.Axes(
-                    f"Kept blocks at keep_mass {own['keep_mass']:g}", "step", "share of all blocks"
-                ),
-                size,
-            ),
-            chart.lines(
-                {"SSIM": over_mass(lambda row: row["ssim"])},
-                chart.Axes("Frames beside those of dense attention", "keep_mass", "SSIM"),
-                size,
-            ),
-            chart.lines(
-                words,
-                chart.Axes("Prompts followed", "keep_mass", "share of prompts", y_range=(0, 1)),
-                size,
-            ),
-        ]
+    mass, kept = "keep_mass", "share of all blocks"
+    near = {"SSIM": over_mass(lambda row: row["ssim"])}
+    whole = (0, 1.04)
+    charts = (  # title, x, y, its range (None: of the numbers), curves
+        ("Kept blocks", mass, kept, whole, by_layer),
+        (f"Kept blocks at keep_mass {own['keep_mass']:g}", "step", kept, None, by_step),
+        ("Likeness to dense attention", mass, "SSIM", None, near),
+        ("Prompts followed", mass, "share of prompts", whole, words),
     )
+    figure = chart.figure(4 * 420, 320)
+    for axes, (title, x, y, limits, curves) in zip(figure.subplots(1, 4), charts, strict=True):
+        chart.describe(axes, title, x, y)
+        chart.curves(axes, curves)
+        axes.set_ylim(limits)
+    return figure
 
 
 def main():
@@ -195,9 +183,10 @@ def main():
     parser.add_argument("--json", type=Path, default=RESULTS / "tiny_sparsity.json")
     parser.add_argument("--picture", type=Path, default=RESULTS / "tiny_sparsity.png")
     options = parser.parse_args()
+    chart.require()
     result = measure(options.folder, options.count, options.steps)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
-    picture(result).save(options.picture, optimize=True)
+    picture(result).savefig(options.picture)
     print("\n".join(table(result)))
 
 

@@ -30,15 +30,20 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        _complain(args, _one_sentence(error))
+        _complain(args, _one_sentence(error), getattr(error, "is_told", None))
         return 2
     return 0
 
 
-def _complain(args, text: str) -> None:
-    """Once, where several processes share a run: what goes wrong before it is shared goes wrong in
-    all of them."""
-    if os.environ.get("RANK", "0") == "0" or getattr(args, "prompts", None):
+def _complain(args, text: str, is_told: bool | None = None) -> None:
+    """Print what went wrong: once, where several processes share a run.
+
+    is_told: whether another process has said the same; None where that is not known, because the
+    processes did not share anything yet, and what goes wrong then goes wrong in all of them.
+    """
+    if is_told is None:
+        is_told = os.environ.get("RANK", "0") != "0" and not getattr(args, "prompts", None)
+    if not is_told:
         print(f"kandinsky: {text}", file=sys.stderr)
 
 

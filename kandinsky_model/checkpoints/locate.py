@@ -199,8 +199,10 @@ def _in_folder(root: Path, request: _Request) -> Sources:
     if "words" in _read_if_there(root / "text_encoder" / CONFIG_NAME):
         # The small encoder of the bundled model has no second one, and the model its settings.
         found.pop("text_encoder_2", None)
-        preset = _settings(root, request.preset or get_preset("tiny"))
-        preset = replace(get_preset("tiny"), dit=preset.dit, nabla=preset.nabla)
+        tiny = get_preset("tiny")
+        preset = _settings(root, request.preset or tiny)
+        scale = (request.preset or tiny).scheduler_scale
+        preset = replace(preset, vae=tiny.vae, text=tiny.text, scheduler_scale=scale)
     else:
         preset = _settings(root, request.preset_of(root))
         if "text" in request.parts:

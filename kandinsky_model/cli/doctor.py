@@ -28,6 +28,7 @@ PACKAGES = {
     "huggingface_hub": "models from the hub",
     "transformers": "text encoders of the released checkpoints",
     "diffusers": "their prompt template",
+    "matplotlib": "the curves of inspect and train",
 }
 
 

@@ -22,43 +22,32 @@ from ..training.state import average_into
 logger = logging.getLogger(__name__)
 
 
-def orthogonalize(matrices):
-    """The orthogonal matrix nearest to each of [..., R, C], roughly: five Newton-Schulz steps (K.
-    Jordan's quintic, 2024) in bf16.
-
-    Singular values come out between about 0.7 and 1.2, whatever they were; that is accurate enough
-    for a step direction.
-    """
-    x = matrices.bfloat16()
-    wide = x.shape[-2] > x.shape[-1]
-    x = x.mT if wide else x  # [..., small, large]
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.mT if wide else x).to(matrices.dtype)
-
-
 class Optimizer:
     """Orthogonalised momentum (Muon) for the matrices of a module, AdamW for everything else.
 
     On flat pictures neighbouring inputs are equal, so elementwise steps of all weights add up in a
-    few directions and blow up; an orthogonal step moves every direction alike. It is scaled by 0.2
-    sqrt(max(R, C)), the root mean square of an AdamW step, so one learning rate serves both;
-    `boost` lengthens it for the matrices alone. Convolution kernels count as matrices [out, in *
-    taps]. Embeddings are tables, not matrices.
+    few directions and blow up; an orthogonal step moves every direction alike. It is scaled to the
+    root mean square of an AdamW step, so one learning rate serves both; `boost` lengthens it for
+    the matrices alone. Convolution kernels count as matrices [out, in * taps]. Embeddings are
+    tables, not matrices.
     """
 
     def __init__(self, module, momentum=0.95, decay=0.01, boost=1.0):
         tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        self.matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in tables]
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.matrices = [p for p in self.parameters if p.ndim >= 2 and id(p) not in tables]
         known = {id(p) for p in self.matrices}
-        self.adam = torch.optim.AdamW(
-            [p for p in parameters if id(p) not in known], betas=(0.9, 0.98), weight_decay=0.0
+        others = [p for p in self.parameters if id(p) not in known]
+        self.boost = boost
+        self.adam = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
+        # Muon takes [R, C] only, so it is given views of the same memory
+        self.views = [p.detach().view(len(p), -1) for p in self.matrices]
+        self.muon = torch.optim.Muon(
+            self.views,
+            momentum=momentum,
+            weight_decay=decay / boost,  # which Muon multiplies with the lengthened rate
+            adjust_lr_fn="match_rms_adamw",
         )
-        self.momentum, self.decay, self.boost, self.parameters = momentum, decay, boost, parameters
-        self.velocity = [torch.zeros_like(p) for p in self.matrices]
 
     def step(self, loss, rate, clip=1.0):
         """One step down `loss` with learning rate `rate`; gradients are clipped to norm `clip`
@@ -67,25 +56,12 @@ class Optimizer:
             parameter.grad = None
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, clip)
-        for group in self.adam.param_groups:
-            group["lr"] = rate
-        self.adam.step()
-        self._step_matrices(rate)
-
-    @torch.no_grad()
-    def _step_matrices(self, rate):
-        groups = {}
-        for parameter, velocity in zip(self.matrices, self.velocity, strict=True):
-            if parameter.grad is None:
-                continue
-            velocity.lerp_(parameter.grad, 1 - self.momentum)
-            direction = parameter.grad.lerp(velocity, self.momentum).flatten(1)  # [R, C]
-            groups.setdefault(direction.shape, []).append((parameter, direction))
-        for (rows, columns), members in groups.items():
-            directions = orthogonalize(torch.stack([direction for _, direction in members]))
-            size = rate * self.boost * 0.2 * math.sqrt(max(rows, columns))
-            for (parameter, _), direction in zip(members, directions, strict=True):
-                parameter.mul_(1 - rate * self.decay).sub_(size * direction.view_as(parameter))
+        for parameter, view in zip(self.matrices, self.views, strict=True):
+            view.grad = None if parameter.grad is None else parameter.grad.flatten(1)
+        for optimizer, own_rate in ((self.adam, rate), (self.muon, rate * self.boost)):
+            for group in optimizer.param_groups:
+                group["lr"] = own_rate
+            optimizer.step()
 
 
 class Clock:

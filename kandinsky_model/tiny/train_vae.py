@@ -10,15 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import VAEConfig
-from ..vae.hunyuan import (
-    CausalConv3d,
-    Downsample,
-    FrameCausalAttention,
-    HunyuanVideoVAE,
-    ResnetBlock,
-    Upsample,
-    sample_posterior,
-)
+from ..vae.hunyuan import HunyuanVideoVAE, sample_posterior
+from ..vae.layers import CausalConv3d, Downsample, FrameCausalAttention, ResnetBlock, Upsample
 from . import scenes
 from .optimizer import Average, Clock, Optimizer, training_dtype
 

@@ -14,18 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-
-from kandinsky_kernels import modulated_norm
 
 from ..config import DiTConfig
 from ..devices.host import Store
 from ..devices.offload import LayerStream, streamed_layers
 from ..dit.layout import Layout
-from ..dit.transformer import DiffusionTransformer3D, Modulations, ModulationTable
+from ..dit.modulation import VISUAL_SUBLAYERS, Modulations, ModulationTable, triples
+from ..dit.transformer import DiffusionTransformer3D
 
 
 @dataclass(frozen=True)
@@ -132,29 +131,15 @@ class TrainNetwork:
         modulations: Modulations | None = None,
     ) -> Tensor:
         if not self.computation.checkpoint:
-            return self.dit(
-                x,
-                text,
-                pooled,
-                time,
-                layout,
-                text_lengths,
-                modulations,
-            )
+            return self.dit(x, text, pooled, time, layout, text_lengths, modulations)
         if modulations is None:
             modulations = self.dit.modulate(time[None], pooled).step(0)
-        x, text, key_mask = self.dit.begin(x, text, layout, text_lengths, modulations)
-        shared = _Pass(self, layout, key_mask, torch.is_grad_enabled())
-        for i in range(len(self.blocks)):
-            x = _Block.apply(
-                self.anchor,
-                shared,
-                i,
-                x,
-                text,
-                *modulations.visual[i],
-            )
-        return self.dit.finish(self.dit.norm_for(-1, x, modulations.visual), layout)
+        x, context = self.dit.begin(x, text, layout, text_lengths, modulations)
+        shared = _Pass(self, layout, context.key_mask, torch.is_grad_enabled())
+        for i, modulation in enumerate(modulations.visual):
+            vectors = [v for one in modulation for v in (one.shift, one.scale, one.gate)]
+            x = _Block.apply(self.anchor, shared, i, x, context.text, *vectors)
+        return self.dit.finish(modulations.out.norm(x), layout)
 
     def parts(self, x: Tensor) -> list[slice]:
         """The tokens of x [B, S, C], in parts that are computed one after another."""
@@ -174,25 +159,25 @@ class TrainNetwork:
 class _Block(torch.autograd.Function):
     """A visual block, from x [B, S, C] to the next x, with the backward pass described above.
 
-    modulation: the tensors of the block, shift and scale of self-attention's norm first.
+    vectors: of its modulation, shift, scale and gate of each sub-layer.
     """
 
     @staticmethod
-    def forward(ctx, anchor, shared, i, x, text, *modulation):
+    def forward(ctx, anchor, shared, i, x, text, *vectors):
         network = shared.network
         ctx.shared = shared
         ctx.i = i
         if shared.recorded:
-            ctx.save_for_backward(network.keep(i, x), text, *modulation)
+            ctx.save_for_backward(network.keep(i, x), text, *vectors)
+        modulation = triples(iter(vectors), VISUAL_SUBLAYERS)
         out = torch.empty_like(x)
         with network.placed(i, 1) as block:
-            normed = modulated_norm(x, modulation[1], modulation[0])
-            attended = block.self_attention.attend(normed, shared.layout)  # [B, S, C]
-            keys_values = block.cross_attention.read(text)
+            attended = block.self_attention.attend(modulation[0].norm(x), shared.layout)
+            keys = block.cross_attention.read(text, shared.key_mask)
             for part in network.parts(x):
-                out[:, part] = block.after_attention(
-                    x[:, part], attended[:, part], keys_values, modulation, None, shared.key_mask
-                )[0]
+                out[:, part] = block.after_attention_without_norm(
+                    x[:, part], attended[:, part], keys, modulation
+                )
         return out
 
     @staticmethod
@@ -204,44 +189,36 @@ class _Block(torch.autograd.Function):
             tensor.detach().requires_grad_(needed)
             for tensor, needed in zip(saved, ctx.needs_input_grad[3:], strict=True)
         ]
-        x, text, *modulation = leaves
+        x, text, *vectors = leaves
+        modulation = triples(iter(vectors), VISUAL_SUBLAYERS)
         with network.placed(ctx.i, -1) as block, torch.enable_grad():
-            normed = modulated_norm(x, modulation[1], modulation[0])
-            attended = block.self_attention.attend(normed, shared.layout)  # [B, S, C]
-            keys_values = block.cross_attention.read(text)
+            attended = block.self_attention.attend(modulation[0].norm(x), shared.layout)
+            keys = block.cross_attention.read(text, shared.key_mask)
 
             # Everything behind self-attention, part by part. Each part is a graph of its own that
             # ends at these leaves; `through` collects the gradient of `attended`, `direct` that of
             # x along the residual path.
-            read = [_leaf(tensor) for tensor in keys_values]
+            read = replace(keys, key=_leaf(keys.key), value=_leaf(keys.value))
             through = torch.empty_like(attended)
             direct = torch.empty_like(x)
             for part in network.parts(x):
                 own = _leaf(x[:, part])
                 seen = _leaf(attended[:, part])
-                out = block.after_attention(
-                    own,
-                    seen,
-                    read,
-                    modulation,
-                    None,
-                    shared.key_mask,
-                )[0]
+                out = block.after_attention_without_norm(own, seen, read, modulation)
                 if out.requires_grad:
                     out.backward(grad[:, part])
                 through[:, part] = _gradient(seen)
                 direct[:, part] = _gradient(own)
 
             # Then self-attention, and the keys and values that were read from the text.
-            roots = (attended, *keys_values)
-            gradients = (through, *map(_gradient, read))
-            needed = [
-                (root, gradient)
-                for root, gradient in zip(roots, gradients, strict=True)
-                if root.requires_grad
-            ]
-            if needed:
-                torch.autograd.backward(*map(list, zip(*needed, strict=True)))
+            pairs = (
+                (attended, through),
+                (keys.key, _gradient(read.key)),
+                (keys.value, _gradient(read.value)),
+            )
+            roots = [(root, gradient) for root, gradient in pairs if root.requires_grad]
+            if roots:
+                torch.autograd.backward(*map(list, zip(*roots, strict=True)))
         if x.requires_grad:
             x.grad = direct if x.grad is None else x.grad.add_(direct)
         return None, None, None, *(leaf.grad for leaf in leaves)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checkpoints.locate import Sources
 from ..dit.layout import Layout
 from ..files import replacing
-from ..media.chart import Axes, lines
+from ..media import chart
 from ..pipeline import Kandinsky5
 from ..sampling.result import Video
 from ..sampling.sampler import Sampling, noise, sample
@@ -33,15 +33,20 @@ def save_curve(losses: Sequence[float], path: Path) -> None:
     """Write a picture of the losses: each step's, and the mean over some steps before it.
 
     The loss of a step depends above all on the timesteps that were drawn for it, so that only the
-    mean shows where the losses go.
+    mean shows where the losses go. RuntimeError without matplotlib.
     """
     reach = max(1, round(SMOOTHING * len(losses)))
     sums = list(accumulate(losses, initial=0.0))
-    means = [(i, (sums[i] - sums[max(0, i - reach)]) / min(i, reach)) for i in range(1, len(sums))]
-    axes = Axes(f"loss, and its mean over {reach} steps", "step", "loss")
-    picture = lines({"each": list(enumerate(losses, start=1)), "mean": means}, axes)
+    steps = range(1, len(sums))
+    means = [(sums[i] - sums[max(0, i - reach)]) / min(i, reach) for i in steps]
+    figure = chart.figure()
+    axes = figure.subplots()
+    chart.describe(axes, f"Loss, and its mean over {reach} steps", "step", "loss")
+    axes.plot(steps, losses, ".", color="0.75", label="each")
+    axes.plot(steps, means, label="mean")
+    axes.legend(frameon=False)
     with replacing(path) as target:
-        picture.save(target)
+        figure.savefig(target)
 
 
 class Gallery:

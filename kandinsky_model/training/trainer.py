@@ -406,6 +406,13 @@ class Trainer:
         except (ValueError, OSError, RuntimeError) as error:
             _log.warning("no samples after step %d: %s", step, error)
 
+    def _draw_losses(self) -> None:
+        """Draw the curve. A training goes on without the library that draws it."""
+        try:
+            save_curve(self.state.losses, self.out / "loss.png")
+        except RuntimeError as error:
+            _log.warning("no curve of the losses: %s", error)
+
     def save(self) -> None:
         """Write the state, then the results, which `_restore` can make from it. OSError where they
         cannot be written; the files that were there before stay."""
@@ -421,7 +428,7 @@ class Trainer:
                 save_lora(self.out, result, lora, self.dtype, self.sources.name)
             else:
                 save_model(self.out, self.network.dit, result, self.sources, self.dtype)
-            save_curve(self.state.losses, self.out / "loss.png")
+            self._draw_losses()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -4,6 +4,10 @@ tensor by tensor."""
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -270,3 +274,102 @@ def test_what_cannot_be_quantised_leaves_nothing_that_loads(tmp_path):
     with pytest.raises(ValueError, match="missing"):
         quantize_file(tmp_path / "full", tmp_path / "none", "int8")
     assert not (tmp_path / "none").exists()
+
+
+# Interrupted, and gone on with
+
+
+def packed_by(monkeypatch, most=10**9, error=KeyboardInterrupt):
+    """Counts the layers that are quantised, and fails after so many."""
+    made = []
+    pack = quant_file.pack
+
+    def counted(layer, *args):
+        if len(made) == most:
+            raise error("stopped")
+        made.append(layer)
+        return pack(layer, *args)
+
+    monkeypatch.setattr(quant_file, "pack", counted)
+    return made
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_command_leaves_no_folder_and_goes_on(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(quant_file, "SHARD_BYTES", 300_000)
+    save_dit(build(), tmp_path / "full", NABLA)
+    whole = quantize_file(tmp_path / "full", tmp_path / "whole", "int8")
+    with monkeypatch.context() as patch:
+        first = packed_by(patch, 15, error)
+        with pytest.raises(error):
+            quantize_file(tmp_path / "full", tmp_path / "small", "int8")
+    assert not (tmp_path / "small").exists()
+    with monkeypatch.context() as patch:
+        second = packed_by(patch)
+        lines = quantize_file(tmp_path / "full", tmp_path / "small", "int8")
+    assert 0 < len(second) < 24, "what was whole is not done again"
+    assert set(first) | set(second) == set(first + second)
+    assert lines == whole
+    same(load_dit(tmp_path / "small"), load_dit(tmp_path / "whole"))
+    names = [sorted(path.name for path in (tmp_path / f).iterdir()) for f in ("small", "whole")]
+    assert names[0] == names[1]
+    assert not any(name.startswith(".") for name in names[0])
+    assert {path.name for path in tmp_path.iterdir()} == {"full", "small", "whole"}
+
+
+@pytest.mark.parametrize("change", ["mode", "source", "shard", "progress"])
+def test_what_was_begun_from_something_else_is_not_gone_on_with(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(quant_file, "SHARD_BYTES", 300_000)
+    save_dit(build(), tmp_path / "full", NABLA)
+    with monkeypatch.context() as patch:
+        packed_by(patch, 15)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_file(tmp_path / "full", tmp_path / "small", "int8")
+    partial = tmp_path / ".small.quantizing"
+    if change == "source":
+        dit = build()
+        dit.visual_transformer_blocks[0].feed_forward.in_layer.weight.data.mul_(2)
+        save_dit(dit, tmp_path / "full", NABLA)
+    if change == "shard":
+        shard = sorted(partial.glob("*.safetensors"))[0]
+        shard.write_bytes(shard.read_bytes()[:-7])
+    if change == "progress":
+        (partial / quant_file.PROGRESS_NAME).write_text('{"identity": [], "shards": 7}')
+    mode = "fp8" if change == "mode" else "int8"
+    made = packed_by(monkeypatch)
+    quantize_file(tmp_path / "full", tmp_path / "small", mode)
+    assert len(made) == 24
+    same(load_dit(tmp_path / "small"), quantize(load_dit(tmp_path / "full"), mode))
+
+
+def test_a_folder_that_exists_and_is_empty_is_filled(tmp_path):
+    save_dit(build(), tmp_path / "full")
+    (tmp_path / "small").mkdir()
+    quantize_file(tmp_path / "full", tmp_path / "small", "int8")
+    assert mode_of(load_dit(tmp_path / "small")) == "int8"
+
+
+KILLED = """
+import os, signal, sys
+from kandinsky_model.checkpoints import quantize
+quantize.SHARD_BYTES = 300_000
+pack, made = quantize.pack, []
+def kill(*args):
+    made.append(args)
+    if len(made) == 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pack(*args)
+quantize.pack = kill
+quantize.quantize_file(sys.argv[1], sys.argv[2], "int8")
+"""
+
+
+def test_a_killed_command_is_repeated(tmp_path, capsys):
+    save_dit(build(), tmp_path / "full", NABLA)
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "full"), str(tmp_path / "small")]
+    killed = subprocess.run(command, cwd=Path(__file__).parents[2], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "small").exists()
+    assert main(["quantize", str(tmp_path / "full"), str(tmp_path / "small")]) == 0
+    same(load_dit(tmp_path / "small"), quantize(load_dit(tmp_path / "full"), "int8"))
+    assert {path.name for path in tmp_path.iterdir()} == {"full", "small"}

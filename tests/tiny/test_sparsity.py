@@ -45,7 +45,11 @@ def test_the_result_is_shown(result):
     assert len(lines) == 5
     assert lines[3].startswith("| 1 | 100.0% |")
     assert lines[-1].startswith("| dense |")
-    assert sparsity.picture(result).size == (4 * 420, 320)
+    figure = sparsity.picture(result)
+    assert [len(axes.lines) for axes in figure.axes] == [4, 4, 1, 4]
+    steps = [line.get_ydata().tolist() for line in figure.axes[1].lines]
+    assert steps == result["rows"][0]["density_by_layer_and_step"]
+    assert (figure.get_size_inches() * figure.dpi).tolist() == [4 * 420, 320]
 
 
 def test_the_readme_shows_what_was_measured():

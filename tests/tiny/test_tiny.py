@@ -18,7 +18,7 @@ from kandinsky_model.tiny import recipe as recipe_module
 from kandinsky_model.tiny import scenes
 from kandinsky_model.tiny.check import check_tiny
 from kandinsky_model.tiny.judge import judge, marks
-from kandinsky_model.tiny.optimizer import Optimizer, orthogonalize
+from kandinsky_model.tiny.optimizer import Optimizer
 from kandinsky_model.tiny.recipe import train_tiny
 from kandinsky_model.tiny.train_flow import (
     FlowRecipe,
@@ -224,11 +224,19 @@ def test_text_encoder_round_trip_and_damage(encoder, tmp_path):
 # ---- training
 
 
-def test_orthogonalize_evens_out_singular_values():
+def test_optimizer_moves_every_direction_of_a_kernel_alike():
+    """A convolution's kernel is a matrix, a bias is not: AdamW's first step is one of its rate."""
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalize(torch.randn(3, 24, 40)))
+    layer = torch.nn.Conv3d(8, 24, 2)
+    weight, bias = (p.detach().clone() for p in (layer.weight, layer.bias))
+    x = torch.randn(4, 8, 4, 4, 4)
+    Optimizer(layer, decay=0.0, boost=2.0).step((layer(x) - 1).square().mean(), 0.01)
+    change = (layer.weight.detach() - weight).flatten(1) / (2.0 * 0.01)  # [24, 64]
+    values = torch.linalg.svdvals(change) / (0.2 * 64**0.5)
     assert values.min() > 0.5
     assert values.max() < 1.4
+    assert change.square().mean().sqrt() == pytest.approx(0.2, rel=0.25)
+    torch.testing.assert_close((layer.bias.detach() - bias).abs(), torch.full((24,), 0.01))
 
 
 def test_optimizer_moves_matrices_and_vectors_downhill():
@@ -242,6 +250,14 @@ def test_optimizer_moves_matrices_and_vectors_downhill():
         losses.append(loss.item())
         optimizer.step(loss, 0.05)
     assert losses[-1] < 0.1 * losses[0]
+
+
+def test_optimizer_decays_at_the_rate_of_the_others():
+    """The longer steps of `boost` do not make weights decay faster."""
+    layer = torch.nn.Linear(8, 8)
+    before = layer.weight.detach().clone()
+    Optimizer(layer, decay=0.1, boost=2.5).step(0 * layer(torch.ones(1, 8)).sum(), 0.5)
+    torch.testing.assert_close(layer.weight.detach(), before * (1 - 0.5 * 0.1))
 
 
 def test_centred_latents_decode_to_the_same_picture():

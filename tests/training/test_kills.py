@@ -12,7 +12,7 @@ from kandinsky_model.training.trainer import Trainer, train
 from ..fuzz.kills_training import LORA, SCENARIOS, Sweep, contents
 from ..support.train_folders import pictures
 
-TRIED = {"lora": 6, "full": 2, "cache": 3}  # writes of each scenario
+TRIED = {"lora": 4, "full": 1, "cache": 2}  # writes of each scenario
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -447,3 +447,12 @@ def test_a_full_disk_keeps_the_last_state(data, config, tmp_path):
     resumed = begun(data, trainer.out, trainer.config, resume=True)
     assert resumed.state.step == 1
     assert not list(trainer.out.glob(".*"))
+
+
+def test_a_training_goes_on_without_matplotlib(data, config, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    trainer = begun(data, tmp_path / "out", replace(config, steps=1))
+    trainer.advance()
+    assert (trainer.out / "lora.safetensors").is_file()
+    assert not (trainer.out / "loss.png").exists()
+    assert "no curve of the losses: charts require matplotlib" in caplog.text
