@@ -354,7 +354,9 @@ def test_a_pool_belongs_to_its_scenes(tmp_path, monkeypatch):
     def pool(seed):
         return recipe_module.make_pool(tmp_path, 1, seed, "cpu")
 
-    first, again, other = pool(1), pool(1), pool(2)
+    first = pool(1)
+    again = pool(1)
+    other = pool(2)
     assert torch.equal(first.latents, again.latents)
     assert len(made) == 2
     assert other.scenes == pool_scenes(1, 2)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainings that end while they write, and what resuming makes of them. `make fuzz` and
-`python -m tests.fuzz.kills_training` try every write; here it is some of them, by a fixed seed."""
+"""Trainings that end while they write, and what resuming makes of them. The command `python -m
+tests.fuzz.kills_training` tries every write; here it is some of them, by a fixed seed."""
 
 import random
 from dataclasses import replace
