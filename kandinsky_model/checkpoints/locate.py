@@ -50,8 +50,8 @@ _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Sources:
-    """Where one model's parts lie. `dit` is a file or folder, the others are folders. Parts that
-    were not asked for are None, and so is what the bundled model lacks."""
+    """Where one model's parts lie. `dit` and `vae` are files or folders, the others are folders.
+    Parts that were not asked for are None, and so is what the bundled model lacks."""
 
     name: str
     preset: Preset
@@ -100,11 +100,11 @@ def locate(
     """Find the `parts` of `model`.
 
     places: the folders "vae", "text_encoder" and "text_encoder_2", where they do not lie with the
-    model. preset: whose settings to take; None finds out by the sizes of the network, names and
-    configurations (see presets.py), and takes `fallback` where nothing tells. What the folder's own
-    configuration files say goes before any preset. Raises ValueError for a name that is none of the
-    three kinds or a preset of another network, OSError for missing parts, RuntimeError when the hub
-    has no answer.
+    model; "vae" may be a file. preset: whose settings to take; None finds out by the sizes of the
+    network, names and configurations (see presets.py), and takes `fallback` where nothing tells.
+    What the folder's own configuration files say goes before any preset. Raises ValueError for a
+    name that is none of the three kinds or a preset of another network, OSError for missing parts,
+    RuntimeError when the hub has no answer.
     """
     name = str(model)
     path = Path(name).expanduser()
@@ -267,7 +267,11 @@ def _first(wanted: Path, otherwise: Path) -> Path:
 
 
 def _require(found: Mapping[str, Path], name: str) -> None:
-    missing = [f"{key} at {folder}" for key, folder in found.items() if not folder.is_dir()]
+    missing = [
+        f"{key} at {place}"
+        for key, place in found.items()
+        if not (place.is_dir() or (key == "vae" and place.is_file()))
+    ]
     if missing:
         raise FileNotFoundError(
             f"the model {name} requires all its parts, but there is no "

@@ -74,9 +74,11 @@ class Adapters:
         read = read_adapter(file, self.network)
         for module, (down, up) in read.matrices.items():
             layer = self.network.get_submodule(module)
-            layer.additions = layer.additions or Additions()
+            assert isinstance(layer, Linear), "read_adapter checks that"
+            additions = layer.additions if isinstance(layer.additions, Additions) else Additions()
+            layer.additions = additions
             device = layer.weight.device
-            layer.additions.matrices[name] = (down.to(device), up.to(device))
+            additions.matrices[name] = (down.to(device), up.to(device))
         self.loaded[name] = Adapter(
             str(path),
             name,
@@ -94,16 +96,13 @@ class Adapters:
             if name not in self.loaded:
                 raise ValueError(
                     "an adapter must be one of "
-                    f"{', '.join(self.loaded) or 'none yet'}, got {name!r}; load it "
-                    "first"
+                    f"{', '.join(self.loaded) or 'none yet'}, got {name!r}; load it first"
                 )
             _check_scale(name, scale)
         self.scales = {name: scale for name, scale in scales.items() if scale}
-        for layer in self._layers():
-            layer.additions.scales = {
-                name: scale
-                for name, scale in self.scales.items()
-                if name in layer.additions.matrices
+        for _, additions in self._additions():
+            additions.scales = {
+                name: scale for name, scale in self.scales.items() if name in additions.matrices
             }
 
     def merge(self) -> None:
@@ -113,9 +112,9 @@ class Adapters:
         A quantised weight is quantised anew with the sum: its steps swallow part of a small change,
         which a layer with additions does not.
         """
-        for layer in self._layers():
-            if layer.additions.scales:
-                layer.add(layer.additions.change())
+        for layer, additions in self._additions():
+            if additions.scales:
+                layer.add(additions.change())
             layer.additions = None
         self.loaded = {
             name: adapter for name, adapter in self.loaded.items() if name in self.scales
@@ -123,9 +122,10 @@ class Adapters:
 
     def remove(self) -> None:
         """Forget all adapters, as if none had been loaded."""
-        for layer in self._layers():
+        for layer, _ in self._additions():
             layer.additions = None
-        self.loaded, self.scales = {}, {}
+        self.loaded = {}
+        self.scales = {}
 
     def prompt(self, prompt: str) -> str:
         """`prompt` with the triggers of the active adapters before it, where it does not contain
@@ -155,11 +155,11 @@ class Adapters:
         ]
         return tuple(_fingerprint(adapter, layers) for adapter in self.scales)
 
-    def _layers(self) -> list[Linear]:
-        modules = self.network.modules() if self.network else ()
-        return [
-            layer for layer in modules if isinstance(layer, Linear) and layer.additions is not None
-        ]
+    def _additions(self) -> list[tuple[Linear, Additions]]:
+        """The layers that adapters add to, with what they add."""
+        modules = self.network.modules() if self.network is not None else ()
+        layers = [layer for layer in modules if isinstance(layer, Linear)]
+        return [(one, one.additions) for one in layers if isinstance(one.additions, Additions)]
 
 
 def _digits(scale: float) -> str:

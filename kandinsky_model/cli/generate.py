@@ -120,7 +120,13 @@ def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | No
     outputs = _outputs(args, count) if args.output else None
     device, sources = (
         choose_device(device),
-        locate(args.model, args.revision, parts=parts or PARTS, preset=args.preset),
+        locate(
+            args.model,
+            args.revision,
+            places={"vae": args.vae} if args.vae else None,
+            parts=parts or PARTS,
+            preset=args.preset,
+        ),
     )
     if outputs is None:
         args.output = "out.png" if sources.preset.vae is None else "out.mp4"
@@ -205,6 +211,7 @@ def resume(args) -> None:
         device=args.device,
         parts=PARTS if run.rest else ("dit", "vae"),
         quantize=settings.quantization or None,
+        preset=args.preset,
     )
     for path, scale in args.lora or map(scaled_path, settings.lora):
         model.lora.load(path, scale=scale)
@@ -289,7 +296,8 @@ def decode(args) -> None:
     output = video.check_output(
         args.output or re.sub(r"(\.latents)?\.safetensors$", ".mp4", args.latents)
     )
-    model = _named(args.model, settings, device=args.device, parts=("vae",))
+    places = {"vae": args.vae} if args.vae else {}
+    model = _named(args.model, settings, device=args.device, parts=("vae",), **places)
     with Progress() as progress:
         result = model.open(
             args.latents,
