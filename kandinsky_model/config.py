@@ -372,3 +372,5 @@ NABLA_FOR_DENSE = NablaConfig(0.9)
 
 # Task -> which instruction the text encoder gets. Videos of one frame count as images too.
 KINDS = {"t2i": "image", "i2i": "image_edit"}
+
+PARTS = ("text", "dit", "vae")  # of a model, in the order in which a run needs them

@@ -4,12 +4,15 @@ once, kept apart from the weights or merged into them. adapter_files.py reads th
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..dit.linear import Additions, Linear
@@ -56,7 +59,7 @@ class Adapters:
         Raises FileNotFoundError, or ValueError: a file that is no LoRA, modules the network lacks,
         other widths, a name taken.
         """
-        file = _find(Path(path))
+        file = find_adapter(path)
         if name is None:
             name = file.parent.name if file.stem in _COMMON_NAMES else file.stem
         if name in self.loaded:
@@ -135,14 +138,43 @@ class Adapters:
         return " ".join([*missing, prompt])
 
     def active(self) -> tuple[str, ...]:
-        """ "path:scale" of the active adapters, as the command line takes them."""
-        return tuple(f"{self.loaded[name].path}:{scale:g}" for name, scale in self.scales.items())
+        """ "path:scale" of the active adapters, as the command line takes them: the path absolute,
+        so that it can be found from another folder, and the scale with all its digits."""
+        return tuple(
+            f"{os.path.abspath(self.loaded[name].path)}:{_digits(scale)}"
+            for name, scale in self.scales.items()
+        )
+
+    def fingerprints(self) -> tuple[str, ...]:
+        """SHA-256 of the matrices of each active adapter, in the order of `active`."""
+        named = self.network.named_modules() if self.network else ()
+        layers = [
+            (name, layer.additions)
+            for name, layer in named
+            if isinstance(layer, Linear) and layer.additions is not None
+        ]
+        return tuple(_fingerprint(adapter, layers) for adapter in self.scales)
 
     def _additions(self) -> list[tuple[Linear, Additions]]:
         """The layers that adapters add to, with what they add."""
         modules = self.network.modules() if self.network is not None else ()
         layers = [layer for layer in modules if isinstance(layer, Linear)]
         return [(one, one.additions) for one in layers if isinstance(one.additions, Additions)]
+
+
+def _digits(scale: float) -> str:
+    """As few digits as give the same float back."""
+    short = f"{scale:g}"
+    return short if float(short) == scale else repr(float(scale))
+
+
+def _fingerprint(adapter: str, layers: Sequence[tuple[str, Additions]]) -> str:
+    digest = hashlib.sha256()
+    for name, additions in layers:
+        for matrix in additions.matrices.get(adapter, ()):
+            digest.update(f"{name} {matrix.dtype} {list(matrix.shape)} ".encode())
+            digest.update(matrix.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _check_scale(name: str, scale: float) -> None:
@@ -152,7 +184,10 @@ def _check_scale(name: str, scale: float) -> None:
         )
 
 
-def _find(path: Path) -> Path:
+def find_adapter(path: str | Path) -> Path:
+    """The file of the LoRA at a path: itself, or the only one in a folder. Raises FileNotFoundError
+    where there is none."""
+    path = Path(path)
     if path.is_file():
         return path
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
