@@ -28,7 +28,7 @@ LARGEST_SIDE = 16384
 MOST_FRAMES = 16385
 MOST_STEPS = 1000
 MOST_FPS = 240
-SEEDS = 2**63
+SEEDS = 2**64
 
 # From this many elements of the decoder's widest activation (256 channels at full size) on, clips
 # are decoded in the official tiles. This depends on the clip's size alone, never on free memory, so
@@ -149,7 +149,7 @@ class Settings:
                 f"scheduler_scale must be positive, got {self.scheduler_scale}; 5 is usual"
             )
         if not 0 <= self.seed < SEEDS:
-            raise ValueError(f"the seed must lie in 0 .. 2^63 - 1, got {self.seed}; choose another")
+            raise ValueError(f"the seed must lie in 0 .. 2^64 - 1, got {self.seed}; choose another")
         if not 1 <= self.fps <= MOST_FPS:
             raise ValueError(f"fps must lie in 1 .. {MOST_FPS}, got {self.fps}; 24 is usual")
 
