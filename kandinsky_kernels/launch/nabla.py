@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference, tuning
 from .._library import attach, on
-from ..nabla import transpose_selection
+from ..selections import transpose_selection
 
 
 def refuse_selection(query_means: Tensor, *_) -> str | None:
