@@ -5,6 +5,7 @@ Each has one meaning, in `reference`, and at most one kernel for each kind of de
 """
 
 from ._library import kernels, load_extension, load_launchers
+from .flops import register_with_the_counter
 from .nabla import block_sparse_attention, select_blocks
 from .norm import Rotary, gated_add_norm, modulated_norm, norm_rope, norm_rope_means
 from .reference import block_means
@@ -13,6 +14,7 @@ from .vae import causal_conv3d, frame_causal_attention, group_affine, group_mome
 
 load_launchers()
 load_extension()
+register_with_the_counter()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -49,9 +49,10 @@ KERNELS = {
     "norm": "checks _library reference",
     "nabla": "checks _library reference",
     "vae": "checks _library reference",
+    "flops": "_library selections",
     "triton": "",
     "launch": "_library nabla reference selections tuning triton",
-    "__init__": "_library norm nabla vae reference selections",
+    "__init__": "_library flops norm nabla vae reference selections",
 }
 PACKAGES = {"kandinsky_model": MODEL, "kandinsky_kernels": KERNELS}
 # packages that are slow to import or may be absent: only inside functions
