@@ -291,7 +291,8 @@ def test_diffusers_is_compared_with_itself(monkeypatch):
 
 def test_the_readme_shows_diffusers_as_measured():
     results = [
-        json.loads(path.read_text()) for path in sorted(ROOT.glob("benchmarks/results/diffusers-*.json"))
+        json.loads(path.read_text())
+        for path in sorted(ROOT.glob("benchmarks/results/diffusers-*.json"))
     ]
     readme = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
     assert results and all(diffusers.table(result) in readme for result in results)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The comparators catch planted faults: without that, a green table of cases would prove
-nothing."""
+"""The comparators catch planted faults.
+
+If they did not, a green table of cases would prove nothing.
+"""
 
 import math
 
@@ -14,7 +16,12 @@ from ..compare import assert_faithful, assert_same_blocks, exact_blocks
 EPS = 1e-5
 
 
-def norm(x, scale, shift, eps=EPS):
+def norm(
+    x,
+    scale,
+    shift,
+    eps=EPS,
+):
     wide = x.float()
     centred = wide - wide.mean(-1, keepdim=True)
     return (
@@ -26,13 +33,16 @@ def norm(x, scale, shift, eps=EPS):
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def case(request):
     g = torch.Generator().manual_seed(1)
-    x, scale, shift = (
-        torch.randn(1, 96, 256, generator=g),
-        torch.randn(1, 256, generator=g),
-        torch.randn(1, 256, generator=g),
-    )
+    x = torch.randn(1, 96, 256, generator=g)
+    scale = torch.randn(1, 256, generator=g)
+    shift = torch.randn(1, 256, generator=g)
     x = x.to(request.param)
-    exact = reference.modulated_norm(x.double(), scale.double(), shift.double(), EPS)
+    exact = reference.modulated_norm(
+        x.double(),
+        scale.double(),
+        shift.double(),
+        EPS,
+    )
     return x, scale, shift, exact, norm(x, scale, shift).to(x.dtype)
 
 
@@ -75,8 +85,14 @@ def test_swapped_scale_and_shift_are_caught(case):
 
 def test_misplaced_eps_is_caught():
     """Rows of small variance, where eps decides: outside the root it is another function."""
-    x, zero = 1e-3 * torch.randn(1, 64, 128), torch.zeros(1, 128)
-    exact = reference.modulated_norm(x.double(), zero.double(), zero.double(), EPS)
+    x = 1e-3 * torch.randn(1, 64, 128)
+    zero = torch.zeros(1, 128)
+    exact = reference.modulated_norm(
+        x.double(),
+        zero.double(),
+        zero.double(),
+        EPS,
+    )
     centred = x - x.mean(-1, keepdim=True)
     with pytest.raises(AssertionError, match="rule 2"):
         assert_faithful(
@@ -106,7 +122,11 @@ def test_noise_below_the_largest_error_is_caught():
     peer = exact.float()
     peer[0, 0, 0] += 1e-3  # one outlier makes rule 2 generous
     with pytest.raises(AssertionError, match=r"rule 3 \(RMSE\)"):
-        assert_faithful((exact + 5e-4 * (2 * torch.rand_like(exact) - 1)).float(), exact, peer)
+        assert_faithful(
+            (exact + 5e-4 * (2 * torch.rand_like(exact) - 1)).float(),
+            exact,
+            peer,
+        )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +152,11 @@ def test_non_finite_pattern_must_agree():
     good = torch.tensor([1.0, math.inf, math.nan, math.inf, 2.0])
     assert_faithful(good, exact, good)
     with pytest.raises(AssertionError, match="differ in being finite"):
-        assert_faithful(good * torch.tensor([1, -1, 1, 1, 1]), exact, good)
+        assert_faithful(
+            good * torch.tensor([1, -1, 1, 1, 1]),
+            exact,
+            good,
+        )
 
 
 @pytest.fixture
