@@ -8,12 +8,12 @@ import logging
 import math
 import platform
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..devices.available import cpu_name
 from ..training.state import average_into
 
 logger = logging.getLogger(__name__)
@@ -141,18 +141,8 @@ def training_dtype(device="cpu"):
 
 def machine():
     """The machine's record for the training log."""
-    model, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.is_file():
-        model = next(
-            (
-                line.split(":", 1)[1].strip()
-                for line in info.read_text().splitlines()
-                if line.startswith("model name")
-            ),
-            model,
-        )
     return {
-        "cpu": model,
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

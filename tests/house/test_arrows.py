@@ -31,7 +31,7 @@ MODEL = {
     "acceleration": "kernels config dit vae",
     "comfyui": "config media sampling text.embeddings pipeline acceleration",
     "training": "kernels config files devices dit vae media checkpoints text sampling pipeline",
-    "tiny": "config dit vae text checkpoints pipeline training",
+    "tiny": "config devices dit vae text checkpoints pipeline training",
     "cli": "kernels config devices media checkpoints sampling inspection pipeline comfyui training"
     " tiny",
     "__main__": "cli",
