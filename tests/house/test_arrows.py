@@ -65,7 +65,7 @@ def parts_of(path):
 
 
 def imports(path, tree=None):
-    """(line, parts of what is imported) of every import in a file."""
+    """(line, parts of the imported name) of every import in a file, or in one of its trees."""
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(tree or ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -77,7 +77,7 @@ def imports(path, tree=None):
 
 
 def room_of(parts):
-    """The room that "kandinsky_model.dit.attention.Attention" lies in, and its module there."""
+    """("dit", "dit.attention") of the parts of "kandinsky_model.dit.attention.Attention"."""
     names = parts[1:]
     folder = ROOT.joinpath(parts[0], names[0]) if names else ROOT
     if folder.is_dir():
