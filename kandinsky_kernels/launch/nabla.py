@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import reference, tuning
 from .._library import attach, on
-from ..nabla import transpose_selection
 from ..selections import transpose_selection
 from .card import capability
 
