@@ -43,7 +43,16 @@ CHOICES = {
     "vae_policy": POLICIES,
 }
 # Settings that `generate` does not take by name: it has them from elsewhere.
-NOT_BY_NAME = ("prompt", "expanded_prompt", "seed", "fps", "model", "lora", "quantization")
+NOT_BY_NAME = (
+    "prompt",
+    "expanded_prompt",
+    "seed",
+    "fps",
+    "model",
+    "preset",
+    "lora",
+    "quantization",
+)
 
 # What others call our settings.
 OTHER_NAMES = {
@@ -92,7 +101,8 @@ class Settings:
     expanded_prompt: what the language model made of the prompt, empty where it was not asked to.
     image, last_image: the paths of the given pictures, "given" for pictures that were no files.
     lora: "path:scale" of the active adapters. quantization: of the transformer's weights, or "".
-    model: the preset, path or repository that the weights came from.
+    model: the preset, path or repository that the weights came from. preset: whose attention and
+    positions were used; two models of one file may differ in it.
     """
 
     prompt: str
@@ -115,6 +125,7 @@ class Settings:
     quantization: str = ""
     fps: int = 24
     model: str = ""
+    preset: str = ""
 
     def __post_init__(self):
         for name in FIELD_TYPES:
@@ -258,6 +269,7 @@ def complete(
         "attention": "nabla" if preset.nabla else "dense",
         "fps": preset.fps,
         "model": name,
+        "preset": preset.name,
     }
     values = released | chosen
     check_size(values["height"], values["width"])
