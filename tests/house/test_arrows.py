@@ -44,12 +44,13 @@ KERNELS = {
     "_derivatives": "",
     "reference": "checks _derivatives _precision",
     "_guard": "",
-    "_library": "checks _derivatives _guard _precision tuning",
+    "cards": "",
+    "_library": "cards checks _derivatives _guard _precision tuning",
     "norm": "checks _library reference",
     "nabla": "checks _library reference",
     "vae": "checks _library reference",
     "triton": "",
-    "launch": "_library nabla reference tuning triton",
+    "launch": "_library cards nabla reference tuning triton",
     "__init__": "_library norm nabla vae reference",
 }
 PACKAGES = {"kandinsky_model": MODEL, "kandinsky_kernels": KERNELS}
