@@ -31,6 +31,18 @@ LONGEST_COMPILED_ROW = 3904
 FEW_ROWS = 4096
 
 
+# What a turn of attention's loop takes at most where products are mma.sync, as counted in the
+# binaries of Triton 3.9: barriers, exchanges between lanes, stores to shared memory, and the stack.
+TURN = {"BAR": 2, "SHFL": 4, "STS": 0, "LDL": 3, "STL": 1}
+# kernels whose eight warps do not lie along rows alone
+EIGHT_WARPS = frozenset({"block_sparse_attention_backward_key-128-ragged"})
+# bytes of addresses that a kernel may keep on the stack
+STACK_BYTES = {
+    "block_sparse_attention_backward_key-128": 24,
+    "block_sparse_attention_backward_key-64-ragged": 8,
+}
+
+
 @dataclass(frozen=True)
 class Launch:
     """How Triton compiles a kernel: warps of a program, stages of its loads, whether tiles are read
