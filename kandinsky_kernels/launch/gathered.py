@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import reference, tuning
-from ..nabla import transpose_selection
+from .. import tuning
+from ..selections import transpose_selection, unpack_selection
 
 ELEMENTS = 1 << 26  # of what is gathered and multiplied at once: 256 MiB of fp32
 
@@ -51,7 +51,7 @@ def kept(selection: Tensor, blocks: Blocks, D: int) -> Iterator[tuple[slice, Ten
     """Some rows of a packed selection [N, W] at a time: which they are, the tokens that they keep
     [R, M], and which of those there are [R, M]."""
     N = selection.shape[0]
-    keep = reference.unpack_selection(selection, N)  # [N, N]
+    keep = unpack_selection(selection, N)  # [N, N]
     counts = keep.sum(-1)
     most = max(1, int(counts.max()))
     lists = torch.argsort(~keep, dim=-1, stable=True)[:, :most]  # [N, K]

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference, tuning
 from .._library import attach, on
 from ..cards import capability
-from ..nabla import transpose_selection
+from ..selections import pack_selection, transpose_selection
 from . import gathered
 from .trials import Draw, alike, block_ends
 
@@ -396,7 +396,7 @@ def small_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor
     keep = (draw.integers(5, 1, H, N, N) == 0) | torch.eye(N, dtype=torch.bool, device=query.device)
     keep[:, :, 1:2] = True
     offsets = torch.tensor(ends, dtype=torch.int32, device=query.device)
-    return *tensors, reference.pack_selection(keep), offsets
+    return *tensors, pack_selection(keep), offsets
 
 
 def trial_attention(

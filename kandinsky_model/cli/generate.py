@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from .progress import Progress
@@ -14,7 +16,7 @@ from .progress import Progress
 # The loggers that say what an option does: how many steps a cache saved, what an expanded prompt
 # says, what lies where within a memory budget.
 SPOKEN_FOR = {
-    "cache": "kandinsky_model.sampling.sampler",
+    "cache": "kandinsky_model.sampling.step_cache",
     "expand": "kandinsky_model.text.qwen_clip",
     "memory": "kandinsky_model.pipeline",
 }
@@ -31,18 +33,28 @@ def generate(args) -> None:
             args, len(prompts), device, ("dit",) if together and rank else None
         )
         model.together = together
-        for i in range(0 if together else rank, len(prompts), 1 if together else world):
-            (output, strip), seed = outputs[i], None if args.seed is None else args.seed + i
+        shared = settings | {
+            "image": args.image and str(Path(args.image).absolute()),
+            "last_image": args.last_image and str(Path(args.last_image).absolute()),
+            "expand_prompt": args.expand,
+        }
+        jobs = [
+            {
+                "output": output.name,
+                "strip": strip and strip.name,
+                "arguments": shared
+                | {"prompt": prompt, "seed": None if args.seed is None else args.seed + i},
+            }
+            for i, (prompt, (output, strip)) in enumerate(zip(prompts, outputs, strict=True))
+        ]
+        own = range(0 if together else rank, len(prompts), 1 if together else world)
+        for i in own:
+            output, strip = outputs[i]
             writes = rank == 0 or not together
-            with Progress(writes) as progress, _kept(output if writes else None):
+            rest = [jobs[j] for j in own if j > i]
+            with Progress(writes) as progress, _kept(output if writes else None, rest):
                 result = model.generate(
-                    prompts[i],
-                    callback=progress,
-                    memory_budget=args.memory_budget,
-                    image=args.image,
-                    last_image=args.last_image,
-                    expand_prompt=args.expand,
-                    **settings | {"seed": seed},
+                    **jobs[i]["arguments"], callback=progress, memory_budget=args.memory_budget
                 )
                 if writes:
                     _keep(result, output, strip, progress)
@@ -108,7 +120,13 @@ def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | No
     outputs = _outputs(args, count) if args.output else None
     device, sources = (
         choose_device(device),
-        locate(args.model, args.revision, parts=parts or PARTS, preset=args.preset),
+        locate(
+            args.model,
+            args.revision,
+            places={"vae": args.vae} if args.vae else None,
+            parts=parts or PARTS,
+            preset=args.preset,
+        ),
     )
     if outputs is None:
         args.output = "out.png" if sources.preset.vae is None else "out.mp4"
@@ -117,8 +135,14 @@ def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | No
 
 
 def _loaded(args, sources, device):
+    """The model with its LoRAs. What can be known to be wrong is said before anything is read."""
     from .. import pipeline
+    from ..checkpoints.lora import find_adapter
+    from ..sampling.step_cache import make_cache
 
+    make_cache(args.cache or "none", sources.preset.name)
+    for path, _ in args.lora:
+        find_adapter(path)
     model = pipeline.Kandinsky5.from_sources(
         sources, device, text_cache=args.text_cache, quantize=args.quantize
     )
@@ -171,7 +195,7 @@ def inspect(args) -> None:
 
 
 def resume(args) -> None:
-    from .. import pipeline
+    from ..config import PARTS
     from ..media import video
     from ..sampling.run import Run
 
@@ -181,19 +205,40 @@ def resume(args) -> None:
     output = video.check_output(
         args.output or f"{stem}{'.mp4' if settings.num_frames > 1 else '.png'}"
     )
-    model = pipeline.load(
-        args.model or settings.model,
+    model = _named(
+        args.model,
+        settings,
         device=args.device,
-        parts=("dit", "vae"),
+        parts=PARTS if run.rest else ("dit", "vae"),
         quantize=settings.quantization or None,
+        preset=args.preset or settings.preset or None,
     )
-    for path, scale in map(scaled_path, settings.lora):
+    for path, scale in args.lora or map(scaled_path, settings.lora):
         model.lora.load(path, scale=scale)
     if args.memory_budget:
         logging.getLogger(SPOKEN_FOR["memory"]).setLevel(logging.INFO)
-    with Progress() as progress, _kept(output):
+    with Progress() as progress, _kept(output, run.rest):
         (result,) = model.resume(run, progress, args.memory_budget)
         _keep(result, output, None, progress)
+    for i, job in enumerate(run.rest):
+        # Names alone: a file that somebody else wrote cannot choose a folder.
+        output = video.check_output(output.with_name(Path(job["output"]).name))
+        strip = job["strip"] and output.with_name(Path(job["strip"]).name)
+        with Progress() as progress, _kept(output, run.rest[i + 1 :]):
+            result = model.generate(
+                **job["arguments"], callback=progress, memory_budget=args.memory_budget
+            )
+            _keep(result, output, strip, progress)
+
+
+def _named(model: str | None, settings, **options):
+    """The model that the user names, or the one that the file names, for which nothing is
+    downloaded."""
+    from .. import pipeline
+
+    if model:
+        return pipeline.load(model, **options)
+    return pipeline.load_again(settings, **options)
 
 
 def _outputs(args, count: int) -> list[tuple[Path, Path | None]]:
@@ -201,8 +246,8 @@ def _outputs(args, count: int) -> list[tuple[Path, Path | None]]:
     from ..media import video
     from ..sampling import result as clip
 
-    def named(path: str, i: int) -> Path:
-        path = Path(path)
+    def named(name: str, i: int) -> Path:
+        path = Path(name)
         return path if args.prompts is None else path.with_name(f"{path.stem}_{i:03}{path.suffix}")
 
     outputs = []
@@ -216,9 +261,9 @@ def _outputs(args, count: int) -> list[tuple[Path, Path | None]]:
 
 
 @contextmanager
-def _kept(output: Path | None):
+def _kept(output: Path | None, rest: Sequence[Mapping] = ()):
     """An interruption of what is sampled inside leaves a file, and says how to go on; without an
-    output another process does that."""
+    output another process does that. rest: the jobs of a file of prompts that were to come."""
     from ..sampling.run import Interrupted
 
     try:
@@ -226,7 +271,8 @@ def _kept(output: Path | None):
     except Interrupted as stop:
         if output is None:
             raise
-        path = stop.run.save(output.with_name(f"{output.stem}.run.safetensors"))
+        run = replace(stop.run, rest=tuple(rest))
+        path = run.save(output.with_name(f"{output.stem}.run.safetensors"))
         raise KeyboardInterrupt(f"{stop}; go on with: kandinsky resume {path}") from None
 
 
@@ -243,7 +289,6 @@ def _keep(result, output: Path, strip: Path | None, progress: Progress) -> None:
 
 
 def decode(args) -> None:
-    from .. import pipeline
     from ..media import video
     from ..sampling import result as clip
 
@@ -251,7 +296,8 @@ def decode(args) -> None:
     output = video.check_output(
         args.output or re.sub(r"(\.latents)?\.safetensors$", ".mp4", args.latents)
     )
-    model = pipeline.load(args.model or settings.model, device=args.device, parts=("vae",))
+    places = {"vae": args.vae} if args.vae else {}
+    model = _named(args.model, settings, device=args.device, parts=("vae",), **places)
     with Progress() as progress:
         result = model.open(
             args.latents,

@@ -7,7 +7,7 @@ import argparse
 import re
 
 from ..config import CACHES, QUANTIZATIONS
-from ..training.config import DISTILLATIONS, TrainConfig
+from ..training.config import DISTILLATIONS, OPTIMIZERS, SCHEDULES, TrainConfig
 from . import generate, models, training
 
 
@@ -158,6 +158,15 @@ def _resume_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("run_file", metavar="run", help="a .run.safetensors file")
     command.add_argument("-o", "--output", help="default: the name of the run, as .mp4 or .png")
     command.add_argument("--model", help="default: the model that began the run")
+    command.add_argument(
+        "--lora",
+        type=generate.scaled_path,
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="where the run's LoRAs are now, in their order (default: where they were)",
+    )
+    command.add_argument("--preset", help="default: the one that began the run")
     _device_arguments(command)
 
 
@@ -172,6 +181,9 @@ def _decode_arguments(command: argparse.ArgumentParser) -> None:
 
 def _decoding_arguments(command: argparse.ArgumentParser) -> None:
     _device_arguments(command)
+    command.add_argument(
+        "--vae", metavar="PATH", help="a VAE's folder or file (default: where the model lies)"
+    )
     command.add_argument(
         "--vae-policy",
         choices=("global", "official", "preview"),
@@ -227,8 +239,8 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
     command.set_defaults(chatty=True)
     command.add_argument(
         "data",
-        help="a folder of clips or pictures, each with a caption in a "
-        ".txt of its name, or in captions.jsonl",
+        help="a folder of clips or pictures, each with a caption in a .txt or .caption of its "
+        "name, or in captions.jsonl, metadata.jsonl or metadata.csv; folders in it are read too",
     )
     command.add_argument(
         "-o", "--output", required=True, metavar="FOLDER", help="where all that comes of it goes"
@@ -242,9 +254,15 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
         type=int,
         default=32,
         metavar="R",
-        help="train a LoRA of this rank, and alpha (default: 32)",
+        help="train a LoRA of this rank (default: 32)",
     )
     what.add_argument("--full", action="store_true", help="train all weights instead")
+    command.add_argument(
+        "--lora-alpha",
+        type=float,
+        metavar="A",
+        help="the LoRA counts A / R times (default: R, which is once)",
+    )
     command.add_argument(
         "--trigger",
         default="",
@@ -289,6 +307,16 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
         )
     command.add_argument(
         "--attention", choices=("nabla", "dense"), help="default: what the model was trained with"
+    )
+    command.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help="of the rate after the warm-up; all but constant fall to zero (default: constant)",
+    )
+    command.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help="adamw8bit keeps moments in 8 bits and needs bitsandbytes (default: adamw)",
     )
     command.add_argument(
         "--distill",

@@ -9,12 +9,17 @@ from pathlib import Path
 
 
 def train(args) -> None:
-    from ..training.config import LoRAConfig, TrainConfig
+    from ..training import LoRAConfig, TrainConfig
     from ..training.trainer import train
 
     if args.full and args.trigger:
         raise ValueError(
             "a trigger calls a LoRA, so it does not go with --full; leave one of them out"
+        )
+    if args.full and args.lora_alpha is not None:
+        raise ValueError(
+            "--lora-alpha is the factor of a LoRA, so it does not go with --full; "
+            "leave one of them out"
         )
     names = (
         "model",
@@ -23,6 +28,8 @@ def train(args) -> None:
         "passes",
         "rate",
         "warmup",
+        "schedule",
+        "optimizer",
         "ema",
         "drop",
         "seed",
@@ -37,10 +44,13 @@ def train(args) -> None:
         "device",
     )
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    lora = None
+    if not args.full:
+        lora = LoRAConfig(args.lora_rank, args.lora_alpha, trigger=args.trigger)
     config = TrainConfig(
-        lora=None if args.full else LoRAConfig(args.lora_rank, trigger=args.trigger),
+        lora=lora,
         lengths=args.frames,
-        sizes=args.size and [(height, width) for width, height in args.size],
+        sizes=tuple((height, width) for width, height in args.size) if args.size else None,
         **given,
     )
     try:
@@ -55,7 +65,7 @@ def draw_clips(args) -> None:
     import random
 
     from ..media import video
-    from ..tiny import scenes as shapes
+    from ..tiny import scenes
 
     folder, generator = Path(args.folder), random.Random(args.seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,11 +75,11 @@ def draw_clips(args) -> None:
             "something; choose another"
         )
     for i in range(args.count):
-        scene = shapes.training_scene(generator.randrange(10**6), generator)
+        scene = scenes.training_scene(generator.randrange(10**6), generator)
         (folder / f"clip{i:04}.txt").write_text(
-            shapes.prompt(scene.combination, i % shapes.FULL) + "\n", encoding="utf-8"
+            scenes.prompt(scene.combination, i % scenes.FULL) + "\n", encoding="utf-8"
         )
-        video.save(shapes.draw(scene), folder / f"clip{i:04}.mp4")
+        video.save(scenes.draw(scene), folder / f"clip{i:04}.mp4")
     print(f"{args.count} clips with captions in {folder}")
 
 

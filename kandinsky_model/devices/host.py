@@ -97,8 +97,8 @@ def _span(tensor: Tensor, i: int) -> tuple[int, int, int, int]:
         reach = 1 + sum((size - 1) * stride for size, stride in sizes_and_strides)
     return (
         tensor.untyped_storage()._cdata,
-        tensor.storage_offset() * tensor.itemsize,
-        reach * tensor.itemsize,
+        int(tensor.storage_offset()) * tensor.itemsize,
+        int(reach) * tensor.itemsize,
         i,
     )
 
@@ -173,7 +173,12 @@ class Store:
     """All tensors of a layer, in few pieces of host memory: one at first, and one more for every
     later change, such as a new adapter."""
 
-    def __init__(self, modules: Sequence[nn.Module], without: Sequence[nn.Module], pinned: bool):
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        without: Sequence[nn.Module],
+        pinned: bool,
+    ):
         self.modules = modules
         self.without = without
         self.pinned = pinned

@@ -210,7 +210,7 @@ def test_bundled_model_is_the_default(run, tmp_path):
         (["generate", "x", "--strip", "s.gif"], "must end in .png"),
         (["generate", "x", "--device", "pancake"], "use cpu"),
         (["decode", "absent.safetensors"], "absent.safetensors"),
-        (["decode", __file__], "complete safetensors file"),
+        (["decode", __file__], "must be a safetensors file, but is a text file"),
         (["explode"], "invalid choice"),
     ],
 )

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every Triton kernel for every architecture without a GPU.
 
-``python -m tests.support.cubins [sm ...]`` prints one JSON line for each kernel and architecture.
-
-Run as a process of its own, because the tests' process has Triton's interpreter switched on.
+``python -m tests.support.cubins [sm ...]`` prints a line of JSON for each kernel and architecture.
+It runs as a process of its own, because the tests' process has Triton's interpreter switched on.
 """
 
 import itertools
