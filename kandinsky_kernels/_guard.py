@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Before a GPU kernel is first used on a card it must agree with its reference on a small case, or
-the reference runs instead.
+"""Before a GPU kernel is first used on a card it must agree with its reference on a small case;
+otherwise the fallback runs instead.
 
-Once per process, operator, dtype and width; agreement is remembered on disk per version of
-everything that could change it.
+A case is tried once per process and binary: per operator, constants, dtypes and kinds of sizes.
+Agreement is remembered on disk, per version of everything that could change it.
 """
 
 import hashlib
@@ -25,54 +25,86 @@ _log = logging.getLogger(__name__)
 _verdicts: dict[tuple, str | None] = {}  # None: agrees
 
 
+def signature(args: tuple) -> tuple:
+    """What a decision about a call can depend on, as the key of a dictionary: all but the values
+    inside of tensors."""
+    return tuple(
+        (arg.dtype, arg.device, arg.shape, arg.stride(), arg.data_ptr() % 16)
+        if isinstance(arg, Tensor)
+        else tuple(arg)
+        if isinstance(arg, list)
+        else arg
+        for arg in args
+    )
+
+
+def specialisation(args: tuple) -> tuple:
+    """What of a call makes Triton compile another binary: dtypes, kinds of sizes and strides (one,
+    a multiple of 16, any other), alignment, and what else is no number with a fraction."""
+
+    def of(arg):
+        if isinstance(arg, Tensor):
+            sizes = (*arg.shape, *arg.stride())
+            kinds = "".join("1" if n == 1 else "d" if n % 16 == 0 else "n" for n in sizes)
+            return str(arg.dtype).removeprefix("torch."), kinds, arg.data_ptr() % 16
+        if isinstance(arg, float):
+            return "float"  # never specialised
+        return tuple(arg) if isinstance(arg, list | tuple) else arg
+
+    return tuple(of(arg) for arg in args)
+
+
 def trusted(
     name: str,
     launch: Callable,
     reference: Callable,
     trial: Callable[..., tuple],
     args: tuple,
-    kind: tuple = (),
+    constants: dict | None = None,
 ) -> bool:
-    """Whether ``launch`` agrees with ``reference`` on trial(*args); decided once per op, kind,
-    dtype, last dimension and device."""
+    """Whether ``launch``, with the constants of the caller's binary, agrees with ``reference`` on
+    trial(*args)."""
     x = args[0]
-    key = (name, kind, x.dtype, x.shape[-1], x.device)
+    constants = constants or {}
+    key = (name, tuple(constants.items()), x.shape[-1], specialisation(args), x.device)
     if key not in _verdicts:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return True  # a trial cannot be captured: the warm-up before the capture has made it
-        _verdicts[key] = _judge(name, launch, reference, trial(*args), kind)
+        _verdicts[key] = _judge(key, launch, reference, lambda: trial(*args), constants)
     return _verdicts[key] is None
 
 
 def failure(name: str) -> str | None:
-    """Why ``name`` has fallen back to its reference in this process, or None."""
+    """Why ``name`` has fallen back in this process, or None."""
     return next(
         (verdict for (op, *_), verdict in _verdicts.items() if op == name and verdict), None
     )
 
 
 def _judge(
-    name: str, launch: Callable, reference: Callable, case: tuple, kind: tuple
+    key: tuple, launch: Callable, reference: Callable, trial: Callable[[], tuple], constants: dict
 ) -> str | None:
-    x = case[0]
-    known, entry = (
-        _remembered(),
-        (f"{name} {kind} {x.dtype} {x.shape[-1]} {_card(x.device)} {_version()}"),
-    )
-    if entry in known:
-        return None
+    name, *kind, device = key
     try:
-        verdict = disagreement(launch(*case), reference(*(_double(value) for value in case)))
+        known = _remembered()
+        entry = f"{name} {kind} {_card(device)} {_version()}"
+        if entry in known:
+            return None
+        case = trial()
+        exact = reference(*(_double(value) for value in case))
+        verdict = disagreement(launch(*case, **constants), exact)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernel
     except Exception as error:  # compilers and drivers raise all kinds
-        verdict = (
-            f"it failed with {type(error).__name__}: "
-            f"{(str(error).strip().splitlines() or ['no message'])[0]}"
-        )
+        message = (str(error).strip().splitlines() or ["no message"])[0]
+        verdict = f"it failed with {type(error).__name__}: {message}"
     if verdict is None:
         _remember([*known, entry])
         return None
-    verdict = f"its GPU kernel does not agree with the reference on {_card(x.device)} ({verdict})"
-    _log.warning("%s runs its reference, because %s; please report this", name, verdict)
+    verdict = f"its GPU kernel does not agree with the reference on {_card(device)} ({verdict})"
+    _log.warning(
+        "%s falls back to PyTorch's operators, because %s; please report this", name, verdict
+    )
     return verdict
 
 
@@ -88,9 +120,8 @@ def disagreement(outputs, exact) -> str | None:
         off = (actual.double() - wanted).abs().max().item()
         allowed = 0.0
         if actual.is_floating_point():
-            allowed = (
-                ROUNDINGS[actual.dtype] * torch.finfo(actual.dtype).eps * wanted.abs().max().item()
-            )
+            step = torch.finfo(actual.dtype).eps * wanted.abs().max().item()
+            allowed = ROUNDINGS[actual.dtype] * step
         if not off <= allowed:  # so that NaN disagrees
             return f"output {index} is off by {off:.3g} where {allowed:.3g} is allowed"
     return None

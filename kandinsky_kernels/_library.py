@@ -9,16 +9,18 @@ chooses among them.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
-from . import _guard, checks, tuning
+from . import _guard, cards, checks, tuning
 from ._derivatives import has_tangents
 from ._precision import full_precision
 
@@ -27,6 +29,9 @@ REFERENCE_ONLY = os.environ.get("KANDINSKY_KERNELS", "") == "reference"
 _SWITCHED_OFF = "KANDINSKY_KERNELS=reference asks for references only"
 
 _log = logging.getLogger(__name__)
+# signatures of calls; training has a new bound of its logits in every step
+_MOST_DECISIONS = 4096
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 _references: dict[str, Callable] = {}
 _gradients: dict[str, type[torch.autograd.Function]] = {}
@@ -140,24 +145,41 @@ def compiled(name: str) -> Callable | None:
     return packet and packet.default
 
 
+@dataclass(frozen=True)
+class Launcher:
+    """How an op is launched on a GPU: see `attach`."""
+
+    launch: Callable
+    trial: Callable[..., tuple]
+    constants: Callable[..., dict]
+
+
+launchers: dict[str, Launcher] = {}
+
+
 def attach(
     name: str,
     launch: Callable,
     refuse: Callable[..., str | None],
     trial: Callable[..., tuple],
-    kind: Callable[..., tuple] = lambda *_: (),
+    constants: Callable[..., dict] = lambda *_: {},
     refuse_compiled: Callable[..., str | None] | None = None,
+    fallback: Callable | None = None,
 ) -> None:
     """Register a Triton launcher of the declared operator ``name`` for CUDA, under guard.
 
-    refuse(*args) says why the kernel cannot take these arguments, or returns None. trial(*args)
-    makes a small case like them, on which the launcher must agree with the reference before its
-    first use. Where it refuses or disagrees, the reference runs. kind(*args) tells the kernels
-    apart that one launcher chooses between: each has a trial of its own. ``refuse_compiled`` is the
-    ``refuse`` of the CUDA C++ kernel, which comes first once `tuning.CUDA_CPP` names the operator.
+    refuse(*args) says why the kernel cannot take these arguments, or None. constants(*args) are the
+    keyword arguments by which the launcher makes the caller's binary whatever the size of the
+    inputs; trial(*args) makes small inputs of the caller's kind, on which that binary must agree
+    with the reference before it is first used. Otherwise ``fallback`` runs, by default the
+    reference. refuse_compiled is `refuse` for the CUDA C++ kernel, which comes first once
+    `tuning.CUDA_CPP` names the op.
+
+    What runs is decided once for each signature of a call; later calls look it up.
     """
-    reference = _references[name]
-    check = getattr(checks, name)
+    reference, check = _references[name], getattr(checks, name)
+    launchers[name] = Launcher(launch, trial, constants)
+    decisions: dict[tuple, Callable] = {}
 
     def run(*args):
         check(*args)
@@ -165,18 +187,31 @@ def attach(
             return choose(*args)
 
     def choose(*args):
+        key = _guard.signature(args)
+        chosen = decisions.get(key)
+        if chosen is None:
+            chosen = decide(*args)
+            if len(decisions) >= _MOST_DECISIONS:
+                decisions.clear()
+            if not torch.cuda.is_current_stream_capturing():  # nothing can be tried meanwhile
+                decisions[key] = chosen
+        return chosen(*args)
+
+    def decide(*args) -> Callable:
+        if cards.refuse_card(args[0].device):
+            return fallback or reference
         kernel = compiled(name) if refuse_compiled and name in tuning.CUDA_CPP else None
         if (
             kernel
             and refuse_compiled(*args) is None
             and _guard.trusted(f"{name}_cuda", kernel, reference, trial, args)
         ):
-            return kernel(*args)
-        if refuse(*args) is None and _guard.trusted(
-            name, launch, reference, trial, args, kind(*args)
-        ):
-            return launch(*args)
-        return reference(*args)
+            return kernel
+        if refuse(*args) is None:
+            chosen = constants(*args)
+            if _guard.trusted(name, launch, reference, trial, args, chosen):
+                return functools.partial(launch, **chosen)
+        return fallback or reference
 
     if triton_absence() is None:
         _library.impl(name, run, "CUDA")
@@ -236,7 +271,8 @@ def _gpu_state(name: str) -> str:
         return "cuda c++"
     if name in tuning.PYTORCH - tuning.TRITON:
         return "reference: PyTorch's own kernel, until a GPU has found the Triton kernel faster"
-    failed = _guard.failure(name)
+    card = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    failed = cards.refuse_card(card) or _guard.failure(name)
     if failed:
         return f"reference: {failed}"
     if name in tuning.VERIFIED:

@@ -31,6 +31,18 @@ LONGEST_COMPILED_ROW = 3904
 FEW_ROWS = 4096
 
 
+# What a turn of attention's loop takes at most where products are mma.sync, as counted in the
+# binaries of Triton 3.9: barriers, exchanges between lanes, stores to shared memory, and the stack.
+TURN = {"BAR": 2, "SHFL": 4, "STS": 0, "LDL": 3, "STL": 1}
+# kernels whose eight warps do not lie along rows alone
+EIGHT_WARPS = frozenset({"block_sparse_attention_backward_key-128-ragged"})
+# bytes of addresses that a kernel may keep on the stack
+STACK_BYTES = {
+    "block_sparse_attention_backward_key-128": 24,
+    "block_sparse_attention_backward_key-64-ragged": 8,
+}
+
+
 @dataclass(frozen=True)
 class Launch:
     """How Triton compiles a kernel: warps of a program, stages of its loads, whether tiles are read
@@ -106,7 +118,8 @@ def attention_backward(
     Registers decide. Split heads take four warps, which mma.sync leaves just enough registers for:
     the queries' kernel takes up to 255, that of keys and values keeps 8 to 24 bytes of addresses on
     the stack, which its loop reads on sm_120 alone. With the masks of ragged blocks it would keep
-    nine numbers there in every turn, so it is not split and takes eight warps. Eight warps are also
+    nine numbers there in every turn (and on sm_120 the queries' kernel ten), so it is not split and
+    takes eight warps. Eight warps are also
     for two of: no matrix unit of sm_90, D = 128 (250 of 255 registers on sm_90), masks.
     The queries' third stage leaves room for two more programs.
     Descriptors on sm_90 and 100 alone: with them sm_120 spills. fp32 tiles are twice as large and
@@ -118,7 +131,9 @@ def attention_backward(
     split = split_head(block, dtype, capability)
     descriptors = hopper and full and narrow
     stages = (2 if wide else 3) if narrow else 1
-    of_queries = Launch(8 if wide and not hopper and not split else 4, stages, descriptors, split)
+    queries_split = split and (full or capability[0] < 12)
+    queries_warps = 8 if wide and not hopper and not queries_split else 4
+    of_queries = Launch(queries_warps, stages, descriptors, queries_split)
     heavy = wide + (not full) + (not hopper) > 1
     keys_split = split and full
     warps = 8 if heavy and not keys_split else 4

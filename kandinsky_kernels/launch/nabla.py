@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .. import reference, tuning
 from .._library import attach, on
-from ..selections import transpose_selection
-from .card import capability
+from ..cards import capability
+from ..selections import pack_selection, transpose_selection
+from . import gathered
+from .trials import Draw, alike, block_ends
 
 
 def refuse_selection(query_means: Tensor, *_) -> str | None:
@@ -52,8 +54,11 @@ def launch_selection(
     tiles: list[int],
     window: list[int],
     ties: str,
+    block: int | None = None,
 ) -> Tensor:
-    """The map is made and used in pieces of `tuning.MAP_BYTES`: several heads at once, or some rows
+    """block: what a row is padded to, by default the next power of two.
+
+    The map is made and used in pieces of `tuning.MAP_BYTES`: several heads at once, or some rows
     of one."""
     from ..triton import nabla as kernels
 
@@ -62,7 +67,7 @@ def launch_selection(
     key = key_means.float().flatten(0, 1).transpose(1, 2)  # [BH, D, N]
     selection = torch.empty(B, H, N, -(-N // 32), dtype=torch.int32, device=query.device)
     words = selection.shape[-1]
-    block = tuning.padded(N, 32)
+    block = block or tuning.padded(N, 32)
     heads = max(1, tuning.MAP_BYTES // (4 * N * N))
     rows = min(N, max(1, tuning.MAP_BYTES // (4 * N)))
     near = [width // 2 for width in window] or [0, 0, 0]
@@ -91,6 +96,11 @@ def launch_selection(
     return selection
 
 
+def selection_constants(query_means: Tensor, *_) -> dict[str, int]:
+    """What the caller's binary pads rows to."""
+    return {"block": tuning.padded(query_means.shape[2], 32)}
+
+
 def trial_selection(
     query_means: Tensor,
     key_means: Tensor,
@@ -99,14 +109,28 @@ def trial_selection(
     window: list[int],
     ties: str,
 ) -> tuple:
-    """A row of forty blocks for each of two heads, whose masses differ by powers of two: no
-    rounding can move the choice."""
-    D, device = query_means.shape[-1], query_means.device
-    query = torch.zeros(1, 2, 40, D, device=device)
+    """Some forty blocks for each of two heads, whose masses differ by powers of two: no rounding
+    can move the choice."""
+    B, H, N, D = query_means.shape
+
+    def derived(blocks: int) -> tuple[int, ...]:
+        words = -(-blocks // 32)
+        return words, blocks * words, blocks * blocks
+
+    if tiles:
+        T, Y, X = tiles
+        Y, X = alike(2, Y), alike(3, X)
+        candidates = [T * Y * X for T in range(-(-min(40, N) // (Y * X)), -(-N // (Y * X)))]
+        N = alike(40, N, derived, candidates)
+        tiles = [N // (Y * X), Y, X] if N in candidates else tiles
+    else:
+        N = alike(40, N, derived)
+    draw = Draw(query_means.device)
+    query = draw.like(query_means, 1, min(2, B * H), N, D).zero_()
     query[..., 0] = math.log(2.0) * math.sqrt(D)
-    key = torch.zeros(1, 2, 40, D, device=device)
-    key[..., 0] = -(torch.arange(40, device=device) * 7 % 40).float()
-    return query.to(query_means.dtype), key.to(query_means.dtype), 0.9, [2, 4, 5], [3, 3, 1], ties
+    key = draw.like(key_means, 1, min(2, B * H), N, D).zero_()
+    key[..., 0] = -(torch.arange(N, device=key.device) * 7 % 40).float()
+    return query, key, 0.9, tiles, window, ties
 
 
 def refuse_attention(
@@ -166,9 +190,14 @@ def described(first: Tensor, second: Tensor, launch: tuning.Launch, width: int) 
     return first, second, False
 
 
-def list_blocks(selection: Tensor, first: int, pairs: int) -> tuple[Tensor, Tensor]:
-    """What the rows of so many (batch, head) pairs keep, in ascending order: int16 [pairs * N, N]
-    and their numbers int32 [pairs * N]."""
+def list_chunk(N: int) -> int:
+    """How many of N blocks `list_blocks` looks at at a time."""
+    return min(tuning.LIST_CHUNK, tuning.padded(N))
+
+
+def list_blocks(selection: Tensor, first: int, pairs: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """The kept blocks of the rows of `pairs` (batch, head) pairs from `first` on, in ascending
+    order and found `chunk` at a time: int16 [pairs * N, N], and their numbers int32 [pairs * N]."""
     from ..triton import nabla as kernels
 
     N, words = selection.shape[2:]
@@ -181,7 +210,7 @@ def list_blocks(selection: Tensor, first: int, pairs: int) -> tuple[Tensor, Tens
         counts,
         N,
         words,
-        CHUNK=min(tuning.LIST_CHUNK, tuning.padded(N)),
+        CHUNK=chunk,
         **tuning.LIST.options,
     )
     return lists, counts
@@ -195,26 +224,33 @@ def launch_attention(
     block_offsets: Tensor,
     scale: float,
     logit_bound: float,
+    chunk: int | None = None,
+    bounded: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Heads are taken in groups whose block lists fit into `tuning.LIST_BYTES`."""
+    """chunk: of `list_blocks`; bounded: whether logit_bound is used. By default what suits the
+    inputs.
+
+    Heads are taken in groups whose block lists fit into `tuning.LIST_BYTES`."""
     from ..triton import nabla as kernels
 
     B, S, H, D = query.shape
     N = selection.shape[2]
     block = tuning.padded(D, 16)
     group = max(1, tuning.LIST_BYTES // (2 * N * N))
+    chunk = chunk or list_chunk(N)
     block_offsets = block_offsets.contiguous()
     out = query.new_empty(B, S, H, D)
     lse = query.new_empty((B, H, S), dtype=torch.float32)
     strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
-    full, bounded = attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
+    full, usable = attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
+    bounded = usable if bounded is None else bounded
     launch = tuning.attention(block, query.dtype, capability(query), full)
     width = block // 2 if launch.split else block
     key, value, tma = described(key, value, launch, width)
     with on(query):
         for first in range(0, B * H, group):
             pairs = min(group, B * H - first)
-            lists, counts = list_blocks(selection, first, pairs)
+            lists, counts = list_blocks(selection, first, pairs, chunk)
             kernels.block_sparse_attention[(N, pairs)](
                 query,
                 key,
@@ -255,6 +291,7 @@ def launch_gradients(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     scale: float,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Seven products for a kept pair of blocks, in two kernels, and no sum that two programs add
     to: the same bits every time."""
@@ -265,6 +302,7 @@ def launch_gradients(
     block = tuning.padded(D, 16)
     (full,) = gradients_kind(query, key, value, out, lse, selection)
     group = max(1, tuning.LIST_BYTES // (2 * N * N))
+    chunk = chunk or list_chunk(N)
     transposed = transpose_selection(selection)
     offsets = block_offsets.contiguous()
     out, lse, grad_out = out.contiguous(), lse.contiguous(), grad_out.contiguous()
@@ -282,7 +320,7 @@ def launch_gradients(
     with on(query):
         for first in range(0, B * H, group):
             pairs = min(group, B * H - first)
-            lists, counts = list_blocks(selection, first, pairs)
+            lists, counts = list_blocks(selection, first, pairs, chunk)
             kernels.block_sparse_attention_backward_query[(N, pairs)](
                 query,
                 keys,
@@ -305,7 +343,7 @@ def launch_gradients(
                 **constants,
                 **of_queries.options,
             )
-            lists, counts = list_blocks(transposed, first, pairs)
+            lists, counts = list_blocks(transposed, first, pairs, chunk)
             kernels.block_sparse_attention_backward_key[(N, pairs)](
                 queries,
                 key,
@@ -329,6 +367,38 @@ def launch_gradients(
     return grad_query, grad_key, grad_value
 
 
+def attention_constants(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Tensor,
+    block_offsets: Tensor,
+    scale: float,
+    logit_bound: float,
+) -> dict[str, int]:
+    """The chunk of the caller's binary of `list_blocks`, and whether its bound is used."""
+    _, bounded = attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
+    return {"chunk": list_chunk(selection.shape[2]), "bounded": bounded}
+
+
+def small_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor) -> tuple:
+    """query, key, value, selection and offsets of some blocks, full ones like the caller's or
+    ragged, of its kinds of sizes: a block keeps itself and about a fifth of the others, the second
+    one all."""
+    _, S, H, D = query.shape
+    N = selection.shape[2]
+    full = S == tuning.TOKENS * N
+    N = alike(33 if N > 32 else 3, N, lambda blocks: (-(-blocks // 32),))
+    H = alike(2, H)
+    ends = [tuning.TOKENS * i for i in range(N + 1)] if full else block_ends(N, S)
+    draw = Draw(query.device)
+    tensors = (draw.like(x, 1, ends[-1], H, D) for x in (query, key, value))
+    keep = (draw.integers(5, 1, H, N, N) == 0) | torch.eye(N, dtype=torch.bool, device=query.device)
+    keep[:, :, 1:2] = True
+    offsets = torch.tensor(ends, dtype=torch.int32, device=query.device)
+    return *tensors, pack_selection(keep), offsets
+
+
 def trial_attention(
     query: Tensor,
     key: Tensor,
@@ -338,19 +408,13 @@ def trial_attention(
     scale: float,
     logit_bound: float,
 ) -> tuple:
-    """Three blocks, full ones like the caller's or ragged: one keeps itself, one all of them, one
-    the first two."""
-    full, bounded = attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
-    ends = [0, 64, 128, 192] if full else [0, 64, 69, 101]
-    offsets = torch.tensor(ends, dtype=torch.int32, device=query.device)
-    keep = torch.tensor([[[[0b001], [0b111], [0b011]]]], dtype=torch.int32, device=query.device)
-    shape, like = (1, ends[-1], 1, query.shape[-1]), {"dtype": query.dtype, "device": query.device}
-    query, key, value = (torch.randn(shape, **like) for _ in range(3))
+    """`small_attention`, by the caller's bound where it has one that is used."""
+    _, bounded = attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
+    query, key, *rest = small_attention(query, key, value, selection)
     if bounded:  # and must be here as well
-        scale = (
-            logit_bound / (query.float().norm(dim=-1).max() * key.float().norm(dim=-1).max()).item()
-        )
-    return query, key, value, keep, offsets, scale, logit_bound
+        longest = query.float().norm(dim=-1).max() * key.float().norm(dim=-1).max()
+        scale = logit_bound / longest.item()
+    return query, key, *rest, scale, logit_bound
 
 
 def refuse_gradients(
@@ -363,8 +427,15 @@ def refuse_gradients(
 def gradients_kind(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, selection: Tensor, *_
 ) -> tuple[bool]:
-    """Whether every block is full."""
+    """(Whether every block is full,)."""
     return (query.shape[1] == tuning.TOKENS * selection.shape[2],)
+
+
+def gradients_constants(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, selection: Tensor, *_
+) -> dict[str, int]:
+    """The chunk of the caller's binary of `list_blocks`."""
+    return {"chunk": list_chunk(selection.shape[2])}
 
 
 def trial_gradients(
@@ -379,12 +450,15 @@ def trial_gradients(
     grad_lse: Tensor | None,
     scale: float,
 ) -> tuple:
-    """The blocks of `trial_attention`, its results as the reference has them, and random gradients
-    of these."""
-    *tensors, _ = trial_attention(query, key, value, selection, block_offsets, scale, math.inf)
-    out, lse = reference.block_sparse_attention(*tensors)
-    grads = torch.randn_like(out), None if grad_lse is None else torch.randn_like(lse)
-    return *tensors[:3], out, lse, *tensors[3:5], *grads, scale
+    """`small_attention`, its results as the reference has them, and random gradients of these."""
+    tensors = small_attention(query, key, value, selection)
+    out, lse = reference.block_sparse_attention(*tensors, scale)
+    draw = Draw(query.device)
+    grads = (
+        draw.normal(*out.shape, dtype=grad_out.dtype),
+        None if grad_lse is None else draw.normal(*lse.shape),
+    )
+    return *tensors[:3], out, lse, *tensors[3:], *grads, scale
 
 
 attach(
@@ -392,6 +466,7 @@ attach(
     launch_selection,
     refuse_selection,
     trial_selection,
+    selection_constants,
     refuse_compiled=refuse_compiled_selection,
 )
 attach(
@@ -399,12 +474,14 @@ attach(
     launch_attention,
     refuse_attention,
     trial_attention,
-    attention_kind,
+    attention_constants,
+    fallback=gathered.block_sparse_attention,
 )
 attach(
     "block_sparse_attention_backward",
     launch_gradients,
     refuse_gradients,
     trial_gradients,
-    gradients_kind,
+    gradients_constants,
+    fallback=gathered.block_sparse_attention_backward,
 )

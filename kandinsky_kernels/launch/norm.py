@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import tuning
 from .._library import attach, on
+from .trials import Draw, alike, block_ends
 
 
 def refuse_norm(x: Tensor, *_) -> str | None:
@@ -21,11 +22,16 @@ def refuse_norm(x: Tensor, *_) -> str | None:
     return f"rows of {x.shape[-1]} channels do not fit into registers, 16384 do"
 
 
-def launch_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def launch_modulated_norm(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: int | None = None
+) -> Tensor:
+    """rows: of a program, by default what `tuning` chooses for x; so below."""
     from ..triton import norm as kernels
 
     B, S, C = x.shape
-    out, block, rows = x.new_empty(B, S, C), tuning.padded(C), tuning.norm_rows(S)
+    out = x.new_empty(B, S, C)
+    block = tuning.padded(C)
+    rows = rows or tuning.norm_rows(S)
     launch = tuning.norm(block)
     with on(x):
         kernels.modulated_norm[(-(-S // rows), B)](
@@ -48,14 +54,23 @@ def launch_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -
 
 
 def launch_gated_add_norm(
-    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     from ..triton import norm as kernels
 
     B, S, C = x.shape
     normed = scale is not None and shift is not None
-    y, block, rows = x.new_empty(B, S, C), tuning.padded(C), tuning.norm_rows(S)
-    out, launch = x.new_empty(B, S, C) if normed else x.new_empty(0), tuning.norm(block)
+    y = x.new_empty(B, S, C)
+    out = x.new_empty(B, S, C) if normed else x.new_empty(0)
+    block = tuning.padded(C)
+    rows = rows or tuning.norm_rows(S)
+    launch = tuning.norm(block)
     scale, shift = (scale, shift) if normed else (gate, gate)
     with on(x):
         kernels.gated_add_norm[(-(-S // rows), B)](
@@ -98,9 +113,12 @@ def launch_norm_rope(
 
     B, S, H, D = x.shape
     N = -(-S // tuning.TOKENS) if block_offsets is None else block_offsets.shape[0] - 1
-    y, heads, launch = x.new_empty(B, S, H, D), tuning.rope_heads(H), tuning.rope(tuning.padded(D))
+    y = x.new_empty(B, S, H, D)
+    heads = tuning.rope_heads(H)
+    launch = tuning.rope(tuning.padded(D))
     means = x.new_empty(0 if block_offsets is None else (B, H, N, D), dtype=torch.float32)
-    weight, axes = weight.contiguous(), 0 if cos is None else len(pairs)
+    weight = weight.contiguous()
+    axes = 0 if cos is None else len(pairs)
     cos, sin, positions = (
         weight if tensor is None else tensor.contiguous() for tensor in (cos, sin, positions)
     )
@@ -136,15 +154,18 @@ def launch_norm_rope(
 
 
 def launch_modulated_norm_backward(
-    x: Tensor, scale: Tensor, grad: Tensor, eps: float
+    x: Tensor, scale: Tensor, grad: Tensor, eps: float, rows: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of vectors are sums of sums over `tuning.norm_backward_rows` tokens: the same
     bits every time."""
     from ..triton import norm as kernels
 
     B, S, C = x.shape
-    block, rows, grad = tuning.padded(C), tuning.norm_backward_rows(S), grad.contiguous()
-    grad_x, launch = x.new_empty(B, S, C), tuning.norm_backward(block)
+    block = tuning.padded(C)
+    rows = rows or tuning.norm_backward_rows(S)
+    launch = tuning.norm_backward(block)
+    grad = grad.contiguous()
+    grad_x = x.new_empty(B, S, C)
     sums = x.new_empty((B, -(-S // rows), 2, C), dtype=torch.float32)
     with on(x):
         kernels.modulated_norm_backward[(sums.shape[1], B)](
@@ -174,12 +195,13 @@ def launch_gated_add_norm_backward(
     grad_y: Tensor | None,
     grad_normed: Tensor,
     eps: float,
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from ..triton import norm as kernels
 
     B, S, C = y.shape
     block = tuning.padded(C)
-    rows = tuning.norm_backward_rows(S)
+    rows = rows or tuning.norm_backward_rows(S)
     launch = tuning.norm_backward(block)
     grad_normed = grad_normed.contiguous()
     grad_x = y.new_empty(B, S, C)
@@ -263,16 +285,28 @@ def launch_norm_rope_backward(
     return grad_x, sums.sum(0)
 
 
+def norm_constants(x: Tensor, *_) -> dict[str, int]:
+    """The rows per program of the caller's binary."""
+    return {"rows": tuning.norm_rows(x.shape[1])}
+
+
+def norm_backward_constants(x: Tensor, *_) -> dict[str, int]:
+    return {"rows": tuning.norm_backward_rows(x.shape[1])}
+
+
 def trial_norm(x: Tensor, *args) -> tuple:
-    """Three rows of the caller's width, one sample: random vectors, its eps."""
-    *vectors, eps = args
-    like = {"dtype": x.dtype, "device": x.device}
-    rows = torch.randn(1, 3, x.shape[-1], **like)
-    made = [
-        None if v is None else torch.randn(rows.shape if v.dim() == 3 else (1, x.shape[-1]), **like)
-        for v in vectors
-    ]
-    return (rows, *made, eps)
+    """Seventy rows of the caller's width in one sample, and its eps."""
+    *tensors, eps = args
+    draw = Draw(x.device)
+    S = alike(70, x.shape[1])
+    C = x.shape[-1]
+
+    def small(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return draw.like(tensor, 1, S, C) if tensor.dim() == 3 else draw.like(tensor, 1, C)
+
+    return *(small(tensor) for tensor in (x, *tensors)), eps
 
 
 def trial_norm_rope(
@@ -285,25 +319,27 @@ def trial_norm_rope(
     block_offsets: Tensor | None,
     eps: float,
 ) -> tuple:
-    """Seventy tokens of two heads, in blocks of 64 and 6, at any of nine positions along each
-    axis."""
-    D, angles = (
-        x.shape[-1],
-        None if cos is None else torch.randn(9, x.shape[-1] // 2, device=x.device),
-    )
-    places = (
-        None
-        if angles is None
-        else torch.randint(9, (70, len(pairs)), device=x.device, dtype=torch.int32)
-    )
-    offsets = (
-        None
-        if block_offsets is None
-        else torch.tensor([0, 64, 70], dtype=torch.int32, device=x.device)
-    )
+    """Two blocks, of 64 tokens and of some more, or as many as the caller's kind has; as many heads
+    as make its binary; at any of nine positions along each axis."""
+    _, S, H, D = x.shape
+    draw = Draw(x.device)
+    per_program = tuning.rope_heads(H)
+    H = alike(per_program, H, lambda heads: (heads % per_program, tuning.rope_heads(heads)))
+    offsets = None
+    if block_offsets is None:
+        S = alike(70, S, lambda tokens: (-(-tokens // tuning.TOKENS),))
+    else:
+        N = alike(2, block_offsets.shape[0] - 1)
+        ends = block_ends(N, S)
+        S = ends[-1]
+        offsets = torch.tensor(ends, dtype=torch.int32, device=x.device)
+    angles = places = None
+    if cos is not None:
+        angles = draw.normal(9, D // 2)
+        places = draw.integers(9, S, len(pairs))
     return (
-        torch.randn(1, 70, 2, D, dtype=x.dtype, device=x.device),
-        torch.rand(D, dtype=weight.dtype, device=x.device),
+        draw.like(x, 1, S, H, D),
+        draw.like(weight, D).abs(),
         None if angles is None else angles.cos(),
         None if angles is None else angles.sin(),
         places,
@@ -324,12 +360,25 @@ def trial_norm_rope_backward(
     eps: float,
 ) -> tuple:
     *case, _, eps = trial_norm_rope(x, weight, cos, sin, positions, pairs, None, eps)
-    return *case, torch.randn_like(case[0]), eps
+    _, S, H, D = case[0].shape
+    return *case, Draw(x.device).like(grad, 1, S, H, D), eps
 
 
-attach("modulated_norm", launch_modulated_norm, refuse_norm, trial_norm)
-attach("gated_add_norm", launch_gated_add_norm, refuse_norm, trial_norm)
+attach("modulated_norm", launch_modulated_norm, refuse_norm, trial_norm, norm_constants)
+attach("gated_add_norm", launch_gated_add_norm, refuse_norm, trial_norm, norm_constants)
 attach("norm_rope", launch_norm_rope, refuse_norm, trial_norm_rope)
-attach("modulated_norm_backward", launch_modulated_norm_backward, refuse_norm, trial_norm)
-attach("gated_add_norm_backward", launch_gated_add_norm_backward, refuse_norm, trial_norm)
+attach(
+    "modulated_norm_backward",
+    launch_modulated_norm_backward,
+    refuse_norm,
+    trial_norm,
+    norm_backward_constants,
+)
+attach(
+    "gated_add_norm_backward",
+    launch_gated_add_norm_backward,
+    refuse_norm,
+    trial_norm,
+    norm_backward_constants,
+)
 attach("norm_rope_backward", launch_norm_rope_backward, refuse_norm, trial_norm_rope_backward)

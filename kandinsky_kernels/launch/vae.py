@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import tuning
 from .._library import attach, on
-from .card import capability
+from ..cards import capability
+from .trials import Draw, alike, kinds
 
 
 def refuse_moments(x: Tensor, groups: int) -> str | None:
@@ -27,7 +28,8 @@ def launch_moments(x: Tensor, groups: int) -> Tensor:
     from ..triton import vae as kernels
 
     B, T, Y, X, C = x.shape
-    slab, rows = max(1, tuning.SLAB_ELEMENTS // C), max(1, tuning.SLAB_TILE // C)
+    slab = max(1, tuning.SLAB_ELEMENTS // C)
+    rows = max(1, tuning.SLAB_TILE // C)
     slabs = -(-Y * X // slab)
     parts = x.new_empty((2, B, T, slabs, groups), dtype=torch.float64)
     moments = x.new_empty((B, T, groups, 2), dtype=torch.float64)
@@ -63,11 +65,18 @@ def launch_moments(x: Tensor, groups: int) -> Tensor:
 
 
 def trial_moments(x: Tensor, groups: int) -> tuple:
-    """Two frames of three slabs, the last one with a single pixel, far from zero."""
-    slab = max(1, tuning.SLAB_ELEMENTS // x.shape[-1])
-    return torch.randn(
-        1, 2, 1, 2 * slab + 1, x.shape[-1], dtype=x.dtype, device=x.device
-    ) + 3, groups
+    """Two frames of three slabs, the last one with a single row of pixels, far from zero; or one
+    slab where the caller's have one."""
+    _, T, Y, X, C = x.shape
+    slab = max(1, tuning.SLAB_ELEMENTS // C)
+    columns = alike(2, X)
+    least = min(Y * X, 2 * slab + 1)
+    rows = range(-(-least // columns), 64 * slab)
+    wanted = kinds(Y * X, -(-Y * X // slab))
+    pixels = (Y * columns for Y in rows)
+    found = next((n for n in pixels if kinds(n, -(-n // slab)) == wanted), Y * columns)
+    small = Draw(x.device).like(x, 1, alike(2, T), found // columns, columns, C)
+    return small.add_(3), groups
 
 
 def refuse_normed(x: Tensor, *_) -> str | None:
@@ -87,7 +96,8 @@ def launch_normed(
     B, T, Y, X, C = x.shape
     edge, block = 2 * pad, tuning.padded(C)
     out = x.new_empty((B, T + edge, Y + edge, X + edge, C))
-    rows, before = max(1, tuning.NORM_TILE // block), x if front is None else front
+    rows = max(1, tuning.NORM_TILE // block)
+    before = x if front is None else front
     with on(x):
         kernels.group_norm_silu[(-(-out.shape[2] * out.shape[3] // rows), out.shape[1], B)](
             x,
@@ -116,16 +126,13 @@ def launch_normed(
 def trial_normed(
     x: Tensor, scale: Tensor, shift: Tensor, front: Tensor | None, pad: bool, silu: bool
 ) -> tuple:
-    """Two frames of 3 x 5 pixels of the caller's width."""
-    C, like = x.shape[-1], {"dtype": x.dtype, "device": x.device}
-    vectors = (torch.randn(1, C, dtype=v.dtype, device=x.device) for v in (scale, shift))
-    return (
-        torch.randn(1, 2, 3, 5, C, **like),
-        *vectors,
-        None if front is None else torch.randn(1, 2, 5, 7, C, **like),
-        pad,
-        silu,
-    )
+    """Two frames of 3 x 5 pixels of the caller's width, or of its kinds of sizes."""
+    _, T, Y, X, C = x.shape
+    draw = Draw(x.device)
+    T, Y, X = alike(2, T), alike(3, Y), alike(5, X)
+    vectors = (draw.like(vector, 1, C) for vector in (scale, shift))
+    before = None if front is None else draw.like(front, 1, 2, Y + 2, X + 2, C)
+    return draw.like(x, 1, T, Y, X, C), *vectors, before, pad, silu
 
 
 def refuse_attention(query: Tensor, *_) -> str | None:
@@ -183,20 +190,19 @@ def launch_attention(
 def trial_attention(
     query: Tensor, key: Tensor, value: Tensor, first_frame: int, scale: float
 ) -> tuple:
-    """Two frames of 70 queries after an earlier frame, frames of 37 keys."""
-    D, like = query.shape[-1], {"dtype": query.dtype, "device": query.device}
+    """Two frames of 70 queries after an earlier frame, frames of 37 keys, or of the caller's kinds
+    of sizes."""
+    _, T, P, D = query.shape
+    draw = Draw(query.device)
+    T, P = alike(2, T), alike(70, P)
+    tokens = alike(37, key.shape[2])
     return (
-        torch.randn(1, 2, 70, D, **like),
-        torch.randn(1, 3, 37, D, **like),
-        torch.randn(1, 3, 37, D, **like),
+        draw.like(query, 1, T, P, D),
+        draw.like(key, 1, T + 1, tokens, D),
+        draw.like(value, 1, T + 1, tokens, D),
         1,
         scale,
     )
-
-
-def conv_kind(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> tuple:
-    """What of a call makes another binary of the kernel."""
-    return tuple(weight.shape), tuple(stride), bias is None
 
 
 def refuse_conv(x: Tensor, weight: Tensor, *_) -> str | None:
@@ -219,8 +225,9 @@ def launch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int
 
     (B, *sizes, C), (N, _, *taps) = x.shape, weight.shape
     T, Y, X = ((n - k) // step + 1 for n, k, step in zip(sizes, taps, stride, strict=True))
-    # as it lies where it is channels-last
-    out, weight = x.new_empty(B, T, Y, X, N), weight.permute(0, 2, 3, 4, 1).contiguous()
+    out = x.new_empty(B, T, Y, X, N)
+    # [N, KT, KY, KX, C]: no copy where the weights are channels-last
+    weight = weight.permute(0, 2, 3, 4, 1).contiguous()
     tile = tuning.convolution(C, N, capability(x))
     with on(x):
         kernels.causal_conv3d[(-(-Y * X // tile.rows) * -(-N // tile.columns), T, B)](
@@ -252,17 +259,20 @@ def launch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int
 
 def trial_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> tuple:
     """Two frames of 9 x 17 pixels, more than a tile, through weights like the caller's."""
-    sizes = (
-        (n - 1) * step + k for n, k, step in zip((2, 9, 17), weight.shape[2:], stride, strict=True)
+    N, C, *taps = weight.shape
+    wanted = [(n - k) // step + 1 for n, k, step in zip(x.shape[1:4], taps, stride, strict=True)]
+    results = [alike(least, size) for least, size in zip((2, 9, 17), wanted, strict=True)]
+    sizes = ((n - 1) * step + k for n, k, step in zip(results, taps, stride, strict=True))
+    draw = Draw(x.device)
+    return (
+        draw.like(x, 1, *sizes, C),
+        draw.like(weight, N, C, *taps, scale=1 / math.sqrt(weight[0].numel())),
+        None if bias is None else draw.like(bias, N),
+        stride,
     )
-    x, weight = (
-        torch.randn(1, *sizes, x.shape[-1], dtype=x.dtype, device=x.device),
-        torch.randn_like(weight) / math.sqrt(weight[0].numel()),
-    )
-    return x, weight, None if bias is None else torch.randn_like(bias), stride
 
 
 attach("group_moments", launch_moments, refuse_moments, trial_moments)
 attach("group_norm_silu", launch_normed, refuse_normed, trial_normed)
 attach("frame_causal_attention", launch_attention, refuse_attention, trial_attention)
-attach("causal_conv3d", launch_conv, refuse_conv, trial_conv, conv_kind)
+attach("causal_conv3d", launch_conv, refuse_conv, trial_conv)

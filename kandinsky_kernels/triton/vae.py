@@ -185,7 +185,7 @@ def group_norm_silu(
         tl.store(p_o, b_y.to(p_out.dtype.element_ty), m_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_frame"])
 def frame_causal_attention(
     p_query,
     p_key,

@@ -45,13 +45,14 @@ KERNELS = {
     "selections": "checks",
     "reference": "checks _derivatives _precision selections",
     "_guard": "",
-    "_library": "checks _derivatives _guard _precision tuning",
+    "cards": "",
+    "_library": "cards checks _derivatives _guard _precision tuning",
     "norm": "checks _library reference",
     "nabla": "checks _library reference",
     "vae": "checks _library reference",
     "flops": "_library selections",
     "triton": "",
-    "launch": "_library nabla reference selections tuning triton",
+    "launch": "_library cards reference selections tuning triton",
     "__init__": "_library flops norm nabla vae reference selections",
 }
 PACKAGES = {"kandinsky_model": MODEL, "kandinsky_kernels": KERNELS}

@@ -360,7 +360,6 @@ def test_convolution_is_chosen_only_once_a_gpu_has_found_it_faster(monkeypatch):
     assert "found the Triton kernel faster" in launch_vae.refuse_conv(*args)
     monkeypatch.setattr(tuning, "TRITON", frozenset({"causal_conv3d"}))
     assert launch_vae.refuse_conv(*args) is None
-    assert launch_vae.conv_kind(*args) == ((16, 16, 1, 1, 1), (1, 1, 1), False)
     assert "got float32" in launch_vae.refuse_conv(*(x.float() for x in args[:3]), args[3])
     weight = args[1].clone().requires_grad_()  # PyTorch differentiates its own convolution
     out = ops.causal_conv3d(args[0], weight, *args[2:])

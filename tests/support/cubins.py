@@ -53,6 +53,10 @@ CONVOLUTIONS = (
     (256, 256, (3, 3, 3), (2, 2, 2)),
     (128, 3, (3, 3, 3), (1, 1, 1)),
 )
+# KiB of shared memory of a multiprocessor
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+# barriers, exchanges between lanes, stores to and loads from shared memory, local memory
+COUNTED = ("BAR", "SHFL", "STS", "LDS", "LDL", "STL", "HMMA", "HGMMA")
 UNITS = {
     "wgmma": "wgmma.mma_async",
     "mma": "mma.sync",
@@ -225,20 +229,54 @@ def compiled(kernel, constants, launch, architecture):
     )
 
 
-def resources(cubin):
-    """Registers per thread and bytes of local memory, read off the binary: what does not fit into
-    registers is on the stack."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def tool(name, *arguments, cubin):
+    """What one of NVIDIA's tools, which Triton brings, prints about a binary."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        return subprocess.run(
+            [program, *arguments, file.name], capture_output=True, text=True, check=True
         ).stdout
+
+
+def resources(cubin):
+    """Registers per thread and bytes of local memory, read off the binary: what does not fit into
+    registers is on the stack."""
+    text = tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
     registers, stack, local = (
         int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK", "LOCAL")
     )
     return registers, stack + local
+
+
+def longest_loop(cubin):
+    """How often each of `COUNTED` stands in the longest loop, which is a turn of the one over
+    blocks; predicated ones count too."""
+    code = []
+    labels = {}
+    for line in tool("nvdisasm", "-c", cubin=cubin).splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+    loops = [[]]
+    for end, instruction in enumerate(code):
+        branch = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction)
+        if branch and labels.get(branch[1], end + 1) <= end:
+            loops.append(code[labels[branch[1]] : end + 1])
+    body = max(loops, key=len)
+    names = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for text in body]
+    return {name: names.count(name) for name in COUNTED}
+
+
+def programs_per_multiprocessor(registers, shared, warps, architecture):
+    """How many programs are resident at once: registers are given to warps in units of 256, and
+    1 KiB of shared memory is the system's (CUDA programming guide, technical specifications)."""
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)
+    by_shared = (SHARED_KIB[architecture] << 10) // (shared + 1024)
+    by_warps = (64 if architecture in (80, 90, 100) else 48) // warps
+    return min(by_registers, by_shared, by_warps)
 
 
 def main():
@@ -247,21 +285,26 @@ def main():
         for name, kernel, constants, launch in (*kernels(capability), *vae_kernels(capability)):
             result = compiled(kernel, constants, launch, architecture)
             registers, local = resources(result.asm["cubin"])
-            print(
-                json.dumps(
-                    {
-                        "kernel": name,
-                        "sm": architecture,
-                        "registers": registers,
-                        "local": local,
-                        "shared": result.metadata.shared,
-                        "warps": launch.num_warps,
-                        "stages": launch.num_stages,
-                        **{unit: word in result.asm["ptx"] for unit, word in UNITS.items()},
-                    }
+            shared = result.metadata.shared
+            row = {
+                "kernel": name,
+                "sm": architecture,
+                "registers": registers,
+                "local": local,
+                "shared": shared,
+                "warps": launch.num_warps,
+                "stages": launch.num_stages,
+                "programs": programs_per_multiprocessor(
+                    registers, shared, launch.num_warps, architecture
                 ),
-                flush=True,
-            )
+                **{unit: word in result.asm["ptx"] for unit, word in UNITS.items()},
+            }
+            if "block_sparse" in name:
+                row["loop"] = longest_loop(result.asm["cubin"])
+                row["layouts"] = sorted(
+                    set(re.findall(r"mma<.*?warpsPerCTA = \[(\d+, \d+)\]", result.asm["ttgir"]))
+                )
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

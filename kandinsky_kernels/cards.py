@@ -13,11 +13,16 @@ INTERPRETED = (9, 0)  # what Triton's interpreter, which runs on CPU tensors, st
 AMD = (8, 9)
 
 
-def capability(x: Tensor) -> tuple[int, int]:
-    """The compute capability by which `tuning` chooses for the tensor's card."""
-    if not x.is_cuda:
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """The compute capability by which `tuning` chooses for a card."""
+    if device.type != "cuda":
         return INTERPRETED
-    return AMD if torch.version.hip else torch.cuda.get_device_capability(x.device)
+    return AMD if torch.version.hip else torch.cuda.get_device_capability(device)
+
+
+def capability(x: Tensor) -> tuple[int, int]:
+    """The same for the card that a tensor lies on."""
+    return capability_of(x.device)
 
 
 def refuse_card(device: torch.device) -> str | None:

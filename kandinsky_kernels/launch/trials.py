@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small inputs for which Triton makes the same binary as for a caller's large ones.
+
+Triton compiles a kernel anew for each dtype, for each value of its constants, and for each *kind*
+of every integer and address: a one becomes a constant, and of a multiple of 16 it is assumed that
+it is one. A trial on sizes of other kinds would try another binary than the one that is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+def kinds(*sizes: int) -> tuple[int, ...]:
+    """The kind of each size: 1, 16 for multiples of it, and 0 for all others."""
+    return tuple(1 if size == 1 else 16 if size % 16 == 0 else 0 for size in sizes)
+
+
+def alike(
+    least: int,
+    size: int,
+    derived: Callable[[int], tuple[int, ...]] = lambda _: (),
+    candidates: Iterable[int] | None = None,
+) -> int:
+    """The smallest size from `least` on of the same kind as `size`, whose `derived` sizes, which a
+    launcher computes from it, are of the same kinds too; `size` itself where none is smaller."""
+    wanted = kinds(size, *derived(size))
+    least = min(least, size)
+    for candidate in candidates or range(least, size):
+        if kinds(candidate, *derived(candidate)) == wanted:
+            return candidate
+    return size
+
+
+class Draw:
+    """Random inputs from a generator of its own: a trial must not move the user's."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Contiguous normal numbers."""
+        return torch.randn(shape, generator=self.generator, dtype=dtype, device=self.device)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Contiguous int32 from 0 to high - 1."""
+        return torch.randint(
+            high, shape, generator=self.generator, dtype=torch.int32, device=self.device
+        )
+
+    def like(self, tensor: Tensor, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normal numbers times `scale` of the tensor's dtype, whose strides lie in the same order
+        and are of the same kinds, and whose address is as well aligned."""
+        strides = [0] * len(shape)
+        span = 1  # elements that the dimensions so far take
+        for i in sorted(range(len(shape)), key=tensor.stride):
+            wanted = tensor.stride(i)
+            if wanted == 0:
+                continue
+            strides[i] = span
+            while span > 1 and kinds(strides[i]) != kinds(wanted) and wanted > 1:
+                strides[i] += 1
+            span = strides[i] * shape[i]
+        offset = tensor.data_ptr() % 16 // tensor.element_size()
+        numbers = self.normal(offset + max(1, span), dtype=tensor.dtype) * scale
+        return numbers.as_strided(shape, strides, offset)
+
+
+def block_ends(N: int, tokens: int) -> list[int]:
+    """Offsets of N ragged blocks, whose last one ends at a number of the same kind as `tokens`."""
+    ends = [0]
+    for i in range(N - 1):
+        ends.append(ends[-1] + (64, 5, 32)[i % 3])
+    last = ends[-1]
+    ends.append(
+        next(n for n in range(last + 3, last + 64) if kinds(n) == kinds(tokens) or tokens == 1)
+    )
+    return ends
