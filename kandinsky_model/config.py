@@ -1,21 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers, and nothing else: what every released checkpoint is made of and how it is meant to be
-sampled.
+"""What every released checkpoint is made of and how it is meant to be sampled: numbers, and checks
+of numbers.
 
-A preset is one row of the published configurations. `scheduler_scale` is the value the published
-configuration *asks for*; where it is silent the documented fallback is used (5 s clips: 5, 10 s
-clips and standard-definition image-to-video: 10, images: 3).
+A preset is one row of the published configurations. `scheduler_scale` is the value that the
+published configuration asks for; where it says none, the documented default is used (5 s clips: 5,
+10 s clips and standard-definition image-to-video: 10, images: 3).
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
+from numbers import Integral, Real
+
+_MOST_BLOCKS = 1000  # ten times the largest published network; more is a mistake
+_MOST_CHANNELS = 2**20
+
+
+def _check_sizes(config: object, **most: int) -> None:
+    """ValueError or TypeError unless each named field of `config`, or each of its items, is an int
+    from 1 to `most`. A configuration comes from a file that may hold anything."""
+    for name, limit in most.items():
+        value = getattr(config, name)
+        for size in value if isinstance(value, tuple) else (value,):
+            if isinstance(size, bool) or not isinstance(size, Integral):
+                raise TypeError(f"{name} must be made of whole numbers, got {value!r}; correct it")
+            if not 1 <= size <= limit:
+                raise ValueError(f"{name} must lie in 1..{limit:,}, got {value!r}; correct it")
+
+
+def _check_triple(config: object, name: str) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, tuple) or len(value) != 3:
+        raise ValueError(f"{name} must be three numbers (time, height, width), got {value!r}")
 
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of one diffusion transformer. Field names are those of the published `config.json`."""
+    """Sizes of one diffusion transformer. Field names are those of the published `config.json`.
+
+    axes_dims: how many of a head's dims turn with the position in time, height and width.
+    visual_cond, instruct_type "channel": whether the input also holds a conditioning latent, for
+    videos and for image editing. Raises ValueError or TypeError for sizes that no network can have.
+    """
 
     in_visual_dim: int = 16
     in_text_dim: int = 3584
@@ -32,27 +60,29 @@ class DiTConfig:
     instruct_type: str | None = None
 
     def __post_init__(self):
-        if self.model_dim % self.head_dim:
-            raise ValueError(
-                "model_dim must be a multiple of the head dim sum(axes_dims) = "
-                f"{self.head_dim}, got {self.model_dim}; "
-                "change one of the two"
-            )
+        _check_triple(self, "patch_size")
+        _check_triple(self, "axes_dims")
+        widths = ("in_visual_dim", "in_text_dim", "in_text_dim2", "time_dim", "out_visual_dim")
+        widths += ("patch_size", "model_dim", "ff_dim", "axes_dims")
+        _check_sizes(self, **dict.fromkeys(widths, _MOST_CHANNELS))
+        _check_sizes(self, num_text_blocks=_MOST_BLOCKS, num_visual_blocks=_MOST_BLOCKS)
         if any(dim % 2 for dim in self.axes_dims):
             raise ValueError(
                 "axes_dims must be even because rotation works on pairs, got "
                 f"{self.axes_dims}; use even numbers"
             )
+        if self.model_dim % self.head_dim:
+            raise ValueError(
+                "model_dim must be a multiple of the head dim sum(axes_dims) = "
+                f"{self.head_dim}, got {self.model_dim}; change one of the two"
+            )
 
     @property
     def in_channels(self) -> int:
-        """Channels per latent pixel at the input: latent, and where conditioned also the
-        conditioning latent and its mask."""
-        return (
-            2 * self.in_visual_dim + 1
-            if self.visual_cond or self.instruct_type == "channel"
-            else self.in_visual_dim
-        )
+        """Channels per latent pixel at the input: the latent's own, and with conditioning also
+        those of the conditioning latent and one for its mask."""
+        conditioned = self.visual_cond or self.instruct_type == "channel"
+        return 2 * self.in_visual_dim + 1 if conditioned else self.in_visual_dim
 
     @property
     def head_dim(self) -> int:
@@ -65,8 +95,11 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of one HunyuanVideo-style causal 3-D VAE. `scaling_factor` multiplies encoder output
-    before the DiT sees it."""
+    """Sizes of one HunyuanVideo-style causal 3-D VAE.
+
+    scaling_factor: encoder output is multiplied by it before the transformer sees it. Raises
+    ValueError or TypeError for sizes that no network can have.
+    """
 
     latent_channels: int = 16
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -76,23 +109,46 @@ class VAEConfig:
     spatial_compression: int = 8
     temporal_compression: int = 4
 
+    def __post_init__(self):
+        levels = self.block_out_channels
+        if not isinstance(levels, tuple) or not 1 <= len(levels) <= 8:
+            raise ValueError(f"block_out_channels must be 1 to 8 numbers, got {levels!r}")
+        widths = ("latent_channels", "block_out_channels", "norm_num_groups")
+        factors = ("spatial_compression", "temporal_compression")
+        _check_sizes(self, **dict.fromkeys(widths, _MOST_CHANNELS), layers_per_block=_MOST_BLOCKS)
+        _check_sizes(self, **dict.fromkeys(factors, 1024))
+        if any(channels % self.norm_num_groups for channels in levels):
+            raise ValueError(
+                f"block_out_channels must be multiples of norm_num_groups = {self.norm_num_groups}"
+                f", got {levels}; change one of the two"
+            )
+        factor = self.scaling_factor
+        if isinstance(factor, bool) or not isinstance(factor, Real):
+            raise TypeError(f"scaling_factor must be a number, got {factor!r}; correct it")
+        if not 0 < factor < math.inf:
+            raise ValueError(f"scaling_factor must be positive and finite, got {factor}")
 
-# ways to store and multiply large weights in 8 bits: see quant.py
+
+# Ways to store and multiply large weights in 8 bits: see dit/quantized.py.
 QUANTIZATIONS = ("int8", "fp8", "int8-dynamic", "fp8-dynamic")
 ATTENTIONS = ("nabla", "dense")
-# ways to reuse what the blocks did at earlier steps: see caching.py
+# Ways to reuse what the blocks did at earlier steps: see sampling/step_cache.py.
 CACHES = ("none", "mag", "first-block")
 
 
 @dataclass(frozen=True)
 class NablaConfig:
-    """Adaptive block-sparse attention: probability mass to keep per row, and the full widths (T, Y,
-    X) of the local window in tiles."""
+    """Adaptive block-sparse attention (NABLA): the probability mass to keep per row of blocks, and
+    the full widths (T, Y, X) of the local window in tiles."""
 
     keep_mass: float
     window: tuple[int, int, int] = (11, 3, 3)
 
     def __post_init__(self):
+        if isinstance(self.keep_mass, bool) or not isinstance(self.keep_mass, Real):
+            raise TypeError(f"keep_mass must be a number in (0, 1], got {self.keep_mass!r}")
+        _check_triple(self, "window")
+        _check_sizes(self, window=_MOST_CHANNELS)
         if not 0.0 < self.keep_mass <= 1.0:
             raise ValueError(
                 f"keep_mass must lie in (0, 1], got {self.keep_mass}; 1 keeps every block"
@@ -103,9 +159,9 @@ class NablaConfig:
 class Preset:
     """One checkpoint with the settings it was released for.
 
-    `vae` is None for the image models, which use a 2-D VAE. `sizes` are (height, width) in pixels,
-    the default first; image-to-video follows the size of its image instead. `frames` is the default
-    number of output frames. `repo` is empty for the bundled model.
+    vae: None for the image models, which use a 2-D VAE. nabla: None for dense attention. sizes:
+    (height, width) in pixels, the default first; image-to-video follows the size of its image
+    instead. frames: the default number of output frames. repo: empty for the bundled model.
     """
 
     name: str
@@ -202,10 +258,15 @@ def _lite(variant: str, length: str, steps: int = 50, guidance: float = 5.0) -> 
 
 
 def _pro(
-    task: str, length: str, keep_mass: float | None, scheduler_scale: float, hd: bool = False
+    task: str,
+    length: str,
+    keep_mass: float | None,
+    scheduler_scale: float,
+    hd: bool = False,
+    variant: str = "sft",
 ) -> Preset:
     return Preset(
-        name=f"{task}-pro-sft-{length}" + ("-hd" if hd else ""),
+        name=f"{task}-pro-{variant}-{length}" + ("-hd" if hd else ""),
         dit=PRO_DIT,
         vae=HUNYUAN_VAE,
         nabla=None if keep_mass is None else NablaConfig(keep_mass),
@@ -216,8 +277,8 @@ def _pro(
         sizes=SIZES_HD if hd else SIZES_SD,
         frames=FRAMES[length],
         task=task,
-        repo=f"kandinskylab/Kandinsky-5.0-{task.upper()}-Pro-sft-{length}",
-        filename=f"kandinsky5pro_{task}_sft_{length}.safetensors",
+        repo=f"kandinskylab/Kandinsky-5.0-{task.upper()}-Pro-{variant}-{length}",
+        filename=f"kandinsky5pro_{task}_{variant}_{length}.safetensors",
     )
 
 
@@ -270,6 +331,9 @@ _ALL = (
     _pro("t2v", "5s", 0.8, 5.0, hd=True),
     _pro("t2v", "10s", 0.9, 10.0),
     _pro("t2v", "10s", 0.7, 10.0, hd=True),
+    # Published without a configuration: the settings are those of the sft checkpoints.
+    _pro("t2v", "5s", None, 5.0, variant="pretrain"),
+    _pro("t2v", "10s", 0.9, 10.0, variant="pretrain"),
     _pro("i2v", "5s", None, 10.0),
     _pro("i2v", "5s", 0.8, 5.0, hd=True),
     _image("t2i", IMAGE_DIT),
@@ -302,9 +366,8 @@ def get_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-# what --attention nabla means for a checkpoint released with dense attention
+# What --attention nabla means for a checkpoint released with dense attention.
 NABLA_FOR_DENSE = NablaConfig(0.9)
 
-
-# task -> what the text encoder is told; videos of one frame are images as well
+# Task -> which instruction the text encoder gets. Videos of one frame count as images too.
 KINDS = {"t2i": "image", "i2i": "image_edit"}

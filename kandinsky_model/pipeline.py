@@ -83,6 +83,7 @@ class Kandinsky5:
         parts: Sequence[str] = PARTS,
         text_cache: bool = True,
         quantize: str | None = None,
+        preset: str | None = None,
         **places: str | Path,
     ) -> Kandinsky5:
         """Load a preset, a local path or a hub repository `owner/name`; `locate` says which layouts
@@ -94,14 +95,15 @@ class Kandinsky5:
         means fp32, on CUDA bf16 (latents and schedule stay fp32). parts: load only these.
         text_cache: keep embedded prompts on disk, so that large text encoders are read for new ones
         only. quantize: keep the transformer's large weights in 8 bits, in one of the
-        `QUANTIZATIONS`; None means as they are stored. places: `vae=`, `text_encoder=`,
+        `QUANTIZATIONS`; None means as they are stored. preset: whose settings to take; None finds
+        out which checkpoint this is. places: `vae=`, `text_encoder=`,
         `text_encoder_2=` folders of an official checkpoint whose parts do not lie together. Raises
         ValueError or OSError for names, files and weights that do not fit, RuntimeError for a
         device or package that is missing.
         """
         device = choose_device(device)
         return cls.from_sources(
-            locate(model, revision, cls.fallback_preset, places, parts),
+            locate(model, revision, cls.fallback_preset, places, parts, preset),
             device,
             dtype,
             text_cache,

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights from safetensors files, strictly: every tensor of the model must be in the file, in its
-shape, and nothing else.
+"""Weights from files, strictly: every tensor of the model must be there, in its shape, and nothing
+else.
 
-Two layouts are understood: the official single file with bare names, and the diffusers folder with
-a `config.json` beside one file or several shards. Names are the same in both. The header of each
-file is checked against its size and against the model before a single tensor is read, so that a
-wrong or incomplete download says so at once. Nothing is ever unpickled.
+Two published layouts are understood: the official single file with bare names, and the diffusers
+folder with a `config.json` beside one file or several shards. Names are the same in both. What
+other programs make of them is understood as well (variants.py), and so are GGUF files. The header
+of each file is checked against its size, the configuration and the model before a single tensor is
+read, so that a wrong or incomplete download says so at once. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -24,10 +25,17 @@ from torch import Tensor, nn
 from ..config import DiTConfig, NablaConfig, VAEConfig
 from ..dit.quantized import check_mode, kind_of, mode_of, pack, replace_layers
 from ..dit.transformer import DiffusionTransformer3D
-from ..files import replacing
+from ..files import read_json, replacing
 from ..vae.flux import ImageVAE
 from ..vae.hunyuan import HunyuanVideoVAE
-from .configs import dit_config_json, infer_dit_config, read_dit_config, read_vae_config
+from .configs import (
+    check_dit_config,
+    check_vae_config,
+    dit_config_json,
+    infer_dit_config,
+    read_dit_config,
+    read_vae_config,
+)
 from .headers import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -36,9 +44,12 @@ from .headers import (
     find_weights,
     opened,
     read_headers,
+    read_metadata,
 )
+from .variants import TRANSFORMER_MARK, VAE_MARK, check_formats, of_network, read
 
 QUANTIZATION_KEY = "quantization"  # of the metadata in a quantised file's header
+WIDE_DTYPES = {"F64", "F32", "F16", "BF16"}  # as safetensors calls them
 FP32_NAMES = ("modulation", "time_embeddings")  # small, and sensitive: see `load_dit`
 
 _log = logging.getLogger(__name__)
@@ -55,32 +66,44 @@ def load_dit(
     """The transformer stored at `path`, in eval mode and without gradients (`requires_grad_(True)`
     to train it).
 
-    path: an official .safetensors file; a folder with config.json and weights, or one that holds
-    such a folder as `transformer/`; or a folder that holds one official file, also as `model/`.
+    path: an official .safetensors file, or what other programs made of it, a .gguf file included; a
+    folder with config.json and weights, or one that holds such a folder as `transformer/`; or a
+    folder that holds one official file, also as `model/`.
     config: needed only where no config.json describes the model and its head dim is neither 64 nor
     128.
-    dtype: None keeps every tensor as stored, mixed dtypes included. Otherwise weights are cast to
-    it, except the modulations and the time embedding, which become fp32, and those that are
-    quantised.
-    quantize: a mode of `QUANTIZATIONS`, to quantise each tensor as it is read; of weights that are
-    stored so, how to compute with them.
-    Raises FileNotFoundError, or ValueError: files that are cut short or not safetensors, tensors
-    missing, unexpected or of the wrong shape (the first five are named), weights stored in another
-    quantisation.
+    dtype: None keeps every tensor as stored, mixed dtypes included; fp8, int8 and GGUF become bf16.
+    Otherwise weights are cast to it, except the modulations and the time embedding, which become
+    fp32, and those that are quantised.
+    quantize: a mode of `QUANTIZATIONS`, to quantise each tensor as it is read; for weights that
+    this package stored quantised, how to compute with them.
+    Raises FileNotFoundError or OSError for paths, RuntimeError without the package that reads GGUF,
+    or ValueError: files that are cut short or of another kind, tensors missing, unexpected or of
+    the wrong shape (the first five are named), weights stored in another quantisation.
     """
     files, folder = find_weights(path, "transformer")
-    entries = read_headers(files)
+    entries, stored = dit_entries(files)
     if config is None:
         config = read_dit_config(folder)[0] or infer_dit_config(entries)
-    stored = read_quantization(files)
     if stored and quantize and check_mode(stored) != check_mode(quantize):
         raise ValueError(
             f"weights that are stored in {check_mode(stored)} can compute in "
             f"{check_mode(stored)} and "
             f"{check_mode(stored)}-dynamic, got {quantize}; load the original"
         )
+    check_dit_config(config, entries)
     dit = empty_dit(config, stored and (quantize or stored))
     return _load(dit, entries, dtype, device, None if stored else quantize)
+
+
+def dit_entries(files: list[Path]) -> tuple[dict[str, Entry], str | None]:
+    """The tensors of the transformer in the files, by our names for them, and the mode in which
+    this package quantised them, if it did."""
+    entries = read_headers(files)
+    stored = read_quantization(files)
+    if stored is None:
+        check_formats(files, entries)
+        entries = of_network(entries, TRANSFORMER_MARK)
+    return entries, stored
 
 
 def empty_dit(config: DiTConfig, quantization: str | None = None) -> DiffusionTransformer3D:
@@ -102,14 +125,19 @@ def load_vae(
     """The VAE stored at `path`, a folder with config.json and weights or one that holds it as
     `vae/`; as `load_dit` otherwise."""
     files, folder = find_weights(path, "vae")
-    entries = read_headers(files)
+    entries = of_network(read_headers(files), VAE_MARK)
     if config is None:
         config = read_vae_config(folder)
-    # convolutions of channels-last activations would bring other weights into this order on every
-    # call
+    check_vae_config(config, entries)
+    vae = _load(empty_vae(config), entries, dtype, device)
+    # Activations are channels-last, and a convolution reorders weights that are not on every call.
+    return vae.to(memory_format=torch.channels_last_3d)
+
+
+def empty_vae(config: VAEConfig) -> HunyuanVideoVAE:
+    """A VAE on the meta device: the names and shapes of its weights."""
     with torch.device("meta"):
-        vae = HunyuanVideoVAE(config)
-    return _load(vae, entries, dtype, device).to(memory_format=torch.channels_last_3d)
+        return HunyuanVideoVAE(config)
 
 
 def save_dit(
@@ -167,19 +195,17 @@ def save_tensors(
 
 
 def read_quantization(files: Iterable[Path]) -> str | None:
-    """The mode in which all of these files are quantised, or None. ValueError where it is unknown,
-    or not the same in all."""
-    modes = set()
-    for path in files:
-        with opened(path) as file:
-            modes.add((file.metadata() or {}).get(QUANTIZATION_KEY))
-    if len(modes) > 1:
+    """The mode in which this package quantised all of these files, or None. ValueError where it is
+    unknown, or not the same in all."""
+    modes = {path: read_metadata(path).get(QUANTIZATION_KEY) for path in files}
+    different = set(modes.values())
+    if len(different) > 1:
+        folder = next(iter(modes)).parent
         raise ValueError(
-            f"the files of a model must be quantised alike, but {path.parent.name} "
-            f"has {', '.join(sorted(map(str, modes)))}; "
-            "do not mix them"
+            f"the files of a model must be quantised alike, but {folder.name} "
+            f"has {', '.join(sorted(map(str, different)))}; do not mix them"
         )
-    (mode,) = modes
+    (mode,) = different
     if mode is not None:
         check_mode(mode)
     return mode
@@ -192,28 +218,23 @@ def _load(
     device: torch.device | str,
     quantize: str | None = None,
 ) -> _Module:
-    """`module`, from the meta device, with the tensors of `entries` in it."""
-    check_names(
-        {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, entries
-    )
-    quantized = {name: tensor.dtype for name, tensor in module.named_buffers()}
-    state = {}
+    """`module`, which is on the meta device, with the tensors of `entries` in it. quantize: the
+    mode to quantise its large weights in."""
+    check_names(shapes_of(module), entries)
+    stored = {name: tensor.dtype for name, tensor in module.named_buffers()}
+    state: dict[str, Tensor] = {}
     for path in sorted({entry.path for entry in entries.values()}):
         with opened(path, device) as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                tensor, layer = file.get_tensor(name), name.removesuffix(".weight")
-                if quantize and layer != name and kind_of(layer):
-                    state |= pack(layer, tensor, quantize)
-                elif name not in quantized:
-                    state[name] = cast(name, tensor, dtype)
-                elif tensor.dtype == quantized[name]:
-                    state[name] = tensor
+            for name, entry in entries.items():
+                if entry.path != path:
+                    continue
+                layer = name.removesuffix(".weight")
+                if name in stored:
+                    state[name] = _quantised(file, entry, stored[name])
+                elif quantize and layer != name and kind_of(layer):
+                    state |= pack(layer, read(file, entry), quantize)
                 else:
-                    raise ValueError(
-                        f"{path} says that its weights are quantised, so {name} must "
-                        f"be {quantized[name]}, "
-                        f"got {tensor.dtype}; quantise the original again"
-                    )
+                    state[name] = cast(name, read(file, entry), dtype or _as_stored(entry))
     if quantize:
         replace_layers(module, quantize)
     module.load_state_dict(state, strict=True, assign=True)
@@ -225,28 +246,46 @@ def _load(
     return module.eval().requires_grad_(False)
 
 
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a module's tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _quantised(file: Any, entry: Entry, dtype: torch.dtype) -> Tensor:
+    """A tensor of a layer that this package quantised."""
+    tensor = file.get_tensor(entry.key)
+    if tensor.dtype != dtype:
+        raise ValueError(
+            f"{entry.path} says that its weights are quantised, so {entry.key} must "
+            f"be {dtype}, got {tensor.dtype}; quantise the original again"
+        )
+    return tensor
+
+
+def _as_stored(entry: Entry) -> torch.dtype | None:
+    """The dtype of weights whose dtype in memory is that in the file; None where that can be kept.
+    Values of 8 bits or less become bf16, because the products of a layer are in its weight's dtype.
+    """
+    return None if entry.scale is None and entry.dtype in WIDE_DTYPES else torch.bfloat16
+
+
 def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A weight in the dtype that `load_dit` gives it."""
     if dtype is None:
         return tensor
-    return tensor.to(
-        torch.promote_types(dtype, torch.float32)
-        if any(part in name for part in FP32_NAMES)
-        else dtype
-    )
+    sensitive = any(part in name for part in FP32_NAMES)
+    return tensor.to(torch.promote_types(dtype, torch.float32) if sensitive else dtype)
 
 
 def load_any_vae(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The VAE in `folder`, of pictures or of videos, as its config.json says."""
     return load_image_vae(folder, dtype) if is_image_vae(folder) else load_vae(folder, dtype=dtype)
 
 
 def is_image_vae(folder: Path) -> bool:
     """Whether the config.json in `folder` is that of an image VAE."""
-    path = folder / "config.json"
-    return (
-        path.is_file()
-        and json.loads(path.read_text(encoding="utf-8")).get("_class_name") == "AutoencoderKL"
-    )
+    path = folder / CONFIG_NAME
+    return path.is_file() and read_json(path).get("_class_name") == "AutoencoderKL"
 
 
 def load_image_vae(folder: str | Path, dtype: torch.dtype) -> ImageVAE:
@@ -260,7 +299,10 @@ def load_image_vae(folder: str | Path, dtype: torch.dtype) -> ImageVAE:
             f"({error}); "
             "pip install 'kandinsky-kernels[text]'"
         ) from error
-    read_headers(find_weights(folder, "vae")[0])
+    folder = Path(folder)
+    files, home = find_weights(folder, "vae")
+    # diffusers would believe any size, and build the network before it reads a weight.
+    check_vae_config(read_vae_config(home), read_headers(files))
     vae, report = AutoencoderKL.from_pretrained(
         folder,
         torch_dtype=dtype,

@@ -14,19 +14,21 @@ cache; its HF_HOME and HF_HUB_OFFLINE are honoured). Three layouts are understoo
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..config import PRESETS, DiTConfig, Preset, get_preset
-from .configs import infer_dit_config, read_dit_config
-from .headers import find_weights, read_headers
+from ..config import PRESETS, Preset, get_preset
+from ..files import read_json
+from .configs import read_dit_config
+from .headers import CONFIG_NAME, find_weights
+from .presets import PRESET_KEY as PRESET_KEY
+from .presets import check_preset, choose_preset
 
 TINY = Path(__file__).parents[1] / "tiny" / "weights"
 PARTS = ("text", "dit", "vae")
-# diffusers' folder -> the part it belongs to
+# Diffusers' folder -> the part it belongs to.
 FOLDERS = {"vae": "vae", "text_encoder": "text", "text_encoder_2": "text"}
 OFFICIAL_NAMES = {
     "vae": "vae",
@@ -35,21 +37,20 @@ OFFICIAL_NAMES = {
     "text_encoder_2": "text_encoder2",
 }
 PATTERNS = ("*.safetensors", "*.json", "*.txt")  # never pickles
-# What the official checkpoints share, in the repositories that publish it.
+# What the official checkpoints share: the repositories that publish it, and the files in them.
 SHARED_REPOS = {
     "vae": ("hunyuanvideo-community/HunyuanVideo", ("vae/*.safetensors", "vae/*.json")),
     "image vae": ("black-forest-labs/FLUX.1-dev", ("vae/*.safetensors", "vae/*.json")),
     "text_encoder": ("Qwen/Qwen2.5-VL-7B-Instruct", PATTERNS),
     "text_encoder_2": ("openai/clip-vit-large-patch14", PATTERNS),
 }
-PRESET_KEY = "kandinsky_preset"  # of the config.json of a transformer that was trained here
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """One model: `dit` is a file or folder, the others folders. Parts that were not asked for are
-    None, as is what tiny lacks."""
+    """Where one model's parts lie. `dit` is a file or folder, the others are folders. Parts that
+    were not asked for are None, and so is what the bundled model lacks."""
 
     name: str
     preset: Preset
@@ -63,15 +64,28 @@ class Sources:
 
 @dataclass(frozen=True)
 class _Request:
+    """What `locate` was called with, once the model is on this disk.
+
+    preset: its settings; None where they are still to be found out. shared: whether missing parts
+    may come from `SHARED_REPOS`.
+    """
+
     name: str
-    preset: Preset
     places: Mapping[str, Path]
     parts: Collection[str]
-    shared: bool = False  # whether missing parts may come from SHARED_REPOS
+    fallback: str
+    preset: Preset | None = None
+    shared: bool = False
 
     @property
     def folders(self) -> list[str]:
         return [folder for folder, part in FOLDERS.items() if part in self.parts]
+
+    def preset_of(self, path: Path) -> Preset:
+        """The settings of the model at `path`."""
+        if self.preset is not None:
+            return self.preset
+        return choose_preset(path, self.name, self.fallback)
 
 
 def locate(
@@ -80,56 +94,33 @@ def locate(
     fallback: str = "t2v-lite-sft-5s",
     places: Mapping[str, str | Path] | None = None,
     parts: Collection[str] = PARTS,
+    preset: str | None = None,
 ) -> Sources:
-    """Find the `parts` of `model`. `places` may give the folders "vae", "text_encoder" and
-    "text_encoder_2" explicitly.
+    """Find the `parts` of `model`.
 
-    Settings are those of the preset whose repository or file this is, else of the first preset with
-    such a network, else of the preset `fallback`; and what the folder's own configuration files
-    say. Raises ValueError for a name that is none of the three kinds, OSError for missing parts,
-    RuntimeError when the hub has no answer.
+    places: the folders "vae", "text_encoder" and "text_encoder_2", where they do not lie with the
+    model. preset: whose settings to take; None finds out by the sizes of the network, names and
+    configurations (see presets.py), and takes `fallback` where nothing tells. What the folder's own
+    configuration files say goes before any preset. Raises ValueError for a name that is none of the
+    three kinds or a preset of another network, OSError for missing parts, RuntimeError when the hub
+    has no answer.
     """
-    name, places = (
-        str(model),
-        {key: Path(path).expanduser() for key, path in (places or {}).items() if path},
-    )
+    name = str(model)
     path = Path(name).expanduser()
-    for given, known in ((places, FOLDERS), (parts, PARTS)):
-        if set(given) - set(known):
-            raise TypeError(
-                f"a model's parts are {', '.join(known)}, got "
-                f"{', '.join(sorted(set(given) - set(known)))}; drop it"
-            )
+    given = {key: Path(place).expanduser() for key, place in (places or {}).items() if place}
+    _check_words(given, FOLDERS)
+    _check_words(parts, PARTS)
+    named = get_preset(preset) if preset is not None else None
+    request = _Request(name, given, parts, fallback, named)
     if name == "tiny":
-        return _in_folder(TINY, _Request(name, get_preset("tiny"), places, parts))
+        return _in_folder(TINY, replace(request, preset=named or get_preset("tiny")))
     if name in PRESETS:
-        request = _Request(name, PRESETS[name], places, parts, shared=True)
-        file = f"model/{request.preset.filename}"
-        return _official(
-            download(request.preset.repo, (file, "*.json"), revision) / file
-            if "dit" in parts
-            else path,
-            request,
-        )
+        return _preset(request, PRESETS[name], revision)
     if path.exists():
-        request = _Request(
-            name, recognise(path) or _like(path) or get_preset(fallback), places, parts
-        )
-        return (_in_folder if path.is_dir() else _official)(path, request)
+        return _on_disk(path, request)
     if _REPO.fullmatch(name) and path.suffix != ".safetensors":
-        weights = [f"{folder}/*.safetensors" for folder, part in FOLDERS.items() if part in parts]
-        weights += ["transformer/*.safetensors", "model/*.safetensors"] if "dit" in parts else []
-        root = download(name, (*weights, "*.json", "*.txt"), revision)
-        return _in_folder(
-            root,
-            _Request(
-                name,
-                recognise(path) or _like(root) or get_preset(fallback),
-                places,
-                parts,
-                shared=True,
-            ),
-        )
+        root = download(name, _patterns(parts), revision)
+        return _on_disk(root, replace(request, shared=True))
     try:
         get_preset(name)
     except ValueError as error:
@@ -137,6 +128,37 @@ def locate(
             f"a model is a preset, an existing path or a hub repository owner/name, but {error}"
         ) from None
     raise AssertionError("presets were handled above")
+
+
+def _check_words(given: Collection[str], known: Collection[str]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise TypeError(
+            f"a model's parts are {', '.join(known)}, got {', '.join(unknown)}; drop it"
+        )
+
+
+def _preset(request: _Request, preset: Preset, revision: str | None) -> Sources:
+    """The parts of a published checkpoint, from the hub."""
+    file = Path("none") / preset.filename
+    if "dit" in request.parts:
+        inside = f"model/{preset.filename}"
+        file = download(preset.repo, (inside, "*.json"), revision) / inside
+    return _official(file, replace(request, preset=request.preset or preset, shared=True))
+
+
+def _on_disk(path: Path, request: _Request) -> Sources:
+    if request.preset is not None:
+        check_preset(request.preset, path)
+    return _in_folder(path, request) if path.is_dir() else _official(path, request)
+
+
+def _patterns(parts: Collection[str]) -> tuple[str, ...]:
+    """The files of these parts in a hub repository of either layout."""
+    weights = [f"{folder}/*.safetensors" for folder, part in FOLDERS.items() if part in parts]
+    if "dit" in parts:
+        weights += ["transformer/*.safetensors", "model/*.safetensors"]
+    return (*weights, "*.json", "*.txt")
 
 
 def download(repo: str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
@@ -165,69 +187,41 @@ def download(repo: str, patterns: tuple[str, ...], revision: str | None = None) 
         ) from error
 
 
-def recognise(path: Path) -> Preset | None:
-    """The preset that was published under this file or repository name."""
-    for preset in PRESETS.values():
-        repo = preset.repo.rpartition("/")[2]
-        if repo and path.name in (preset.filename, repo, f"{repo}-Diffusers"):
-            return preset
-    return None
-
-
-def _like(path: Path) -> Preset | None:
-    """The preset that what lies at `path` was trained from here, or the first whose network has its
-    sizes: a file may have any name."""
-    try:
-        files, folder = find_weights(path, "transformer")
-        known = PRESETS.get(read_json(folder / "config.json").get(PRESET_KEY))
-        if known is not None:
-            return known
-        config = read_dit_config(folder)[0] or infer_dit_config(read_headers(files))
-    except (OSError, ValueError):
-        return None  # whoever loads it says what is wrong
-    sizes = _sizes(config)
-    return next((preset for preset in PRESETS.values() if _sizes(preset.dit) == sizes), None)
-
-
-def _sizes(config: DiTConfig) -> DiTConfig:
-    """`config` with one name for 33 input channels, which image editing checkpoints call otherwise
-    than video ones."""
-    return replace(
-        config, visual_cond=config.in_channels > config.in_visual_dim, instruct_type=None
-    )
-
-
 def _in_folder(root: Path, request: _Request) -> Sources:
+    """A model in diffusers' layout; of another layout if the folder has no transformer/."""
     transformer = root / "transformer"
     if not transformer.is_dir():
-        return _official(
-            find_weights(root, "transformer")[0][0]
-            if "dit" in request.parts
-            else root / "model" / "none",
-            request,
-        )
+        wanted = "dit" in request.parts
+        file = find_weights(root, "transformer")[0][0] if wanted else root / "model" / "none"
+        return _official(file, request)
     found = {folder: request.places.get(folder, root / folder) for folder in request.folders}
-    preset, tokenizers = _settings(root, request.preset), {}
-    # the small learned encoder of the bundled model
-    if "words" in read_json(root / "text_encoder" / "config.json"):
+    tokenizers = {}
+    if "words" in _read_if_there(root / "text_encoder" / CONFIG_NAME):
+        # The small encoder of the bundled model has no second one, and the model its settings.
         found.pop("text_encoder_2", None)
         tiny = get_preset("tiny")
-        preset = replace(tiny, dit=preset.dit, nabla=preset.nabla)
-    elif "text" in request.parts:
-        tokenizers = {
-            "tokenizer": _first(root / "tokenizer", found["text_encoder"]),
-            "tokenizer_2": _first(root / "tokenizer_2", found["text_encoder_2"]),
-        }
+        preset = _settings(root, request.preset or tiny)
+        scale = (request.preset or tiny).scheduler_scale
+        preset = replace(preset, vae=tiny.vae, text=tiny.text, scheduler_scale=scale)
+    else:
+        preset = _settings(root, request.preset_of(root))
+        if "text" in request.parts:
+            tokenizers = {
+                "tokenizer": _first(root / "tokenizer", found["text_encoder"]),
+                "tokenizer_2": _first(root / "tokenizer_2", found["text_encoder_2"]),
+            }
     _require(found, request.name)
-    return Sources(
-        request.name, preset, transformer if "dit" in request.parts else None, **found, **tokenizers
-    )
+    dit = transformer if "dit" in request.parts else None
+    return Sources(request.name, preset, dit, **found, **tokenizers)
 
 
 def _official(file: Path, request: _Request) -> Sources:
+    """A model whose transformer is one file, with the other parts beside or above it, or, where
+    they may be, from the repositories that publish them."""
+    preset = request.preset_of(file)
     found = {}
     for folder in request.folders:
-        published = "image vae" if folder == "vae" and request.preset.vae is None else folder
+        published = "image vae" if folder == "vae" and preset.vae is None else folder
         nearby = [root / OFFICIAL_NAMES[published] for root in (file.parent, file.parent.parent)]
         there = [place for place in nearby if place.is_dir()]
         if folder in request.places or there:
@@ -240,7 +234,7 @@ def _official(file: Path, request: _Request) -> Sources:
     _require(found, request.name)
     return Sources(
         request.name,
-        request.preset,
+        preset,
         file if "dit" in request.parts else None,
         **found,
         tokenizer=found.get("text_encoder"),
@@ -263,19 +257,25 @@ def _require(found: Mapping[str, Path], name: str) -> None:
 
 
 def _settings(root: Path, preset: Preset) -> Preset:
-    """`preset` with what the folder's own configuration files say about size, attention and
+    """`preset` with what the folder's own configuration files say about sizes, attention and
     schedule."""
     config, nabla = read_dit_config(root / "transformer")
     if config is not None:
         preset = replace(preset, dit=config, nabla=nabla)
-    if recognise(root) is None:
-        shift = read_json(root / "scheduler" / "scheduler_config.json").get("shift")
-        preset = replace(preset, scheduler_scale=float(shift or preset.scheduler_scale))
-    return preset
+    path = root / "scheduler" / "scheduler_config.json"
+    shift = _read_if_there(path).get("shift")
+    if shift is None or _is_published(root):
+        return preset
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < 1e6:
+        raise ValueError(f"{path} must give a positive number as shift, got {shift!r}; correct it")
+    return replace(preset, scheduler_scale=float(shift))
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} must be valid JSON, got {error}; download it again") from error
+def _is_published(root: Path) -> bool:
+    """Whether a folder is called as its repository is: the shift in those is not the model's."""
+    names = {preset.repo.rpartition("/")[2] for preset in PRESETS.values() if preset.repo}
+    return root.name in names | {f"{name}-Diffusers" for name in names}
+
+
+def _read_if_there(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}

@@ -1,32 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint on disk -> a quantised one, tensor by tensor: one tensor is in memory at a time."""
+"""A checkpoint on disk -> a quantised one, tensor by tensor: one tensor is in memory at a time.
+
+Everything is written into a folder beside the one that was asked for, which takes that name as the
+last act: a folder that exists is complete. Each finished shard is noted with the tensors in it, so
+that the same command goes on after an interruption where the last whole shard ended.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..config import DiTConfig, NablaConfig
 from ..dit.quantized import check_mode, kind_of, pack, report_lines, weight_error
-from .configs import dit_config_json, infer_dit_config, read_dit_config
+from ..files import read_json, replacing
+from .configs import check_dit_config, dit_config_json, infer_dit_config, read_dit_config
 from .headers import (
     CONFIG_NAME,
     INDEX_NAMES,
     WEIGHTS_NAME,
+    Entry,
     check_names,
     find_weights,
     opened,
     read_headers,
 )
-from .load import QUANTIZATION_KEY, empty_dit, read_quantization
+from .load import QUANTIZATION_KEY, dit_entries, empty_dit, shapes_of
 from .locate import locate
+from .variants import read
 
 SHARD_BYTES = 5 * 10**9
 HEADER_BYTES = 2**20  # for 5,000 tensors and more; Pro has 2,000 when quantised
+PROGRESS_NAME = ".progress.json"
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -38,123 +51,215 @@ DTYPE_NAMES = {
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class _Original:
+    """The transformer that is quantised."""
+
+    files: list[Path]
+    entries: Mapping[str, Entry]
+    config: DiTConfig
+    nabla: NablaConfig | None
+
+    def identity(self, mode: str) -> dict:
+        """What a half-finished result must have been made from, as JSON values."""
+        stats = [(path, path.stat()) for path in self.files]
+        return {
+            "mode": mode,
+            "files": [[str(path.resolve()), s.st_size, s.st_mtime_ns] for path, s in stats],
+        }
+
+
+@dataclass
+class _Progress:
+    """What of a result is on disk: the tensors in each whole shard, and the error of each layer."""
+
+    identity: dict
+    shards: list[list[str]] = field(default_factory=list)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
 def quantize_file(model: str | Path, folder: str | Path, mode: str) -> list[str]:
     """Write the transformer of `model` (a preset, path or hub repository), quantised in `mode`,
     into `folder`; lines about its error.
 
     The folder, which must be new or empty, gets config.json and shards in diffusers' layout, to
-    stand as `transformer/` in a model's folder. What is not quantised keeps its dtype. Raises what
-    `locate` and `load_dit` raise, and ValueError: a folder with something in it, weights that are
-    quantised already or not finite.
+    stand as `transformer/` in a model's folder. What is not quantised keeps its dtype. It appears
+    when it is complete; what an interrupted call has written lies beside it, and the same call goes
+    on from there. Raises what `locate` and `load_dit` raise, and ValueError: a folder with
+    something in it, weights that are quantised already or not finite.
     """
     check_mode(mode)
-    folder, sources = Path(folder), locate(model, parts=("dit",))
+    folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
             f"a quantised model is written into a new or empty folder, got {folder}; choose another"
         )
-    # perhaps: the file is the first that was found there
-    in_shards = sources.dit.is_file() and Path(model).is_dir()
-    files, home = find_weights(sources.dit.parent if in_shards else sources.dit, "transformer")
-    entries = read_headers(files)
-    if read_quantization(files):
-        raise ValueError(
-            f"quantising requires weights of full width, but {files[0]} is in "
-            f"{read_quantization(files)} already; "
-            "take the original"
-        )
-    config, nabla = read_dit_config(home)
-    if config is None:
-        config, nabla = infer_dit_config(entries), sources.preset.nabla
-    check_names(
-        {name: tuple(tensor.shape) for name, tensor in empty_dit(config).state_dict().items()},
-        entries,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    shards, errors = Shards(folder, {QUANTIZATION_KEY: mode}), {}
-    for file in files:
-        _quantize_into(shards, file, mode, errors)
+    original = _original(model)
+    partial = folder.with_name(f".{folder.name}.quantizing")
+    progress = _begin(partial, original.identity(mode))
+    shards = Shards(partial, {QUANTIZATION_KEY: mode}, progress)
+    try:
+        for path in original.files:
+            _quantize_into(shards, path, original.entries, mode)
+    except ValueError:
+        shutil.rmtree(partial, ignore_errors=True)  # going on would find the same fault
+        raise
     written = shards.close()
-    (folder / CONFIG_NAME).write_text(
-        json.dumps(dit_config_json(config, nabla, mode), indent=2) + "\n"
+    config = dit_config_json(original.config, original.nabla, mode)
+    (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _finish(partial, folder)
+    before, after = (
+        sum(path.stat().st_size for path in paths) / 1e9
+        for paths in (original.files, [folder / path.name for path in written])
     )
-    before, after = (sum(path.stat().st_size for path in paths) / 1e9 for paths in (files, written))
     return [
-        *report_lines(errors),
+        *report_lines(progress.errors),
         f"{before:.3f} GB became {after:.3f} GB in {len(written)} "
         f"file{'s' if len(written) > 1 else ''}",
     ]
 
 
-def _quantize_into(
-    shards: Shards, path: Path, mode: str, errors: dict[str, tuple[float, float]]
-) -> None:
+def _original(model: str | Path) -> _Original:
+    """The transformer of `model`, whole and of full width."""
+    sources = locate(model, parts=("dit",))
+    assert sources.dit is not None, "it was asked for"
+    # A folder's own layout is kept, because its transformer may be in several files.
+    in_folder = sources.dit.is_file() and Path(model).is_dir()
+    files, home = find_weights(sources.dit.parent if in_folder else sources.dit, "transformer")
+    entries, stored = dit_entries(files)
+    if stored:
+        raise ValueError(
+            f"quantising requires weights of full width, but {files[0]} is in "
+            f"{stored} already; take the original"
+        )
+    config, nabla = read_dit_config(home)
+    if config is None:
+        config = infer_dit_config(entries)
+        nabla = sources.preset.nabla
+    check_dit_config(config, entries)
+    check_names(shapes_of(empty_dit(config)), entries)
+    return _Original(files, entries, config, nabla)
+
+
+def _begin(partial: Path, identity: dict) -> _Progress:
+    """What an interrupted call for the same result has left in `partial`, or a new beginning."""
+    try:
+        said = read_json(partial / PROGRESS_NAME)
+        progress = _Progress(said["identity"], said["shards"], said["errors"])
+        whole = [read_headers([_shard(partial, i)]) for i in range(len(progress.shards))]
+        same = [sorted(entries) for entries in whole] == [sorted(s) for s in progress.shards]
+        if progress.identity == identity and same:
+            _log.info("going on after %d whole files", len(progress.shards))
+            return progress
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # there is none, or it is damaged
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return _Progress(identity)
+
+
+def _finish(partial: Path, folder: Path) -> None:
+    """Give the complete folder its name."""
+    if folder.is_dir():
+        folder.rmdir()  # empty; a rename replaces no folder on every system
+    os.replace(partial, folder)
+    (folder / PROGRESS_NAME).unlink(missing_ok=True)
+
+
+def _quantize_into(shards: Shards, path: Path, entries: Mapping[str, Entry], mode: str) -> None:
+    """Put the tensors of one file into the shards, except those that are there already."""
     with opened(path) as file:
-        for name in file.keys():  # noqa: SIM118 - not a mapping
-            tensor, layer = file.get_tensor(name), name.removesuffix(".weight")
+        for name, entry in entries.items():
+            if entry.path != path or shards.holds(name):
+                continue
+            tensor = read(file, entry)
+            layer = name.removesuffix(".weight")
             if layer == name or not kind_of(layer):
-                shards.add(name, tensor)
+                shards.add({name: tensor})
                 continue
             packed = pack(layer, tensor, mode)
-            errors[layer] = weight_error(tensor, *packed.values())
+            shards.progress.errors[layer] = weight_error(tensor, *packed.values())
             _log.info("%s", layer)
-            for part in packed.items():
-                shards.add(*part)
+            shards.add(packed)
 
 
 class Shards:
     """Safetensors files in a folder, each with at most `SHARD_BYTES` of tensors unless one alone is
     larger, and the index that names them.
 
-    A tensor is written as it comes; the library's writer wants all of a file at once. The header,
-    known last, has its place kept free, and what it does not need of it is spaces, as the format
+    A tensor is written as it comes, while the library's writer wants all of a file at once. The
+    header is known last: room for it is kept in front, and filled up with spaces, as the format
     allows.
     """
 
-    def __init__(self, folder: Path, metadata: Mapping[str, str]):
-        self.folder, self.metadata = folder, {"format": "pt", **metadata}
-        self.files: list[tuple[Path, dict[str, dict]]] = []  # each with the entries of its header
-        self.size = self.total = 0  # bytes of tensors: in the last file, in those before
+    def __init__(self, folder: Path, metadata: Mapping[str, str], progress: _Progress):
+        self.folder = folder
+        self.metadata = {"format": "pt", **metadata}
+        self.progress = progress
+        self.done = {name for names in progress.shards for name in names}
+        self.header: dict[str, dict] = {}  # the entries of the file that is being written
+        self.size = 0  # bytes of the tensors in it
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        if not self.files or self.size + tensor.nbytes > SHARD_BYTES:
+    def holds(self, name: str) -> bool:
+        """Whether a whole file has this tensor already."""
+        return name in self.done
+
+    @property
+    def path(self) -> Path:
+        """The file that is being written."""
+        return _shard(self.folder, len(self.progress.shards))
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors that belong together: they never lie in different files."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self.header and self.size + size > SHARD_BYTES:
             self._finish()
-            self.files.append((self.folder / f"{len(self.files):05}.safetensors.part", {}))
-            self.files[-1][0].write_bytes(bytes(8 + HEADER_BYTES))
-        path, entries = self.files[-1]
-        with path.open("ab") as file:
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
-        span = [self.size, self.size + tensor.nbytes]
-        entries[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": span,
-        }
-        self.size += tensor.nbytes
+        if not self.header:
+            self.path.write_bytes(bytes(8 + HEADER_BYTES))
+        for name, tensor in tensors.items():
+            with self.path.open("ab") as file:
+                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            self.header[name] = {
+                "dtype": DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [self.size, self.size + tensor.nbytes],
+            }
+            self.size += tensor.nbytes
 
     def close(self) -> list[Path]:
         """Finish the last file, give all their names and, where they are several, write the index;
         the files."""
-        self._finish()
-        if len(self.files) == 1:
-            return [self.files[0][0].rename(self.folder / WEIGHTS_NAME)]
-        written, places, stem = [], {}, Path(WEIGHTS_NAME).stem
-        for path, entries in self.files:
-            written.append(
-                path.rename(
-                    self.folder
-                    / f"{stem}-{len(written) + 1:05}-of-{len(self.files):05}.safetensors"
-                )
-            )
-            places |= dict.fromkeys(entries, written[-1].name)
-        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(places.items()))}
-        (self.folder / INDEX_NAMES[0]).write_text(json.dumps(index, indent=2) + "\n")
-        return written
+        if self.header:
+            self._finish()
+        count = len(self.progress.shards)
+        stem = Path(WEIGHTS_NAME).stem
+        names = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        if count == 1:
+            names = [WEIGHTS_NAME]
+        total = 0
+        places = {}
+        for i, name in enumerate(names):
+            total += _shard(self.folder, i).stat().st_size - 8 - HEADER_BYTES
+            places |= dict.fromkeys(self.progress.shards[i], name)
+            _shard(self.folder, i).rename(self.folder / name)
+        if count > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            text = json.dumps(index, indent=2) + "\n"
+            (self.folder / INDEX_NAMES[0]).write_text(text, encoding="utf-8")
+        return [self.folder / name for name in names]
 
     def _finish(self) -> None:
-        if self.files:
-            path, entries = self.files[-1]
-            header = json.dumps({"__metadata__": self.metadata, **entries}).encode()
-            with path.open("r+b") as file:
-                file.write(HEADER_BYTES.to_bytes(8, "little") + header.ljust(HEADER_BYTES))
-        self.total, self.size = self.total + self.size, 0
+        """Write the header of the file, and note that the file is whole."""
+        header = json.dumps({"__metadata__": self.metadata, **self.header}).encode()
+        with self.path.open("r+b") as file:
+            file.write(HEADER_BYTES.to_bytes(8, "little") + header.ljust(HEADER_BYTES))
+        self.progress.shards.append(list(self.header))
+        self.done.update(self.header)
+        self.header = {}
+        self.size = 0
+        with replacing(self.folder / PROGRESS_NAME) as target:
+            target.write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
+
+
+def _shard(folder: Path, i: int) -> Path:
+    return folder / f".{i:05}.safetensors"

@@ -108,7 +108,7 @@ def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | No
     outputs = _outputs(args, count) if args.output else None
     device, sources = (
         choose_device(device),
-        locate(args.model, args.revision, parts=parts or PARTS),
+        locate(args.model, args.revision, parts=parts or PARTS, preset=args.preset),
     )
     if outputs is None:
         args.output = "out.png" if sources.preset.vae is None else "out.mp4"
@@ -144,6 +144,7 @@ def inspect(args) -> None:
             args.model,
             args.revision,
             parts=("text", "dit", "vae") if args.image else ("text", "dit"),
+            preset=args.preset,
         ),
         device,
     )

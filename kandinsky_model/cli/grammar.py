@@ -90,6 +90,7 @@ def _sampling_arguments(command: argparse.ArgumentParser) -> None:
         help="a preset (kandinsky presets), a local path or a hub repository (default: tiny)",
     )
     command.add_argument("--revision", help="commit, branch or tag of the hub repository")
+    command.add_argument("--preset", help="whose settings to take (default: those of the model)")
     length = command.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, help="length at 24 frames per second")
     length.add_argument("--frames", type=int, help="number of frames, 4k + 1")
@@ -207,6 +208,13 @@ def _quantize_arguments(command: argparse.ArgumentParser) -> None:
         choices=QUANTIZATIONS,
         default="int8",
         help="default: int8; -dynamic: multiply in 8 bits too",
+    )
+
+
+def _verify_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("path", help="a file, or a folder of one network or of a whole model")
+    command.add_argument(
+        "--values", action="store_true", help="also read all tensors, and refuse NaN and infinity"
     )
 
 
@@ -372,7 +380,7 @@ def parser() -> argparse.ArgumentParser:
         ),
         (
             models.verify,
-            lambda command: command.add_argument("path"),
+            _verify_arguments,
             "say what a file or folder of weights is, and whether it is whole",
         ),
         (

@@ -18,7 +18,7 @@ def doctor(args) -> None:
 def verify(args) -> None:
     from ..checkpoints.verify import verify as lines_about
 
-    for line in lines_about(args.path):
+    for line in lines_about(args.path, args.values):
         print(line)
 
 

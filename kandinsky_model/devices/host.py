@@ -15,29 +15,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+ALIGNMENT = 256  # bytes: more than any kernel asks for
+PAGE = 4096  # bytes: the system pins whole pages, so two pieces must not share one
+
 _log = logging.getLogger(__name__)
 
 
-ALIGNMENT = 256  # bytes: more than any kernel asks for
-
-
-PAGE = 4096  # bytes: what is pinned is whole pages, which two pieces must not share
-
-
 def tensors_of(modules: Iterable[nn.Module], without: Iterable[nn.Module] = ()) -> list[Tensor]:
-    """What modules and those inside them hold, each once: parameters, buffers, joint weights, the
-    matrices of adapters.
+    """All tensors of modules and of the modules inside them, each once: parameters, buffers, joint
+    weights, the matrices of adapters.
 
-    without: modules that are left out.
+    Attributes are searched, not only registered parameters, because joint weights and adapters are
+    plain attributes. without: modules that are left out.
     """
     seen = {id(inner) for module in without for inner in module.modules()}
-    found, waiting = {}, list(modules)
+    found: dict[int, Tensor] = {}
+    waiting = list(modules)
     while waiting:
         module = waiting.pop()
         if id(module) in seen:
             continue
         seen.add(id(module))
-        for leaf in tree_leaves(vars(module)):  # its children are among them
+        for leaf in tree_leaves(vars(module)):  # the children of a module are among its leaves
             if isinstance(leaf, Tensor):
                 found[id(leaf)] = leaf
             elif isinstance(leaf, nn.Module):
@@ -47,7 +46,7 @@ def tensors_of(modules: Iterable[nn.Module], without: Iterable[nn.Module] = ()) 
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a tensor lies in a flat piece of memory, in bytes, and how it is laid out there."""
+    """Where a tensor lies in a flat piece of memory, in bytes, and its dtype, shape and strides."""
 
     start: int
     size: int
@@ -56,65 +55,70 @@ class Spot:
     strides: tuple[int, ...]
 
     def view(self, flat: Tensor) -> Tensor:
-        return (
-            flat.narrow(0, self.start, self.size)
-            .view(self.dtype)
-            .as_strided(self.shape, self.strides)
-        )
+        """The tensor at this spot of `flat`, uint8 [bytes]."""
+        own = flat.narrow(0, self.start, self.size).view(self.dtype)
+        return own.as_strided(self.shape, self.strides)
 
 
 def layout(tensors: Sequence[Tensor]) -> tuple[list[Spot], int]:
-    """A place for every tensor in one piece of memory, and its size. Tensors that share memory, as
-    joint weights do, share it there."""
-    spans = []
-    for i, tensor in enumerate(tensors):
-        reach = (
-            sum(
-                (size - 1) * stride
-                for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-            )
-            + 1
-            if tensor.numel()
-            else 0
-        )
-        spans.append(
-            (
-                tensor.untyped_storage()._cdata,
-                tensor.storage_offset() * tensor.itemsize,
-                reach * tensor.itemsize,
-                i,
-            )
-        )
-    # the storage, and its bytes that the piece's current region begins and ends with
-    spots, end, last = {}, 0, (None, 0, 0)
-    for storage, offset, size, i in sorted(spans):
-        if storage != last[0] or offset >= last[2]:
-            begin, last = end, (storage, offset, offset)
+    """A spot for every tensor in one flat piece of memory, and the size of the piece in bytes.
+
+    Tensors that overlap in their storage, as a joint weight and its parts do, overlap in the same
+    way in the piece. The size does not depend on the order of the tensors.
+    """
+    spans = sorted(_span(tensor, i) for i, tensor in enumerate(tensors))
+    spots: dict[int, Spot] = {}
+    # Overlapping spans form a region: `begin` is its place in the piece, `first` and `last` are the
+    # bytes of `storage` that it covers.
+    storage, begin, first, last = -1, 0, 0, 0
+    end = 0
+    for own_storage, offset, size, i in spans:
+        if own_storage != storage or offset >= last:
+            storage, begin, first, last = own_storage, end, offset, offset
         tensor = tensors[i]
         spots[i] = Spot(
-            begin + offset - last[1], size, tensor.dtype, tuple(tensor.shape), tensor.stride()
+            start=begin + offset - first,
+            size=size,
+            dtype=tensor.dtype,
+            shape=tuple(tensor.shape),
+            strides=tensor.stride(),
         )
-        last = (storage, last[1], max(last[2], offset + size))
-        # whatever follows, so that no order changes the size
-        end = begin + -(-(last[2] - last[1]) // ALIGNMENT) * ALIGNMENT
+        last = max(last, offset + size)
+        # Every region is padded, the last one too, so that no order changes the total.
+        end = begin + -(-(last - first) // ALIGNMENT) * ALIGNMENT
     return [spots[i] for i in range(len(tensors))], end
 
 
-def pin(memory: Tensor) -> bool:
-    """Lock a CPU tensor's memory where it is, for as long as the tensor lives, and say whether that
-    was possible.
+def _span(tensor: Tensor, i: int) -> tuple[int, int, int, int]:
+    """(its storage, its first byte there, the bytes that it reaches over, i) of a tensor."""
+    reach = 0  # in elements
+    if tensor.numel():
+        sizes_and_strides = zip(tensor.shape, tensor.stride(), strict=True)
+        reach = 1 + sum((size - 1) * stride for size, stride in sizes_and_strides)
+    return (
+        tensor.untyped_storage()._cdata,
+        tensor.storage_offset() * tensor.itemsize,
+        reach * tensor.itemsize,
+        i,
+    )
 
-    PyTorch's own pinned memory is a copy, and rounded up to a power of two: the 537 MB of a Pro
-    block would take 1,074.
+
+def pin(memory: Tensor) -> bool:
+    """Lock a CPU tensor's memory where it is, for as long as the tensor lives; whether that was
+    possible.
+
+    PyTorch's own pinned memory would be a copy, and its size is rounded up to a power of two: the
+    537 MB of a Pro block would take 1,074 MB.
     """
-    runtime, address = torch.cuda.cudart(), memory.data_ptr()
+    runtime = torch.cuda.cudart()
+    address = memory.data_ptr()
     code = int(runtime.cudaHostRegister(address, memory.numel() * memory.itemsize, 0))
     if code == 0:
         weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
         return True
     _warn(code)
     with suppress(RuntimeError):
-        # CUDA reports an error once more, to whatever is launched next
+        # CUDA reports the error once more, to the next launch; this launch takes it.
         torch.zeros(1, device="cuda")
     return False
 
@@ -133,10 +137,12 @@ class Piece:
     """Tensors that have been moved into one flat piece of host memory."""
 
     def __init__(self, tensors: Sequence[Tensor], pinned: bool):
-        self.tensors, (self.spots, self.size) = tensors, layout(tensors)
-        whole = -(-max(self.size, 1) // PAGE) * PAGE
-        memory = torch.empty(whole + PAGE, dtype=torch.uint8)
-        self.host = memory.narrow(0, -memory.data_ptr() % PAGE, whole)
+        self.tensors = tensors
+        self.spots, self.size = layout(tensors)
+        whole_pages = -(-max(self.size, 1) // PAGE) * PAGE
+        memory = torch.empty(whole_pages + PAGE, dtype=torch.uint8)
+        to_next_page = -memory.data_ptr() % PAGE
+        self.host = memory.narrow(0, to_next_page, whole_pages)
         if pinned:
             pin(self.host)
         for tensor, spot in zip(tensors, self.spots, strict=True):
@@ -149,33 +155,35 @@ class Piece:
             tensor.data = spot.view(flat)
 
     def is_whole(self, wanted: set[int]) -> bool:
-        """Whether all tensors still are among those wanted, and where and as they were put."""
+        """Whether the tensors are all among those `wanted`, given by id, and none was moved, cast
+        or reshaped since it came into the piece."""
         return all(
-            id(tensor) in wanted
-            and (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-            == (
-                self.host.data_ptr() + spot.start if spot.size else tensor.data_ptr(),
-                spot.dtype,
-                spot.shape,
-                spot.strides,
-            )
+            id(tensor) in wanted and self._is_in_place(tensor, spot)
             for tensor, spot in zip(self.tensors, self.spots, strict=True)
         )
 
+    def _is_in_place(self, tensor: Tensor, spot: Spot) -> bool:
+        address = self.host.data_ptr() + spot.start
+        in_place = spot.size == 0 or tensor.data_ptr() == address
+        form = (tensor.dtype, tuple(tensor.shape), tensor.stride())
+        return in_place and form == (spot.dtype, spot.shape, spot.strides)
+
 
 class Store:
-    """The tensors of a layer, in as few pieces of host memory as came about: one, and one for every
-    change such as a new adapter."""
+    """All tensors of a layer, in few pieces of host memory: one at first, and one more for every
+    later change, such as a new adapter."""
 
     def __init__(self, modules: Sequence[nn.Module], without: Sequence[nn.Module], pinned: bool):
-        self.modules, self.without, self.pinned, self.pieces = modules, without, pinned, []
+        self.modules = modules
+        self.without = without
+        self.pinned = pinned
+        self.pieces: list[Piece] = []
 
     def refresh(self) -> None:
         """Take in what the modules hold now; only what is new or has moved is copied."""
         tensors = tensors_of(self.modules, self.without)
-        self.pieces = [
-            piece for piece in self.pieces if piece.is_whole({id(tensor) for tensor in tensors})
-        ]
+        wanted = {id(tensor) for tensor in tensors}
+        self.pieces = [piece for piece in self.pieces if piece.is_whole(wanted)]
         known = {id(tensor) for piece in self.pieces for tensor in piece.tensors}
         fresh = [tensor for tensor in tensors if id(tensor) not in known]
         if fresh:
@@ -187,6 +195,7 @@ class Store:
         return sum(piece.size for piece in self.pieces)
 
     def _parts(self, buffer: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+        """Each piece with its part of `buffer`."""
         start = 0
         for piece in self.pieces:
             yield piece, buffer.narrow(0, start, piece.size)
@@ -198,11 +207,11 @@ class Store:
             part.copy_(piece.host[: piece.size], non_blocking=True)
 
     def enter(self, buffer: Tensor) -> None:
-        """Use the copy in `buffer`."""
+        """Let the modules use the copy in `buffer`."""
         for piece, part in self._parts(buffer):
             piece.point(part)
 
     def leave(self) -> None:
-        """Use the host's copy again."""
+        """Let the modules use the copy in host memory again."""
         for piece in self.pieces:
             piece.point(piece.host)

@@ -1,54 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights that live in host memory and come to the device when they are needed, layer by layer.
 
-The host copy is the only one that lasts: nothing is ever copied back, and between runs a network is
-an ordinary one on the CPU, to be saved, adapted or moved. A layer's tensors lie in one flat piece
-of host memory, so that one copy of hundreds of megabytes brings them. Such memory is pinned where
-CUDA allows it, because only then do copies run beside computation; where it does not, a note says
-so, and copies hold up the host while they last.
+The copy in host memory is the only one that lasts: nothing is ever copied back, and between runs a
+network is an ordinary one on the CPU, to be saved, adapted or moved. A layer's tensors lie in one
+flat piece of host memory, so that one copy of hundreds of megabytes brings them. Such memory is
+pinned where CUDA allows it, because only then do copies run beside computation; where CUDA does
+not, a note says so, and the host waits for every copy.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .host import Store
 
-_log = logging.getLogger(__name__)
-
 
 class LayerStream:
-    """Layers that take turns in two buffers on the device: while one computes, the next one's
-    weights are copied, and so round and round.
+    """Layers that take turns in two buffers on the device: while one computes, the weights of the
+    next are copied, and after the last the first comes again.
 
-    Works on layers as they are called, by hooks; without `layers` its owner calls `enter` and
-    `leave`. A layer out of turn is fetched when it is called. Nothing waits on the host: events
-    order the stream of copies and the computing one.
+    With `layers`, hooks on them call `enter` and `leave`; without, the owner calls both. A layer
+    that is called out of turn is fetched then. The host never waits: events order the stream of
+    copies and the computing stream.
     """
 
     def __init__(self, layers: Sequence[nn.Module], stores: Sequence[Store], device: torch.device):
+        self.stores = stores
+        self.device = device
         size = max(store.size for store in stores)
-        self.stores, self.device = stores, device
-        self.buffers = [
-            torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, len(stores)))
-        ]
-        self.holds: list[int | None] = [None] * len(self.buffers)
-        # the buffer used last, and the layer that computes
-        self.slot, self.active = len(self.buffers) - 1, None
+        count = min(2, len(stores))
+        self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
+        # The layer that each buffer holds, or is being filled with.
+        self.holds: list[int | None] = [None] * count
+        self.slot = count - 1  # the buffer that was used last
+        self.active: int | None = None  # the layer that computes
         self.copies = _copy_stream(device)
-        self.filled, self.free = ([self._event() for _ in self.buffers] for _ in range(2))
-        for event in self.free:  # of what the allocator gave us, and whoever had it before
+        # Of each buffer: its copy has arrived; the layer in it has finished.
+        self.filled = [self._event() for _ in self.buffers]
+        self.free = [self._event() for _ in self.buffers]
+        for event in self.free:
+            # The allocator may have given us memory that the computing stream still uses.
             self._record(event)
         self.handles = []
         for i, layer in enumerate(layers):
-            self.handles.append(layer.register_forward_pre_hook(partial(self._enter, i)))
-            self.handles.append(layer.register_forward_hook(self.leave))
+            before = layer.register_forward_pre_hook(partial(self._enter, i))
+            after = layer.register_forward_hook(self.leave)
+            self.handles += [before, after]
 
     def close(self) -> None:
         """Leave the layers in host memory, as they were, and give the buffers back."""
@@ -56,18 +58,18 @@ class LayerStream:
         for handle in self.handles:
             handle.remove()
         if self.copies:
-            self.copies.synchronize()  # before the buffers belong to others
+            self.copies.synchronize()  # before the allocator gives the buffers to others
         self.buffers.clear()
 
     def _enter(self, i: int, *_) -> None:
         self.enter(i, (i + 1) % len(self.stores))
 
     def enter(self, i: int, following: int | None) -> None:
-        """Use layer i on the device, and begin to copy the one that will be `following` it, if
-        any."""
-        self.leave()  # whichever layer was interrupted
+        """Use layer i on the device, and begin to copy the layer `following` it, if any."""
+        self.leave()  # an interrupted layer may still be active
         self._fetch(i)
-        self.slot, self.active = self.holds.index(i), i
+        self.slot = self.holds.index(i)
+        self.active = i
         if self.copies:
             torch.cuda.current_stream(self.device).wait_event(self.filled[self.slot])
         self.stores[i].enter(self.buffers[self.slot])
@@ -75,21 +77,22 @@ class LayerStream:
             self._fetch(following)
 
     def leave(self, *_) -> None:
-        """Nothing computes with a layer any more."""
+        """The active layer, if any, has done its work and returns to host memory."""
         if self.active is not None:
             self.stores[self.active].leave()
             self._record(self.free[self.slot])
             self.active = None
 
     def _fetch(self, i: int) -> None:
-        """Begin to copy layer i into the buffer that was not used last, unless it is in one
+        """Begin to copy layer i into the buffer that was not used last, unless a buffer holds it
         already."""
         if i in self.holds:
             return
         other = (self.slot + 1) % len(self.buffers)
         self.holds[other] = i
         if self.copies is None:
-            return self.stores[i].copy_to(self.buffers[other])
+            self.stores[i].copy_to(self.buffers[other])
+            return
         self.copies.wait_event(self.free[other])
         with torch.cuda.stream(self.copies):
             self.stores[i].copy_to(self.buffers[other])
@@ -110,57 +113,62 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
 class Offload:
     """A network whose weights live in host memory, and on the device only inside `on_device`.
 
-    A network may have `layers`, which are called one after another and can be streamed, and `once`,
-    modules that compute where their weights are and stay in host memory.
+    A network may have an attribute `layers`, modules that are called one after another and can be
+    streamed, and an attribute `once`, modules that compute where their weights are and stay in host
+    memory.
     """
 
     def __init__(self, network: nn.Module, device: torch.device):
-        self.network, self.device = network, device
-        self.layers, self.once = (list(getattr(network, name, ())) for name in ("layers", "once"))
+        self.network = network
+        self.device = device
+        self.layers = list(getattr(network, "layers", ()))
+        self.once = list(getattr(network, "once", ()))
         pinned = device.type == "cuda"
         self.stores = [Store([layer], self.once, pinned) for layer in self.layers]
         self.rest = Store([network], [*self.layers, *self.once], pinned)
 
     @contextmanager
     def on_device(self, resident: int) -> Iterator[nn.Module]:
-        """The network, ready to run: all on the device but its layers, of which as many as
-        `resident` stay and the others are streamed."""
-        stores = [self.rest, *self.stores]
+        """The network, ready to run: all on the device but its layers, of which `resident` stay
+        there and the others are streamed."""
         for module in self.once:
             module.to("cpu")
-        for store in stores:
+        all_stores = [self.rest, *self.stores]
+        for store in all_stores:
             store.refresh()
         streamed = streamed_layers(len(self.layers), resident)
-        staying, buffers, stream = (
-            [self.rest, *(store for i, store in enumerate(self.stores) if i not in streamed)],
-            [],
-            None,
-        )
+        staying = [store for i, store in enumerate(self.stores) if i not in streamed]
+        buffers: list[Tensor] = []
+        stream = None
         try:
-            for store in staying:
-                buffers.append(torch.empty(store.size, dtype=torch.uint8, device=self.device))
-                store.copy_to(buffers[-1])
-                store.enter(buffers[-1])
+            for store in [self.rest, *staying]:
+                buffer = torch.empty(store.size, dtype=torch.uint8, device=self.device)
+                buffers.append(buffer)
+                store.copy_to(buffer)
+                store.enter(buffer)
             if streamed:
-                stream = LayerStream(
-                    [self.layers[i] for i in streamed],
-                    [self.stores[i] for i in streamed],
-                    self.device,
-                )
+                layers = [self.layers[i] for i in streamed]
+                stores = [self.stores[i] for i in streamed]
+                stream = LayerStream(layers, stores, self.device)
             yield self.network
         finally:
             if stream:
                 stream.close()
-            for store in stores:
+            for store in all_stores:
                 store.leave()
 
 
 class LateOffload:
-    """`Offload` for an encoder that reads its networks when they are first needed, and is told by
-    `placing` where to bring them."""
+    """`Offload` for an encoder that reads its networks when they are first needed.
+
+    The encoder's `placing(device, place)` is a context in which it calls `place(network)` before it
+    uses a network.
+    """
 
     def __init__(self, encoder: nn.Module, device: torch.device):
-        self.encoder, self.device, self.hosted = encoder, device, {}
+        self.encoder = encoder
+        self.device = device
+        self.hosted: dict[int, Offload] = {}  # by the id of the network
 
     @contextmanager
     def on_device(self, resident: int) -> Iterator[nn.Module]:
@@ -170,11 +178,12 @@ class LateOffload:
         with ExitStack() as stack:
 
             def place(network: nn.Module) -> nn.Module:
-                if id(network) not in self.hosted:
-                    self.hosted[id(network)] = Offload(network, self.device)
-                if id(network) not in there:
-                    stack.enter_context(self.hosted[id(network)].on_device(resident))
-                    there.add(id(network))
+                key = id(network)
+                if key not in self.hosted:
+                    self.hosted[key] = Offload(network, self.device)
+                if key not in there:
+                    stack.enter_context(self.hosted[key].on_device(resident))
+                    there.add(key)
                 return network
 
             with self.encoder.placing(self.device, place):
@@ -182,7 +191,11 @@ class LateOffload:
 
 
 def streamed_layers(count: int, resident: int) -> list[int]:
-    """Which of `count` layers are streamed where `resident` are not: evenly spread, so that each
-    copy has as long as it can."""
+    """Which of `count` layers are streamed when `resident` are not.
+
+    They are spread evenly, so that each copy has as many resident layers as possible to hide
+    behind.
+    """
     streamed = count - min(resident, count)
+    # Layer i is streamed when the evenly growing number of streamed layers reaches a new integer.
     return [i for i in range(count) if i * streamed // count != (i - 1) * streamed // count]

@@ -2,9 +2,13 @@
 """One run by several processes, each with a device and all weights: they share the two passes of
 guidance, then the heads of attention.
 
-Tokens are split among the ranks of a pass. All layers but self-attention do every token by itself;
+A *pass* is one evaluation of the transformer: with the prompt, or (for guidance) without. Tokens
+are split among the ranks of a pass. All layers but self-attention work on every token by itself;
 around self-attention tokens are traded for heads and back (DeepSpeed-Ulysses, arXiv 2309.14509).
-NABLA chooses blocks for every head by itself, so it splits exactly.
+NABLA chooses blocks for every head by itself, so the split changes none of its choices.
+
+Shapes: B batch, S all tokens, s tokens of this rank, H heads, h = H / size heads of this rank,
+D head dim, N tensors that are traded together, c channels.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -20,22 +25,17 @@ from torch import Tensor
 
 
 def share(world: int, heads: int, guided: bool) -> tuple[int, int]:
-    """How `world` processes share a run: (ranks with a pass each, ranks that split its heads).
-    ValueError where they cannot.
+    """How `world` processes share a run: (passes at a time, ranks that split the heads of a pass).
 
-    Passes come first, because between them only velocities are exchanged.
+    Passes come first, because between them only velocities are exchanged. ValueError where the
+    number of processes does not divide the work.
     """
-    for passes in (2, 1) if guided else (1,):
+    pass_counts = (2, 1) if guided else (1,)
+    for passes in pass_counts:
         if world % passes == 0 and heads % (world // passes) == 0:
             return passes, world // passes
-    fitting = sorted(
-        {
-            n * passes
-            for n in range(1, heads + 1)
-            if heads % n == 0
-            for passes in ((1, 2) if guided else (1,))
-        }
-    )
+    divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+    fitting = sorted({n * passes for n in divisors for passes in pass_counts})
     raise ValueError(
         f"{heads} heads{' and two passes of guidance' if guided else ''} can be "
         f"shared by {', '.join(map(str, fitting))} "
@@ -46,108 +46,123 @@ def share(world: int, heads: int, guided: bool) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """This process's place among those that share a run. team: those that split the heads of its
-    pass; rivals: those that do the other pass for the same tokens. A group of one is None."""
+    """This process's place among those that share a run.
+
+    passes: how many passes run at a time. index: the pass of this process, 0 with the prompt, 1
+    without. team: the processes that split the heads of this pass, or None where there is only one.
+    rivals: the processes that do the other pass for the same tokens, or None.
+    """
 
     passes: int
-    index: int  # which pass: 0 with the prompt, 1 without
+    index: int
     team: dist.ProcessGroup | None
     rivals: dist.ProcessGroup | None
 
     @classmethod
     def of(cls, heads: int, guided: bool) -> Ranks:
-        """The place of this process when all of the default group share a run. Every one of them
-        must call it."""
-        world, rank = dist.get_world_size(), dist.get_rank()
+        """The place of this process when all of the default group share a run.
+
+        Every process must call it, because making a process group is collective.
+        """
+        world = dist.get_world_size()
         passes, size = share(world, heads, guided)
-        teams = [dist.new_group(list(range(i * size, (i + 1) * size))) for i in range(passes)]
-        rivals = [dist.new_group(list(range(place, world, size))) for place in range(size)]
-        index, place = divmod(rank, size)
+        everyone = range(world)
+        teams = [dist.new_group(list(everyone[i * size : (i + 1) * size])) for i in range(passes)]
+        rivals = [dist.new_group(list(everyone[place::size])) for place in range(size)]
+        index, place = divmod(dist.get_rank(), size)
         return cls(
-            passes, index, teams[index] if size > 1 else None, rivals[place] if passes > 1 else None
+            passes,
+            index,
+            team=teams[index] if size > 1 else None,
+            rivals=rivals[place] if passes > 1 else None,
         )
 
     @property
     def size(self) -> int:
+        """How many ranks are in the team."""
         return dist.get_world_size(self.team) if self.team else 1
 
     def spans(self, tokens: int) -> list[slice]:
-        """The tokens of every rank of the team."""
-        return [
-            slice(i * tokens // self.size, (i + 1) * tokens // self.size) for i in range(self.size)
-        ]
+        """Which of the tokens belong to each rank of the team."""
+        bounds = [i * tokens // self.size for i in range(self.size + 1)]
+        return [slice(start, stop) for start, stop in pairwise(bounds)]
 
     def own(self, x: Tensor) -> Tensor:
-        """This rank's part of x [B, S, ...]."""
-        return x[:, self.spans(x.shape[1])[dist.get_rank(self.team)]] if self.team else x
+        """This rank's tokens [B, s, ...] of x [B, S, ...]."""
+        if not self.team:
+            return x
+        spans = self.spans(x.shape[1])
+        return x[:, spans[dist.get_rank(self.team)]]
 
     def to_heads(self, x: Tensor, tokens: int) -> Tensor:
-        """[N, B, s, H, D] of this rank's tokens -> [N, B, S, H / size, D], all tokens of its share
-        of the heads."""
+        """[N, B, s, H, D], this rank's tokens with all heads -> [N, B, S, h, D], all `tokens` with
+        this rank's heads."""
         N, B, s, H, D = x.shape
-        h, lengths = H // self.size, [span.stop - span.start for span in self.spans(tokens)]
-        # [size, N, B, s, h, D]
-        sent = x.unflatten(3, (self.size, h)).permute(3, 0, 1, 2, 4, 5).contiguous()
-        received = x.new_empty(N * B * tokens * h * D)
-        dist.all_to_all_single(
-            received, sent.view(-1), [N * B * length * h * D for length in lengths], group=self.team
-        )
-        parts = received.split([N * B * length * h * D for length in lengths])
-        return torch.cat(
-            [part.view(N, B, length, h, D) for part, length in zip(parts, lengths, strict=True)], 2
-        )
+        h = H // self.size
+        by_rank = x.unflatten(3, (self.size, h))  # [N, B, s, size, h, D]
+        sent = by_rank.permute(3, 0, 1, 2, 4, 5).contiguous()  # [size, N, B, s, h, D]
+        lengths = _lengths(self.spans(tokens))
+        counts = [N * B * length * h * D for length in lengths]
+        received = x.new_empty(sum(counts))
+        dist.all_to_all_single(received, sent.view(-1), counts, group=self.team)
+        parts = [
+            part.view(N, B, length, h, D)
+            for part, length in zip(received.split(counts), lengths, strict=True)
+        ]
+        return torch.cat(parts, dim=2)  # [N, B, S, h, D]
 
     def to_tokens(self, x: Tensor) -> Tensor:
-        """[B, S, c] of this rank's heads -> [B, s, size * c], all heads of its tokens: `to_heads`
-        undone."""
+        """[B, S, c], all tokens with this rank's heads -> [B, s, size * c], this rank's tokens with
+        all heads: `to_heads` undone."""
         B, S, c = x.shape
         spans = self.spans(S)
+        s = _lengths(spans)[dist.get_rank(self.team)]
         sent = torch.cat([x[:, span].reshape(-1) for span in spans])
-        own = spans[dist.get_rank(self.team)]
-        received = x.new_empty(self.size, B, own.stop - own.start, c)
-        dist.all_to_all_single(
-            received.view(-1),
-            sent,
-            None,
-            [B * (span.stop - span.start) * c for span in spans],
-            group=self.team,
-        )
-        return received.permute(1, 2, 0, 3).flatten(2)
+        counts = [B * length * c for length in _lengths(spans)]
+        received = x.new_empty(self.size, B, s, c)
+        dist.all_to_all_single(received.view(-1), sent, None, counts, group=self.team)
+        return received.permute(1, 2, 0, 3).flatten(2)  # [B, s, size * c]
 
     def gather(self, x: Tensor, tokens: int) -> Tensor:
         """[B, s, c] of this rank's tokens -> [B, S, c], on every rank of the team."""
         if not self.team:
             return x
-        lengths = [span.stop - span.start for span in self.spans(tokens)]
-        padded = x.new_zeros(x.shape[0], max(lengths), x.shape[2])
+        lengths = _lengths(self.spans(tokens))
+        padded = x.new_zeros(x.shape[0], max(lengths), x.shape[2])  # gathering wants equal sizes
         padded[:, : x.shape[1]] = x
         parts = [torch.empty_like(padded) for _ in lengths]
         dist.all_gather(parts, padded, group=self.team)
-        return torch.cat([part[:, :length] for part, length in zip(parts, lengths, strict=True)], 1)
+        cut = [part[:, :length] for part, length in zip(parts, lengths, strict=True)]
+        return torch.cat(cut, dim=1)  # [B, S, c]
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of x over the team."""
+        """The sum of x over the team, in place."""
         if self.team:
             dist.all_reduce(x, group=self.team)
         return x
 
     def both(self, velocity: Tensor) -> list[Tensor]:
-        """The velocities of both passes, from this rank's own."""
+        """The velocities of both passes, with the prompt and without, from this rank's own."""
         velocities = [torch.empty_like(velocity) for _ in range(2)]
         dist.all_gather(velocities, velocity.contiguous(), group=self.rivals)
         return velocities
 
 
+def _lengths(spans: list[slice]) -> list[int]:
+    return [span.stop - span.start for span in spans]
+
+
 @contextmanager
 def processes(device: str | None) -> Iterator[tuple[int, int, str | None]]:
-    """This process's rank, how many there are, and its device. One process where `torchrun` did not
-    start several."""
+    """(this process's rank, the number of processes, its device), with a process group while the
+    body runs. One process, and no group, where `torchrun` did not start several."""
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield 0, 1, device
         return
-    cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else device
+    requested = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = torch.device(requested).type == "cuda"
     if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
@@ -158,12 +173,12 @@ def processes(device: str | None) -> Iterator[tuple[int, int, str | None]]:
 
 def from_first(make: Callable[[], bytes]) -> bytes:
     """What `make` gives in the first process, in every process. Where it fails there, the others
-    leave quietly."""
+    exit silently with status 2, because the first says why."""
     if dist.get_rank():
         length = torch.zeros(1, dtype=torch.int64)
         dist.broadcast(length, 0)
         if length < 0:
-            raise SystemExit(2)  # the first process says why
+            raise SystemExit(2)
         data = torch.empty(int(length), dtype=torch.uint8)
     else:
         try:

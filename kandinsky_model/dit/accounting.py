@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import DiTConfig
-from ..devices.budget import Way, Weights, layers_told
+from ..devices.budget import Way, Weights, describe_layers
 from .geometry import Grid
 from .layout import Chunks
 from .quantized import ROWS_AT_ONCE
@@ -71,7 +71,7 @@ def sampling_ways(job: Job, weights: Weights) -> Iterator[SamplingWay]:
     ]
     for resident, one in ways + [(0, one) for one in chunks[last + 1 :]]:
         groups = 1 if one.heads is None else math.ceil(job.config.num_heads / one.heads)
-        how = layers_told(weights, resident) + (
+        how = describe_layers(weights, resident) + (
             f", heads in {groups} groups, {one.tokens} tokens at a time" if groups > 1 else ""
         )
         yield SamplingWay(weights.on_device(resident), sampling_bytes(job, one), how, resident, one)

@@ -16,19 +16,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..files import replacing
 
 FORMATS = (".mp4", ".gif", ".png")
 CRF = 16
-# the code of ITU-R BT.709 for primaries, transfer and matrix alike, and, for the range, "limited"
-BT709 = 1
+BT709 = 1  # ITU-T H.273: the code of BT.709 for primaries, transfer and matrix alike
+LIMITED_RANGE = 1  # FFmpeg's code for luma in 16..235
+STRIP_GAP = 4  # pixels between the frames of a strip
 
 _log = logging.getLogger(__name__)
 
 
 def check_output(path: str | os.PathLike, formats: tuple[str, ...] = FORMATS) -> Path:
-    """`path` as a Path if it could be written now; run it before any long work.
+    """`path` as a Path, if a file could be written there now; to be called before any long work.
 
     Raises ValueError for an unknown extension or a directory, OSError where nothing can be written,
     RuntimeError without an encoder.
@@ -84,10 +86,9 @@ def h264_encoder() -> str:
 def save(
     frames: Tensor | Iterable[Tensor], path: str | os.PathLike, fps: int = 24, comment: str = ""
 ) -> list[Path]:
-    """Write uint8 [F, H, W, 3] to `path` in the format of its extension and return the files
-    written.
+    """Write uint8 [F, H, W, 3] to `path` in the format of its extension; the files written.
 
-    frames: all of them, or consecutive pieces of them, which an mp4 takes up as they come.
+    frames: all of them, or consecutive pieces of them, which an mp4 encodes as they come.
     mp4: H.264, yuv420p, BT.709, index in front; needs even sides. gif: loops. png: one frame gives
     exactly `path`, several give `<stem>_000.png`, `<stem>_001.png`, ... `comment` goes into the
     file's comment tag. Raises ValueError or TypeError for other frames, and what `check_output`
@@ -107,7 +108,7 @@ def save(
 
 
 def _checked(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The pieces on the CPU, one at least; ValueError or TypeError for what is no frames."""
+    """The pieces on the CPU, at least one; ValueError or TypeError for what are no frames."""
     empty = True
     for frames in pieces:
         if frames.dtype != torch.uint8:
@@ -129,21 +130,19 @@ def _checked(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def strip(frames: Tensor, count: int = 6, height: int = 160) -> Tensor:
-    """A contact strip [1, h, w, 3]: `count` frames evenly spread from the first to the last,
-    `height` pixels high, side by side."""
+    """A contact strip [1, h, w, 3] of frames [F, H, W, 3]: `count` of them, evenly spread from the
+    first to the last, `height` pixels high, side by side with white gaps."""
     count = min(count, len(frames))
     chosen = frames[torch.linspace(0, len(frames) - 1, count).round().long()]  # [count, H, W, 3]
     width = round(frames.shape[2] * height / frames.shape[1])
-    planes = chosen.permute(0, 3, 1, 2).float()
-    small = (
-        torch.nn.functional.interpolate(planes, (height, width), mode="bilinear", antialias=True)
-        .round()
-        .clamp(0, 255)
-        .byte()
-    )
-    gap = torch.full((3, height, 4), 255, dtype=torch.uint8)
-    pieces = [piece for image in small for piece in (image, gap)][:-1]
-    return torch.cat(pieces, dim=2).permute(1, 2, 0)[None]  # [1, h, count * (w + 4) - 4, 3]
+    planes = chosen.permute(0, 3, 1, 2).float()  # [count, 3, H, W]
+    small = F.interpolate(planes, (height, width), mode="bilinear", antialias=True)
+    levels = small.round().clamp(0, 255).byte()  # [count, 3, h, width]
+    gap = torch.full((3, height, STRIP_GAP), 255, dtype=torch.uint8)
+    columns = [levels[0]]
+    for picture in levels[1:]:
+        columns += [gap, picture]
+    return torch.cat(columns, dim=2).permute(1, 2, 0)[None]  # [1, h, w, 3]
 
 
 def _save_png(frames: Tensor, path: Path, comment: str) -> list[Path]:
@@ -151,33 +150,34 @@ def _save_png(frames: Tensor, path: Path, comment: str) -> list[Path]:
 
     info = PngImagePlugin.PngInfo()
     info.add_itxt("Comment", comment)
-    digits = max(3, len(str(len(frames) - 1)))
-    paths = (
-        [path]
-        if len(frames) == 1
-        else [
-            path.with_name(f"{path.stem}_{i:0{digits}d}{path.suffix}") for i in range(len(frames))
-        ]
-    )
+    paths = _numbered(path, len(frames))
     for frame, target in zip(frames, paths, strict=True):
         with replacing(target) as partial:
             Image.fromarray(frame.numpy()).save(partial, pnginfo=info)
     return paths
 
 
+def _numbered(path: Path, count: int) -> list[Path]:
+    """`path` itself for one frame, `<stem>_000.png` and so on for several."""
+    if count == 1:
+        return [path]
+    digits = max(3, len(str(count - 1)))
+    return [path.with_name(f"{path.stem}_{i:0{digits}d}{path.suffix}") for i in range(count)]
+
+
 def _write_gif(frames: Tensor, path: Path, fps: int, comment: str) -> None:
     from PIL import Image
 
     images = [Image.fromarray(frame.numpy()) for frame in frames]
-    # gif counts in hundredths of a second: rounding the end of each frame, not its length, keeps
-    # the clip's speed.
+    # A gif counts in hundredths of a second. Rounding when each frame ends, and not how long it
+    # lasts, keeps the clip's speed.
     ends = [round(100 * (i + 1) / fps) for i in range(len(images))]
-    lengths_ms = [10 * (end - start) for start, end in pairwise([0, *ends])]
+    milliseconds = [10 * (end - start) for start, end in pairwise([0, *ends])]
     images[0].save(
         path,
         save_all=True,
         append_images=images[1:],
-        duration=lengths_ms,
+        duration=milliseconds,
         loop=0,
         comment=comment.encode(),
     )
@@ -194,17 +194,21 @@ def _write_mp4(pieces: Iterator[Tensor], path: Path, fps: int, comment: str) -> 
         )
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata["comment"] = comment
-        stream = container.add_stream(
-            h264_encoder(), rate=fps, options={"crf": str(CRF), "preset": "fast"}
-        )
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        options = {"crf": str(CRF), "preset": "fast"}
+        stream = container.add_stream(h264_encoder(), rate=fps, options=options)
+        stream.height = height
+        stream.width = width
+        stream.pix_fmt = "yuv420p"
         codec = stream.codec_context
-        codec.color_primaries = codec.color_trc = codec.colorspace = codec.color_range = BT709
-        for frame in (frame for frames in chain([first], pieces) for frame in frames):
-            image = av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")
-            container.mux(
-                stream.encode(
-                    image.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=BT709)
+        codec.color_primaries = BT709
+        codec.color_trc = BT709
+        codec.colorspace = BT709
+        codec.color_range = LIMITED_RANGE
+        for frames in chain([first], pieces):
+            for frame in frames:
+                rgb = av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")
+                yuv = rgb.reformat(
+                    format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED_RANGE
                 )
-            )
-        container.mux(stream.encode())
+                container.mux(stream.encode(yuv))
+        container.mux(stream.encode())  # what the encoder still holds

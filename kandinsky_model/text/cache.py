@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What text encoders computed, kept on disk: with a prompt that was read before, 16 GB of encoders
-need not be read again.
+"""What text encoders computed, kept on disk: for a prompt that was embedded before, 16 GB of
+encoders need not be read again.
 
-An entry is a safetensors file named by the SHA-256 of all that it was computed from. Prompts
-themselves are not written down.
+An entry is a safetensors file, named by the SHA-256 of everything its tensors were computed from.
+Prompts themselves are not written down. The folder of entries belongs to the cache and can be
+entered by its user alone; a file in it that has not the name of an entry is neither counted nor
+touched.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,57 +27,114 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import replacing
+from ..files import remove_leftovers, replacing
 
 LIMIT_BYTES = 2**30  # 584 prompts of 256 tokens, in bf16
 ENCODER_FILES = {".safetensors", ".json", ".txt"}
+
+_ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+_CLOCK_SLACK_NS = 10**9  # file systems and clocks differ by less
 
 _log = logging.getLogger(__name__)
 
 
 class TensorCache:
-    """Named tensors by what they were made from; the least recently used entries go when all
-    together exceed `limit` bytes.
+    """Named tensors on disk, found by what they were computed from.
 
-    owner: what every entry depends on besides its own wish, as JSON; `identity` says it of an
-    encoder. folder: where the entries lie. A folder that cannot be read or written costs the time
-    to compute, nothing else.
+    owner: what every entry depends on besides its own key, as JSON values; for an encoder,
+    `identity`. folder: where the entries lie. limit: when all entries together exceed so many
+    bytes, the least recently used ones are removed.
+
+    Whatever is wrong with the folder or a file in it costs the time to compute, and nothing else.
     """
 
     def __init__(self, owner, folder: Path | None = None, limit: int = LIMIT_BYTES):
-        self.owner, self.folder, self.limit = owner, folder or default_folder(), limit
+        self.owner = owner
+        self.folder = folder or default_folder()
+        self.limit = limit
 
-    def remember(self, make: Callable[[], Mapping[str, Tensor]], **wish) -> dict[str, Tensor]:
-        """The CPU tensors kept for `wish`, of JSON values, or else what `make` returns, which is
-        then kept."""
-        key = json.dumps([self.owner, wish], sort_keys=True)
-        path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-        tensors = _read(path)
+    def remember(self, make: Callable[[], Mapping[str, Tensor]], **key) -> dict[str, Tensor]:
+        """The CPU tensors kept for `key`, of JSON values; if there are none, what `make` returns,
+        which is then kept."""
+        made_from = json.dumps([self.owner, key], sort_keys=True)
+        path = self.folder / f"{hashlib.sha256(made_from.encode()).hexdigest()}.safetensors"
+        tensors = self._read(path)
         if tensors is None:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
             self._write(path, tensors)
         return tensors
 
+    def _read(self, path: Path) -> dict[str, Tensor] | None:
+        """The entry at `path`, which becomes the most recently used, or None where there is no
+        whole one."""
+        try:
+            status = path.lstat()
+            # Opening a FIFO would block, and a link or a file of this size is none of ours.
+            if not stat.S_ISREG(status.st_mode) or status.st_size > self.limit:
+                return None
+            self._claim_folder()
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if (file.metadata() or {}).get("sha256") != checksum(tensors):
+                    return None
+        # A damaged file may fail in any way, and each means that it cannot be used.
+        except Exception:
+            return None
+        with suppress(OSError):  # where the folder may only be read
+            os.utime(path)
+        return tensors
+
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._claim_folder()
             with replacing(path) as target:
                 save_file(tensors, target, {"sha256": checksum(tensors)})
             self._shrink()
         except (OSError, SafetensorError) as error:
             _log.info("cannot keep what was computed from this prompt: %s", error)
 
+    def _claim_folder(self) -> None:
+        """Let only this user into the folder. OSError where it is another user's, who could have
+        put anything into its entries."""
+        if os.name == "nt":
+            return
+        status = self.folder.stat()
+        if status.st_uid != os.getuid():
+            raise PermissionError(f"{self.folder} belongs to another user")
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            self.folder.chmod(0o700)
+
     def _shrink(self) -> None:
-        entries = sorted(
-            ((path.stat(), path) for path in self.folder.iterdir()),
-            key=lambda entry: entry[0].st_mtime_ns,
-            reverse=True,
-        )
+        """Remove the least recently used entries beyond the limit, and what is no entry but has the
+        name of one."""
+        remove_leftovers(self.folder)
+        now = time.time_ns() + _CLOCK_SLACK_NS
+        entries = []
+        for path, status in self._entries():
+            if not stat.S_ISREG(status.st_mode):
+                _unlink(path)
+                continue
+            # An entry dated in the future would otherwise count as the latest for ever.
+            used = status.st_mtime_ns if status.st_mtime_ns <= now else 0
+            entries.append((used, status.st_size, path))
         total = 0
-        for stat, path in entries:
-            total += stat.st_size
+        for _, size, path in sorted(entries, reverse=True):
+            total += size
             if total > self.limit:
-                path.unlink(missing_ok=True)
+                _unlink(path)
+
+    def _entries(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """What has the name of an entry, with its own status, not that of what it links to."""
+        for path in self.folder.iterdir():
+            if _ENTRY_NAME.fullmatch(path.name):
+                with suppress(FileNotFoundError):  # another process may remove entries as well
+                    yield path, path.lstat()
+
+
+def _unlink(path: Path) -> None:
+    with suppress(OSError):  # it is gone already, or it is a folder
+        path.unlink()
 
 
 def default_folder() -> Path:
@@ -83,19 +145,20 @@ def default_folder() -> Path:
 def identity(folders: Iterable[Path], dtype: torch.dtype) -> list:
     """What the results of an encoder in `folders` depend on: its files by name, size and time, its
     dtype, and the code that runs it."""
-    files = sorted(
-        {path for folder in folders for path in folder.iterdir() if path.suffix in ENCODER_FILES}
-    )
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    paths = {path for folder in folders for path in folder.iterdir()}
+    files = sorted(path for path in paths if path.suffix in ENCODER_FILES and path.is_file())
     stats = [(path, path.stat()) for path in files]
+    code = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(source.read_bytes())
     try:
         transformers = version("transformers")
     except PackageNotFoundError:
         transformers = None
     return [
-        [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+        [[path.name, status.st_size, status.st_mtime_ns] for path, status in stats],
         str(dtype),
-        hashlib.sha256(sources).hexdigest(),
+        code.hexdigest(),
         transformers,
     ]
 
@@ -106,19 +169,5 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _read(path: Path) -> dict[str, Tensor] | None:
-    """The entry at `path`, if there is one and it is whole; it becomes the most recently used."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            if (file.metadata() or {}).get("sha256") != checksum(tensors):
-                return None
-    except (OSError, SafetensorError):
-        return None
-    with suppress(OSError):  # of a folder that may only be read
-        os.utime(path)
-    return tensors

@@ -31,6 +31,7 @@ from ..dit.accounting import Job
 from ..dit.geometry import Grid
 from ..dit.layout import Layout, make_layout
 from ..dit.transformer import DiffusionTransformer3D
+from ..files import remove_leftovers
 from ..sampling.given import model_input, with_frames
 from ..sampling.sampler import TIME_UNIT
 from ..text.embeddings import Conditioning
@@ -155,12 +156,9 @@ class Run:
                 "choose another folder"
             )
         self.place.parent.mkdir(parents=True, exist_ok=True)
-        for left in (
-            (*self.out.glob(".*.partial-*"), *self.place.parent.glob(".*.partial-*"))
-            if self.rank == 0
-            else ()
-        ):
-            left.unlink()  # what a killed process was writing
+        if self.rank == 0:
+            for folder in (self.out, self.place.parent):
+                remove_leftovers(folder)
         return read_about(self.place) if resume else {}
 
     def _compare(self, about: dict) -> None:

@@ -2,6 +2,7 @@
 """Both published layouts load strictly and equally; whatever is wrong with a file is said in one
 sentence, before any tensor is read."""
 
+import io
 import json
 import struct
 
@@ -39,12 +40,14 @@ def state():
 
 def assert_holds(dit, state):
     loaded = dit.state_dict()
-    assert list(loaded) and loaded.keys() == state.keys()
+    assert list(loaded)
+    assert loaded.keys() == state.keys()
     assert all(
         torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype
         for name, tensor in state.items()
     )
-    assert not dit.training and not any(parameter.requires_grad for parameter in dit.parameters())
+    assert not dit.training
+    assert not any(parameter.requires_grad for parameter in dit.parameters())
 
 
 def build(state):
@@ -204,7 +207,7 @@ def no_header(data):
 
 
 def not_json(data):
-    return struct.pack("<Q", 16) + b"this is not json"
+    return struct.pack("<Q", 17) + b"{this is not json"
 
 
 def not_tensors(data):
@@ -215,20 +218,49 @@ def empty(data):
     return b""
 
 
+def gguf(data):
+    pytest.importorskip("gguf")
+    return b"GGUF" + bytes(range(256))
+
+
+def zipped(data):
+    file = io.BytesIO()
+    torch.save({"weight": torch.zeros(3)}, file)
+    return file.getvalue()
+
+
+def pointer(data):
+    return b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+
+
+def page(data):
+    return b"<!DOCTYPE html>\n<html>404</html>"
+
+
+def zeros(data):
+    return bytes(10000)
+
+
+def noise(data):
+    return bytes(range(255, 100, -1))
+
+
 @pytest.mark.parametrize(
     "damage, text",
     [
         (cut, r"declares [\d,]+ bytes, the file has [\d,]+; download it again"),
         (longer, r"declares [\d,]+ bytes, the file has [\d,]+"),
-        (
-            cut_in_header,
-            r"header claims [\d,]+ bytes, the file has 200; it is cut short or of another "
-            r"kind",
-        ),
-        (no_header, r"header claims [\d,]+ bytes, the file has 405"),
-        (not_json, r"must be a safetensors file, but the 16 bytes of its header are not one"),
+        (cut_in_header, r"header claims [\d,]+ bytes, the file has 200; it is cut short"),
+        (no_header, "must be a safetensors file, but is a pickle; give a safetensors file"),
+        (not_json, r"must be a safetensors file, but the 17 bytes of its header are not one"),
         (not_tensors, r"must be a safetensors file, but the 13 bytes of its header are not one"),
-        (empty, r"header claims 0 bytes, the file has 0"),
+        (empty, "but is an empty file"),
+        (gguf, "must be a whole GGUF file, got"),
+        (zipped, r"but is a pickle \(a zip archive of torch.save\)"),
+        (pointer, "but is a Git LFS pointer and not the file itself"),
+        (page, "but is a web page, perhaps what the server said"),
+        (zeros, "but is a file that begins with zeros, as an unfinished download does"),
+        (noise, "but is of no kind that is known here"),
     ],
 )
 @pytest.mark.parametrize("layout", ["file", "folder"])

@@ -31,7 +31,8 @@ GRID = Grid(1, 9, 8)
 
 
 def matrices(seed, rank=4, modules=MODULES):
-    network, g = dict(build().named_modules()), torch.Generator().manual_seed(seed)
+    network = dict(build().named_modules())
+    g = torch.Generator().manual_seed(seed)
     return {
         module: (
             torch.randn(rank, network[module].in_features, generator=g) / 12,
@@ -71,16 +72,21 @@ def out(dit):
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("default", ["", ".default"])
 def test_every_form_of_names(tmp_path, prefix, default):
-    made, dit = matrices(1), build().prepare()
+    made = matrices(1)
+    dit = build().prepare()
     adapter = Adapters(dit).load(write(tmp_path / "camera.safetensors", made, prefix, default))
     assert (adapter.name, adapter.rank, set(adapter.modules)) == ("camera", 4, set(MODULES))
     wanted = out(changed((made, 1.0)))
-    assert rel_l2(out(dit), wanted) <= 1e-5 and rel_l2(out(build()), wanted) > 1e-2
+    assert rel_l2(out(dit), wanted) <= 1e-5
+    assert rel_l2(out(build()), wanted) > 1e-2
 
 
 def test_several_scaled_switched_off_and_removed(tmp_path):
-    a, b, dit = matrices(1), matrices(2, rank=3, modules=MODULES[:5]), build().prepare()
-    adapters, state = Adapters(dit), {name: x.clone() for name, x in dit.state_dict().items()}
+    a = matrices(1)
+    b = matrices(2, rank=3, modules=MODULES[:5])
+    dit = build().prepare()
+    adapters = Adapters(dit)
+    state = {name: x.clone() for name, x in dit.state_dict().items()}
     adapters.load(write(tmp_path / "a" / "lora.safetensors", a, alpha=8), scale=0.5)
     adapters.load(write(tmp_path / "b" / "lora.safetensors", b))
     assert rel_l2(out(dit), out(changed((a, 0.5 * 8 / 4), (b, 1.0)))) <= 1e-5
@@ -90,22 +96,23 @@ def test_several_scaled_switched_off_and_removed(tmp_path):
     plain = out(build())
     assert rel_l2(out(dit), plain) <= 1e-6
     adapters.remove()
-    assert (
-        rel_l2(out(dit), plain) <= 1e-6
-        and not adapters.loaded
-        and all(dit.get_submodule(m).additions is None for m in MODULES)
-    )
+    assert rel_l2(out(dit), plain) <= 1e-6
+    assert not adapters.loaded
+    assert all(dit.get_submodule(m).additions is None for m in MODULES)
     assert all(torch.equal(x, state[name]) for name, x in dit.state_dict().items())
 
 
 def test_merged_adapters_cost_nothing(tmp_path):
-    made, dit = matrices(1), build().prepare()
+    made = matrices(1)
+    dit = build().prepare()
     adapters = Adapters(dit)
     adapters.load(write(tmp_path / "a.safetensors", made, trigger="pan left,"), scale=0.5)
     attention = dit.visual_transformer_blocks[0].self_attention
-    assert not attention._is_joint() and attention.to_key.additions is not None
+    assert not attention._is_joint()
+    assert attention.to_key.additions is not None
     adapters.merge()
-    assert attention._is_joint() and attention.to_key.additions is None
+    assert attention._is_joint()
+    assert attention.to_key.additions is None
     assert rel_l2(out(dit), out(changed((made, 0.5)))) <= 1e-5
     assert adapters.prompt("a cat") == "pan left, a cat"
 
@@ -135,7 +142,8 @@ def test_triggers_stand_before_every_prompt(tmp_path):
 
 
 def test_refusals(tmp_path):
-    adapters, fine = Adapters(build()), matrices(1, modules=MODULES[:2])
+    adapters = Adapters(build())
+    fine = matrices(1, modules=MODULES[:2])
     adapters.load(write(tmp_path / "fine.safetensors", fine))
     wide = {MODULES[0]: (torch.zeros(4, 256), torch.zeros(256, 4))}
     cases = [

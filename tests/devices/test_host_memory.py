@@ -17,7 +17,8 @@ from .test_offload import CPU, LAYERS, network, out
 
 
 def test_tensors_that_share_memory_share_it_in_a_piece():
-    joint, apart = torch.arange(24.0).view(6, 4), torch.randn(3, 5)
+    joint = torch.arange(24.0).view(6, 4)
+    apart = torch.randn(3, 5)
     whole = torch.randn(1000)
     tensors = [
         joint[4:],
@@ -50,18 +51,18 @@ def test_tensors_that_share_memory_share_it_in_a_piece():
         spot.view(flat).copy_(tensor)
     for tensor, spot in zip(tensors, spots, strict=True):
         view = spot.view(flat)
-        assert (
-            torch.equal(view.float(), tensor.float())
-            and view.stride() == tensor.stride()
-            and view.dtype == tensor.dtype
-        )
-    assert spots[0].start - spots[2].start == 64 and spots[3].start == spots[2].start
+        assert torch.equal(view.float(), tensor.float())
+        assert view.stride() == tensor.stride()
+        assert view.dtype == tensor.dtype
+    assert spots[0].start - spots[2].start == 64
+    assert spots[3].start == spots[2].start
     starts = [spot.start for i, spot in enumerate(spots) if i not in (0, 6)]
     assert all(start % ALIGNMENT == 0 for start in starts)
 
 
 def test_everything_a_layer_holds_is_found_once(tmp_path):
-    dit, hidden = network(), nn.Linear(2, 2)
+    dit = network()
+    hidden = nn.Linear(2, 2)
     dit.visual_transformer_blocks[0].aside = (hidden,)  # in a tuple, where nn.Module does not look
     plain = tensors_of([dit, dit])
     Adapters(dit).load(write(tmp_path / "a.safetensors", matrices(1)))
@@ -76,13 +77,15 @@ def test_everything_a_layer_holds_is_found_once(tmp_path):
         ([dit], [*dit.layers, *dit.once]),
     ]
     shares = [{id(tensor) for tensor in tensors_of(*part)} for part in parts]
-    assert set.union(*shares) == found and sum(map(len, shares)) == len(found)
+    assert set.union(*shares) == found
+    assert sum(map(len, shares)) == len(found)
 
 
 def test_weights_are_in_host_memory_once_and_only_what_changed_is_packed_again(tmp_path):
     dit = network()
     state = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
-    hosted, adapters = Offload(dit, CPU), Adapters(dit)
+    hosted = Offload(dit, CPU)
+    adapters = Adapters(dit)
 
     def pieces():
         with hosted.on_device(0):
@@ -93,16 +96,14 @@ def test_weights_are_in_host_memory_once_and_only_what_changed_is_packed_again(t
     assert len(first) == LAYERS + 1
     held = {tensor.untyped_storage().data_ptr() for tensor in tensors_of([dit], dit.once)}
     assert held == {piece.host.untyped_storage().data_ptr() for piece in first}
-    assert (
-        sum(piece.host.untyped_storage().nbytes() for piece in first)
-        <= 1.2 * sum(tensor.numel() * 4 for tensor in dit.parameters())
-        and pieces() == first
+    assert sum(piece.host.untyped_storage().nbytes() for piece in first) <= 1.2 * sum(
+        tensor.numel() * 4 for tensor in dit.parameters()
     )
+    assert pieces() == first
     adapters.load(write(tmp_path / "a.safetensors", matrices(1)))
     adapted = pieces()
-    assert set(first) < set(adapted) and sum(piece.size for piece in adapted) < 1.5 * sum(
-        piece.size for piece in first
-    )
+    assert set(first) < set(adapted)
+    assert sum(piece.size for piece in adapted) < 1.5 * sum(piece.size for piece in first)
     adapters.remove()
     assert pieces() == first
     dit.layers[2].self_attention.prepare()  # a joint weight of its own
@@ -132,7 +133,8 @@ class Runtime:
 
 
 def test_pieces_are_pinned_where_they_are_while_they_live(monkeypatch):
-    runtime, dit = Runtime(0), network()
+    runtime = Runtime(0)
+    dit = network()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     stores = [Store([layer], [], True) for layer in dit.layers]
     for store in stores:
@@ -145,11 +147,13 @@ def test_pieces_are_pinned_where_they_are_while_they_live(monkeypatch):
         assert piece.size <= end - piece.host.data_ptr() < piece.size + PAGE
     del store, piece
     stores.clear()
-    assert not runtime.pinned and torch.isfinite(out(dit)).all()
+    assert not runtime.pinned
+    assert torch.isfinite(out(dit)).all()
 
 
 def test_memory_that_cannot_be_pinned_is_one_note(monkeypatch, caplog):
-    runtime, dit = Runtime(2), network()
+    runtime = Runtime(2)
+    dit = network()
     wanted = out(dit)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     stores = [Store([layer], dit.once, True) for layer in dit.layers]
@@ -163,7 +167,8 @@ def test_memory_that_cannot_be_pinned_is_one_note(monkeypatch, caplog):
         for store in stores:
             store.refresh()
     (note,) = [record.getMessage() for record in caplog.records if record.name == host.__name__]
-    assert "pinned host memory cannot be had (CUDA error 2)" in note and "\n" not in note
+    assert "pinned host memory cannot be had (CUDA error 2)" in note
+    assert "\n" not in note
     stream = LayerStream(dit.layers, stores, CPU)
     assert torch.equal(out(dit), wanted)
     stream.close()

@@ -24,7 +24,9 @@ from kandinsky_model.text.embeddings import Conditioning
 from ..checkpoints.test_lora import matrices, write
 from ..dit.test_transformer import CONFIG, MODES, SCALE, build, inputs
 
-GRID, CPU, WHOLE = Grid(2, 8, 9), torch.device("cpu"), Chunks()
+GRID = Grid(2, 8, 9)
+CPU = torch.device("cpu")
+WHOLE = Chunks()
 LAYERS = CONFIG.num_text_blocks + CONFIG.num_visual_blocks
 
 
@@ -92,8 +94,11 @@ def test_streamed_layers_are_spread(count, resident, streamed):
 def test_streamed_is_resident(mode, resident):
     """Text blocks and visual blocks are of different sizes; one product still gives queries, keys
     and values."""
-    dit, joint = network(), []
-    wanted, chunked, before = out(dit, mode), out(dit, mode, Chunks(1, 30)), addresses(dit)
+    dit = network()
+    joint = []
+    wanted = out(dit, mode)
+    chunked = out(dit, mode, Chunks(1, 30))
+    before = addresses(dit)
     hosted = Offload(dit, CPU)
     for block in dit.visual_transformer_blocks:
         block.register_forward_pre_hook(
@@ -101,24 +106,25 @@ def test_streamed_is_resident(mode, resident):
         )
     with hosted.on_device(resident) as placed:
         inside = addresses(dit)
-        assert torch.equal(out(placed, mode), wanted) and torch.equal(
-            out(placed, mode, Chunks(1, 30)), chunked
-        )
+        assert torch.equal(out(placed, mode), wanted)
+        assert torch.equal(out(placed, mode, Chunks(1, 30)), chunked)
         assert torch.equal(out(placed, mode), wanted)
         assert addresses(dit) == inside
-    assert joint == [True] * 9 and addresses(dit) not in (before, inside)
+    assert joint == [True] * 9
+    assert addresses(dit) not in (before, inside)
     assert torch.equal(out(dit, mode), wanted)
 
 
 @pytest.mark.parametrize("mode", ["int8", "fp8", "int8-dynamic"])
 def test_quantised_weights_stream(mode):
     dit = quantize(build(), mode)
-    wanted, chunked = out(dit), out(dit, "dense", Chunks(1, 30))
+    wanted = out(dit)
+    chunked = out(dit, "dense", Chunks(1, 30))
     with Offload(dit, CPU).on_device(1) as placed:
-        assert torch.equal(out(placed), wanted) and torch.equal(
-            out(placed, "dense", Chunks(1, 30)), chunked
-        )
-    assert (chunked - wanted).norm() <= 1e-5 * wanted.norm() and torch.equal(out(dit), wanted)
+        assert torch.equal(out(placed), wanted)
+        assert torch.equal(out(placed, "dense", Chunks(1, 30)), chunked)
+    assert (chunked - wanted).norm() <= 1e-5 * wanted.norm()
+    assert torch.equal(out(dit), wanted)
 
 
 def test_layers_of_any_kind():
@@ -140,7 +146,8 @@ def test_layers_of_any_kind():
     layers = nn.ModuleList(
         [Integers(0), nn.Linear(16, 16), nn.Identity(), wide, Integers(1)]
     ).requires_grad_(False)
-    x, orders = torch.randn(3, 16), [(0, 1, 2, 3, 4), (0, 0, 3, 1, 4, 4, 2), (4, 3, 2, 1, 0)]
+    x = torch.randn(3, 16)
+    orders = [(0, 1, 2, 3, 4), (0, 0, 3, 1, 4, 4, 2), (4, 3, 2, 1, 0)]
 
     def through(order):
         y = x
@@ -179,8 +186,10 @@ def test_whole_runs_with_and_without_caches(cache):
 
 
 def test_each_pass_copies_each_streamed_layer_once(monkeypatch):
-    dit, copied = network(), []
-    hosted, copy_to = Offload(dit, CPU), Store.copy_to
+    dit = network()
+    copied = []
+    hosted = Offload(dit, CPU)
+    copy_to = Store.copy_to
     monkeypatch.setattr(
         Store, "copy_to", lambda store, buffer: copied.append(store) or copy_to(store, buffer)
     )
@@ -200,14 +209,17 @@ def test_adapters_while_weights_are_in_host_memory(tmp_path):
         write(tmp_path / f"{name}.safetensors", matrices(seed, rank))
         for name, seed, rank in (("a", 1, 4), ("b", 2, 3))
     ]
-    plain, streamed = network(), network()
-    hosted, adapters = Offload(streamed, CPU), [Adapters(plain), Adapters(streamed)]
+    plain = network()
+    streamed = network()
+    hosted = Offload(streamed, CPU)
+    adapters = [Adapters(plain), Adapters(streamed)]
     out_plain = out(plain)
 
     def same():
         with hosted.on_device(1) as placed:
             result = out(placed)
-        assert torch.equal(result, out(plain)) and torch.equal(out(streamed), result)
+        assert torch.equal(result, out(plain))
+        assert torch.equal(out(streamed), result)
         return result
 
     results = [same()]
@@ -223,16 +235,16 @@ def test_adapters_while_weights_are_in_host_memory(tmp_path):
         for one in adapters:
             change(one)
         results.append(same())
-    assert (
-        torch.equal(results[0], out_plain)
-        and torch.equal(results[5], out_plain)
-        and not torch.equal(results[7], out_plain)
-    )
+    assert torch.equal(results[0], out_plain)
+    assert torch.equal(results[5], out_plain)
+    assert not torch.equal(results[7], out_plain)
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(results[:4], 2))
 
 
 def test_an_adapter_loaded_while_weights_are_streamed_works_at_once(tmp_path):
-    plain, streamed, path = network(), network(), write(tmp_path / "a.safetensors", matrices(1))
+    plain = network()
+    streamed = network()
+    path = write(tmp_path / "a.safetensors", matrices(1))
     Adapters(plain).load(path)
     with Offload(streamed, CPU).on_device(0) as placed:
         Adapters(streamed).load(path)
@@ -246,7 +258,8 @@ def test_an_adapter_loaded_while_weights_are_streamed_works_at_once(tmp_path):
 @pytest.mark.parametrize("resident", [3, 0])
 def test_an_exception_in_the_middle_leaves_all_usable(error, resident):
     dit = network()
-    wanted, hosted = out(dit), Offload(dit, CPU)
+    wanted = out(dit)
+    hosted = Offload(dit, CPU)
 
     def stop(*_):
         raise error("stop")
@@ -273,7 +286,9 @@ def test_an_exception_in_the_middle_leaves_all_usable(error, resident):
 
 def test_no_memory_for_the_resident_layers_leaves_all_usable(monkeypatch):
     dit = network()
-    wanted, hosted, empty = out(dit), Offload(dit, CPU), torch.empty
+    wanted = out(dit)
+    hosted = Offload(dit, CPU)
+    empty = torch.empty
     with hosted.on_device(0):
         pass
 
@@ -326,7 +341,10 @@ class Stream:
 def acted(monkeypatch):
     """LayerStream as on a GPU, with the least that its events promise: what is not waited for has
     not happened."""
-    log, computing, copies, current = [], Stream([]), Stream([]), []
+    log = []
+    computing = Stream([])
+    copies = Stream([])
+    current = []
     computing.log = copies.log = log
 
     @contextmanager
@@ -395,14 +413,13 @@ def test_layers_wait_for_their_copies_and_copies_for_their_layers(acted):
 def test_modulations_stay_in_host_memory():
     """Of the network, an eighth is used once per prompt; nothing of it comes to the device."""
     dit = network(replace(CONFIG, time_dim=32))
-    hosted, homes = (
-        Offload(dit, CPU),
-        {id(tensor): tensor.data_ptr() for tensor in tensors_of(dit.once)},
-    )
+    hosted = Offload(dit, CPU)
+    homes = {id(tensor): tensor.data_ptr() for tensor in tensors_of(dit.once)}
     seen = []
     for module in dit.once:
         module.register_forward_hook(lambda module, *_: seen.append(module) or None)
     with hosted.on_device(0) as placed:
         out(placed)
         assert all(homes[id(tensor)] == tensor.data_ptr() for tensor in tensors_of(dit.once))
-    assert seen == dit.once and sum(map(len, (store.pieces for store in hosted.stores))) == LAYERS
+    assert seen == dit.once
+    assert sum(map(len, (store.pieces for store in hosted.stores))) == LAYERS

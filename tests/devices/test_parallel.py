@@ -38,7 +38,8 @@ CONFIG = DiTConfig(
     visual_cond=True,
 )
 # 297 tokens: no two ranks can have as many
-GRID, NABLA = Grid(3, 9, 11), NablaConfig(0.6, (3, 1, 1))
+GRID = Grid(3, 9, 11)
+NABLA = NablaConfig(0.6, (3, 1, 1))
 CASES = {  # guidance, NABLA, step cache
     "guided": (3.0, None, None),
     "dense": (1.0, None, None),
@@ -214,7 +215,8 @@ def test_what_cannot_be_shared_is_one_sentence(folder, tmp_path):
         cwd=tmp_path,
     )
     complaints = [line for line in done.stderr.splitlines() if line.startswith("kandinsky: ")]
-    assert done.returncode and complaints == [
+    assert done.returncode
+    assert complaints == [
         "kandinsky: 1 heads can be shared by 1 processes, got 2; start one of these numbers, or "
         "give every process prompts of its own with "
         "--prompts"

@@ -18,12 +18,13 @@ COLOUR = (200, 100, 50)
 
 def picture(mode, size=(32, 24)):
     rgb = Image.new("RGB", size, COLOUR)
+    width, height = size
     if mode == "I;16":
-        return Image.fromarray(numpy.full(size[::-1], 100 * 257, numpy.uint16))
+        grey = numpy.full((height, width), 100 * 257, numpy.uint16)
+        return Image.fromarray(grey)
     if mode == "F":
-        return Image.fromarray(
-            numpy.linspace(0, 1, size[0] * size[1], dtype=numpy.float32).reshape(size[::-1])
-        )
+        ramp = numpy.linspace(0, 1, width * height, dtype=numpy.float32)
+        return Image.fromarray(ramp.reshape(height, width))
     return rgb.convert(mode)
 
 
@@ -49,11 +50,15 @@ def test_every_mode_becomes_rgb(mode, wanted, slack, saved, tmp_path):
         image.save(path)
         image = str(path)
     pixels = read_image(image)
-    assert pixels.shape == (3, 24, 32) and pixels.dtype == torch.uint8
+    assert pixels.shape == (3, 24, 32)
+    assert pixels.dtype == torch.uint8
     if wanted:
-        assert (pixels.float().mean((1, 2)) - torch.tensor(wanted)).abs().max() <= slack
+        mean = pixels.float().mean((1, 2))
+        error = mean - torch.tensor(wanted)
+        assert error.abs().max() <= slack
     if mode == "F":
-        assert pixels.max() == 255 and pixels.min() == 0
+        assert pixels.max() == 255
+        assert pixels.min() == 0
 
 
 def test_transparency_is_white():
@@ -65,7 +70,8 @@ def test_transparency_is_white():
 
 
 def test_photographs_are_turned(tmp_path):
-    image, exif = Image.new("RGB", (40, 20)), Image.Exif()
+    image = Image.new("RGB", (40, 20))
+    exif = Image.Exif()
     exif[274] = 6  # turned by a quarter
     image.save(tmp_path / "a.jpg", exif=exif)
     assert read_image(tmp_path / "a.jpg").shape == (3, 40, 20)
@@ -80,7 +86,11 @@ def test_tensors_are_taken_as_they_are():
     "make, error, message",
     [
         (lambda p: p / "none.png", FileNotFoundError, "must exist"),
-        (lambda p: torch.rand(20, 20, 3), TypeError, r"uint8 \[H, W, 3\], got torch.float32"),
+        (
+            lambda p: torch.rand(20, 20, 3),
+            TypeError,
+            r"uint8 \[H, W, 3\], got torch.float32",
+        ),
         (lambda p: 7, TypeError, "a path, a PIL image or a uint8 tensor .*got int"),
         (lambda p: Image.new("RGB", (15, 400)), ValueError, "got 15x400"),
         (
@@ -127,43 +137,37 @@ def test_sizes(size, preset, wanted):
 
 @pytest.mark.parametrize("level, value", [(255, 1.0), (0, -1.0), (51, -0.6)])
 def test_first_frame_is_a_seeded_sample_of_the_scaled_posterior(level, value):
-    vae, image = (
-        random_vae().requires_grad_(False),
-        resize(torch.full((3, 40, 56), level, dtype=torch.uint8), 32, 48),
-    )
+    vae = random_vae().requires_grad_(False)
+    image = resize(torch.full((3, 40, 56), level, dtype=torch.uint8), 32, 48)
     latent = latent_of(image, vae, seed=3)
-    assert (
-        latent.shape == (1, 1, 4, 6, vae.config.latent_channels) and latent.dtype == torch.float32
-    )
+    assert latent.shape == (1, 1, 4, 6, vae.config.latent_channels)
+    assert latent.dtype == torch.float32
     mean, logvar = vae.encode(torch.full((1, 3, 1, 32, 48), value))
-    wanted = (
-        sample_posterior(mean, logvar, torch.Generator().manual_seed(3)).permute(0, 2, 3, 4, 1)
-        * vae.config.scaling_factor
-    )
-    assert torch.allclose(latent, wanted, atol=1e-5) and not torch.equal(
-        latent, latent_of(image, vae, seed=4)
-    )
+    sampled = sample_posterior(mean, logvar, torch.Generator().manual_seed(3))  # [1, C, 1, h, w]
+    wanted = sampled.permute(0, 2, 3, 4, 1) * vae.config.scaling_factor
+    assert torch.allclose(latent, wanted, atol=1e-5)
+    assert not torch.equal(latent, latent_of(image, vae, seed=4))
 
 
 def test_the_latents_of_a_still_video_are_equal():
     """So the latent of a picture can be that of a last frame."""
     vae = random_vae().double().requires_grad_(False)
     frame = torch.randn(1, 3, 1, 32, 48, dtype=torch.float64)
-    for moment in vae.encode(frame.expand(-1, -1, 9, -1, -1)):
-        torch.testing.assert_close(moment, moment[:, :, :1].expand_as(moment), rtol=0, atol=1e-12)
+    still = frame.expand(-1, -1, 9, -1, -1)
+    for moment in vae.encode(still):
+        first = moment[:, :, :1]
+        torch.testing.assert_close(moment, first.expand_as(moment), rtol=0, atol=1e-12)
 
 
 def test_resizing_is_that_of_picture_libraries():
-    image = torch.randint(
-        256, (40, 56, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    for size in ((32, 48), (100, 70)):
-        theirs = torch.from_numpy(
-            numpy.array(
-                Image.fromarray(image.numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
-            )
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(256, (40, 56, 3), dtype=torch.uint8, generator=generator)
+    for height, width in ((32, 48), (100, 70)):
+        resized = Image.fromarray(image.numpy()).resize(
+            (width, height),
+            Image.Resampling.BILINEAR,
         )
-        ours = resize(image.permute(2, 0, 1), *size).permute(1, 2, 0)
-        assert (ours.int() - theirs.int()).abs().max() <= 1 and (
-            ours == theirs
-        ).float().mean() > 0.9
+        theirs = torch.from_numpy(numpy.array(resized))
+        ours = resize(image.permute(2, 0, 1), height, width).permute(1, 2, 0)
+        assert (ours.int() - theirs.int()).abs().max() <= 1
+        assert (ours == theirs).float().mean() > 0.9

@@ -12,7 +12,8 @@ from kandinsky_model.media import video
 def clip(frames=9, height=48, width=64):
     """A bright bar walking over a colour ramp: every frame differs."""
     ramp = torch.linspace(40, 200, width).expand(height, width)
-    still = torch.stack([ramp, ramp.flip(1), torch.full_like(ramp, 90)], dim=-1).byte()  # [H, W, 3]
+    grey = torch.full_like(ramp, 90)
+    still = torch.stack([ramp, ramp.flip(1), grey], dim=-1).byte()  # [H, W, 3]
     out = still.repeat(frames, 1, 1, 1)
     for i in range(frames):
         out[i, :, 4 * i : 4 * i + 8] = 240
@@ -22,10 +23,12 @@ def clip(frames=9, height=48, width=64):
 def test_mp4_says_what_it_is_and_holds_the_frames(tmp_path):
     import av
 
-    frames, comment = clip(), '{"prompt": "a red circle, ünïcode", "seed": 7}'
+    frames = clip()
+    comment = '{"prompt": "a red circle, ünïcode", "seed": 7}'
     assert video.save(frames, tmp_path / "a.mp4", fps=24, comment=comment) == [tmp_path / "a.mp4"]
     with av.open(str(tmp_path / "a.mp4")) as container:
-        stream, codec = container.streams.video[0], container.streams.video[0].codec_context
+        stream = container.streams.video[0]
+        codec = container.streams.video[0].codec_context
         assert container.metadata["comment"] == comment
         assert (stream.frames, stream.average_rate, codec.name, codec.pix_fmt) == (
             9,
@@ -43,8 +46,10 @@ def test_mp4_says_what_it_is_and_holds_the_frames(tmp_path):
         back = torch.stack(
             [torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
         )
-    error = (back.float() - frames.float()).square().mean(dim=(1, 2, 3))
-    assert (10 * torch.log10(255**2 / error)).min() > 28  # dB; neighbouring frames are 15 dB apart
+    difference = back.float() - frames.float()
+    error = difference.square().mean(dim=(1, 2, 3))
+    psnr = 10 * torch.log10(255**2 / error)
+    assert psnr.min() > 28  # dB; neighbouring frames are 15 dB apart
     data = (tmp_path / "a.mp4").read_bytes()
     assert 0 < data.find(b"moov") < data.find(b"mdat"), (
         "the index must come first, so that a browser can start at once"
@@ -56,8 +61,10 @@ def test_frames_may_come_in_pieces(tmp_path, name):
     frames = clip()
     (tmp_path / "b").mkdir()
     written = video.save(frames, tmp_path / name)
-    in_pieces = video.save(iter(frames.split([1, 2, 2, 4])), tmp_path / "b" / name)
-    assert [path.read_bytes() for path in written] == [path.read_bytes() for path in in_pieces]
+    pieces = iter(frames.split([1, 2, 2, 4]))
+    in_pieces = video.save(pieces, tmp_path / "b" / name)
+    for one, other in zip(written, in_pieces, strict=True):
+        assert one.read_bytes() == other.read_bytes()
     with pytest.raises(ValueError, match="no piece"):
         video.save(iter([]), tmp_path / name)
     assert written[0].read_bytes() == in_pieces[0].read_bytes()
@@ -74,7 +81,9 @@ def test_mp4_colours_are_bt709(tmp_path):
         luma, blue, red_difference = (bytes(plane)[0] for plane in planes)
     # Limited-range BT.709: Y = 16 + 219 * 0.2126, Cb = 128 - 224 * 0.2126 / 1.8556, Cr = 128 + 224
     # / 2. BT.601 would say Y = 81.
-    assert abs(luma - 63) <= 1 and abs(blue - 102) <= 1 and abs(red_difference - 240) <= 1
+    assert abs(luma - 63) <= 1
+    assert abs(blue - 102) <= 1
+    assert abs(red_difference - 240) <= 1
 
 
 def test_gif_keeps_frames_speed_and_comment(tmp_path):
@@ -86,7 +95,9 @@ def test_gif_keeps_frames_speed_and_comment(tmp_path):
         for i in range(image.n_frames):
             image.seek(i)
             lengths.append(image.info["duration"])
-        assert image.n_frames == 12 and image.info["loop"] == 0 and sum(lengths) == 500
+        assert image.n_frames == 12
+        assert image.info["loop"] == 0
+        assert sum(lengths) == 500
         image.seek(0)
         assert image.info["comment"] == b"seed 7"
 
@@ -100,9 +111,8 @@ def test_png_is_one_file_for_one_frame_and_numbered_otherwise(tmp_path):
     written = video.save(frames, tmp_path / "b.png")
     assert [path.name for path in written] == ["b_000.png", "b_001.png", "b_002.png"]
     with Image.open(tmp_path / "a.png") as image:
-        assert image.info["Comment"] == "é" and torch.equal(
-            torch.from_numpy(np.array(image)), frames[0]
-        )
+        assert image.info["Comment"] == "é"
+        assert torch.equal(torch.from_numpy(np.array(image)), frames[0])
     with Image.open(written[2]) as image:
         assert torch.equal(torch.from_numpy(np.array(image)), frames[2])
 
@@ -139,7 +149,8 @@ def test_missing_encoder_is_reported_before_anything_is_written(tmp_path, monkey
     monkeypatch.setattr(av.codec, "Codec", absent)
     with pytest.raises(RuntimeError, match="H.264 encoder"):
         video.check_output(tmp_path / "a.mp4")
-    assert video.check_output(tmp_path / "a.gif") and not list(tmp_path.iterdir())
+    assert video.check_output(tmp_path / "a.gif")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
@@ -153,7 +164,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(video, "_write_mp4", half)
     with pytest.raises(KeyboardInterrupt):
         video.save(clip(), target)
-    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize(
@@ -171,8 +183,10 @@ def test_frames_that_do_not_fit_are_named(tmp_path, frames, kind, words):
 
 
 def test_strip_shows_first_to_last_side_by_side():
-    frames = torch.arange(17, dtype=torch.uint8).view(17, 1, 1, 1).expand(17, 32, 32, 3) * 10
+    level = torch.arange(17, dtype=torch.uint8) * 10
+    frames = level.view(17, 1, 1, 1).expand(17, 32, 32, 3)
     strip = video.strip(frames, count=5, height=16)
     assert strip.shape == (1, 16, 5 * 16 + 4 * 4, 3)
-    assert [int(strip[0, 8, 8 + 20 * i, 0]) for i in range(5)] == [0, 40, 80, 120, 160]
+    centres = [int(strip[0, 8, 8 + 20 * i, 0]) for i in range(5)]
+    assert centres == [0, 40, 80, 120, 160]
     assert (strip[0, :, 16:20] == 255).all()

@@ -38,13 +38,12 @@ def entries(cache):
 
 
 def test_what_is_known_is_not_computed_again(tmp_path):
-    cache, work = TensorCache("owner", tmp_path / "a" / "b"), Work()
+    cache = TensorCache("owner", tmp_path / "a" / "b")
+    work = Work()
     first, second = (cache.remember(work, prompt="кот", length=3) for _ in range(2))
-    assert (
-        work.times == 1
-        and torch.equal(first["x"], second["x"])
-        and second["x"].dtype == torch.bfloat16
-    )
+    assert work.times == 1
+    assert torch.equal(first["x"], second["x"])
+    assert second["x"].dtype == torch.bfloat16
     assert (
         TensorCache("owner", tmp_path / "a" / "b").remember(work, length=3, prompt="кот")["x"][0]
         == 1
@@ -63,7 +62,8 @@ def test_what_is_known_is_not_computed_again(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign", "unsigned"])
 def test_a_damaged_entry_is_computed_and_written_again(tmp_path, damage):
-    cache, work = TensorCache("owner", tmp_path), Work(100)
+    cache = TensorCache("owner", tmp_path)
+    work = Work(100)
     cache.remember(work, prompt="a")
     (path,) = entries(cache)
     whole = path.read_bytes()
@@ -76,7 +76,8 @@ def test_a_damaged_entry_is_computed_and_written_again(tmp_path, damage):
     }
     path.write_bytes(bad[damage])
     assert cache.remember(work, prompt="a")["x"][0] == 2
-    assert cache.remember(work, prompt="a")["x"][0] == 2 and work.times == 2
+    assert cache.remember(work, prompt="a")["x"][0] == 2
+    assert work.times == 2
     assert entries(cache) == [path]
 
 
@@ -91,7 +92,8 @@ def test_an_empty_text_is_kept_too(tmp_path):
 
 
 def test_the_least_recently_used_go_first(tmp_path):
-    cache, work = TensorCache("owner", tmp_path), Work(1000)
+    cache = TensorCache("owner", tmp_path)
+    work = Work(1000)
     for i, prompt in enumerate("abc"):
         cache.remember(work, prompt=prompt)
         path = max(entries(cache), key=lambda path: path.stat().st_mtime_ns)
@@ -99,7 +101,8 @@ def test_the_least_recently_used_go_first(tmp_path):
     cache.remember(work, prompt="a")  # used just now
     cache.limit = 3 * entries(cache)[0].stat().st_size
     cache.remember(work, prompt="d")
-    assert len(entries(cache)) == 3 and work.times == 4
+    assert len(entries(cache)) == 3
+    assert work.times == 4
     for prompt in "acd":
         cache.remember(work, prompt=prompt)
     assert work.times == 4, "b was the oldest"
@@ -108,9 +111,133 @@ def test_the_least_recently_used_go_first(tmp_path):
     assert not entries(cache), "nothing larger than the limit stays"
 
 
+# A folder with other things in it
+
+
+def entry_path(cache, **key):
+    """Where the entry of `key` lies."""
+    before = set(cache.folder.glob("*"))
+    cache.remember(Work(), **key)
+    (path,) = set(cache.folder.glob("*")) - before
+    return path
+
+
+def dangling_link(path):
+    path.symlink_to(path.parent / "nowhere")
+
+
+def link_to_a_file(path):
+    (path.parent / "precious").write_text("precious")
+    path.symlink_to(path.parent / "precious")
+
+
+def huge(path):
+    path.write_bytes(b"")
+    os.truncate(path, 2**40)
+
+
+def malformed(path):
+    path.write_bytes(b"{" * 100)
+
+
+INTRUDERS = [dangling_link, link_to_a_file, os.mkfifo, huge, malformed]
+
+
+@pytest.mark.parametrize("intrude", INTRUDERS)
+def test_what_lies_in_an_entrys_place_is_neither_read_nor_followed(tmp_path, intrude):
+    """Nor does it block, and the entry takes its place."""
+    cache = TensorCache("owner", tmp_path)
+    path = entry_path(cache, prompt="a")
+    path.unlink()
+    intrude(path)
+    work = Work()
+    assert [cache.remember(work, prompt="a")["x"][0] for _ in range(2)] == [1, 1]
+    assert path.is_file()
+    assert not path.is_symlink()
+    if (tmp_path / "precious").exists():
+        assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("intrude", INTRUDERS)
+def test_eviction_goes_on_whatever_has_the_name_of_an_entry(tmp_path, intrude):
+    cache = TensorCache("owner", tmp_path)
+    intrude(tmp_path / f"{'0' * 64}.safetensors")
+    size = entry_path(cache, prompt="first").stat().st_size
+    cache.limit = 3 * size
+    for i in range(9):
+        cache.remember(Work(), prompt=str(i))
+    kept = [path for path in tmp_path.glob("*.safetensors") if path.is_file()]
+    assert len(kept) in (2, 3)
+    assert sum(path.stat().st_size for path in kept) <= cache.limit
+
+
+def test_files_of_others_are_neither_counted_nor_touched(tmp_path):
+    cache = TensorCache("owner", tmp_path)
+    (tmp_path / "notes.txt").write_text("n" * 10**5)
+    (tmp_path / "model.safetensors").write_text("m" * 10**5)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / f"{'1' * 64}.safetensors").mkdir()
+    cache.limit = 10**4
+    work = Work()
+    for _ in range(2):
+        cache.remember(work, prompt="a")
+    assert work.times == 1, "what is not the cache's leaves no less room for its own"
+    cache.limit = 1
+    cache.remember(work, prompt="b")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"notes.txt", "model.safetensors", "folder", f"{'1' * 64}.safetensors"}
+
+
+def test_entries_dated_in_the_future_go_first(tmp_path):
+    cache = TensorCache("owner", tmp_path)
+    future = entry_path(cache, prompt="future")
+    os.utime(future, (2**32, 2**32))
+    size = future.stat().st_size
+    cache.limit = 2 * size
+    work = Work()
+    for prompt in "ab":
+        cache.remember(work, prompt=prompt)
+    assert not future.exists()
+    for prompt in "ab":
+        cache.remember(work, prompt=prompt)
+    assert work.times == 2
+
+
+def test_only_its_user_enters_the_folder(tmp_path, monkeypatch):
+    before = os.umask(0o000)
+    try:
+        cache = TensorCache("owner", tmp_path / "cache" / "text")
+        cache.remember(Work(), prompt="a")
+        assert cache.folder.stat().st_mode & 0o777 == 0o700
+        cache.folder.chmod(0o755)  # as earlier versions left it
+        cache.remember(Work(), prompt="a")
+        assert cache.folder.stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+    work = Work()
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert [cache.remember(work, prompt="a")["x"][0] for _ in range(2)] == [1, 2]
+
+
+def test_what_a_killed_process_was_writing_goes(tmp_path):
+    from kandinsky_model.files import replacing
+
+    cache = TensorCache("owner", tmp_path)
+    with replacing(tmp_path / f"{'2' * 64}.safetensors") as target:
+        target.write_bytes(b"")
+        own = target.parent.name
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    left = tmp_path / own.replace(f"-{os.getpid()}-", f"-{killed.pid}-")
+    left.mkdir()
+    cache.remember(Work(), prompt="a")
+    assert not left.exists()
+
+
 def test_a_place_that_cannot_be_written_costs_nothing_but_time(tmp_path):
     (tmp_path / "file").write_text("")
-    cache, work = TensorCache("owner", tmp_path / "file"), Work()
+    cache = TensorCache("owner", tmp_path / "file")
+    work = Work()
     assert [cache.remember(work, prompt="a")["x"][0] for _ in range(2)] == [1, 2]
 
 
@@ -167,7 +294,8 @@ def test_every_wish_has_its_own_entry(text_parts, tmp_path, monkeypatch):
         assert len(list(tmp_path.iterdir())) == count
         text.cache = None
         again = text.encode(*wish)
-        assert torch.equal(fresh.embeds, again.embeds) and torch.equal(fresh.pooled, again.pooled)
+        assert torch.equal(fresh.embeds, again.embeds)
+        assert torch.equal(fresh.pooled, again.pooled)
     expanding = encoder()
     for count, (prompt, shown) in enumerate(
         (("a", None), ("b", None), ("a", image), ("a", image.flip(0))), start=len(wishes) + 1
@@ -180,9 +308,10 @@ SECOND_RUN = """
 import sys
 from kandinsky_model import pipeline
 model = pipeline.load(sys.argv[1], device="cpu")
-first, second = (video.latents for video in model.generate(["a cat", "кот"], seed=1, height=64, width=80, num_frames=5,
-                                                            num_inference_steps=2))
-print(sorted({"transformers", "diffusers"} & set(sys.modules)), list(model.text.parameters()), first.sum().item(), second.sum().item())
+small = dict(seed=1, height=64, width=80, num_frames=5, num_inference_steps=2)
+sums = [video.latents.sum().item() for video in model.generate(["a cat", "кот"], **small)]
+heavy = sorted({"transformers", "diffusers"} & set(sys.modules))
+print(heavy, list(model.text.parameters()), *sums)
 """
 
 
@@ -219,14 +348,10 @@ def test_the_cache_can_be_left_alone(diffusers_folder, tmp_path, monkeypatch):
         for use in (True, False)
     )
     assert left.cache is None
-    assert (
-        torch.equal(left.encode(["a"]).embeds, left.encode(["a"]).embeds)
-        and not (tmp_path / "cache").exists()
-    )
-    assert (
-        torch.equal(kept.encode(["a"]).embeds, left.encode(["a"]).embeds)
-        and len(entries(kept.cache)) == 1
-    )
+    assert torch.equal(left.encode(["a"]).embeds, left.encode(["a"]).embeds)
+    assert not (tmp_path / "cache").exists()
+    assert torch.equal(kept.encode(["a"]).embeds, left.encode(["a"]).embeds)
+    assert len(entries(kept.cache)) == 1
     for use in (["--no-text-cache"], []):
         assert (
             main(

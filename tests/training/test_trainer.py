@@ -24,6 +24,7 @@ from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_layout
+from kandinsky_model.files import replacing
 from kandinsky_model.training.config import LoRAConfig, TrainConfig
 from kandinsky_model.training.trainer import Run, train
 
@@ -459,7 +460,12 @@ def test_a_full_disk_keeps_the_last_state(data, cache, tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path: path.read_bytes() for path in run.out.rglob("*") if path.is_file()} == before
-    (run.out / ".lora.partial-1.safetensors").write_bytes(b"left by a killed process")
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    with replacing(tmp_path / "lora.safetensors") as target:
+        target.write_bytes(b"")
+        name = target.parent.name.replace(f"-{os.getpid()}-", f"-{killed.pid}-")
+    (run.out / name).mkdir()
     assert begun(data, run.out, run.config, resume=True).state.step == 1
     assert not list(run.out.glob(".*"))
 
