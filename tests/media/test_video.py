@@ -59,8 +59,8 @@ def test_mp4_says_what_it_is_and_holds_the_frames(tmp_path):
 
 
 def test_the_same_frames_give_the_same_file(tmp_path):
-    """Flat shapes on a plain ground, of 160x160x17: two to three different files came out of six
-    with several encoding threads."""
+    """Flat shapes on a plain ground, of 160x160x17: with the encoder's own settings two or three
+    different files came out of six."""
     frames = scenes.draw(scenes.training_scene(0, random.Random(0)))
     contents = set()
     for i in range(12):
