@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine offers: versions, devices, what runs for each operator and why, optional
-packages, hub cache."""
+"""The report of `kandinsky doctor`: versions, devices, what runs for each operator and why, and
+where files are read from."""
 
 from __future__ import annotations
 

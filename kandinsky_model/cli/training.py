@@ -4,11 +4,35 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from itertools import cycle, islice
 from pathlib import Path
 
+# Arguments of `train` that have the names of TrainConfig's fields; None takes the default there.
+GIVEN = (
+    "model",
+    "steps",
+    "batch",
+    "passes",
+    "rate",
+    "warmup",
+    "ema",
+    "drop",
+    "seed",
+    "save_every",
+    "sample_every",
+    "attention",
+    "distill",
+    "dtype",
+    "bad_data",
+    "cache",
+    "memory_budget",
+    "device",
+)
+WORDS = ("color", "background", "color_and_background", "shape", "motion", "all")  # of check-tiny
 
-def train(args) -> None:
+
+def train(args: Namespace) -> None:
     from ..training.config import LoRAConfig, TrainConfig
     from ..training.trainer import train
 
@@ -16,33 +40,10 @@ def train(args) -> None:
         raise ValueError(
             "a trigger calls a LoRA, so it does not go with --full; leave one of them out"
         )
-    names = (
-        "model",
-        "steps",
-        "batch",
-        "passes",
-        "rate",
-        "warmup",
-        "ema",
-        "drop",
-        "seed",
-        "save_every",
-        "sample_every",
-        "attention",
-        "distill",
-        "dtype",
-        "bad_data",
-        "cache",
-        "memory_budget",
-        "device",
-    )
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    config = TrainConfig(
-        lora=None if args.full else LoRAConfig(args.lora_rank, trigger=args.trigger),
-        lengths=args.frames,
-        sizes=args.size and [(height, width) for width, height in args.size],
-        **given,
-    )
+    given = {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None}
+    lora = None if args.full else LoRAConfig(args.lora_rank, trigger=args.trigger)
+    sizes = args.size and [(height, width) for width, height in args.size]
+    config = TrainConfig(lora=lora, lengths=args.frames, sizes=sizes, **given)
     try:
         print(train(args.data, args.output, config, args.resume))
     except KeyboardInterrupt:
@@ -51,35 +52,35 @@ def train(args) -> None:
         ) from None
 
 
-def draw_clips(args) -> None:
+def draw_clips(args: Namespace) -> None:
     import random
 
     from ..media import video
-    from ..tiny import scenes as shapes
+    from ..tiny import scenes
 
-    folder, generator = Path(args.folder), random.Random(args.seed)
+    folder = Path(args.folder)
+    generator = random.Random(args.seed)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(
-            f"clips are drawn into a new or empty folder, but {folder} holds "
-            "something; choose another"
+            f"clips are drawn into a new or empty folder, but {folder} holds something; choose "
+            "another"
         )
     for i in range(args.count):
-        scene = shapes.training_scene(generator.randrange(10**6), generator)
-        (folder / f"clip{i:04}.txt").write_text(
-            shapes.prompt(scene.combination, i % shapes.FULL) + "\n", encoding="utf-8"
-        )
-        video.save(shapes.draw(scene), folder / f"clip{i:04}.mp4")
+        scene = scenes.training_scene(generator.randrange(10**6), generator)
+        caption = scenes.prompt(scene.combination, i % scenes.FULL)
+        (folder / f"clip{i:04}.txt").write_text(caption + "\n", encoding="utf-8")
+        video.save(scenes.draw(scene), folder / f"clip{i:04}.mp4")
     print(f"{args.count} clips with captions in {folder}")
 
 
-def train_tiny(args) -> None:
+def train_tiny(args: Namespace) -> None:
     from ..tiny.recipe import train_tiny
 
     print(train_tiny(args.output, seed=args.seed, resume=args.resume, device=args.device))
 
 
-def check_tiny(args) -> None:
+def check_tiny(args: Namespace) -> None:
     from ..checkpoints.locate import TINY
     from ..tiny.check import check_tiny
     from ..tiny.scenes import held_out
@@ -95,7 +96,7 @@ def check_tiny(args) -> None:
         args.lora,
     )
     print(f"{result['prompts']} prompts of combinations that were never in training")
-    for word in ("color", "background", "color_and_background", "shape", "motion", "all"):
+    for word in WORDS:
         before = f", unquantised {result['unquantized'][word]:6.1%}" if args.quantize else ""
         print(f"{word.replace('_', ' '):21} {result[word]:6.1%}{before}")
     if args.quantize:
