@@ -2,12 +2,14 @@
 # make demo   writes demo.mp4 from PROMPT          make bench   times the operators on this machine
 # make test   runs the tests, JOBS at a time       make lint    checks formats and types
 # make clean  forgets everything that was built    make format  formats the sources
+# make fuzz   gives the operators what nobody should, for MINUTES; make fuzz-asan does so under sanitizers
 # All of them set up .venv first where it is missing: PYTHON=... chooses the interpreter, TORCH=... the torch to install.
 
 VENV := .venv
 PY := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 JOBS ?= 2
+MINUTES ?= 10
 PROMPT ?= a red circle moving right on a blue background
 SUITABLE := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -17,7 +19,7 @@ FORMATTED := $(SOURCES) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h
 COMMA := ,
 PIP := $(PY) -m pip install --disable-pip-version-check
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench lint format fuzz fuzz-asan clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -39,6 +41,24 @@ format: $(VENV)/.lint
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(FORMATTED)
+
+fuzz: $(VENV)/.built $(VENV)/.test
+	OMP_WAIT_POLICY=passive $(PY) -m tests.fuzz.operators --minutes $(MINUTES)
+
+# A copy of the tree with an extension that watches every access and every overflow. Python itself is not built so:
+# the sanitizer is loaded before it, and what Python never frees is no leak of ours.
+ASAN := build/asan
+WATCH := -fsanitize=address,undefined -fno-sanitize=vptr,null,alignment,object-size -fno-sanitize-recover=undefined
+fuzz-asan: $(VENV)/.built $(VENV)/.test
+	rm -rf $(ASAN) && mkdir -p $(ASAN)
+	cp -r csrc setup.py pyproject.toml README.md LICENSE NOTICE kandinsky_kernels kandinsky_model tests $(ASAN)/
+	rm -f $(ASAN)/kandinsky_kernels/*.so
+	sed -i 's/"-O3", "-std/"-O1", "-std/' $(ASAN)/setup.py
+	cd $(ASAN) && PATH="$(CURDIR)/$(VENV)/bin:$$PATH" CFLAGS="-g0 -fno-omit-frame-pointer $(WATCH)" LDFLAGS="$(WATCH)" \
+		KANDINSKY_KERNELS_BUILD=cpu $(CURDIR)/$(PY) setup.py -q build_ext --inplace
+	cd $(ASAN) && LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_WAIT_POLICY=passive PYTHONPATH=. \
+		$(CURDIR)/$(PY) -m tests.fuzz.operators --minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kandinsky_kernels/*.so demo.*

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from kandinsky_kernels import selection_density
 from kandinsky_model import accelerate
-from kandinsky_model.acceleration import diffusers_transformer
 from kandinsky_model.config import LITE_DIT, DiTConfig, VAEConfig
+from kandinsky_model.dit import nabla
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 from tests.support.diffusers_dit import dense_mask, without_cast
@@ -119,13 +119,13 @@ def arguments(
 
 def density(call: Callable) -> float:
     """The share of blocks that NABLA keeps in the first visual block of a call."""
-    chosen, select = [], diffusers_transformer.select_blocks
+    chosen, select = [], nabla.select_blocks
 
     def watch(query_means: Tensor, *rest) -> Tensor:
         chosen.append((select(query_means, *rest), query_means.shape[2]))
         return chosen[-1][0]
 
-    with mock.patch.object(diffusers_transformer, "select_blocks", watch):
+    with mock.patch.object(nabla, "select_blocks", watch):
         call()
     return selection_density(*chosen[0])
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from kandinsky_model.config import PRESETS, VAEConfig
-from kandinsky_model.vae.hunyuan import HunyuanVideoVAE, Upsample
+from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
+from kandinsky_model.vae.layers import Upsample
 from kandinsky_model.vae.schemes import Accounting
 from kandinsky_model.vae.stages import Chunk, Enlarge
 from kandinsky_model.vae.stream import decoding, encoding
@@ -194,7 +195,7 @@ def schemes_table(doing: str = "decoding") -> str:
         "|---|" + "---:|" * 5,
     ]
     for scheme in SCHEMES[doing]:
-        plans = {name: book.plan(scheme) for name, book in books.items()}
+        plans = {name: book.scheme(scheme) for name, book in books.items()}
         peaks = [plan.predicted_peak_bytes / 1e9 for plan in plans.values()]
         cells = [f"{peak:.0f} GB" if peak >= 100 else f"{peak:.1f} GB" for peak in peaks]
         lines.append(

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every launcher needs: checks of what would corrupt memory, and dispatch over the float
-// types.
+// What every launcher needs: checks of what would corrupt memory, memory whose absence is
+// explained, and dispatch over the float types.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,7 +8,11 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <atomic>
 #include <cstdint>
+#include <exception>
+#include <iomanip>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -21,20 +25,61 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Throws one sentence made of the arguments; PyTorch shows it as a RuntimeError.
-template <class... Parts>
-void require(bool holds, const Parts&... parts) {
-  if (holds) return;
+// Python sees a std::invalid_argument as a ValueError; module.cpp says what it sees of these two.
+struct WrongType : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+struct OutOfMemory : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+template <class Error, class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream sentence;
   (sentence << ... << parts);
-  throw std::runtime_error(sentence.str());
+  throw Error(sentence.str());
+}
+
+// Throws one sentence made of the arguments, a ValueError in Python.
+template <class... Parts>
+void require(bool holds, const Parts&... parts) {
+  if (!holds) fail<std::invalid_argument>(parts...);
+}
+
+// As Python spells it.
+inline std::string type_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Byte:
+      return "uint8";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+inline std::string list_of(const std::vector<int64_t>& numbers) {
+  std::string text;
+  for (int64_t number : numbers) text += (text.empty() ? "" : ", ") + std::to_string(number);
+  return "[" + text + "]";
 }
 
 inline std::string shape_of(const Tensor& tensor) {
-  std::string text = "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i)
-    text += (i ? ", " : "") + std::to_string(tensor.size(i));
-  return text + "]";
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
+  return list_of(sizes);
 }
 
 inline void require_shape(const Tensor& tensor, const char* name,
@@ -42,14 +87,29 @@ inline void require_shape(const Tensor& tensor, const char* name,
   bool same = tensor.dim() == static_cast<int64_t>(wanted.size());
   for (int64_t i = 0; same && i < tensor.dim(); ++i) same = tensor.size(i) == wanted[i];
   if (same) return;
-  std::string text;
-  for (int64_t size : wanted) text += (text.empty() ? "" : ", ") + std::to_string(size);
-  require(false, name, " must have shape [", text, "], got ", shape_of(tensor), ".");
+  require(false, name, " must have shape ", list_of(wanted), ", got ", shape_of(tensor), ".");
 }
 
 inline void require_type(const Tensor& tensor, const char* name, ScalarType wanted) {
-  require(tensor.scalar_type() == wanted, name, " must be ", torch::headeronly::toString(wanted),
-          ", got ", torch::headeronly::toString(tensor.scalar_type()), "; cast it first.");
+  if (tensor.scalar_type() != wanted)
+    fail<WrongType>(name, " must be ", type_name(wanted), ", got ", type_name(tensor.scalar_type()),
+                    "; cast it first.");
+}
+
+// What the kernels compute with; doubles belong to the references.
+inline void require_float(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half)
+    fail<WrongType>(name, " must be float32, bfloat16 or float16, got ", type_name(type),
+                    "; cast it first.");
+}
+
+// The form of block_offsets; what their values must be depends on the operator.
+inline void require_list(const Tensor& offsets) {
+  require(offsets.dim() == 1 && offsets.numel() > 0, "block_offsets must have shape [N + 1], got ",
+          shape_of(offsets), ".");
+  require_type(offsets, "block_offsets", ScalarType::Int);
+  require(offsets.is_contiguous(), "block_offsets must be contiguous; call .contiguous() first.");
 }
 
 // The kernels read whole rows: the last dimension must be contiguous, the other strides are free.
@@ -57,6 +117,89 @@ inline void require_rows(const Tensor& tensor, const char* name) {
   const int64_t last = tensor.dim() - 1;
   require(last >= 0 && (tensor.size(last) <= 1 || tensor.stride(last) == 1), name,
           " must be contiguous in its last dimension; call .contiguous() first.");
+}
+
+// The arguments of select_blocks that are no tensors. The tiles are divided out of N, because their
+// product could overflow.
+inline void require_choice(double keep_mass, const std::vector<int64_t>& tiles,
+                           const std::vector<int64_t>& window, const std::string& ties, int64_t N) {
+  require(keep_mass > 0.0 && keep_mass <= 1.0, "keep_mass must be in (0, 1], got ", keep_mass, ".");
+  require(ties == "all" || ties == "stable", "ties must be \"all\" or \"stable\", got \"", ties,
+          "\".");
+  if (tiles.empty() && window.empty()) return;
+  bool fit = tiles.size() == 3 && window.size() == 3;
+  int64_t rest = N;
+  for (size_t i = 0; fit && i < 3; ++i) {
+    fit = tiles[i] > 0 && rest % tiles[i] == 0 && window[i] > 0;
+    if (fit) rest /= tiles[i];
+  }
+  require(
+      fit && (rest == 1 || N == 0), "tiles must be three numbers from 1 on with product N = ", N,
+      " and window three widths from 1 on, got ", list_of(tiles), " and ", list_of(window), ".");
+}
+
+// What every row of an operator shares.
+inline void require_vector(const Tensor& tensor, const char* name,
+                           const std::vector<int64_t>& wanted) {
+  require_shape(tensor, name, wanted);
+  require_float(tensor, name);
+  require_rows(tensor, name);
+}
+
+// make(), which only allocates `bytes` for what `name` says, or one sentence about them.
+template <class Make>
+auto allocate(const std::string& name, double bytes, const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {  // of any kind: torch's arrive as runtime errors
+    fail<OutOfMemory>(name, " needs ", std::fixed, std::setprecision(0), bytes,
+                      " bytes of memory, which this machine does not give; compute fewer samples, "
+                      "tokens or heads at once.");
+  }
+}
+
+// As a double, because a product of sizes can overflow.
+inline double bytes_of(const std::vector<int64_t>& shape, ScalarType type) {
+  const bool eight = type == ScalarType::Double || type == ScalarType::Long;
+  const bool two = type == ScalarType::Half || type == ScalarType::BFloat16;
+  double bytes = eight ? 8 : two ? 2 : 4;
+  for (int64_t size : shape) bytes *= double(size);
+  return bytes;
+}
+
+// An uninitialised tensor beside `like`, of its type where none is given.
+inline Tensor fresh(const Tensor& like, const char* name, const std::vector<int64_t>& shape,
+                    std::optional<ScalarType> type = std::nullopt) {
+  return allocate(name, bytes_of(shape, type.value_or(like.scalar_type())),
+                  [&] { return torch::stable::new_empty(like, shape, type); });
+}
+
+inline Tensor fresh_zeros(const Tensor& like, const char* name, const std::vector<int64_t>& shape,
+                          ScalarType type) {
+  return allocate(name, bytes_of(shape, type),
+                  [&] { return torch::stable::new_zeros(like, shape, type); });
+}
+
+// `count` zeros of working memory.
+template <class T>
+std::vector<T> zeros(int64_t count) {
+  return allocate("working memory", double(count) * sizeof(T),
+                  [&] { return std::vector<T>(count); });
+}
+
+// torch::stable::parallel_for, except that what a task throws arrives as it was thrown.
+template <class Body>
+void parallel_for(int64_t units, int64_t grain, const Body& body) {
+  std::exception_ptr thrown;
+  std::atomic_flag taken = ATOMIC_FLAG_INIT;
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    try {
+      body(begin, end);
+    } catch (...) {
+      if (!taken.test_and_set()) thrown = std::current_exception();
+    }
+  });
+  if (thrown) std::rethrow_exception(thrown);
 }
 
 template <class T>
@@ -70,8 +213,14 @@ T* mutable_data(const Tensor& tensor) {
 }
 
 inline Tensor to_float(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Float ? tensor
-                                                   : torch::stable::to(tensor, ScalarType::Float);
+  if (tensor.scalar_type() == ScalarType::Float) return tensor;
+  return allocate("a copy in float32", 4.0 * double(tensor.numel()),
+                  [&] { return torch::stable::to(tensor, ScalarType::Float); });
+}
+
+inline Tensor gapless(const Tensor& tensor) {
+  return allocate("a contiguous copy", double(tensor.numel()) * double(tensor.element_size()),
+                  [&] { return torch::stable::contiguous(tensor); });
 }
 
 // Calls body(T{}) with the C++ type of a float32, bfloat16 or float16 tensor.
@@ -85,8 +234,7 @@ void dispatch_float(const Tensor& tensor, const char* name, Body&& body) {
     case ScalarType::Half:
       return body(Half{});
     default:
-      require(false, name, " must be float32, bfloat16 or float16, got ",
-              torch::headeronly::toString(tensor.scalar_type()), "; cast it first.");
+      require_float(tensor, name);
   }
 }
 

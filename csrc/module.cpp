@@ -4,8 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
+#include <exception>
 #include <string>
 
+#include "check.h"
 #include "cpu/simd.h"
 
 namespace {
@@ -35,10 +37,23 @@ pybind11::dict build_info() {
   return info;
 }
 
+// TypeError and torch.OutOfMemoryError, for which C++ has no exceptions of its own.
+void translate(std::exception_ptr thrown) {
+  try {
+    if (thrown) std::rethrow_exception(thrown);
+  } catch (const kandinsky::WrongType& error) {
+    PyErr_SetString(PyExc_TypeError, error.what());
+  } catch (const kandinsky::OutOfMemory& error) {
+    const auto type = pybind11::module_::import("torch").attr("OutOfMemoryError");
+    PyErr_SetString(type.ptr(), error.what());
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled kernels of kandinsky_kernels.";
+  pybind11::register_exception_translator(&translate);
   module.def("build_info", &build_info,
              "Compiler, torch version, stable ABI floor, SIMD levels and CUDA of this build.");
   module.def(

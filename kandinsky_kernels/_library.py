@@ -17,7 +17,9 @@ from collections.abc import Callable
 
 import torch
 
-from . import _guard, tuning
+from . import _guard, checks, tuning
+from ._derivatives import derives, has_tangents
+from ._precision import full_precision
 
 NAMESPACE = "kandinsky_kernels"
 REFERENCE_ONLY = os.environ.get("KANDINSKY_KERNELS", "") == "reference"
@@ -25,6 +27,7 @@ REFERENCE_ONLY = os.environ.get("KANDINSKY_KERNELS", "") == "reference"
 _log = logging.getLogger(__name__)
 _library = torch.library.Library(NAMESPACE, "DEF")
 _references: dict[str, Callable] = {}
+_gradients: dict[str, type[torch.autograd.Function]] = {}
 extension = None  # the compiled module, or None
 extension_absence = ""  # why it is None
 
@@ -40,9 +43,42 @@ def declare(schema: str, reference: Callable, fake: Callable | None = None) -> C
     _library.define(schema)
     _library.impl(name, reference, "CompositeExplicitAutograd")
     if fake is not None:
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        check = getattr(checks, name)
+
+        def checked_fake(*args):
+            check(*args)
+            return fake(*args)
+
+        torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=_library)
     _references[name] = reference
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _library.impl(name, _derivable(name, operator, reference), "Autograd", with_keyset=True)
+    return operator
+
+
+def _derivable(name: str, operator: torch._ops.OpOverload, reference: Callable) -> Callable:
+    """What the operator is to PyTorch's derivatives of any kind and order.
+
+    Gradients are those of `differentiate`, where it was called. Everything else is derived from the
+    reference, which PyTorch then runs and differentiates by itself: gradients of operators without
+    one of their own (so that the gradient of a gradient is right) and forward-mode derivatives.
+    """
+
+    def run(keyset, *args):
+        if has_tangents(args):
+            return reference(*args)
+        below = keyset & torch._C._after_autograd_keyset
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            gradient = _gradients.get(name)
+            if gradient is None or torch._C._are_functorch_transforms_active():
+                return reference(
+                    *args
+                )  # torch.func derives what is made of PyTorch's own operators
+            return gradient.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(below, *args)
+
+    return run
 
 
 def differentiate(name: str, keep: Callable, backward: Callable) -> None:
@@ -52,22 +88,26 @@ def differentiate(name: str, keep: Callable, backward: Callable) -> None:
     keep(ctx, inputs, output) saves what backward(ctx, *gradients of the outputs) reads; one is None
     where its output was not used.
     """
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    def setup(ctx, inputs: tuple, output) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.inputs = len(inputs)
-        keep(ctx, inputs, output)
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*inputs)
 
-    def gradients(ctx, *grads: torch.Tensor | None) -> tuple:
-        return (
-            backward(ctx, *grads)
-            if any(grad is not None for grad in grads)
-            else (None,) * ctx.inputs
-        )
+        @staticmethod
+        def setup_context(ctx, inputs: tuple, output) -> None:
+            ctx.set_materialize_grads(False)
+            keep(ctx, inputs, output)
 
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", gradients, setup_context=setup, lib=_library
-    )
+        @staticmethod
+        def backward(ctx, *grads: torch.Tensor | None) -> tuple:
+            if all(grad is None for grad in grads):
+                return (None,) * len(ctx.needs_input_grad)
+            return backward(ctx, *grads)
+
+    _gradients[name] = Gradient
 
 
 def triton_absence() -> str | None:
@@ -104,9 +144,14 @@ def attach(
     chooses between: each has its own trial. refuse_compiled is `refuse` for the CUDA C++ kernel,
     which is asked first once `tuning.CUDA_CPP` names the op.
     """
-    reference = _references[name]
+    reference, check = _references[name], getattr(checks, name)
 
     def run(*args):
+        check(*args)
+        with full_precision(args[0].device, convolutions=name in tuning.PYTORCH):
+            return choose(*args)
+
+    def choose(*args):
         kernel = compiled(name) if refuse_compiled and name in tuning.CUDA_CPP else None
         if (
             kernel
@@ -160,11 +205,7 @@ def in_double(*tensors: torch.Tensor | None) -> bool:
 def needs_reference(*tensors: torch.Tensor | None) -> bool:
     """`in_double`, and for operators without a gradient of their own also whether one is
     recorded."""
-    return (
-        in_double(*tensors)
-        or torch.is_grad_enabled()
-        and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    )
+    return in_double(*tensors) or derives(*tensors)
 
 
 def kernels() -> dict[str, dict[str, str]]:

@@ -114,17 +114,6 @@ def select_blocks(
     if (tiles is None) != (window is None):
         raise ValueError("tiles and window must be given together, got only one of them.")
     tiles, window = list(tiles or ()), list(window or ())
-    if tiles and (
-        len(tiles) != 3
-        or len(window) != 3
-        or math.prod(tiles) != query_means.shape[2]
-        or min(window) < 1
-    ):
-        raise ValueError(
-            f"tiles must be three numbers with product N = {query_means.shape[2]} "
-            "and window three widths from 1 "
-            f"on, got {tiles} and {window}."
-        )
     with torch.no_grad():  # the choice has no gradient
         op = reference.select_blocks if in_double(query_means) else _select_blocks
         return op(query_means, key_means, keep_mass, tiles, window, ties)
@@ -150,7 +139,8 @@ def block_sparse_attention(
     search; a false one can overflow or lose the row. Returns out [B, S, H, D], contiguous, in
     query's dtype; with return_lse also the natural log-sum-exp of the kept logits, fp32 [B, H, S].
     A block of queries that keeps nothing gives zeros and -inf. Raises ValueError on other shapes,
-    strides and bounds, TypeError on other dtypes, RuntimeError on other block_offsets.
+    strides and bounds and, except by GPU kernels, which do not look at them, on other
+    block_offsets; TypeError on other dtypes.
     """
     _check_alike(query=query, key=key, value=value)
     if block_offsets.dim() != 1 or block_offsets.dtype != torch.int32:
@@ -179,7 +169,12 @@ def block_sparse_attention(
 
 def selection_density(selection: Tensor, blocks: int) -> float:
     """Kept blocks over all blocks of a packed selection for ``blocks`` = N blocks: a number in
-    0..1."""
+    0..1. Raises ValueError where it is of another number of blocks, TypeError on other dtypes."""
+    if selection.dim() < 2 or selection.shape[-2] != blocks:
+        raise ValueError(
+            f"selection must have a row for each of N = {blocks} blocks, got "
+            f"{list(selection.shape)}; give the number of blocks it was made for."
+        )
     return reference.unpack_selection(selection, blocks).double().mean().item()
 
 

@@ -190,8 +190,8 @@ def norm_rope(
     (y0, y1) = (x0 cos - x1 sin, x0 sin + x1 cos) for the pairs (0, 1), (2, 3), ...
     x: [B, S, H, D], any float dtype, last dimension contiguous. weight: [D]. rotary: see `Rotary`;
     None for the norm alone. Returns a new contiguous tensor of x's shape and dtype, rounded once.
-    Raises ValueError on other shapes and strides, TypeError on other dtypes, RuntimeError on a CPU
-    for positions outside of the tables.
+    Raises ValueError on other shapes and strides and, except by GPU kernels, which do not look at
+    them, on positions outside of the tables; TypeError on other dtypes.
     """
     _check_heads(x, weight, rotary)
     op = reference.norm_rope if in_double(x, weight) else _norm_rope
@@ -282,9 +282,9 @@ def _norm_rope_gradients(ctx, grad_y: Tensor | None, grad_means: Tensor | None) 
     grad = x.new_zeros(x.shape) if grad_y is None else grad_y
     # every token has its share of its block's
     if grad_means is not None and block_offsets is not None:
-        lengths = block_offsets.diff()
-        shares = (grad_means / lengths[:, None]).transpose(1, 2)  # [B, N, H, D]
-        grad = (grad + shares.repeat_interleave(lengths, 1, output_size=x.shape[1])).to(x.dtype)
+        shares = (grad_means / block_offsets.diff()[:, None]).transpose(1, 2)  # [B, N, H, D]
+        owner = reference.block_of_token(block_offsets, x.shape[1])
+        grad = (grad + shares.index_select(1, owner)).to(x.dtype)
     grad_x, grad_weight = _norm_rope_backward(
         x, weight, cos, sin, positions, ctx.pairs, grad.contiguous(), ctx.eps
     )

@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The meaning of every operator, in plain PyTorch.
 
-Each function computes in ``max(fp32, input dtype)``: on fp64 inputs it is the oracle of the tests,
-elsewhere it is the fallback and the fake kernel. Shapes: B batch, S tokens, H heads, D head dim, C
-channels, N blocks, W = ceil(N / 32).
+Each function computes in ``max(fp32, input dtype)``, also under autocast and where TF32 is allowed:
+on fp64 inputs it is the oracle of the tests, elsewhere it is the fallback and the fake kernel. It
+refuses what the kernels refuse, by the check of its name in `checks`. Shapes: B batch, S tokens, H
+heads, D head dim, C channels, N blocks, W = ceil(N / 32).
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+from . import checks
+from ._derivatives import derives
+from ._precision import full_precision
 
 # block masses are integers in units of 2**-32 of the row's largest: their sums are exact in any
 # order
@@ -24,16 +32,31 @@ INDEXABLE = 2**31 - 1
 _QUERIES, _LOGITS = 512, 1 << 25
 
 
+def _meaning_of(function: Callable) -> Callable:
+    """The function after the check of its name, in full precision."""
+    check = getattr(checks, function.__name__)
+
+    @functools.wraps(function)
+    def run(x: Tensor, *args, **options):
+        check(x, *args, **options, values=True)
+        with full_precision(x.device, convolutions=function.__name__ == "causal_conv3d"):
+            return function(x, *args, **options)
+
+    return run
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+@_meaning_of
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift. x [B, S, C]; scale, shift [B, C]."""
     normed = F.layer_norm(_wide(x), x.shape[-1:], eps=eps)
     return (normed * (1 + _wide(scale)[:, None]) + _wide(shift)[:, None]).to(x.dtype).contiguous()
 
 
+@_meaning_of
 def gated_add_norm(
     x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -59,6 +82,7 @@ def _layer_norm_backward(
     return inner_x, (grad * normed).sum(1), grad.sum(1)
 
 
+@_meaning_of
 def modulated_norm_backward(
     x: Tensor, scale: Tensor, grad: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,6 +91,7 @@ def modulated_norm_backward(
     return grad_x.to(x.dtype).contiguous(), grad_scale, grad_shift
 
 
+@_meaning_of
 def gated_add_norm_backward(
     y: Tensor,
     branch: Tensor,
@@ -90,14 +115,21 @@ def gated_add_norm_backward(
     )
 
 
+def block_of_token(block_offsets: Tensor, tokens: int) -> Tensor:
+    """Which block each token belongs to: int64 [tokens]. A number of a block for any offsets
+    whatever, so that it cannot index beyond the blocks."""
+    ends = block_offsets[1:-1].contiguous()  # the last block's is not needed
+    each = torch.arange(tokens, dtype=ends.dtype, device=ends.device)
+    return torch.searchsorted(ends, each, right=True)
+
+
+@_meaning_of
 def block_means(x: Tensor, block_offsets: Tensor) -> Tensor:
     """Mean over each block's tokens. x [B, S, H, D], block_offsets int32 [N + 1] -> [B, H, N, D],
     at least fp32."""
-    lengths = block_offsets.diff()
-    block_of_token = torch.repeat_interleave(lengths, output_size=x.shape[1])
-    wide = _wide(x)
+    lengths, wide = block_offsets.diff(), _wide(x)
     sums = wide.new_zeros(x.shape[0], lengths.shape[0], *x.shape[2:])  # [B, N, H, D]
-    sums = sums.index_add(1, block_of_token, wide)
+    sums = sums.index_add(1, block_of_token(block_offsets, x.shape[1]), wide)
     # [B, H, N, D]
     return (sums / lengths.to(wide.dtype)[:, None, None]).transpose(1, 2).contiguous()
 
@@ -119,6 +151,7 @@ def _rotate(
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
+@_meaning_of
 def norm_rope(
     x: Tensor,
     weight: Tensor,
@@ -140,6 +173,7 @@ def norm_rope(
     return y, means
 
 
+@_meaning_of
 def norm_rope_backward(
     x: Tensor,
     weight: Tensor,
@@ -162,7 +196,11 @@ def norm_rope_backward(
 
 
 def pack_selection(keep: Tensor) -> Tensor:
-    """bool [..., N] -> int32 [..., W]: bit j % 32 of word j // 32 says that block j is kept."""
+    """bool [..., N] -> int32 [..., W]: bit j % 32 of word j // 32 says that block j is kept.
+
+    Raises TypeError on other dtypes, ValueError without a dimension.
+    """
+    checks.pack_selection(keep)
     words = -(-keep.shape[-1] // 32)
     padded = F.pad(keep, (0, words * 32 - keep.shape[-1])).unflatten(-1, (words, 32))
     weights = torch.ones(32, dtype=torch.int64, device=keep.device) << torch.arange(
@@ -172,7 +210,11 @@ def pack_selection(keep: Tensor) -> Tensor:
 
 
 def unpack_selection(selection: Tensor, blocks: int) -> Tensor:
-    """int32 [..., W] -> bool [..., blocks]."""
+    """int32 [..., W] -> bool [..., blocks].
+
+    Raises ValueError where W is not ceil(blocks / 32), TypeError on other dtypes.
+    """
+    checks.unpack_selection(selection, blocks)
     bits = (
         selection[..., None] >> torch.arange(32, device=selection.device, dtype=torch.int32)
     ) & 1
@@ -204,6 +246,7 @@ def _near(rows: Tensor, blocks: int, tiles: list[int], window: list[int]) -> Ten
     return ((coordinates(rows)[:, None] - key[None]).abs() <= radius).all(-1)
 
 
+@_meaning_of
 def select_blocks(
     query_means: Tensor,
     key_means: Tensor,
@@ -217,7 +260,7 @@ def select_blocks(
     B, H, N, D = query_means.shape
     rows_at_once = max(1, _CHUNK_ELEMENTS // max(1, N))
     packed = query_means.new_empty((B, H, N, -(-N // 32)), dtype=torch.int32)
-    for head in range(B * H):
+    for head in range(B * H if N else 0):  # nothing is done for nothing, however often
         batch, head = divmod(head, H)
         query, key = _wide(query_means[batch, head]), _wide(key_means[batch, head])  # [N, D]
         for start in range(0, N, rows_at_once):
@@ -232,6 +275,7 @@ def select_blocks(
     return packed
 
 
+@_meaning_of
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -244,17 +288,14 @@ def block_sparse_attention(
     """Softmax attention over the kept blocks: out [B, S, H, D] in query's dtype, natural
     log-sum-exp [B, H, S]."""
     B, S, H, D = query.shape
-    starts, block_of_token = (
-        block_offsets.tolist(),
-        torch.repeat_interleave(block_offsets.diff(), output_size=S),
-    )
+    starts, owner = block_offsets.tolist(), block_of_token(block_offsets, S)
     keep = unpack_selection(selection, len(starts) - 1)
     outs, sums = [query.new_empty(0, D)], [_wide(query).new_empty(0)]  # row by row of blocks
-    for batch in range(B):
+    for batch in range(B if S and H else 0):
         for head in range(H):
             q, k, v = (_wide(x[batch, :, head]) for x in (query, key, value))  # [S, D]
             for block, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
-                kept = keep[batch, head, block][block_of_token].nonzero()[:, 0]
+                kept = keep[batch, head, block][owner].nonzero()[:, 0]
                 logits = q[start:stop] @ k[kept].T * scale  # [rows, kept tokens]
                 # a product over no tokens is zero
                 outs.append((logits.softmax(-1) @ v[kept]).to(query.dtype))
@@ -264,6 +305,7 @@ def block_sparse_attention(
     )
 
 
+@_meaning_of
 def block_sparse_attention_backward(
     query: Tensor,
     key: Tensor,
@@ -279,15 +321,12 @@ def block_sparse_attention_backward(
     """Gradients of query, key and value (arXiv 2205.14135, appendix B.2). The selection has none:
     it is a choice."""
     B, S, H, _ = query.shape
-    starts, block_of_token = (
-        block_offsets.tolist(),
-        torch.repeat_interleave(block_offsets.diff(), output_size=S),
-    )
+    starts, owner = block_offsets.tolist(), block_of_token(block_offsets, S)
     keep = unpack_selection(selection, len(starts) - 1)
     grad_query, grad_key, grad_value = (
         torch.zeros_like(_wide(query), memory_format=torch.contiguous_format) for _ in range(3)
     )
-    for batch in range(B):
+    for batch in range(B if S and H else 0):
         for head in range(H):
             # [S, D]
             q, k, v, o, g = (_wide(x[batch, :, head]) for x in (query, key, value, out, grad_out))
@@ -297,7 +336,7 @@ def block_sparse_attention_backward(
             for block, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
                 rows, kept = (
                     slice(start, stop),
-                    keep[batch, head, block][block_of_token].nonzero()[:, 0],
+                    keep[batch, head, block][owner].nonzero()[:, 0],
                 )
                 # [rows, kept tokens]
                 share = (q[rows] @ k[kept].T * scale - lse[batch, head, rows, None]).exp()
@@ -308,10 +347,13 @@ def block_sparse_attention_backward(
     return grad_query.to(query.dtype), grad_key.to(query.dtype), grad_value.to(query.dtype)
 
 
+@_meaning_of
 def group_moments(x: Tensor, groups: int) -> Tensor:
     """Mean and biased variance of every group of channels in every frame. x [B, T, Y, X, C] -> fp64
     [B, T, groups, 2]."""
     moments = x.new_empty((*x.shape[:2], groups, 2), dtype=torch.float64)
+    if not x.numel():  # the mean of nothing
+        return moments.fill_(math.nan)
     for b in range(x.shape[0]):
         for t in range(x.shape[1]):  # one at a time: the others cannot change a frame's result
             wide = x[b, t].double().unflatten(-1, (groups, -1))  # [Y, X, G, C/G]
@@ -320,6 +362,7 @@ def group_moments(x: Tensor, groups: int) -> Tensor:
     return moments
 
 
+@_meaning_of
 def group_norm_silu(
     x: Tensor, scale: Tensor, shift: Tensor, front: Tensor | None, pad: bool, silu: bool
 ) -> Tensor:
@@ -337,6 +380,7 @@ def group_norm_silu(
     return torch.cat((front, y), 1).contiguous()
 
 
+@_meaning_of
 def frame_causal_attention(
     query: Tensor, key: Tensor, value: Tensor, first_frame: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -345,9 +389,9 @@ def frame_causal_attention(
     B, T, P, _ = query.shape
     out, lse = (
         torch.empty_like(query, memory_format=torch.contiguous_format),
-        _wide(query[..., 0]).new_empty(B, T, P),
+        query.new_empty((B, T, P), dtype=torch.promote_types(query.dtype, torch.float32)),
     )
-    for b in range(B):
+    for b in range(B if lse.numel() else 0):
         keys, values = _wide(key[b]), _wide(value[b])  # [T', P', D]
         for t in range(T):
             # [prefix, D]
@@ -368,6 +412,7 @@ def frame_causal_attention(
     return out, lse
 
 
+@_meaning_of
 def causal_conv3d(
     x_padded: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]
 ) -> Tensor:
@@ -403,13 +448,15 @@ def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -
     """F.conv3d, but always through oneDNN where it can be: PyTorch's choice for small inputs is up
     to seven times slower.
 
-    Under torch.compile, which cannot trace the call to oneDNN, the choice is the compiler's.
+    Under torch.compile and of fake tensors, for which there is no call to oneDNN to trace, the
+    choice is PyTorch's.
     """
-    grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    )
     other = (
-        grad or torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32
+        derives(x, weight, bias)
+        or torch.compiler.is_compiling()
+        or is_fake(x)
+        or x.device.type != "cpu"
+        or x.dtype != torch.float32
     )
     if other or not torch.backends.mkldnn.is_available():
         return F.conv3d(x, weight, bias, stride)

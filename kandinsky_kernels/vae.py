@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import reference
+from . import checks, reference
 from ._library import declare, needs_reference
 
 GROUP_NORM_EPS = 1e-6
@@ -105,7 +105,7 @@ def group_affine(
     eps), shift = bias - mean scale, in fp64.
     moments: fp64 [B, T, G, 2] from `group_moments`. weight, bias: [C] of one float dtype, C a
     multiple of G. Returns two [B, C], fp32, or fp64 for fp64 weights. Raises ValueError on other
-    shapes.
+    shapes, TypeError on tensors that are not floats.
     """
     if moments.dim() != 4 or moments.shape[-1] != 2 or not moments.shape[1]:
         raise ValueError(
@@ -114,7 +114,10 @@ def group_affine(
             "make them with group_moments."
         )
     G = moments.shape[2]
-    if weight.dim() != 1 or weight.shape != bias.shape or weight.shape[0] % G:
+    checks.one_place(moments=moments, weight=weight, bias=bias)
+    for name, tensor in (("moments", moments), ("weight", weight), ("bias", bias)):
+        checks.floats(name, tensor)
+    if not G or weight.dim() != 1 or weight.shape != bias.shape or weight.shape[0] % G:
         raise ValueError(
             f"weight and bias must share one shape [C] with C a multiple of {G} "
             "groups, "
@@ -236,19 +239,7 @@ def causal_conv3d(
     [C', C, kT, kY, kX] of its dtype. Returns a contiguous [B, T', Y', X', C'] in x_padded's dtype
     with T' = (T - 1) // stride + 1 and so on. Frames go in several calls where one would have an
     operand of 2^31 elements. A Triton kernel takes cuDNN's place once `tuning.TRITON` names this
-    operator. Raises ValueError on other shapes.
+    operator. Raises ValueError on other shapes and strides, TypeError on other dtypes.
     """
-    _check_floats("x_padded", x_padded, "B, T, Y, X, C")
-    taps, sizes = weight.shape[2:], x_padded.shape[1:4]
-    if (
-        weight.dim() != 5
-        or weight.shape[1] != x_padded.shape[-1]
-        or any(n < k for n, k in zip(sizes, taps, strict=True))
-    ):
-        raise ValueError(
-            "weight must have shape [C', C, kT, kY, kX] with C = "
-            f"{x_padded.shape[-1]} and fit into x_padded, "
-            f"got {list(weight.shape)} for {list(x_padded.shape)}."
-        )
     op = reference.causal_conv3d if needs_reference(x_padded, weight, bias) else _causal_conv3d
     return op(x_padded, weight, bias, list(stride))

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:
             if args.debug:
                 raise
-            _complain(args, _one_sentence(error))
+            _complain(args, _one_sentence(error), getattr(error, "is_told", None))
             return 2
     return 0
 
@@ -46,10 +46,16 @@ def _detail(stop: KeyboardInterrupt) -> str:
     return text if not text or text.startswith(";") else f" {text}"
 
 
-def _complain(args: argparse.Namespace, text: str) -> None:
-    """Print once where several processes share a run, because what fails before they share it
-    fails in all of them alike."""
-    if os.environ.get("RANK", "0") == "0" or getattr(args, "prompts", None):
+def _complain(args: argparse.Namespace, text: str, is_told: bool | None = None) -> None:
+    """Print what went wrong: once, where several processes share a run.
+
+    is_told: whether another process has said the same; None where that is not known, because the
+    processes did not share anything yet, and what goes wrong then goes wrong in all of them.
+    """
+    if is_told is None:
+        own_videos = getattr(args, "prompts", None) or getattr(args, "seeds", None)
+        is_told = os.environ.get("RANK", "0") != "0" and not own_videos
+    if not is_told:
         with suppress(OSError):  # the terminal has hung up, which may be why the command ends
             print(f"kandinsky: {text}", file=sys.stderr)
 

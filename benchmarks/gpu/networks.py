@@ -10,11 +10,11 @@ from torch import Tensor
 
 import kandinsky_kernels as ops
 from kandinsky_model.config import HUNYUAN_VAE, LITE_DIT, DiTConfig, NablaConfig, VAEConfig
-from kandinsky_model.dit import attention as attention_module
+from kandinsky_model.dit import nabla
 from kandinsky_model.dit.layout import make_layout
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
-from kandinsky_model.vae.tiles import TilePlan
+from kandinsky_model.vae.tiles import Tiling
 
 from .card import FULL, Clock, Size, block_mask, masks, peak_memory, ratios, show
 
@@ -51,7 +51,7 @@ def transformer(clock: Clock, size: Size, _: dict) -> list[dict]:
     theirs = diffusers_transformer(dit, inputs, plan, chosen)
     if theirs is not None:
         calls["diffusers"] = theirs
-    with mock.patch.object(attention_module, "select_blocks", lambda *_: chosen):
+    with mock.patch.object(nabla, "select_blocks", lambda *_: chosen):
         _, peak = peak_memory(calls["ours"], clock.device)
         times = clock.measure(calls)
     row = {
@@ -150,7 +150,7 @@ def vae(clock: Clock, size: Size, _: dict) -> list[dict]:
             device=clock.device,
             dtype=ours.post_quant_conv.weight.dtype,
         )
-        plan = TilePlan.for_frame(8 * latents.shape[3], 8 * latents.shape[4])
+        plan = Tiling.for_frame(8 * latents.shape[3], 8 * latents.shape[4])
         _, peak = peak_memory(
             lambda latents=latents: drain(ours.decode_frames(latents)), clock.device
         )

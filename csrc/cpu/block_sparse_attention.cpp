@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../check.h"
@@ -89,12 +90,21 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
   require_shape(value, "value", {B, S, H, D});
   require_shape(selection, "selection", {B, H, N, words});
   require_type(selection, "selection", ScalarType::Int);
-  require_rows(query, "query");
-  const Tensor wide = to_float(query), bits = torch::stable::contiguous(selection);
-  const Tensor out =
-      torch::stable::new_empty(query, std::vector<int64_t>{B, S, H, D}, ScalarType::Float);
-  const Tensor lse =
-      torch::stable::new_empty(query, std::vector<int64_t>{B, H, S}, ScalarType::Float);
+  const std::pair<const Tensor*, const char*> inputs[] = {
+      {&query, "query"}, {&key, "key"}, {&value, "value"}};
+  require_float(query, "query");
+  for (const auto& [tensor, name] : inputs) {
+    require_rows(*tensor, name);
+    require_type(*tensor, name, query.scalar_type());
+  }
+  const Tensor out = fresh(query, "the result", {B, S, H, D}, ScalarType::Float);
+  const Tensor lse = fresh(query, "the log-sum-exp", {B, H, S}, ScalarType::Float);
+  const auto rounded = [&] {
+    return query.scalar_type() == ScalarType::Float ? out
+                                                    : torch::stable::to(out, query.scalar_type());
+  };
+  if (!lse.numel()) return {rounded(), lse};
+  const Tensor wide = to_float(query), bits = gapless(selection);
   const int64_t group = std::max<int64_t>(1, kPackedBytes / std::max<int64_t>(1, 8 * S * D));
   for (int64_t i = 0; i < B * H; i += std::min(group, H - i % H)) {
     const int64_t sample = i / H, first = i % H, heads = std::min(group, H - first);
@@ -118,12 +128,10 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
                            words,
                            float(scale),
                            &next_task};
-    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1,
-                                [&](int64_t a, int64_t b) { run_simd(kernel, a, b); });
+    parallel_for(torch::stable::get_num_threads(), 1,
+                 [&](int64_t a, int64_t b) { run_simd(kernel, a, b); });
   }
-  return {
-      query.scalar_type() == ScalarType::Float ? out : torch::stable::to(out, query.scalar_type()),
-      lse};
+  return {rounded(), lse};
 }
 
 }  // namespace

@@ -42,13 +42,13 @@ struct Pairs {
   std::vector<int64_t> row_pair;
 
   Pairs(const int32_t* selection, int64_t heads, int64_t N, int64_t words)
-      : column_start(heads * N + 1), row_start(heads * N + 1) {
+      : column_start(zeros<int64_t>(heads * N + 1)), row_start(zeros<int64_t>(heads * N + 1)) {
     each(selection, heads, N, words,
          [&](int64_t row, int64_t column) { ++row_start[row + 1], ++column_start[column + 1]; });
     for (int64_t i = 0; i < heads * N; ++i)
       row_start[i + 1] += row_start[i], column_start[i + 1] += column_start[i];
-    query_of.resize(row_start.back()), key_of.resize(row_start.back()),
-        row_pair.resize(row_start.back());
+    query_of = zeros<int32_t>(row_start.back()), key_of = zeros<int32_t>(row_start.back());
+    row_pair = zeros<int64_t>(row_start.back());
     std::vector<int64_t> next = column_start;
     int64_t entry = 0;
     each(selection, heads, N, words, [&](int64_t row, int64_t column) {
@@ -95,8 +95,8 @@ KANDINSKY_INLINE void copy_lanes(const float* from, int64_t count, float* to, in
 }
 
 // The first pass over everything: `common` of every row, and keys with their dimensions in lanes.
-// `common` is summed in the order of the products it is taken off, so that the change of a weight
-// of 1 is exactly 0.
+// `common` is summed in the order of the products it is taken off, in the same chains, so that the
+// change of a weight of 1 is exactly 0.
 struct Prepare : Backward {
   static constexpr int kTogether =
       8;  // rows, so that each addition need not wait for the one before it
@@ -108,9 +108,13 @@ struct Prepare : Backward {
     for (int64_t first = begin; first < end; first += kTogether) {
       float sums[kTogether]{};
       const int64_t rows = std::min<int64_t>(kTogether, end - first);
-      for (int64_t d = 0; d < D; ++d)
-        for (int64_t i = 0; i < rows; ++i)
-          sums[i] += out[(first + i) * D + d] * grad_out[(first + i) * D + d];
+      for (int64_t start = 0; start < D; start += kChain) {
+        float chain[kTogether]{};
+        for (int64_t d = start; d < std::min(D, start + kChain); ++d)
+          for (int64_t i = 0; i < rows; ++i)
+            chain[i] += out[(first + i) * D + d] * grad_out[(first + i) * D + d];
+        for (int64_t i = 0; i < rows; ++i) sums[i] += chain[i];
+      }
       for (int64_t row = first; row < first + rows; ++row) {
         common[row] = grad_lse ? sums[row - first] - grad_lse[row] : sums[row - first];
         float* to = lanes + (row / S * panels * S + row % S) * P;
@@ -284,17 +288,17 @@ struct OfQueries : Backward {
 
 template <class Kernel>
 void run_on_all_threads(const Kernel& kernel) {
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1,
-                              [&](int64_t a, int64_t b) { run_simd(kernel, a, b); });
+  parallel_for(torch::stable::get_num_threads(), 1,
+               [&](int64_t a, int64_t b) { run_simd(kernel, a, b); });
 }
 
 Tensor scratch(const Tensor& like, int64_t floats) {
-  return torch::stable::new_empty(like, std::vector<int64_t>{floats}, ScalarType::Float);
+  return fresh(like, "working memory", {floats}, ScalarType::Float);
 }
 
 void run_backward(Backward& backward, const Tensor& like) {
-  torch::stable::parallel_for(0, backward.heads * backward.S, 256,
-                              [&](int64_t a, int64_t b) { run_simd(Prepare{backward}, a, b); });
+  parallel_for(backward.heads * backward.S, 256,
+               [&](int64_t a, int64_t b) { run_simd(Prepare{backward}, a, b); });
   const std::vector<int64_t>& starts = backward.pairs.column_start;
   const int64_t columns = int64_t(starts.size()) - 1;
   int64_t most = kStripPairs;
@@ -320,22 +324,31 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
   const int64_t N = offsets.numel() - 1, words = (N + 31) / 32;
   const std::pair<const Tensor*, const char*> alike[] = {
       {&key, "key"}, {&value, "value"}, {&out, "out"}, {&grad_out, "grad_out"}};
-  for (const auto& [tensor, name] : alike) require_shape(*tensor, name, {B, S, H, D});
+  require_float(query, "query");
+  for (const auto& [tensor, name] : alike) {
+    require_shape(*tensor, name, {B, S, H, D});
+    require_type(*tensor, name, query.scalar_type());
+  }
+  require_rows(query, "query");
+  require_rows(key, "key");
+  require_rows(value, "value");
+  require_type(lse, "lse", ScalarType::Float);
+  if (grad_lse) require_type(*grad_lse, "grad_lse", ScalarType::Float);
   require_shape(lse, "lse", {B, H, S});
   if (grad_lse) require_shape(*grad_lse, "grad_lse", {B, H, S});
   require_shape(selection, "selection", {B, H, N, words});
   require_type(selection, "selection", ScalarType::Int);
-  const Tensor bits = torch::stable::contiguous(selection),
-               sums = torch::stable::contiguous(to_float(lse));
-  const Tensor grad_sums = grad_lse ? torch::stable::contiguous(to_float(*grad_lse)) : sums;
+  const Tensor bits = gapless(selection), sums = gapless(lse);
+  const Tensor grad_sums = grad_lse ? gapless(*grad_lse) : sums;
   Tensor gradients[3];
   for (Tensor& gradient : gradients)
-    gradient = torch::stable::new_zeros(query, std::vector<int64_t>{B, S, H, D}, ScalarType::Float);
+    gradient = fresh_zeros(query, "a gradient", {B, S, H, D}, ScalarType::Float);
   const int64_t group = std::max<int64_t>(1, kPackedBytes / std::max<int64_t>(1, 24 * S * D)),
-                lane_D = (D + 31) / 32 * 32;
-  const Tensor common = scratch(query, std::min(group, H) * S),
-               lanes = scratch(query, std::min(group, H) * S * lane_D);
-  for (int64_t i = 0; i < B * H; i += std::min(group, H - i % H)) {
+                lane_D = D / 32 * 32 + 32;
+  const int64_t rows = query.numel() ? std::min(group, H) * S : 0;
+  const Tensor common = scratch(query, rows), lanes = scratch(query, rows * lane_D);
+  const int64_t all_heads = query.numel() ? B * H : 0;
+  for (int64_t i = 0; i < all_heads; i += std::min(group, H - i % H)) {
     const int64_t sample = i / H, first = i % H, heads = std::min(group, H - first);
     Tensor packed[5];
     int64_t next = 0;

@@ -10,14 +10,12 @@ constexpr int64_t kMaxBlock = 64;
 // Heads [first, first + count) of one sample of [B, S, H, D] as contiguous fp32 [count, S, D].
 inline Tensor pack(const Tensor& t, int64_t sample, int64_t first, int64_t count) {
   Tensor heads = torch::stable::select(t, 0, sample);
-  return torch::stable::contiguous(
+  return gapless(
       to_float(torch::stable::transpose(torch::stable::narrow(heads, 1, first, count), 0, 1)));
 }
 
 inline void require_blocks(const Tensor& offsets, int64_t S) {
-  require(offsets.dim() == 1 && offsets.numel() > 0 && offsets.is_contiguous(),
-          "block_offsets must be contiguous int32 [N + 1], got ", shape_of(offsets), ".");
-  require_type(offsets, "block_offsets", ScalarType::Int);
+  require_list(offsets);
   const int32_t* p = data<int32_t>(offsets);
   const int64_t N = offsets.numel() - 1;
   bool fit = p[0] == 0 && p[N] == S;

@@ -114,18 +114,19 @@ std::tuple<Tensor, Tensor> frame_causal_attention(const Tensor& query, const Ten
                 frames = key.size(1), keys = key.size(2);
   require_shape(key, "key", {B, frames, keys, D});
   require_shape(value, "value", {B, frames, keys, D});
-  require(keys > 0 && first_frame >= 0 && frames >= first_frame + T,
+  require(keys > 0 && first_frame >= 0 && T <= frames && first_frame <= frames - T,
           "key must have the frames of query and first_frame >= 0 earlier ones, got ", frames,
           " frames for ", T, " and ", first_frame, ".");
+  require_float(query, "query");
   const std::tuple<const Tensor*, const char*> inputs[] = {
       {&query, "query"}, {&key, "key"}, {&value, "value"}};
   for (const auto& [x, name] : inputs) {
     require_rows(*x, name);
     require_type(*x, name, query.scalar_type());
   }
-  const Tensor out = torch::stable::new_empty(query, std::vector<int64_t>{B, T, P, D});
-  const Tensor lse =
-      torch::stable::new_empty(query, std::vector<int64_t>{B, T, P}, ScalarType::Float);
+  const Tensor out = fresh(query, "the result", {B, T, P, D});
+  const Tensor lse = fresh(query, "the log-sum-exp", {B, T, P}, ScalarType::Float);
+  if (!lse.numel()) return {out, lse};
   dispatch_float(query, "query", [&](auto type) {
     using E = decltype(type);
     std::atomic<int64_t> next_task{0};
@@ -142,8 +143,8 @@ std::tuple<Tensor, Tensor> frame_causal_attention(const Tensor& query, const Ten
                                    first_frame,
                                    float(scale),
                                    &next_task};
-    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1,
-                                [&](int64_t a, int64_t b) { run_simd(kernel, a, b); });
+    parallel_for(torch::stable::get_num_threads(), 1,
+                 [&](int64_t a, int64_t b) { run_simd(kernel, a, b); });
   });
   return {out, lse};
 }

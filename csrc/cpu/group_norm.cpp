@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numbers>
 #include <optional>
 #include <type_traits>
@@ -33,8 +34,7 @@ template <class Kernel>
 void run_parallel(const Kernel& kernel, int64_t units, int64_t elements_per_unit) {
   const int64_t grain =
       std::max<int64_t>(1, kSlabElements / std::max<int64_t>(1, elements_per_unit));
-  torch::stable::parallel_for(0, units, grain,
-                              [&](int64_t begin, int64_t end) { run_simd(kernel, begin, end); });
+  parallel_for(units, grain, [&](int64_t begin, int64_t end) { run_simd(kernel, begin, end); });
 }
 
 // A [B, T, Y, X, C] tensor whose pixels are contiguous.
@@ -146,7 +146,7 @@ struct FrameSums {
 // channels have `count` pixels.
 void join(const double* sums, const float* pivot, int64_t slabs, int64_t C, int64_t G, double count,
           double* moments) {
-  std::vector<double> mean(C), spread(C);
+  std::vector<double> mean = zeros<double>(C), spread = zeros<double>(C);
   for (int64_t slab = 0; slab < slabs; ++slab)
     for (int64_t c = 0; c < C; ++c)
       mean[c] += sums[2 * slab * C + c], spread[c] += sums[(2 * slab + 1) * C + c];
@@ -173,13 +173,18 @@ Tensor group_moments(const Tensor& x, int64_t groups) {
   const int64_t B = x.size(0), T = x.size(1), Y = x.size(2), X = x.size(3), C = x.size(4);
   require(groups > 0 && C % groups == 0, "groups must divide the ", C, " channels of x, got ",
           groups, ".");
-  const Tensor moments =
-      torch::stable::new_empty(x, std::vector<int64_t>{B, T, groups, 2}, ScalarType::Double);
+  require_float(x, "x");
+  const Tensor moments = fresh(x, "the moments", {B, T, groups, 2}, ScalarType::Double);
+  if (!moments.numel()) return moments;
+  if (!x.numel()) {  // the mean of nothing
+    std::fill_n(mutable_data<double>(moments), moments.numel(), double(NAN));
+    return moments;
+  }
   const int64_t rows = std::max<int64_t>(
       {1, (Y + kSlabs - 1) / kSlabs, kSlabElements / std::max<int64_t>(1, X * C)});
   const int64_t slabs = (Y + rows - 1) / rows;
-  std::vector<float> pivot(B * T * C);
-  std::vector<double> sums(B * T * slabs * 2 * C);
+  std::vector<float> pivot = zeros<float>(B * T * C);
+  std::vector<double> sums = zeros<double>(B * T * slabs * 2 * C);
   dispatch_float(x, "x", [&](auto type) {
     using E = decltype(type);
     const FrameSums<E> kernel{Video<E>(x), pivot.data(), sums.data(), Y, X, C, slabs, rows};
@@ -262,19 +267,13 @@ struct GroupNormSilu {
   }
 };
 
-// [B, C] of any float type as fp32 without gaps.
-Tensor vectors(const Tensor& t, const char* name, int64_t B, int64_t C) {
-  require_shape(t, name, {B, C});
-  return torch::stable::contiguous(to_float(t));
-}
-
 Tensor group_norm_silu(const Tensor& x, const Tensor& scale, const Tensor& shift,
                        const std::optional<Tensor>& front, bool pad, bool silu) {
   require(x.dim() == 5, "x must have shape [B, T, Y, X, C], got ", shape_of(x), ".");
   require_rows(x, "x");
   const int64_t B = x.size(0), T = x.size(1), Y = x.size(2), X = x.size(3), C = x.size(4),
                 edge = pad ? 2 : 0;
-  require(!pad || (Y * X > 0 && (T > 0 || front)), "x must have a pixel to repeat, got ",
+  require(!pad || (Y > 0 && X > 0 && (T > 0 || front)), "x must have a pixel to repeat, got ",
           shape_of(x), ".");
   if (front) {
     require(pad, "front must come with pad.");
@@ -282,10 +281,14 @@ Tensor group_norm_silu(const Tensor& x, const Tensor& scale, const Tensor& shift
     require_type(*front, "front", x.scalar_type());
     require_rows(*front, "front");
   }
-  const Tensor wide_scale = vectors(scale, "scale", B, C),
-               wide_shift = vectors(shift, "shift", B, C);
-  Tensor out =
-      torch::stable::new_empty(x, std::vector<int64_t>{B, T + edge, Y + edge, X + edge, C});
+  require_float(x, "x");
+  require_vector(scale, "scale", {B, C});
+  require_vector(shift, "shift", {B, C});
+  require(std::max({T, Y, X}) <= std::numeric_limits<int64_t>::max() - edge,
+          "x must leave room for its borders, got ", shape_of(x), ".");
+  Tensor out = fresh(x, "the result", {B, T + edge, Y + edge, X + edge, C});
+  if (!out.numel()) return out;
+  const Tensor wide_scale = gapless(to_float(scale)), wide_shift = gapless(to_float(shift));
   dispatch_float(x, "x", [&](auto type) {
     using E = decltype(type);
     const int64_t before = front ? 2 : 0;

@@ -32,7 +32,7 @@ struct ModulatedNorm {
 
   template <int W>
   KANDINSKY_INLINE void run(int64_t begin, int64_t end) const {
-    std::vector<float> scratch(C);
+    std::vector<float> scratch = zeros<float>(C);
     for (int64_t row = begin; row < end; ++row) {
       const float* wide = widened<W>(x[row], C, scratch.data());
       const int64_t sample = row / S * C;
@@ -50,7 +50,7 @@ struct GatedAddNorm {
 
   template <int W>
   KANDINSKY_INLINE void run(int64_t begin, int64_t end) const {
-    std::vector<float> scratch(C);
+    std::vector<float> scratch = zeros<float>(C);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t sample = row / S * C;
       const T *a = x[row], *b = branch[row];
@@ -99,7 +99,8 @@ struct NormRope {
 
   template <int W>
   KANDINSKY_INLINE void run(int64_t begin, int64_t end) const {
-    std::vector<float> scratch(3 * D), partial(offsets ? H * D : 0), sums(partial.size());
+    std::vector<float> scratch = zeros<float>(3 * D), partial = zeros<float>(offsets ? H * D : 0),
+                       sums = zeros<float>(int64_t(partial.size()));
     for (int64_t unit = begin; unit < end; ++unit) {
       if (!offsets) {
         token<W>(unit / S, unit % S, scratch.data(), nullptr);
@@ -125,9 +126,11 @@ Tensor modulated_norm(const Tensor& x, const Tensor& scale, const Tensor& shift,
   require(x.dim() == 3, "x must have shape [B, S, C], got ", shape_of(x), ".");
   const int64_t B = x.size(0), S = x.size(1), C = x.size(2);
   require_rows(x, "x");
-  require_shape(scale, "scale", {B, C});
-  require_shape(shift, "shift", {B, C});
-  Tensor out = torch::stable::new_empty(x, std::vector<int64_t>{B, S, C});
+  require_vector(scale, "scale", {B, C});
+  require_vector(shift, "shift", {B, C});
+  require_float(x, "x");
+  Tensor out = fresh(x, "the result", {B, S, C});
+  if (!x.numel()) return out;
   const auto wide_scale = vectors(scale, "scale", 1.0f), wide_shift = vectors(shift, "shift");
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
@@ -149,16 +152,19 @@ std::tuple<Tensor, Tensor> gated_add_norm(const Tensor& x, const Tensor& branch,
   require_rows(branch, "branch");
   require_shape(branch, "branch", {B, S, C});
   require_type(branch, "branch", x.scalar_type());
-  require_shape(gate, "gate", {B, C});
+  require_vector(gate, "gate", {B, C});
   const std::vector<int64_t> shape{B, S, C};
-  Tensor y = torch::stable::new_empty(x, shape);
-  Tensor normed = scale ? torch::stable::new_empty(x, shape)
-                        : torch::stable::new_empty(x, std::vector<int64_t>{0});
+  if (scale) {
+    require_vector(*scale, "scale", {B, C});
+    require_vector(*shift, "shift", {B, C});
+  }
+  require_float(x, "x");
+  Tensor y = fresh(x, "the sum", shape);
+  Tensor normed = fresh(x, "the result", scale ? shape : std::vector<int64_t>{0});
+  if (!x.numel()) return {y, normed};
   const auto wide_gate = vectors(gate, "gate");
   std::vector<float> wide_scale, wide_shift;
   if (scale) {
-    require_shape(*scale, "scale", {B, C});
-    require_shape(*shift, "shift", {B, C});
     wide_scale = vectors(*scale, "scale", 1.0f);
     wide_shift = vectors(*shift, "shift");
   }
@@ -173,9 +179,7 @@ std::tuple<Tensor, Tensor> gated_add_norm(const Tensor& x, const Tensor& branch,
 }
 
 void require_offsets(const Tensor& offsets, int64_t S) {
-  require(offsets.dim() == 1 && offsets.is_contiguous() && offsets.numel() > 0,
-          "block_offsets must have shape [N + 1], got ", shape_of(offsets), ".");
-  require_type(offsets, "block_offsets", ScalarType::Int);
+  require_list(offsets);
   const int32_t* p = data<int32_t>(offsets);
   const int64_t N = offsets.numel() - 1;
   bool ascending = p[0] == 0 && p[N] == S;
@@ -194,14 +198,16 @@ std::tuple<Tensor, Tensor> norm_rope(const Tensor& x, const Tensor& weight,
           shape_of(x), ".");
   const int64_t B = x.size(0), S = x.size(1), H = x.size(2), D = x.size(3);
   require_rows(x, "x");
-  require_shape(weight, "weight", {D});
+  require_vector(weight, "weight", {D});
   const Angles angles = angles_of(cos, sin, positions, pairs, S, D);
   if (offsets) require_offsets(*offsets, S);
   const int64_t N = offsets ? offsets->numel() - 1 : 0;
-  Tensor y = torch::stable::new_empty(x, std::vector<int64_t>{B, S, H, D});
+  require_float(x, "x");
+  Tensor y = fresh(x, "the result", {B, S, H, D});
   const std::vector<int64_t> mean_shape =
       offsets ? std::vector<int64_t>{B, H, N, D} : std::vector<int64_t>{0};
-  Tensor means = torch::stable::new_empty(x, mean_shape, ScalarType::Float);
+  Tensor means = fresh(x, "the means", mean_shape, ScalarType::Float);
+  if (!x.numel()) return {y, means};
   const auto wide_weight = vectors(weight, "weight");
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);

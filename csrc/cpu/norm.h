@@ -184,8 +184,7 @@ template <class Kernel>
 void run_parallel(const Kernel& kernel, int64_t units, int64_t elements_per_unit) {
   const int64_t grain =
       std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements_per_unit));
-  torch::stable::parallel_for(0, units, grain,
-                              [&](int64_t begin, int64_t end) { run_simd(kernel, begin, end); });
+  parallel_for(units, grain, [&](int64_t begin, int64_t end) { run_simd(kernel, begin, end); });
 }
 
 // [B, C] or [D] in any float type as contiguous fp32, plus a constant.
@@ -193,7 +192,7 @@ inline std::vector<float> vectors(const Tensor& t, const char* name, float plus 
   require_rows(t, name);
   const int64_t C = t.size(t.dim() - 1), rows = t.dim() == 2 ? t.size(0) : 1,
                 stride = t.dim() == 2 ? t.stride(0) : 0;
-  std::vector<float> wide(rows * C);
+  std::vector<float> wide = zeros<float>(rows * C);
   dispatch_float(t, name, [&](auto type) {
     const auto* source = data<decltype(type)>(t);
     for (int64_t row = 0; row < rows; ++row)
@@ -211,12 +210,14 @@ inline const float* table_of(const Tensor& table, const char* name, int64_t P, i
 
 inline const int32_t* positions_of(const Tensor& positions, int64_t S,
                                    const std::vector<int64_t>& pairs, int64_t P, int64_t D) {
-  int64_t sum = 0;
+  int64_t left = D / 2;  // subtracted, because a sum could overflow
+  bool fit = true;
   for (const int64_t count : pairs) {
-    require(count >= 0, "pairs must not be negative, got ", count, ".");
-    sum += count;
+    fit = fit && 0 <= count && count <= left;
+    left -= fit ? count : 0;
   }
-  require(sum == D / 2, "pairs must have the sum D / 2 = ", D / 2, ", got ", sum, ".");
+  require(fit && !left, "pairs must be numbers from 0 on with sum D / 2 = ", D / 2, ", got ",
+          list_of(pairs), ".");
   require_shape(positions, "positions", {S, int64_t(pairs.size())});
   require_type(positions, "positions", ScalarType::Int);
   require(positions.is_contiguous(), "positions must be contiguous; call .contiguous() first.");

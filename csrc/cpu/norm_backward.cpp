@@ -26,7 +26,7 @@ KANDINSKY_INLINE int64_t chunks_of(int64_t S) { return (S + kChunk - 1) / kChunk
 // Sums of `count` floats over the rows of a chunk.
 class ChunkSums {
  public:
-  explicit ChunkSums(int64_t count) : chain_(count), total_(count) {}
+  explicit ChunkSums(int64_t count) : chain_(zeros<float>(count)), total_(zeros<double>(count)) {}
   float* chain() { return chain_.data(); }  // what a row is added to
   void begin() { std::fill(total_.begin(), total_.end(), 0.0); }
   KANDINSKY_INLINE void next() {  // the chain is long enough
@@ -85,7 +85,7 @@ struct LayerNormBackward {
   template <int W>
   KANDINSKY_INLINE void run(int64_t begin, int64_t end) const {
     const int64_t chunks = chunks_of(S);
-    std::vector<float> scratch(2 * C);
+    std::vector<float> scratch = zeros<float>(2 * C);
     ChunkSums partial(kVectors * C);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t first = unit % chunks * kChunk, last = std::min(first + kChunk, S),
@@ -142,7 +142,7 @@ struct NormRopeBackward {
   template <int W>
   KANDINSKY_INLINE void run(int64_t begin, int64_t end) const {
     const int64_t chunks = chunks_of(S);
-    std::vector<float> scratch(4 * D);
+    std::vector<float> scratch = zeros<float>(4 * D);
     ChunkSums partial(D);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t first = unit % chunks * kChunk, last = std::min(first + kChunk, S);
@@ -157,15 +157,21 @@ struct NormRopeBackward {
 };
 
 Tensor floats(const Tensor& like, const std::vector<int64_t>& shape) {
-  return torch::stable::new_empty(like, shape, ScalarType::Float);
+  return fresh(like, "the gradient's sums", shape, ScalarType::Float);
+}
+
+// The sums over no rows at all.
+Tensor no_sums(const Tensor& like, const std::vector<int64_t>& shape) {
+  return fresh_zeros(like, "the gradient's sums", shape, ScalarType::Float);
 }
 
 // totals[i] [rows, C] = the sums of [rows, chunks, n, C] over chunks, for i < n.
 std::vector<Tensor> totals(const Tensor& sums, int64_t rows, int64_t chunks, int64_t n, int64_t C) {
   std::vector<Tensor> out;
   for (int64_t i = 0; i < n; ++i) out.push_back(floats(sums, {rows, C}));
-  torch::stable::parallel_for(0, n * rows, 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> total(C);
+  if (rows == 0 || C == 0) return out;
+  parallel_for(n * rows, 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> total = zeros<double>(C);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t i = unit / rows, row = unit % rows;
       std::fill(total.begin(), total.end(), 0.0);
@@ -183,9 +189,9 @@ void require_like(const Tensor& tensor, const char* name, const Tensor& x, const
   std::vector<int64_t> shape;
   for (int64_t i = 0; i < x.dim(); ++i) shape.push_back(x.size(i));
   require_shape(tensor, name, shape);
-  require(tensor.scalar_type() == x.scalar_type(), name, " must have the dtype of ", of, ", ",
-          torch::headeronly::toString(x.scalar_type()), ", got ",
-          torch::headeronly::toString(tensor.scalar_type()), "; cast it first.");
+  if (tensor.scalar_type() != x.scalar_type())
+    fail<WrongType>(name, " must have the dtype of ", of, " ", type_name(x.scalar_type()), ", got ",
+                    type_name(tensor.scalar_type()), "; cast one of them.");
   require_rows(tensor, name);
 }
 
@@ -194,10 +200,11 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward(const Tensor& x, cons
   require(x.dim() == 3, "x must have shape [B, S, C], got ", shape_of(x), ".");
   const int64_t B = x.size(0), S = x.size(1), C = x.size(2), chunks = chunks_of(S);
   require_rows(x, "x");
-  require_shape(scale, "scale", {B, C});
+  require_vector(scale, "scale", {B, C});
   require_like(grad, "grad", x, "x");
-  const Tensor grad_x = torch::stable::new_empty(x, std::vector<int64_t>{B, S, C}),
-               sums = floats(x, {B, chunks, 2, C});
+  require_float(x, "x");
+  const Tensor grad_x = fresh(x, "the gradient", {B, S, C}), sums = floats(x, {B, chunks, 2, C});
+  if (!x.numel()) return {grad_x, no_sums(x, {B, C}), no_sums(x, {B, C})};
   const auto wide_scale = vectors(scale, "scale", 1.0f);
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);
@@ -219,14 +226,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_add_norm_backward(
   const int64_t B = y.size(0), S = y.size(1), C = y.size(2), chunks = chunks_of(S);
   require_rows(y, "y");
   require_like(branch, "branch", y, "y");
-  require_shape(gate, "gate", {B, C});
-  require_shape(scale, "scale", {B, C});
+  require_vector(gate, "gate", {B, C});
+  require_vector(scale, "scale", {B, C});
   require_like(grad_normed, "grad_normed", y, "y");
   if (grad_y) require_like(*grad_y, "grad_y", y, "y");
   const std::vector<int64_t> shape{B, S, C};
-  const Tensor grad_x = torch::stable::new_empty(y, shape),
-               grad_branch = torch::stable::new_empty(y, shape);
+  require_float(y, "y");
+  const Tensor grad_x = fresh(y, "the gradient", shape),
+               grad_branch = fresh(y, "the gradient of branch", shape);
   const Tensor sums = floats(y, {B, chunks, 3, C});
+  if (!y.numel())
+    return {grad_x, grad_branch, no_sums(y, {B, C}), no_sums(y, {B, C}), no_sums(y, {B, C})};
   const auto wide_scale = vectors(scale, "scale", 1.0f), wide_gate = vectors(gate, "gate");
   dispatch_float(y, "y", [&](auto type) {
     using T = decltype(type);
@@ -259,11 +269,12 @@ std::tuple<Tensor, Tensor> norm_rope_backward(const Tensor& x, const Tensor& wei
           shape_of(x), ".");
   const int64_t B = x.size(0), S = x.size(1), H = x.size(2), D = x.size(3), chunks = chunks_of(S);
   require_rows(x, "x");
-  require_shape(weight, "weight", {D});
+  require_vector(weight, "weight", {D});
   require_like(grad, "grad", x, "x");
   const Angles angles = angles_of(cos, sin, positions, pairs, S, D);
-  const Tensor grad_x = torch::stable::new_empty(x, std::vector<int64_t>{B, S, H, D}),
-               sums = floats(x, {B, chunks, D});
+  require_float(x, "x");
+  const Tensor grad_x = fresh(x, "the gradient", {B, S, H, D}), sums = floats(x, {B, chunks, D});
+  if (!x.numel()) return {grad_x, no_sums(x, {D})};
   const auto wide_weight = vectors(weight, "weight");
   dispatch_float(x, "x", [&](auto type) {
     using T = decltype(type);

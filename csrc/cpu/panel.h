@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "../check.h"
 #include "lanes.h"
 
 namespace kandinsky {
@@ -17,7 +18,7 @@ namespace kandinsky {
 // touch two.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats) : lines_((floats + 15) / 16 + 1) {}
+  explicit Scratch(int64_t floats) : lines_(zeros<Line>((floats + 15) / 16 + 1)) {}
   float* floats() { return lines_[0].floats; }
 
  private:

@@ -211,12 +211,14 @@ Tensor select_blocks(const Tensor& query_means, const Tensor& key_means, double 
                 D = query_means.size(3);
   require_shape(key_means, "key_means", {B, H, N, D});
   require_rows(query_means, "query_means");
-  require(tiles.empty() ||
-              (tiles.size() == 3 && window.size() == 3 && tiles[0] * tiles[1] * tiles[2] == N),
-          "tiles and window must be three numbers each, the tiles with product N = ", N, ".");
-  const Tensor query = to_float(query_means), key = torch::stable::contiguous(to_float(key_means));
-  const Tensor selection = torch::stable::new_empty(
-      query, std::vector<int64_t>{B, H, N, (N + 31) / 32}, ScalarType::Int);
+  require_rows(key_means, "key_means");
+  require_choice(keep_mass, tiles, window, ties, N);
+  require_float(query_means, "query_means");
+  require_type(key_means, "key_means", query_means.scalar_type());
+  const Tensor selection =
+      fresh(query_means, "the selection", {B, H, N, N / 32 + (N % 32 > 0)}, ScalarType::Int);
+  if (!selection.numel()) return selection;
+  const Tensor query = to_float(query_means), key = gapless(to_float(key_means));
   const Selection kernel{data<float>(query),
                          query.stride(0),
                          query.stride(1),
@@ -231,8 +233,8 @@ Tensor select_blocks(const Tensor& query_means, const Tensor& key_means, double 
                          ties == "stable",
                          tiles,
                          window};
-  torch::stable::parallel_for(0, B * H * kernel.chunks(), 1,
-                              [&](int64_t begin, int64_t end) { run_simd(kernel, begin, end); });
+  parallel_for(B * H * kernel.chunks(), 1,
+               [&](int64_t begin, int64_t end) { run_simd(kernel, begin, end); });
   return selection;
 }
 

@@ -36,14 +36,13 @@ Tensor select_blocks_cuda(const Tensor& query_means, const Tensor& key_means, do
           shape_of(query_means), "; use select_blocks.");
   require(B * H * N < int64_t(1) << 31, "this kernel takes fewer than 2^31 rows, got ", B * H * N,
           "; select some heads at a time.");
-  require(tiles.empty() ||
-              (tiles.size() == 3 && window.size() == 3 && tiles[0] * tiles[1] * tiles[2] == N),
-          "tiles and window must be three numbers each, the tiles with product N = ", N, ".");
+  require_choice(keep_mass, tiles, window, ties, N);
+  require_float(query_means, "query_means");
+  require_type(key_means, "key_means", query_means.scalar_type());
   const int32_t device = query_means.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor query = loadable(query_means), key = loadable(key_means);
-  const Tensor selection = torch::stable::new_empty(
-      query, std::vector<int64_t>{B, H, N, (N + 31) / 32}, ScalarType::Int);
+  const Tensor selection = fresh(query, "the selection", {B, H, N, (N + 31) / 32}, ScalarType::Int);
   SelectBlocks p;
   p.query = data<float>(query), p.key = data<float>(key),
   p.selection = mutable_data<uint32_t>(selection);

@@ -136,6 +136,14 @@ def _tile(
 
 
 @triton.jit
+def _tokens(p_offsets, i_block, S):
+    """A block's first token and number of tokens, inside of the S that there are: nobody waited for
+    the offsets to check them."""
+    first = tl.minimum(tl.maximum(tl.load(p_offsets + i_block), 0), S)
+    return first, tl.minimum(tl.load(p_offsets + i_block + 1), S) - first
+
+
+@triton.jit
 def block_sparse_attention(
     p_query,
     p_key,
@@ -184,8 +192,7 @@ def block_sparse_attention(
     m_d = (o_d < D)[None]
     start, length = i_block * TOKENS, TOKENS
     if not FULL:
-        start = tl.load(p_offsets + i_block)
-        length = tl.load(p_offsets + i_block + 1) - start
+        start, length = _tokens(p_offsets, i_block, S)
     o_query = (start + o_t).to(tl.int64)
     m_query = (o_t < length)[:, None] & m_d
     p_q = p_query + i_batch.to(tl.int64) * q_batch + i_head.to(tl.int64) * q_head
@@ -204,8 +211,8 @@ def block_sparse_attention(
         i_key = tl.load(p_list + i).to(tl.int32) & 0xFFFF
         i_first, m_key = i_key * TOKENS, m_d
         if not FULL:
-            i_first = tl.load(p_offsets + i_key)
-            b_inside = o_t < tl.load(p_offsets + i_key + 1) - i_first
+            i_first, i_length = _tokens(p_offsets, i_key, S)
+            b_inside = o_t < i_length
             m_key = b_inside[:, None] & m_d
         b_key = _tile(p_key, i_first, k_token, o_t, o_d, m_key, TMA, i_batch, i_head, TOKENS, BLOCK)
         b_logit = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)  # [TOKENS, TOKENS]
@@ -284,8 +291,7 @@ def block_sparse_attention_backward_query(
     m_d = (o_d < D)[None]
     start, length = i_block * TOKENS, TOKENS
     if not FULL:
-        start = tl.load(p_offsets + i_block)
-        length = tl.load(p_offsets + i_block + 1) - start
+        start, length = _tokens(p_offsets, i_block, S)
     o_query, m_token = (start + o_t).to(tl.int64), o_t < length
     m_query = m_token[:, None] & m_d
     p_q = p_query + i_batch.to(tl.int64) * q_batch + i_head.to(tl.int64) * q_head
@@ -311,8 +317,8 @@ def block_sparse_attention_backward_query(
         i_key = tl.load(p_list + i).to(tl.int32) & 0xFFFF
         i_first, m_key = i_key * TOKENS, m_d
         if not FULL:
-            i_first = tl.load(p_offsets + i_key)
-            b_inside = o_t < tl.load(p_offsets + i_key + 1) - i_first
+            i_first, i_length = _tokens(p_offsets, i_key, S)
+            b_inside = o_t < i_length
             m_key = b_inside[:, None] & m_d
         b_key = _tile(p_key, i_first, k_token, o_t, o_d, m_key, TMA, i_batch, i_head, TOKENS, BLOCK)
         b_value = _tile(
@@ -376,8 +382,7 @@ def block_sparse_attention_backward_key(
     m_d = (o_d < D)[None]
     start, length = i_block * TOKENS, TOKENS
     if not FULL:
-        start = tl.load(p_offsets + i_block)
-        length = tl.load(p_offsets + i_block + 1) - start
+        start, length = _tokens(p_offsets, i_block, S)
     o_key = (start + o_t).to(tl.int64)[:, None]
     m_key = (o_t < length)[:, None] & m_d
     p_k = p_key + i_batch.to(tl.int64) * k_batch + i_head.to(tl.int64) * k_head
@@ -399,8 +404,8 @@ def block_sparse_attention_backward_key(
         i_query = tl.load(p_list + i).to(tl.int32) & 0xFFFF
         i_first, m_token, m_query = i_query * TOKENS, o_t < TOKENS, m_d
         if not FULL:
-            i_first = tl.load(p_offsets + i_query)
-            m_token = o_t < tl.load(p_offsets + i_query + 1) - i_first
+            i_first, i_length = _tokens(p_offsets, i_query, S)
+            m_token = o_t < i_length
             m_query = m_token[:, None] & m_d
         b_query = _tile(
             p_query, i_first, q_token, o_t, o_d, m_query, TMA, i_batch, i_head, TOKENS, BLOCK

@@ -169,7 +169,9 @@ def norm_rope(
     m_d = o_d < D
     b_weight = tl.load(p_weight + o_d, m_d, 0.0).to(tl.float32)
     if MEANS:
-        first, last = tl.load(p_offsets + i_block), tl.load(p_offsets + i_block + 1)
+        # inside of the S tokens: nobody waited for the offsets to check them
+        first = tl.maximum(tl.load(p_offsets + i_block), 0)
+        last = tl.minimum(tl.load(p_offsets + i_block + 1), S)
     else:
         first, last = i_block * TOKENS, tl.minimum(i_block * TOKENS + TOKENS, S)
     for i_head in range(tl.program_id(1) * HEADS, tl.minimum(tl.program_id(1) * HEADS + HEADS, H)):

@@ -19,15 +19,13 @@ from torch import Tensor, nn
 
 from kandinsky_kernels import (
     Rotary,
-    block_sparse_attention,
     gated_add_norm,
     modulated_norm,
     norm_rope_means,
-    select_blocks,
 )
 
 from ..config import PRESETS, NablaConfig
-from ..dit import geometry
+from ..dit import geometry, nabla
 
 # comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, and whose wrapper it is
 WRAPPER, KEY = "diffusion_model", "kandinsky_kernels"
@@ -246,25 +244,31 @@ class Replacement:
     @staticmethod
     def attend(layer: nn.Module, x: Tensor, tiling: Tiling, freqs: Tensor) -> Tensor:
         """NABLA of x [B, S, C], tokens in raster order, over itself."""
-        x, rotary, offsets, nabla = (
-            x[:, tiling.order],
+        x = x[:, tiling.order]  # [B, S, C], tile by tile
+        recipe = nabla.Nabla(
             tiling.rotary(freqs),
             tiling.block_offsets,
-            tiling.nabla,
+            tiling.grid.tiles,
+            tiling.nabla.keep_mass,
+            tiling.nabla.window,
         )
-        query, key, value = (
-            project(x).unflatten(-1, (-1, layer.head_dim))
-            for project in (layer.to_query, layer.to_key, layer.to_value)
-        )
-        query, query_means = norm_rope_means(
-            query, _weight(layer.query_norm, query), rotary, offsets
-        )
-        key, key_means = norm_rope_means(key, _weight(layer.key_norm, key), rotary, offsets)
-        selection = select_blocks(
-            query_means, key_means, nabla.keep_mass, tiling.grid.tiles, nabla.window
-        )
-        out = block_sparse_attention(query, key, value, selection, offsets).flatten(-2)  # [B, S, C]
+
+        def project() -> tuple[Tensor, Tensor, Tensor]:
+            heads = (-1, layer.head_dim)
+            query = layer.to_query(x).unflatten(-1, heads)  # [B, S, H, D]
+            key = layer.to_key(x).unflatten(-1, heads)  # [B, S, H, D]
+            value = layer.to_value(x).unflatten(-1, heads)  # [B, S, H, D]
+            return query, key, value
+
+        query_norm = _with_means(layer.query_norm)
+        key_norm = _with_means(layer.key_norm)
+        out = nabla.attend(project, query_norm, key_norm, recipe).flatten(-2)  # [B, S, C]
         return layer.out_layer(out[:, tiling.inverse])
+
+
+def _with_means(norm: nn.Module) -> nabla.NormWithMeans:
+    """A ComfyUI RMSNorm, computed by our operator together with the rotation and block means."""
+    return lambda x, rotary, offsets: norm_rope_means(x, _weight(norm, x), rotary, offsets)
 
 
 def _weight(norm: nn.Module, heads: Tensor) -> Tensor:

@@ -16,21 +16,19 @@ from torch import Tensor, nn
 
 from kandinsky_kernels import (
     Rotary,
-    block_sparse_attention,
     gated_add_norm,
     modulated_norm,
     norm_rope,
     norm_rope_means,
-    select_blocks,
 )
 
-from ..dit import geometry
+from ..dit import geometry, nabla
 from .class_swap import falls_back, recorded, refusal, report, unexpected
 
 NO_ROTATION = ()
 
 
-class HeadNorm:
+class FusedRMSNorm:
     """torch.nn.RMSNorm of queries and keys."""
 
     def forward(self, x: Tensor, *fused: Rotary | Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
@@ -64,28 +62,25 @@ class Processor:
                 attn, hidden_states, encoder_hidden_states, rotary_emb, sparse_params
             )
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        heads, rotary = (attn.num_heads, -1), rotary_emb or None
-        query, key, value = (
-            layer(x).unflatten(-1, heads)
-            for layer, x in
-            # [B, S, H, D]
-            ((attn.to_query, hidden_states), (attn.to_key, context), (attn.to_value, context))
-        )
+        rotary = rotary_emb or None
+
+        def project() -> tuple[Tensor, Tensor, Tensor]:
+            heads = (attn.num_heads, -1)
+            query = attn.to_query(hidden_states).unflatten(-1, heads)  # [B, S, H, D]
+            key = attn.to_key(context).unflatten(-1, heads)  # [B, L, H, D]
+            value = attn.to_value(context).unflatten(-1, heads)  # [B, L, H, D]
+            return query, key, value
+
         if sparse_params is None:
             from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-            query, key = attn.query_norm(query, rotary, None), attn.key_norm(key, rotary, None)
+            query, key, value = project()
+            query = attn.query_norm(query, rotary, None)
+            key = attn.key_norm(key, rotary, None)
             out = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
         else:
-            offsets, tiles, window, keep_mass = (
-                sparse_params[name] for name in ("offsets", "tiles", "window", "keep_mass")
-            )
-            query, query_means = attn.query_norm(query, rotary, offsets)
-            key, key_means = attn.key_norm(key, rotary, offsets)
-            selection = select_blocks(
-                query_means.detach(), key_means.detach(), keep_mass, tiles, window
-            )
-            out = block_sparse_attention(query, key, value, selection, offsets)
+            recipe = nabla.Nabla(rotary, **sparse_params)
+            out = nabla.attend(project, attn.query_norm, attn.key_norm, recipe)
         return attn.out_layer(out.flatten(-2))  # [B, S, C]
 
 
@@ -280,13 +275,15 @@ class Transformer:
         )
 
     def _blocks(self, grid: geometry.Grid, sparse: dict, device: torch.device) -> dict:
+        """What the blocks get as `sparse_params`: the fields of `nabla.Nabla`, in a dict because
+        hooks that move arguments to another device look into dicts."""
         window = (
             None
             if sparse.get("sta_mask") is None and None in self._window(sparse)
             else self._window(sparse)
         )
         return {
-            "offsets": geometry.block_offsets(grid, device),
+            "block_offsets": geometry.block_offsets(grid, device),
             "tiles": grid.tiles,
             "window": window,
             "keep_mass": sparse["P"],
@@ -311,7 +308,7 @@ SWAPS = {
     "Kandinsky5RoPE1D": TextPositions,
     "Kandinsky5RoPE3D": VisualPositions,
     "Kandinsky5AttnProcessor": Processor,
-    "RMSNorm": HeadNorm,
+    "RMSNorm": FusedRMSNorm,
 }
 
 

@@ -22,7 +22,7 @@ from kandinsky_kernels import (
 )
 
 from ..vae import winograd as vae_pairs
-from ..vae.hunyuan import fold
+from ..vae.layers import fold
 from ..vae.stages import pad
 from .class_swap import falls_back, refusal, unexpected
 

@@ -1,31 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA adapters (arXiv 2106.09685): y = W x + scale * alpha / r * B (A x), several at once, kept
-apart from the weights or merged.
-
-A file is safetensors with `<module>.lora_A.weight` [r, in] and `<module>.lora_B.weight` [out, r],
-under official names or with the prefixes that diffusers (`transformer.`) and PEFT
-(`base_model.model.`, `.default`) add. alpha is read from the configuration beside it.
-"""
+"""LoRA adapters (arXiv 2106.09685) of a network: y = W x + scale * alpha / r * B (A x), several at
+once, kept apart from the weights or merged into them. adapter_files.py reads them."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import nn
 
 from ..dit.linear import Additions, Linear
-from .headers import Entry, read_headers
+from .adapter_files import read_adapter
 
-CONFIG_NAMES = ("config_lora.json", "adapter_config.json")
-_PREFIX = re.compile(r"^(base_model\.model\.|transformer\.|diffusion_model\.)+")
-_NAME = re.compile(r"(.+)\.lora_([AB])(\.\w+)?\.weight")
+# The names that programs give to every adapter: their folder's says more.
+_COMMON_NAMES = ("lora", "adapter_model", "pytorch_lora_weights")
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +37,9 @@ class Adapters:
     `remove` them."""
 
     def __init__(self, network: nn.Module | None):
-        self.network, self.loaded, self.scales = network, {}, {}
+        self.network = network
+        self.loaded: dict[str, Adapter] = {}
+        self.scales: dict[str, float] = {}  # of the active ones
 
     def load(
         self,
@@ -60,15 +53,12 @@ class Adapters:
 
         name: its file's or folder's by default. trigger: words put before every prompt; None takes
         those in the file's metadata.
-        Raises FileNotFoundError, or ValueError: names that are no LoRA's, modules the network
-        lacks, other widths, a name taken.
+        Raises FileNotFoundError, or ValueError: a file that is no LoRA, modules the network lacks,
+        other widths, a name taken.
         """
         file = _find(Path(path))
-        name = name or (
-            file.parent.name
-            if file.stem in ("lora", "adapter_model", "pytorch_lora_weights")
-            else file.stem
-        )
+        if name is None:
+            name = file.parent.name if file.stem in _COMMON_NAMES else file.stem
         if name in self.loaded:
             raise ValueError(
                 f"adapters need different names, got {name!r} twice; pass another name"
@@ -78,32 +68,21 @@ class Adapters:
             raise RuntimeError(
                 "an adapter requires the model's dit part, which was not loaded; load it too"
             )
-        pairs = _pairs(read_headers([file]), self.network, file)
-        with safe_open(file, framework="pt") as source:
-            metadata = source.metadata() or {}
-            tensors = {
-                module: (source.get_tensor(a), source.get_tensor(b))
-                for module, (a, b) in pairs.items()
-            }
-        alpha = _alpha(file)
-        for module, (down, up) in tensors.items():
+        read = read_adapter(file, self.network)
+        for module, (down, up) in read.matrices.items():
             layer = self.network.get_submodule(module)
             layer.additions = layer.additions or Additions()
             device = layer.weight.device
-            strength = 1.0 if alpha is None else alpha / down.shape[0]
-            layer.additions.matrices[name] = (
-                down.to(device),
-                (up.float() * strength).to(device, up.dtype),
-            )
+            layer.additions.matrices[name] = (down.to(device), up.to(device))
         self.loaded[name] = Adapter(
             str(path),
             name,
-            tuple(tensors),
-            max(down.shape[0] for down, _ in tensors.values()),
-            metadata.get("trigger", "") if trigger is None else trigger,
+            tuple(read.matrices),
+            max(down.shape[0] for down, _ in read.matrices.values()),
+            read.trigger if trigger is None else trigger,
         )
         self.set({**self.scales, name: scale})
-        _log.info("adapter %s adds to %d modules", name, len(tensors))
+        _log.info("adapter %s adds to %d modules", name, len(read.matrices))
         return self.loaded[name]
 
     def set(self, scales: Mapping[str, float]) -> None:
@@ -183,61 +162,3 @@ def _find(path: Path) -> Path:
             f"{path} with {len(files)}; name the file"
         )
     return files[0]
-
-
-def _pairs(
-    entries: Mapping[str, Entry], network: nn.Module, file: Path
-) -> dict[str, tuple[str, str]]:
-    """module -> the keys of its down and up matrices, checked against the network."""
-    halves: dict[str, dict[str, str]] = {}
-    for key in entries:
-        match = _NAME.fullmatch(_PREFIX.sub("", key))
-        if not match:
-            raise ValueError(
-                f"{file.name} must hold only LoRA tensors <module>.lora_A.weight and "
-                f".lora_B.weight, got {key}; "
-                "check that this is a LoRA of Kandinsky 5"
-            )
-        halves.setdefault(match[1], {})[match[2]] = key
-    modules = {name: layer for name, layer in network.named_modules() if isinstance(layer, Linear)}
-    pairs = {}
-    for module, half in halves.items():
-        if half.keys() != {"A", "B"} or module not in modules:
-            problem = (
-                "has only one of its two matrices"
-                if module in modules
-                else "is no linear layer of this network"
-            )
-            raise ValueError(
-                f"{file.name} must fit the network, but {module} {problem}; check "
-                "which checkpoint it was made for"
-            )
-        (rank, inner), (outer, up_rank) = (entries[half[name]].shape for name in "AB")
-        layer = modules[module]
-        if (inner, outer, up_rank) != (layer.in_features, layer.out_features, rank):
-            raise ValueError(
-                f"{file.name} must fit the network, but for {module} "
-                f"({layer.in_features} to {layer.out_features} channels) "
-                f"it holds {inner} to {rank} and {up_rank} to {outer}; it was made "
-                "for a checkpoint of another width"
-            )
-        pairs[module] = (half["A"], half["B"])
-    if not pairs:
-        raise ValueError(f"{file.name} must hold LoRA tensors, got none; download it again")
-    return pairs
-
-
-def _alpha(file: Path) -> float | None:
-    """lora_alpha from the configuration beside the file; None, which means alpha = rank, where
-    there is none."""
-    for name in CONFIG_NAMES:
-        config = file.parent / name
-        if config.is_file():
-            try:
-                alpha = json.loads(config.read_text()).get("lora_alpha")
-            except ValueError as error:
-                raise ValueError(
-                    f"{config} must be valid JSON, got {error}; download it again"
-                ) from error
-            return None if alpha is None else float(alpha)
-    return None

@@ -74,7 +74,7 @@ def of_network(entries: Mapping[str, Entry], mark: str) -> dict[str, Entry]:
             for name, entry in entries.items()
             if not name.startswith(prefix) and not name.startswith(_OTHER_NETWORKS)
         }
-    return _with_scales(own)
+    return with_scales(own)
 
 
 def _prefix(entries: Iterable[str], mark: str) -> str:
@@ -90,7 +90,7 @@ def _prefix(entries: Iterable[str], mark: str) -> str:
     return prefixes[0] if prefixes else ""
 
 
-def _with_scales(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+def with_scales(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """The entries, of which those of scales have become part of those of weights."""
     result = dict(entries)
     result.pop(_ASIDE_FILE, None)

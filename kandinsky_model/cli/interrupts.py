@@ -32,11 +32,14 @@ class Interrupts:
     @contextmanager
     def handled(self) -> Iterator[None]:
         """Receive the signals inside, except those that the parent process told this one to ignore,
-        as nohup does. Only the main thread can; elsewhere nothing changes."""
+        as nohup does. Only the main thread can; elsewhere nothing changes. SIGTERM under torchrun
+        means that another process has failed, and belongs to `devices.parallel`."""
         previous = {}
         if threading.current_thread() is threading.main_thread():
             for number in NUMBERS:
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                is_torchruns = number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
+                is_ignored = signal.getsignal(number) in (signal.SIG_IGN, None)
+                if not (is_ignored or is_torchruns):
                     previous[number] = signal.signal(number, self._receive)
         try:
             yield

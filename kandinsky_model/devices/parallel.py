@@ -14,8 +14,11 @@ D head dim, N tensors that are traded together, c channels.
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -152,10 +155,19 @@ def _lengths(spans: list[slice]) -> list[int]:
     return [span.stop - span.start for span in spans]
 
 
+class LostPeer(RuntimeError):
+    """Another process that shared the run has ended, so this one cannot go on."""
+
+
 @contextmanager
 def processes(device: str | None) -> Iterator[tuple[int, int, str | None]]:
     """(this process's rank, the number of processes, its device), with a process group while the
-    body runs. One process, and no group, where `torchrun` did not start several."""
+    body runs. One process, and no group, where `torchrun` did not start several.
+
+    When a process ends, the others raise LostPeer, wherever they are. An exception that leaves the
+    body has an attribute `is_told`: whether another process has failed with the same words, so that
+    the user need not read them once for each.
+    """
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield 0, 1, device
         return
@@ -164,21 +176,78 @@ def processes(device: str | None) -> Iterator[tuple[int, int, str | None]]:
     if cuda:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    # torchrun itself keeps this store, so it outlives each process of the run.
+    store, rank, world = next(iter(dist.rendezvous("env://")))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
-        yield dist.get_rank(), dist.get_world_size(), device
+        with _termination_raises():
+            yield rank, world, device
+    except Exception as error:
+        failure = _lost_peer() if _is_about_a_peer(error) else error
+        failure.is_told = _is_told(store, rank, str(failure))  # type: ignore[attr-defined]
+        if failure is error:
+            raise
+        raise failure from error
     finally:
-        dist.destroy_process_group()
+        with suppress(Exception):  # a group whose members are gone cannot be left in order
+            dist.destroy_process_group()
+
+
+def _lost_peer() -> LostPeer:
+    return LostPeer(
+        f"process {dist.get_rank()} of {dist.get_world_size()} cannot go on, because another "
+        "process of this run has ended; see what that one says, and start all of them again"
+    )
+
+
+def _is_about_a_peer(error: Exception) -> bool:
+    """Whether a collective operation failed. gloo raises RuntimeError with the place in its own
+    sources."""
+    return isinstance(error, dist.DistError) or (
+        type(error) is RuntimeError and ("gloo/" in str(error) or "NCCL" in str(error))
+    )
+
+
+@contextmanager
+def _termination_raises() -> Iterator[None]:
+    """While the body runs, SIGTERM raises LostPeer: torchrun sends it to all processes when one has
+    failed. After a failure it is ignored, so that the exit status is that of the failure; torchrun
+    kills what does not end. A handler that others have set stays."""
+    is_default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not is_default or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminated(*_):
+        raise _lost_peer()
+
+    signal.signal(signal.SIGTERM, terminated)
+    afterwards = signal.SIG_IGN
+    try:
+        yield
+        afterwards = signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, afterwards)
+
+
+def _is_told(store: dist.Store, rank: int, text: str) -> bool:
+    """Whether another process was the first to fail with this text."""
+    key = f"kandinsky/failure/{zlib.crc32(text.encode())}"
+    try:
+        return store.compare_set(key, "", str(rank)) != str(rank).encode()
+    except Exception:  # without the store, telling it twice is better than not at all
+        return False
 
 
 def from_first(make: Callable[[], bytes]) -> bytes:
     """What `make` gives in the first process, in every process. Where it fails there, the others
-    exit silently with status 2, because the first says why."""
+    raise LostPeer."""
     if dist.get_rank():
         length = torch.zeros(1, dtype=torch.int64)
         dist.broadcast(length, 0)
         if length < 0:
-            raise SystemExit(2)
+            raise _lost_peer()
         data = torch.empty(int(length), dtype=torch.uint8)
     else:
         try:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many bytes sampling takes: counted tensor by tensor at the worst moment of a pass."""
+"""How many bytes sampling takes on the device: counted tensor by tensor at the worst moment of a
+pass."""
 
 from __future__ import annotations
 
@@ -15,42 +16,41 @@ from .geometry import Grid
 from .layout import Chunks
 from .quantized import ROWS_AT_ONCE
 
-# On a GPU, beside the tensors of a block: lists or maps of a kernel of ours (64 MiB, or those of
-# one head where that is more), workspaces of cuBLAS, and what the allocator rounds up.
-SCRATCH_BYTES, LIST_BYTES = 256 << 20, 2
+# What a GPU needs beside the tensors of a block: lists or maps of one of our kernels (64 MiB, or
+# those of one head where that is more), workspaces of cuBLAS, and what the allocator rounds up.
+SCRATCH_BYTES = 256 << 20
+LIST_BYTES = 2  # of such a list, for each pair of blocks
 
+# How far to chop, as (groups of heads, tokens at a time). The first cost next to nothing.
+FREE_CHUNKS = ((1, 16384), (2, 8192), (4, 4096))
+SMALLEST_CHUNKS = ((8, 2048), (math.inf, 1024))
 
-# groups of heads, tokens
-FREE_CHUNKS, SMALLEST_CHUNKS = ((1, 16384), (2, 8192), (4, 4096)), ((8, 2048), (math.inf, 1024))
-
-
-# bytes of latents, velocities, modulations, means and log-sum-exps: fp32 whatever the weights are
+# Bytes of one number of latents, velocities, modulations, block means and log-sum-exps, which are
+# fp32 whatever dtype the weights have.
 WIDE = 4
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be sampled, in one batch. dtype: of activations. text_tokens: of the longest
-    prompt. adapters: how many are active.
-    quantization: the mode, or "". on_cpu: where modulations are on the device, and kernels' scratch
-    memory is nobody's business."""
+    """What is to be sampled, in one batch."""
 
     config: DiTConfig
     grid: Grid
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = torch.bfloat16  # of activations
     batch: int = 1
     steps: int = 50
     guided: bool = True
     nabla: bool = False
     cache: str = "none"
-    text_tokens: int = 256
-    adapters: int = 0
-    quantization: str = ""
+    text_tokens: int = 256  # of the longest prompt
+    adapters: int = 0  # how many are active
+    quantization: str = ""  # one of config.QUANTIZATIONS, or "" for weights in full width
+    # A CPU holds the modulations of all steps, and has no budget for kernels' scratch memory.
     on_cpu: bool = False
 
     @property
     def stream(self) -> int:
-        """Bytes of one tensor as wide as the residual stream."""
+        """Bytes of one tensor as wide as the residual stream, [B, S, C]."""
         return self.batch * self.grid.tokens * self.config.model_dim * self.dtype.itemsize
 
 
@@ -62,23 +62,38 @@ class SamplingWay(Way):
 
 
 def sampling_ways(job: Job, weights: Weights) -> Iterator[SamplingWay]:
-    """Ways to sample: smaller chunks before streamed weights, as they cost next to nothing, but the
-    smallest chunks last."""
-    chunks = [chunks_of(job.config, *numbers) for numbers in (*FREE_CHUNKS, *SMALLEST_CHUNKS)]
-    last, count = len(FREE_CHUNKS) - 1, len(weights.layers)
-    ways = [(count, one) for one in chunks[:last]] + [
-        (resident, chunks[last]) for resident in range(count, -1, -1)
-    ]
-    for resident, one in ways + [(0, one) for one in chunks[last + 1 :]]:
-        groups = 1 if one.heads is None else math.ceil(job.config.num_heads / one.heads)
-        how = describe_layers(weights, resident) + (
-            f", heads in {groups} groups, {one.tokens} tokens at a time" if groups > 1 else ""
+    """Ways to sample, fastest first: smaller chunks come before streamed weights, since they cost
+    next to nothing, but the smallest chunks come last."""
+    free = [chunks_of(job.config, *numbers) for numbers in FREE_CHUNKS]
+    smallest = [chunks_of(job.config, *numbers) for numbers in SMALLEST_CHUNKS]
+    count = len(weights.layers)
+    ways = [(count, chunks) for chunks in free[:-1]]
+    ways += [(resident, free[-1]) for resident in range(count, -1, -1)]
+    ways += [(0, chunks) for chunks in smallest]
+    for resident, chunks in ways:
+        how = describe_layers(weights, resident)
+        if chunks.heads is not None and chunks.heads < job.config.num_heads:
+            groups = math.ceil(job.config.num_heads / chunks.heads)
+            how += f", heads in {groups} groups, {chunks.tokens} tokens at a time"
+        held = weights.on_device(resident)
+        yield SamplingWay(
+            held,
+            sampling_bytes(job, chunks),
+            how,
+            resident,
+            chunks,
         )
-        yield SamplingWay(weights.on_device(resident), sampling_bytes(job, one), how, resident, one)
 
 
-def chunks_of(config: DiTConfig, groups: float, tokens: int) -> Chunks:
-    return Chunks(None if groups == 1 else max(1, math.ceil(config.num_heads / groups)), tokens)
+def chunks_of(
+    config: DiTConfig,
+    groups: float,
+    tokens: int,
+) -> Chunks:
+    """Chunks with the heads in `groups` groups, or in as many as there are heads."""
+    if groups == 1:
+        return Chunks(None, tokens)
+    return Chunks(max(1, math.ceil(config.num_heads / groups)), tokens)
 
 
 def sampling_bytes(job: Job, chunks: Chunks) -> int:
@@ -87,128 +102,169 @@ def sampling_bytes(job: Job, chunks: Chunks) -> int:
     That moment lies in a visual block. With t for one tensor of the residual stream's size there
     are, all through the pass,
 
-    - latents: the noise, the current ones, the model's input, and with guidance the velocity of the
-      first pass;
-    - the plan's positions, orders and angles, the prompts, the text in the pass and its keys and
+    - latents: the noise, the current ones, the network's input, and with guidance the velocity of
+      the first pass;
+    - the layout's positions, orders and angles, the prompts, the text in the pass and its keys and
       values, and the modulations of the pass (on a CPU those of all passes, and while they are made
       once more those of one prompt);
     - what a cache keeps: per branch t (mag) or 2 t (first-block, and t once more while the first
       block runs);
-    - the residual stream and its norm, 2 t, and where the blocks take all tokens at once its
-      beginning, which the caller holds, t;
+    - the residual stream and its norm, 2 t, and where the blocks take all tokens at once also the
+      stream that the blocks began with, which the caller holds, t;
 
-    and then the larger of
-
-    - self-attention: queries, keys and values as one product, queries and keys normalised, and the
-        result: 6 t, or the result of all heads and four tensors of a group's: t + 4 t * heads /
-        all. With NABLA also two fp32 means per block and the bits of the selection, and always a
-        log-sum-exp per token, each for the heads at once;
-      - the rest: what self-attention gave, t, and for each token of a part its stream and norm and
-        either the wide activation before and after GELU, or a branch and the next stream and norm.
-
-    Linear layers may need more for a moment, beside what is there then: see `_product_bytes`. Only
-    where the video is smaller than its text does the moment lie in a text block, which is computed
-    at once.
+    and then the larger of `_attention_bytes` and `_rest_bytes`. Only where the video is smaller
+    than its text does the moment lie in a text block, which is computed at once.
     """
-    config, size, batch = job.config, job.dtype.itemsize, job.batch
-    tokens, t = batch * job.grid.tokens, job.stream
-    channel, heads = (
-        config.model_dim * size,
-        min(chunks.heads or config.num_heads, config.num_heads),
-    )
-    part = max(1, chunks.tokens // batch) * batch
-    whole = part >= tokens
-    share, blocks = heads / config.num_heads, batch * job.grid.blocks
-    attention = (6 if chunks.heads is None else 1 + 4 * share) * t + WIDE * tokens * heads
-    if job.nabla:
-        bits = blocks * heads * WIDE * math.ceil(job.grid.blocks / 32)
-        attention += 2 * WIDE * blocks * config.model_dim * share + bits
-    joint = chunks.heads is None and not job.adapters
-    projected = (3 if chunks.heads is None else 1 + 3 * share) * t
-    attention = max(
-        attention,
-        projected
-        + _product_bytes(job, tokens, config.model_dim, config.model_dim * (3 if joint else share)),
-    )
-    rest = t + max(5 * channel * min(part, tokens), _feed_forward_bytes(job, min(part, tokens)))
-    text = 6 * channel * batch * job.text_tokens + _feed_forward_bytes(job, batch * job.text_tokens)
-    held = (
-        (2 + (whole and (2 if job.cache == "first-block" else 1))) * t
-        + _cache_bytes(job)
-        + _pass_bytes(job)
-    )
+    part = max(1, chunks.tokens // job.batch) * job.batch  # tokens at a time, of all samples
+    tokens = job.batch * job.grid.tokens
+    streams = 2
+    if part >= tokens:
+        streams += 2 if job.cache == "first-block" else 1
+    held = streams * job.stream + _cache_bytes(job) + _pass_bytes(job)
+    attention = _attention_bytes(job, chunks)
+    rest = _rest_bytes(job, min(part, tokens))
+    text = _text_bytes(job)
     scratch = 0 if job.on_cpu else max(SCRATCH_BYTES, LIST_BYTES * job.grid.blocks**2)
-    return math.ceil(
-        max(held + max(attention, rest, text) + scratch, _table_bytes(job, making=True))
+    running = held + max(attention, rest, text) + scratch
+    preparing = _table_bytes(job, making=True)
+    return math.ceil(max(running, preparing))
+
+
+def _attention_bytes(job: Job, chunks: Chunks) -> float:
+    """What self-attention needs beside the stream and its norm.
+
+    All heads at once: queries, keys and values as one product, queries and keys normalised, and the
+    result, 6 t. Some heads at a time: the result of all, and four tensors of a group's,
+    t + 4 t * heads / all. For the heads at once there are also a log-sum-exp per token and, with
+    NABLA, two block means and the bits of the selection. While a group is projected, its linear
+    layers may need more: see `_product_bytes`.
+    """
+    config = job.config
+    all_heads = chunks.heads is None
+    heads = min(chunks.heads or config.num_heads, config.num_heads)
+    share = heads / config.num_heads
+    tokens = job.batch * job.grid.tokens
+    attending = (6 if all_heads else 1 + 4 * share) * job.stream
+    attending += WIDE * tokens * heads  # log-sum-exps
+    if job.nabla:
+        blocks = job.batch * job.grid.blocks
+        attending += 2 * WIDE * blocks * config.model_dim * share  # means
+        attending += blocks * heads * WIDE * math.ceil(job.grid.blocks / 32)  # selection
+    projecting = (3 if all_heads else 1 + 3 * share) * job.stream
+    products = 3 if all_heads and not job.adapters else share  # in one, or one after another
+    projecting += _product_bytes(
+        job,
+        tokens,
+        config.model_dim,
+        config.model_dim * products,
     )
+    return max(attending, projecting)
 
 
-def _feed_forward_bytes(job: Job, rows: int) -> int:
-    """Stream, norm, the wide activation before and after GELU, or it and the output, with what the
-    two products need."""
-    width, wide, size = job.config.model_dim, job.config.ff_dim, job.dtype.itemsize
-    first = max(rows * wide * size, _product_bytes(job, rows, width, wide))
-    return rows * (2 * width + wide) * size + max(
-        first, rows * width * size + _product_bytes(job, rows, wide, width)
+def _rest_bytes(job: Job, rows: int) -> float:
+    """What comes after self-attention needs: its result, t, and for each of the `rows` tokens at a
+    time the stream and its norm, and either the wide activation before and after GELU, or a branch
+    and the next stream and norm."""
+    branches = 5 * job.config.model_dim * job.dtype.itemsize * rows
+    return job.stream + max(branches, _feed_forward_bytes(job, rows))
+
+
+def _text_bytes(job: Job) -> float:
+    """What a text block needs."""
+    rows = job.batch * job.text_tokens
+    attention = 6 * job.config.model_dim * job.dtype.itemsize * rows
+    return attention + _feed_forward_bytes(job, rows)
+
+
+def _feed_forward_bytes(job: Job, rows: int) -> float:
+    """The stream, its norm, and the wide activation before and after GELU, or the wide one and the
+    output, with what the two products need."""
+    width = job.config.model_dim
+    wide = job.config.ff_dim
+    size = job.dtype.itemsize
+    always = rows * (2 * width + wide) * size
+    first = max(
+        rows * wide * size,
+        _product_bytes(
+            job,
+            rows,
+            width,
+            wide,
+        ),
     )
+    second = rows * width * size + _product_bytes(
+        job,
+        rows,
+        wide,
+        width,
+    )
+    return always + max(first, second)
 
 
-def _product_bytes(job: Job, rows: int, inner: int, outer: float) -> float:
-    """What a linear layer needs beside its input and output: with adapters its output twice, with
-    two of them three times; a quantised weight in full width, and for products in 8 bits the input
-    in fp32 and in 8 bits and the sums twice, of `ROWS_AT_ONCE`."""
-    needs = (1 + min(job.adapters, 2)) * rows * outer * job.dtype.itemsize if job.adapters else 0
+def _product_bytes(
+    job: Job,
+    rows: int,
+    inner: int,
+    outer: float,
+) -> float:
+    """What a linear layer [outer, inner] needs for `rows` tokens beside its input and output.
+
+    With adapters that is its output twice, with two of them three times; for a quantised weight,
+    the weight in full width; for products in 8 bits, of `ROWS_AT_ONCE` tokens the input in fp32 and
+    in 8 bits and the sums twice.
+    """
+    size = job.dtype.itemsize
+    needs: float = 0
+    if job.adapters:
+        needs = (1 + min(job.adapters, 2)) * rows * outer * size
     if job.quantization:
-        needs = max(needs, inner * outer * job.dtype.itemsize)
+        needs = max(needs, inner * outer * size)
     if job.quantization.endswith("-dynamic"):
-        needs = max(
-            needs,
-            min(rows, ROWS_AT_ONCE) * (5 * inner + 8 * outer)
-            + (WIDE * inner * outer if job.on_cpu else 0),
-        )
+        products = min(rows, ROWS_AT_ONCE) * (5 * inner + 8 * outer)
+        if job.on_cpu:
+            products += WIDE * inner * outer
+        needs = max(needs, products)
     return needs
 
 
 def _cache_bytes(job: Job) -> int:
+    """What a cache of earlier steps keeps."""
     branches = 1 + job.guided
-    return {"none": 0, "mag": branches, "first-block": 2 * branches + 1}[job.cache] * job.stream
+    streams = {
+        "none": 0,
+        "mag": branches,
+        "first-block": 2 * branches + 1,
+    }
+    return streams[job.cache] * job.stream
 
 
 def _pass_bytes(job: Job) -> int:
-    """Latents, plan, texts and modulations."""
-    config, size = job.config, job.dtype.itemsize
-    latents = (
-        math.prod(config.patch_size)
-        * (config.in_visual_dim * (2 + job.guided) + config.in_channels)
-        * WIDE
-    )
-    plan = 4 * 3 + (2 * 8 if job.nabla else 0)
-    texts = ((1 + job.guided) * config.in_text_dim + 4 * config.model_dim) * size
-    rotary = (
-        WIDE
-        * config.head_dim
-        * (max(job.grid.T, job.grid.Y, job.grid.X) + (1 + job.guided) * job.text_tokens)
-    )
-    prompts = (1 + job.guided) * (config.in_text_dim2 * size + WIDE * job.steps)
-    table = _table_bytes(job) if job.on_cpu else _vectors_bytes(job)
-    return (
-        job.grid.tokens * (job.batch * latents + plan)
-        + job.batch * (job.text_tokens * texts + prompts)
-        + rotary
-        + table
-    )
+    """Latents, layout, texts and modulations."""
+    config = job.config
+    size = job.dtype.itemsize
+    texts = 1 + job.guided
+    channels = config.in_visual_dim * (2 + job.guided) + config.in_channels
+    latents = math.prod(config.patch_size) * channels * WIDE  # of one token
+    layout = 4 * 3 + (2 * 8 if job.nabla else 0)  # of one token: int32 positions, int64 orders
+    longest = max(job.grid.T, job.grid.Y, job.grid.X)
+    rotary = WIDE * config.head_dim * (longest + texts * job.text_tokens)
+    text = (texts * config.in_text_dim + 4 * config.model_dim) * size  # of one token
+    prompts = texts * (config.in_text_dim2 * size + WIDE * job.steps)
+    modulations = _table_bytes(job) if job.on_cpu else _vectors_bytes(job)
+    video = job.grid.tokens * (job.batch * latents + layout)
+    return video + job.batch * (job.text_tokens * text + prompts) + rotary + modulations
 
 
 def _vectors_bytes(job: Job) -> int:
-    """Of the modulations of one pass."""
+    """The modulation vectors of one pass."""
     config = job.config
-    return (
-        (6 * config.num_text_blocks + 9 * config.num_visual_blocks + 2)
-        * config.model_dim
-        * WIDE
-        * job.batch
-    )
+    vectors = 6 * config.num_text_blocks + 9 * config.num_visual_blocks + 2
+    return vectors * config.model_dim * WIDE * job.batch
 
 
 def _table_bytes(job: Job, making: bool = False) -> int:
-    return (1 + job.guided + making) * job.steps * _vectors_bytes(job) if job.on_cpu else 0
+    """The modulations of all passes where they lie on the device, which is then a CPU. While those
+    of one prompt are made, they are there twice."""
+    if not job.on_cpu:
+        return 0
+    return (1 + job.guided + making) * job.steps * _vectors_bytes(job)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one size of video needs at every step and layer of the transformer: token order, rotary
-tables, blocks."""
+"""What one size of video needs at every step and in every layer of the transformer: the order of
+its tokens, rotary tables, and blocks for NABLA."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -18,42 +19,47 @@ from . import geometry
 
 @dataclass(frozen=True)
 class Chunks:
-    """How much of a visual block is computed at once. Heads and tokens do not see each other there,
-    so only rounding can depend on it: a matrix product may sum in another order at another size.
+    """How much of a visual block is computed at once, to save memory.
 
-    heads: of self-attention; None: all, and one product gives their queries, keys and values.
-    tokens: of all samples together, in everything but self-attention; 16384 are enough for large
-    matrix products, and a sixth of a 10 s clip.
+    Self-attention treats every head by itself, and everything else every token. So only rounding
+    can depend on these numbers: a matrix product may sum in another order at another size.
     """
 
+    # Heads of self-attention; None: all, and one product gives their queries, keys and values.
     heads: int | None = None
+    # Tokens of all samples together, in everything but self-attention. 16384 are enough for
+    # matrix products to be fast, and a sixth of a 10 s clip.
     tokens: int = 16384
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """What one video size needs at every step and layer, computed once by `make_layout`."""
+    """What one size of video needs at every step and in every layer; `make_layout` computes it."""
 
     grid: geometry.Grid
-    rotary: Rotary  # its positions in the order of the tokens
-    nabla: NablaConfig | None = None  # None: dense attention, raster order
+    rotary: Rotary  # positions in the order of the tokens
+    nabla: NablaConfig | None = None  # None: dense attention, tokens in raster order
     order: Tensor | None = None  # int64 [S], raster index of the i-th token
-    inverse: Tensor | None = None  # int64 [S]
-    block_offsets: Tensor | None = None  # int32 [N + 1]
-    rope_cast: torch.dtype | None = None
+    inverse: Tensor | None = None  # int64 [S], undoes `order`
+    block_offsets: Tensor | None = None  # int32 [N + 1], see `geometry.block_offsets`
+    rope_cast: torch.dtype | None = None  # see `make_layout`
     chunks: Chunks = Chunks()
     ranks: Ranks | None = None  # the processes that share the run
     text_rotaries: dict[tuple[int, int], Rotary] = field(default_factory=dict, repr=False)
 
     def text_rotary(self, length: int, head_dim: int) -> Rotary:
-        """The angles of a text of `length` tokens; remembered, as every step asks for the same two
-        or so."""
-        if (length, head_dim) not in self.text_rotaries:
-            angles = geometry.rotary_angles(length, (head_dim,), (1.0,))
-            self.text_rotaries[length, head_dim] = Rotary.per_token(
-                *(x.to(self.rotary.cos.device) for x in (angles.cos(), angles.sin()))
-            )
-        return self.text_rotaries[length, head_dim]
+        """The rotary angles of a text of `length` tokens.
+
+        They are remembered: every step needs them, for the prompt and for the negative prompt.
+        """
+        key = (length, head_dim)
+        if key not in self.text_rotaries:
+            device = self.rotary.cos.device
+            angles = geometry.rotary_angles(length, (head_dim,), (1.0,))  # [L, D / 2]
+            cos = angles.cos().to(device)
+            sin = angles.sin().to(device)
+            self.text_rotaries[key] = Rotary.per_token(cos, sin)
+        return self.text_rotaries[key]
 
 
 def make_layout(
@@ -65,24 +71,38 @@ def make_layout(
     rope_cast: torch.dtype | None = None,
     **options,
 ) -> Layout:
-    """Token order, rotary tables and blocks of one video size. With `nabla` tokens come tile by
-    tile; any grid will do.
+    """Token order, rotary tables and blocks of one size of video, on `device`.
 
-    rope_cast: round rotated queries and keys to this dtype and back. None is exact; torch.bfloat16
-    reproduces in an fp32 run what diffusers does there. options: `Layout`'s chunks and ranks.
+    scale_factor: divides the rotary angles along (T, Y, X). nabla: block-sparse attention, for
+    which tokens come tile by tile; any grid will do. rope_cast: rotated queries and keys are
+    rounded to this dtype and back. None is exact; torch.bfloat16 reproduces in an fp32 run what
+    diffusers does there. options: `Layout`'s chunks and ranks. Raises ValueError for a scale factor
+    that angles cannot be divided by.
     """
-    # [P, D/2]
-    angles = geometry.rotary_angles(max(grid.T, grid.Y, grid.X), config.axes_dims, scale_factor)
+    if len(scale_factor) != 3 or not all(0 < scale < math.inf for scale in scale_factor):
+        raise ValueError(
+            "scale_factor must be three positive numbers, for time, height and width, "
+            f"got {tuple(scale_factor)}; use those of the preset"
+        )
+    longest = max(grid.T, grid.Y, grid.X)
+    angles = geometry.rotary_angles(longest, config.axes_dims, scale_factor)  # [longest, D / 2]
+    positions = geometry.positions(grid)  # [S, 3]
     order = geometry.tile_order(grid) if nabla else None
-    positions = geometry.positions(grid) if order is None else geometry.positions(grid)[order]
+    if order is not None:
+        positions = positions[order]
     rotary = Rotary(
         angles.cos().to(device),
         angles.sin().to(device),
         positions.to(device),
         tuple(dim // 2 for dim in config.axes_dims),
     )
-    if nabla is None:
-        return Layout(grid, rotary, rope_cast=rope_cast, **options)
+    if order is None:
+        return Layout(
+            grid,
+            rotary,
+            rope_cast=rope_cast,
+            **options,
+        )
     return Layout(
         grid,
         rotary,

@@ -1,68 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The diffusion transformer: text blocks, then visual blocks that read the text by cross-attention.
+"""The diffusion transformer of Kandinsky 5.0, to be read from top to bottom.
 
-Every sub-layer is `x + gate * f(modulated_norm(x))`. The residual sum of one sub-layer and the norm
-of the next are one fused pass (`gated_add_norm`), so the networks below hand on pairs: the residual
-stream `x` and its norm for whoever comes next.
+The text goes through a few blocks of its own. The video goes through many, each of which attends to
+the video, then to the text, then computes a feed-forward network. The time modulates all of them:
+every sub-layer is
+
+    x + gate * f(LayerNorm(x) * (1 + scale) + shift)
+
+with a shift, scale and gate [B, C] that are computed from the time and the pooled text. The sum of
+one sub-layer and the norm of the next are one pass over memory, `Triple.add_and_norm`. Visual
+blocks therefore hand on two tensors: the residual stream `x`, and `normed`, which is x after the
+norm that the next block begins with.
 
 Parameter names and shapes are those of the published checkpoints. Activations have the network's
-`dtype`; the time embedding and every modulation are computed in fp32 whatever the weights are
-stored in. All of it is differentiable.
+`dtype`. The time embedding and every modulation are computed in fp32, whatever dtype the weights
+are stored in. All of it is differentiable.
+
+Sizes: B samples, S tokens of the video, T x Y x X of them along time, height and width; L tokens of
+the text; C channels; V modulation vectors; n points in time.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kandinsky_kernels import gated_add_norm, modulated_norm
-
 from ..config import DiTConfig
 from . import geometry
-from .attention import Attention
+from .attention import Attention, TextKeys
 from .layout import Layout
 from .linear import Linear
+from .modulation import (
+    TEXT_SUBLAYERS,
+    VISUAL_SUBLAYERS,
+    Modulation,
+    Modulations,
+    ModulationTable,
+    ShiftScale,
+    Triple,
+)
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Modulations:
-    """Shift, scale and gate of every sub-layer at one time: a tuple of [B, C] per block, and last
-    the out layer's."""
-
-    text: list[tuple[Tensor, ...]]
-    visual: list[tuple[Tensor, ...]]
-
-
-@dataclass(frozen=True, eq=False)
-class ModulationTable:
-    """Those of n times: vectors [n, B, V, C], where the weights that made them are; V counts the
-    vectors of all blocks.
-
-    They are 0.9 GB for a hundred passes of Pro, of which a pass reads 9 MB: one copy brings these
-    to `device`.
-    """
-
-    vectors: Tensor
-    counts: tuple[list[int], list[int]]  # of text blocks; of visual blocks and the out layer
-    device: torch.device
-
-    def step(self, i: int) -> Modulations:
-        """Those of the i-th time."""
-        vectors = iter(self.vectors[i].to(self.device, non_blocking=True).unbind(1))  # V x [B, C]
-        return Modulations(
-            *([tuple(islice(vectors, count)) for count in counts] for counts in self.counts)
-        )
+# Embeddings
 
 
 class TimeEmbedding(nn.Module):
-    """Two linear layers on [cos | sin] of time * frequencies; time is 1000 t."""
+    """Two linear layers on [cos | sin] of time * frequencies."""
 
     def __init__(self, model_dim: int, time_dim: int):
         super().__init__()
@@ -70,16 +61,15 @@ class TimeEmbedding(nn.Module):
         self.out_layer = Linear(time_dim, time_dim)
 
     def forward(self, time: Tensor) -> Tensor:
-        # [..., B, C/2]
-        angles = time[..., None] * geometry.frequencies(self.in_layer.in_features // 2, time.device)
-        # [..., B, time_dim]
-        return self.out_layer(
-            F.silu(self.in_layer(torch.cat([angles.cos(), angles.sin()], dim=-1)))
-        )
+        """[...] of 1000 t, t from 1 (noise) to 0 -> [..., time_dim]."""
+        frequencies = geometry.frequencies(self.in_layer.in_features // 2, time.device)
+        angles = time[..., None] * frequencies  # [..., C / 2]
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # [..., C]
+        return self.out_layer(F.silu(self.in_layer(waves)))
 
 
 class TextEmbedding(nn.Module):
-    """Linear, then LayerNorm with weights, in at least fp32."""
+    """A linear layer, then LayerNorm with weights in at least fp32."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
@@ -89,16 +79,14 @@ class TextEmbedding(nn.Module):
     def forward(self, text: Tensor) -> Tensor:
         x = self.in_layer(text)
         wide = torch.promote_types(x.dtype, torch.float32)
-        return F.layer_norm(
-            x.to(wide),
-            x.shape[-1:],
-            self.norm.weight.to(wide),
-            self.norm.bias.to(wide),
-            self.norm.eps,
-        ).to(x.dtype)
+        weight = self.norm.weight.to(wide)
+        bias = self.norm.bias.to(wide)
+        return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, self.norm.eps).to(x.dtype)
 
 
 class VisualEmbedding(nn.Module):
+    """A linear layer on patches."""
+
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
         self.in_layer = Linear(in_dim, out_dim)
@@ -107,20 +95,17 @@ class VisualEmbedding(nn.Module):
         return self.in_layer(patches)
 
 
-class Modulation(nn.Module):
-    """`count` vectors [..., B, C]: shift, scale, gate per sub-layer. Starts at zero: an untrained
-    block is the identity."""
+# Blocks
 
-    def __init__(self, time_dim: int, model_dim: int, count: int):
-        super().__init__()
-        self.count = count
-        self.out_layer = Linear(time_dim, count * model_dim)
-        if not self.out_layer.weight.is_meta:
-            nn.init.zeros_(self.out_layer.weight)
-            nn.init.zeros_(self.out_layer.bias)
 
-    def forward(self, time: Tensor) -> tuple[Tensor, ...]:
-        return self.out_layer(F.silu(time)).chunk(self.count, dim=-1)
+@dataclass(frozen=True, eq=False)
+class BlockContext:
+    """What every visual block of one pass reads beside the tokens of the video."""
+
+    text: Tensor  # [B, L, C], after the text blocks
+    key_mask: Tensor | None  # bool [B, 1, 1, L], True where the text is not padding; None: all
+    layout: Layout
+    modulations: Modulations
 
 
 class FeedForward(nn.Module):
@@ -136,31 +121,35 @@ class FeedForward(nn.Module):
 
 
 class TextBlock(nn.Module):
+    """Self-attention of the text, then a feed-forward network."""
+
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.text_modulation = Modulation(config.time_dim, config.model_dim, 6)
+        self.text_modulation = Modulation(config.time_dim, config.model_dim, 3 * TEXT_SUBLAYERS)
         self.self_attention = Attention(config.model_dim, config.head_dim)
         self.feed_forward = FeedForward(config.model_dim, config.ff_dim)
 
     def forward(
-        self, x: Tensor, modulation: tuple[Tensor, ...], key_mask: Tensor | None, layout: Layout
+        self,
+        x: Tensor,
+        modulation: tuple[Triple, ...],
+        key_mask: Tensor | None,
+        layout: Layout,
     ) -> Tensor:
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation
+        """[B, L, C] -> [B, L, C]."""
+        attention, feed_forward = modulation
         rotary = layout.text_rotary(x.shape[1], self.self_attention.head_dim)
-        branch = self.self_attention(
-            modulated_norm(x, scale, shift),
-            rotary=rotary,
-            key_mask=key_mask,
-            rope_cast=layout.rope_cast,
-        )
-        x, normed = gated_add_norm(x, branch, gate, scale_ff, shift_ff)
-        return gated_add_norm(x, self.feed_forward(normed), gate_ff)[0]
+        branch = self.self_attention(attention.norm(x), rotary, key_mask, layout.rope_cast)
+        x, normed = attention.add_and_norm(x, branch, feed_forward)
+        return feed_forward.add(x, self.feed_forward(normed))
 
 
 class VisualBlock(nn.Module):
+    """Self-attention of the video, cross-attention to the text, then a feed-forward network."""
+
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.visual_modulation = Modulation(config.time_dim, config.model_dim, 9)
+        self.visual_modulation = Modulation(config.time_dim, config.model_dim, 3 * VISUAL_SUBLAYERS)
         self.self_attention = Attention(config.model_dim, config.head_dim)
         self.cross_attention = Attention(config.model_dim, config.head_dim)
         self.feed_forward = FeedForward(config.model_dim, config.ff_dim)
@@ -169,30 +158,30 @@ class VisualBlock(nn.Module):
         self,
         x: Tensor,
         normed: Tensor,
-        modulation: tuple[Tensor, ...],
-        following: tuple[Tensor, ...],
-        text: Tensor,
-        key_mask: Tensor | None,
-        layout: Layout,
+        modulation: tuple[Triple, ...],
+        following: ShiftScale,
+        context: BlockContext,
     ) -> tuple[Tensor, Tensor]:
-        """x and its first norm -> the next x and the next block's first norm, whose shift and scale
-        lead `following`.
+        """The residual stream x [B, S, C] and its norm for this block -> the same two for what
+        `following` modulates, the next block or the out layer.
 
-        All but self-attention is done for `layout.chunks.tokens` at a time, the results of which take
-        the places of x and normed: 1.3 GB of wide activations at 10 s need never exist together.
-        Where gradients are recorded, all tokens are done at once.
+        All but self-attention is done for `layout.chunks.tokens` at a time, and the results take
+        the places of x and normed: the wide activations of all tokens, 1.3 GB at 10 s, never exist
+        together. Where gradients are recorded, all tokens are done at once.
         """
-        attended, keys_values = (
-            self.self_attention.attend(normed, layout),
-            self.cross_attention.read(text),
-        )
-        size = max(1, layout.chunks.tokens // x.shape[0])
-        if x.shape[1] <= size or _records(self, x, normed, text):
-            return self.after_attention(x, attended, keys_values, modulation, following, key_mask)
+        attended = self.self_attention.attend(normed, context.layout)
+        text = self.cross_attention.read(context.text, context.key_mask)
+        size = max(1, context.layout.chunks.tokens // x.shape[0])
+        if x.shape[1] <= size or _records(self, x, normed, context.text):
+            return self.after_attention(x, attended, text, modulation, following)
         for start in range(0, x.shape[1], size):
             part = slice(start, start + size)
             x[:, part], normed[:, part] = self.after_attention(
-                x[:, part], attended[:, part], keys_values, modulation, following, key_mask
+                x[:, part],
+                attended[:, part],
+                text,
+                modulation,
+                following,
             )
         return x, normed
 
@@ -200,48 +189,56 @@ class VisualBlock(nn.Module):
         self,
         x: Tensor,
         attended: Tensor,
-        keys_values: tuple[Tensor, Tensor],
-        modulation: tuple[Tensor, ...],
-        following: tuple[Tensor, ...] | None,
-        key_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What follows self-attention, which does every token by itself; without `following` no
-        norm is made for a next block."""
-        _, _, gate, shift_cross, scale_cross, gate_cross, shift_ff, scale_ff, gate_ff = modulation
-        x, normed = gated_add_norm(
-            x, self.self_attention.out_layer(attended), gate, scale_cross, shift_cross
-        )
-        x, normed = gated_add_norm(
-            x,
-            self.cross_attention.look_up(normed, keys_values, key_mask),
-            gate_cross,
-            scale_ff,
-            shift_ff,
-        )
-        return gated_add_norm(
-            x, self.feed_forward(normed), gate_ff, *(following[1::-1] if following else ())
-        )
+        text: TextKeys,
+        modulation: tuple[Triple, ...],
+        following: ShiftScale,
+    ) -> tuple[Tensor, Tensor]:
+        """What comes after self-attention, which treats every token by itself: the next x, and its
+        norm for what `following` modulates.
+
+        attended: [B, S, C], from `Attention.attend`.
+        """
+        x, normed = self._before_feed_forward(x, attended, text, modulation)
+        return modulation[-1].add_and_norm(x, self.feed_forward(normed), following)
+
+    def after_attention_without_norm(
+        self,
+        x: Tensor,
+        attended: Tensor,
+        text: TextKeys,
+        modulation: tuple[Triple, ...],
+    ) -> Tensor:
+        """The next x alone, as training needs it."""
+        x, normed = self._before_feed_forward(x, attended, text, modulation)
+        return modulation[-1].add(x, self.feed_forward(normed))
+
+    def _before_feed_forward(
+        self,
+        x: Tensor,
+        attended: Tensor,
+        text: TextKeys,
+        modulation: tuple[Triple, ...],
+    ) -> tuple[Tensor, Tensor]:
+        # Branches have no names, so that each is freed once it is added.
+        attention, cross, feed_forward = modulation
+        x, normed = attention.add_and_norm(x, self.self_attention.out_layer(attended), cross)
+        return cross.add_and_norm(x, self.cross_attention.look_up(normed, text), feed_forward)
 
 
 def _records(module: nn.Module, *inputs: Tensor) -> bool:
-    """Whether autograd would record what `module` makes of the inputs. Adapters in training are no
-    parameters of it, but count."""
+    """Whether autograd would record what `module` computes from `inputs`. The matrices of adapters
+    are no parameters of it, but may be trained."""
     if not torch.is_grad_enabled():
         return False
-    additions = (
-        layer.additions
-        for layer in module.modules()
-        if isinstance(layer, Linear) and layer.additions is not None
-    )
-    added = (
-        matrix for addition in additions for pair in addition.matrices.values() for matrix in pair
-    )
+    layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
+    additions = [layer.additions for layer in layers if layer.additions is not None]
+    added = [tensor for one in additions for pair in one.matrices.values() for tensor in pair]
     return any(tensor.requires_grad for tensor in chain(inputs, module.parameters(), added))
 
 
 class OutLayer(nn.Module):
-    """The last modulation and projection; its norm has already happened in the last block's closing
-    pass."""
+    """The last modulation and projection. The norm between them is made by the last visual block,
+    together with its sum."""
 
     def __init__(self, config: DiTConfig, features: int):
         super().__init__()
@@ -249,19 +246,25 @@ class OutLayer(nn.Module):
         self.out_layer = Linear(config.model_dim, features)
 
     def forward(self, normed: Tensor) -> Tensor:
+        """[B, S, C] -> [B, S, features]."""
         return self.out_layer(normed)
 
 
+# The network
+
+
 class DiffusionTransformer3D(nn.Module):
-    """The velocity (noise minus clean latent) that Kandinsky 5.0 predicts for a noisy latent video.
+    """The velocity (noise minus clean latents) that Kandinsky 5.0 predicts for noisy latents.
 
     One class for every released architecture; `config` alone decides.
     """
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.config, self.compute_dtype = config, None
-        patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        o, p, q = config.patch_size
+        patch = o * p * q
         self.time_embeddings = TimeEmbedding(config.model_dim, config.time_dim)
         self.text_embeddings = TextEmbedding(config.in_text_dim, config.model_dim)
         self.pooled_text_embeddings = TextEmbedding(config.in_text_dim2, config.time_dim)
@@ -276,72 +279,9 @@ class DiffusionTransformer3D(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations: that of the weights, unless training on fp32 weights asks for
-        another in `compute_dtype`."""
+        """The dtype of activations: that of the weights, unless training on fp32 weights sets
+        `compute_dtype`."""
         return self.compute_dtype or self.visual_embeddings.in_layer.weight.dtype
-
-    def prepare(self) -> DiffusionTransformer3D:
-        """Ready for inference: see `Attention.prepare`. To be called once the weights are
-        loaded."""
-        self.eval()
-        for block in self.visual_transformer_blocks:
-            block.self_attention.prepare()
-        bounds = [block.self_attention.logit_bound for block in self.visual_transformer_blocks]
-        _log.info(
-            "the weights of the norms bound the logits of self-attention by %.1f to %.1f",
-            min(bounds),
-            max(bounds),
-        )
-        return self
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """What runs one after another in every pass, so that weights can come and go; see
-        `offload`."""
-        return [*self.text_transformer_blocks, *self.visual_transformer_blocks]
-
-    @property
-    def once(self) -> list[nn.Module]:
-        """What runs once per prompt, in `modulate`: an eighth of the weights, which need not be on
-        the device for it."""
-        return [self.time_embeddings, self.pooled_text_embeddings, *chain(*self._modulations())]
-
-    def _modulations(self) -> tuple[list[Modulation], list[Modulation]]:
-        return (
-            [block.text_modulation for block in self.text_transformer_blocks],
-            [
-                *(block.visual_modulation for block in self.visual_transformer_blocks),
-                self.out_layer.modulation,
-            ],
-        )
-
-    def modulate(self, time: Tensor, pooled: Tensor) -> ModulationTable:
-        """Everything that depends on time and pooled text alone, for n times. time: [n, B], 1000 t;
-        pooled: [B, in_text_dim2].
-
-        It is computed where the weights are, which are read once instead of n times, for the device
-        of `time`.
-        """
-        wide, home = (
-            torch.promote_types(self.dtype, torch.float32),
-            self.time_embeddings.in_layer.weight.device,
-        )
-        # [n, B, time_dim]
-        moments = self.time_embeddings(time.to(home, wide)) + self.pooled_text_embeddings(
-            pooled.to(home, self.dtype)
-        )
-        text, visual = self._modulations()
-        # [n, B, V, C]
-        vectors = torch.stack(
-            [vector for layer in (*text, *visual) for vector in layer(moments)], 2
-        )
-        if home.type == "cpu" and time.is_cuda:
-            vectors = vectors.pin_memory()
-        return ModulationTable(
-            vectors,
-            ([layer.count for layer in text], [layer.count for layer in visual]),
-            time.device,
-        )
 
     def forward(
         self,
@@ -353,30 +293,59 @@ class DiffusionTransformer3D(nn.Module):
         text_lengths: Tensor | None = None,
         modulations: Modulations | None = None,
     ) -> Tensor:
-        """Velocity [B, T, 2Y, 2X, out_visual_dim] in the model's dtype.
+        """Velocity [B, T, 2Y, 2X, out_visual_dim] in the network's dtype.
 
-        x: [B, T, 2Y, 2X, in_channels], channels last. text: [B, L, in_text_dim]; text_lengths:
-        int64 [B], how many rows of each sample are text (None: all); the rest never acts as a key,
-        so a sample's result does not depend on its neighbours. pooled: [B, in_text_dim2]. time:
-        [B], 1000 t, fp32. Keep `text_lengths` on the CPU to spare the device a synchronisation.
-        modulations: of this time, where they are known already. Raises ValueError when shapes do
-        not fit the layout or each other.
+        x: latents [B, T, 2Y, 2X, in_channels], channels last. text: [B, L, in_text_dim].
+        text_lengths: int64 [B], how many rows of each sample are text (None: all); the rest never
+        acts as a key, so that a sample's result does not depend on its neighbours. Keep it on the
+        CPU to spare the device a synchronisation. pooled: [B, in_text_dim2]. time: fp32 [B],
+        1000 t. modulations: those of this time, where `modulate` has made them already. Raises
+        ValueError when shapes do not fit the layout or each other.
         """
-        self._check(x, text, pooled, time, layout, text_lengths)
-        modulations = (
-            self.modulate(time[None], pooled).step(0) if modulations is None else modulations
+        self._check(
+            x,
+            text,
+            pooled,
+            time,
+            layout,
+            text_lengths,
         )
-        x, text, key_mask = self.begin(x, text, layout, text_lengths, modulations)
+        if modulations is None:
+            modulations = self.modulate(time[None], pooled).step(0)
+        x, context = self.begin(
+            x,
+            text,
+            layout,
+            text_lengths,
+            modulations,
+        )  # [B, S, C]
         _, normed = self.blocks(
             x,
             None,
-            text,
-            modulations.visual,
-            key_mask,
-            layout,
+            context,
             range(len(self.visual_transformer_blocks)),
         )
         return self.finish(normed, layout)
+
+    def modulate(self, time: Tensor, pooled: Tensor) -> ModulationTable:
+        """Everything that depends on the time and the pooled text alone, for n points in time.
+
+        time: [n, B], 1000 t. pooled: [B, in_text_dim2]. It is computed where the weights are, which
+        are read once instead of n times, for use on the device of `time`.
+        """
+        wide = torch.promote_types(self.dtype, torch.float32)
+        home = self.time_embeddings.in_layer.weight.device
+        embedded = self.time_embeddings(time.to(home, wide))  # [n, B, time_dim]
+        embedded = embedded + self.pooled_text_embeddings(pooled.to(home, self.dtype))
+        vectors = torch.cat([layer(embedded) for layer in self._modulations()], -2)  # [n, B, V, C]
+        if home.type == "cpu" and time.is_cuda:
+            vectors = vectors.pin_memory()
+        return ModulationTable(
+            vectors,
+            len(self.text_transformer_blocks),
+            len(self.visual_transformer_blocks),
+            time.device,
+        )
 
     def begin(
         self,
@@ -385,52 +354,105 @@ class DiffusionTransformer3D(nn.Module):
         layout: Layout,
         text_lengths: Tensor | None,
         modulations: Modulations,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The embedded tokens [B, S, C] in the layout's order, the text [B, L, C] after its blocks,
-        and its key mask."""
+    ) -> tuple[Tensor, BlockContext]:
+        """What comes before the visual blocks: the embedded tokens [B, S, C] in the layout's order
+        (where ranks share the video, this rank's), and what the blocks read beside them."""
         text, key_mask = _trim(text.to(self.dtype), text_lengths)
         text = self.text_embeddings(text)  # [B, L, C]
         for block, modulation in zip(self.text_transformer_blocks, modulations.text, strict=True):
             text = block(text, modulation, key_mask, layout)
         patches = geometry.patchify(x.to(self.dtype), self.config.patch_size)  # [B, S, patch * Cin]
-        patches = patches if layout.order is None else patches[:, layout.order]
-        return (
-            self.visual_embeddings(patches if layout.ranks is None else layout.ranks.own(patches)),
-            text,
-            key_mask,
-        )
+        if layout.order is not None:
+            patches = patches[:, layout.order]
+        if layout.ranks is not None:
+            patches = layout.ranks.own(patches)
+        tokens = self.visual_embeddings(patches)  # [B, S, C]
+        return tokens, BlockContext(text, key_mask, layout, modulations)
 
     def blocks(
         self,
         x: Tensor,
         normed: Tensor | None,
-        text: Tensor,
-        modulations: list[tuple[Tensor, ...]],
-        key_mask: Tensor | None,
-        layout: Layout,
+        context: BlockContext,
         span: range,
     ) -> tuple[Tensor, Tensor]:
-        """The visual blocks of `span` on x [B, S, C] and its norm for the first of them (None: made
-        here); x and norm for what follows."""
-        normed = self.norm_for(span.start, x, modulations) if normed is None else normed
+        """The visual blocks of `span` on x [B, S, C] and its norm for the first of them, which is
+        made here where it is None. Returns x and the norm for what comes next.
+
+        Both may be written to.
+        """
+        modulations = context.modulations
+        if normed is None:
+            normed = modulations.before(span.start).norm(x)
         for i in span:
-            x, normed = self.visual_transformer_blocks[i](
-                x, normed, modulations[i], modulations[i + 1], text, key_mask, layout
+            block = self.visual_transformer_blocks[i]
+            x, normed = block(
+                x,
+                normed,
+                modulations.visual[i],
+                modulations.before(i + 1),
+                context,
             )
         return x, normed
 
-    def norm_for(self, stage: int, x: Tensor, modulations: list[tuple[Tensor, ...]]) -> Tensor:
-        """x as visual block `stage`, or with -1 the out layer, reads it."""
-        return modulated_norm(x, modulations[stage][1], modulations[stage][0])
-
     def finish(self, normed: Tensor, layout: Layout) -> Tensor:
-        """The out layer on the last norm [B, S, C], put back into frames."""
+        """The out layer on the last norm [B, S, C], put back into frames [B, T, 2Y, 2X, Cout]."""
         out = self.out_layer(normed)  # [B, S, patch * Cout]
-        out = out if layout.ranks is None else layout.ranks.gather(out, layout.grid.tokens)
-        # after the last projection, which is per token: fewer features to move
+        if layout.ranks is not None:
+            out = layout.ranks.gather(out, layout.grid.tokens)
+        # The order is undone after the last projection: there are fewer features to move.
         if layout.inverse is not None:
             out = out[:, layout.inverse]
         return geometry.unpatchify(out, layout.grid, self.config.patch_size)
+
+    # Preparation, and parts by name
+
+    def prepare(self) -> DiffusionTransformer3D:
+        """Make the network ready for inference, once its weights are loaded: see
+        `Attention.prepare`."""
+        self.eval()
+        for attention in self.attentions:
+            attention.prepare()
+        bounds = [attention.logit_bound for attention in self.attentions]
+        _log.info(
+            "the weights of the norms bound the logits of self-attention by %.1f to %.1f",
+            min(bounds),
+            max(bounds),
+        )
+        return self
+
+    @property
+    def attentions(self) -> list[Attention]:
+        """Self-attention of every visual block."""
+        return [block.self_attention for block in self._visual_blocks()]
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The blocks, which run one after another in every pass, so that their weights can be
+        streamed: see `devices.offload`."""
+        return [*self.text_transformer_blocks, *self.visual_transformer_blocks]
+
+    @property
+    def once(self) -> list[nn.Module]:
+        """What runs once per prompt, in `modulate`: an eighth of the weights, which need not be on
+        the device for it."""
+        return [
+            self.time_embeddings,
+            self.pooled_text_embeddings,
+            *self._modulations(),
+        ]
+
+    def _text_blocks(self) -> list[TextBlock]:
+        return cast("list[TextBlock]", list(self.text_transformer_blocks))
+
+    def _visual_blocks(self) -> list[VisualBlock]:
+        return cast("list[VisualBlock]", list(self.visual_transformer_blocks))
+
+    def _modulations(self) -> list[Modulation]:
+        """What makes the vectors of a `ModulationTable`, in its order."""
+        text = [block.text_modulation for block in self._text_blocks()]
+        visual = [block.visual_modulation for block in self._visual_blocks()]
+        return [*text, *visual, self.out_layer.modulation]
 
     def _check(
         self,
@@ -441,43 +463,46 @@ class DiffusionTransformer3D(nn.Module):
         layout: Layout,
         text_lengths: Tensor | None,
     ) -> None:
-        config, grid, B = self.config, layout.grid, x.shape[0]
+        config = self.config
+        grid = layout.grid
         o, p, q = config.patch_size
+        B = x.shape[0]
+        L = text.shape[1] if text.dim() == 3 else 0
         wanted = {
             "x": (x, (B, grid.T * o, grid.Y * p, grid.X * q, config.in_channels)),
-            "text": (text, (B, text.shape[1] if text.dim() == 3 else 0, config.in_text_dim)),
+            "text": (text, (B, L, config.in_text_dim)),
             "pooled": (pooled, (B, config.in_text_dim2)),
             "time": (time, (B,)),
         }
         for name, (tensor, shape) in wanted.items():
             if tuple(tensor.shape) != shape:
                 raise ValueError(
-                    f"{name} must have shape {list(shape)} for this model, layout and "
-                    f"batch, got {list(tensor.shape)}; "
-                    "make the layout for the size of the latents and give every input "
-                    "the same batch"
+                    f"{name} must have shape {list(shape)} for this model, layout and batch, "
+                    f"got {list(tensor.shape)}; make the layout for the size of the latents and "
+                    "give every input the same batch"
                 )
         if text_lengths is not None and text_lengths.shape != (B,):
             raise ValueError(
-                f"text_lengths must have shape {[B]}, got "
-                f"{list(text_lengths.shape)}; give one length per sample"
+                f"text_lengths must have shape {[B]}, got {list(text_lengths.shape)}; "
+                "give one length per sample"
             )
 
 
 def _trim(text: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Text [B, L, Dt] cut to its longest sample, and the key mask [B, 1, 1, L] that shorter samples
-    need, if any are shorter."""
+    """Text [B, L, in_text_dim] cut to its longest sample, and the key mask [B, 1, 1, L] that
+    shorter samples need, where there are any."""
     if lengths is None:
         return text, None
-    shortest, longest = int(lengths.min()), int(lengths.max())
+    shortest = int(lengths.min())
+    longest = int(lengths.max())
     if shortest < 1 or longest > text.shape[1]:
         raise ValueError(
-            f"text_lengths must lie in 1..{text.shape[1]}, got "
-            f"{shortest}..{longest}; an empty prompt still has a token"
+            f"text_lengths must lie in 1..{text.shape[1]}, got {shortest}..{longest}; "
+            "an empty prompt still has a token"
         )
     text = text[:, :longest]
     if shortest == longest:
         return text, None
     mask = torch.arange(longest, device=text.device) < lengths.to(text.device)[:, None]  # [B, L]
-    # zero, because 0 * NaN is NaN
+    # Padding becomes zero, because a masked NaN would still be multiplied by a weight of 0.
     return text.masked_fill(~mask[..., None], 0.0), mask[:, None, None]

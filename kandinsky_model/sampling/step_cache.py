@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..config import CACHES
 from ..dit.layout import Layout
-from ..dit.transformer import DiffusionTransformer3D, Modulations
+from ..dit.modulation import Modulations
+from ..dit.transformer import BlockContext, DiffusionTransformer3D
 
 
 class Branch(ABC):
@@ -42,28 +43,28 @@ class Branch(ABC):
         modulations: Modulations,
     ) -> Tensor:
         """As the transformer's forward."""
-        x, text, key_mask = self.dit.begin(x, text, layout, text_lengths, modulations)
+        x, context = self.dit.begin(x, text, layout, text_lengths, modulations)
         before = self.computed
-        normed = self.run(x, (text, modulations.visual, key_mask, layout))
+        normed = self.run(x, context)
         self.skipped += self.computed == before
         return self.dit.finish(normed, layout)
 
     @abstractmethod
-    def run(self, x: Tensor, context: tuple) -> Tensor:
-        """The out layer's norm of x after the blocks or what stands in for them. context: text,
-        modulations, key mask, layout."""
+    def run(self, x: Tensor, context: BlockContext) -> Tensor:
+        """The out layer's norm of x after the blocks or what stands in for them."""
 
-    def compute(self, x: Tensor, normed: Tensor | None, context: tuple, first: int) -> Tensor:
+    def compute(
+        self, x: Tensor, normed: Tensor | None, context: BlockContext, first: int
+    ) -> Tensor:
         """Run the blocks from `first` on and remember what they added."""
-        text, modulations, key_mask, layout = context
         span = range(first, len(self.dit.visual_transformer_blocks))
         self.change, before = None, x.clone()  # the blocks may put their results into x
-        after, normed = self.dit.blocks(x, normed, text, modulations, key_mask, layout, span)
+        after, normed = self.dit.blocks(x, normed, context, span)
         self.change, self.computed = torch.sub(after, before, out=before), self.computed + 1
         return normed
 
-    def reuse(self, x: Tensor, context: tuple) -> Tensor:
-        return self.dit.norm_for(-1, x + self.change, context[1])
+    def reuse(self, x: Tensor, context: BlockContext) -> Tensor:
+        return context.modulations.out.norm(x + self.change)
 
 
 class MagBranch(Branch):
@@ -73,7 +74,7 @@ class MagBranch(Branch):
         super().__init__(dit)
         self.runs = iter(runs)
 
-    def run(self, x: Tensor, context: tuple) -> Tensor:
+    def run(self, x: Tensor, context: BlockContext) -> Tensor:
         return self.compute(x, None, context, 0) if next(self.runs) else self.reuse(x, context)
 
 
@@ -86,14 +87,14 @@ class FirstBlockBranch(Branch):
         self.threshold, self.most_skipped, self.in_a_row = threshold, most_skipped, 0
         self.first: Tensor | None = None
 
-    def run(self, x: Tensor, context: tuple) -> Tensor:
-        text, modulations, key_mask, layout = context
+    def run(self, x: Tensor, context: BlockContext) -> Tensor:
+        ranks = context.layout.ranks
         before = x.clone()
-        after, normed = self.dit.blocks(x, None, text, modulations, key_mask, layout, range(1))
+        after, normed = self.dit.blocks(x, None, context, range(1))
         added = torch.sub(after, before, out=before)
         if self.first is not None and self.in_a_row < self.most_skipped:
             change = torch.stack([(added - self.first).abs_().sum(), self.first.abs().sum()])
-            moved, size = change if layout.ranks is None else layout.ranks.total(change)
+            moved, size = change if ranks is None else ranks.total(change)
             moved = moved / size
             if moved.item() < self.threshold:
                 self.in_a_row += 1

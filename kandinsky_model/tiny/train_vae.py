@@ -9,15 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ..vae.hunyuan import (
-    CausalConv3d,
-    Downsample,
-    FrameCausalAttention,
-    HunyuanVideoVAE,
-    ResnetBlock,
-    Upsample,
-    sample_posterior,
-)
+from ..vae.hunyuan import HunyuanVideoVAE, sample_posterior
+from ..vae.layers import CausalConv3d, Downsample, FrameCausalAttention, ResnetBlock, Upsample
 from . import scenes as shapes
 from .optimizer import Average, Clock, Optimizer, training_dtype
 

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from kandinsky_kernels import modulated_norm
-
 from ..devices.host import Store
 from ..devices.offload import LayerStream, streamed_layers
 from ..dit.layout import Layout
-from ..dit.transformer import DiffusionTransformer3D, Modulations, ModulationTable
+from ..dit.modulation import VISUAL_SUBLAYERS, Modulations, ModulationTable, triples
+from ..dit.transformer import DiffusionTransformer3D
 
 
 @dataclass(frozen=True)
@@ -116,13 +115,12 @@ class TrainNetwork:
         modulations = (
             self.dit.modulate(time[None], pooled).step(0) if modulations is None else modulations
         )
-        x, text, key_mask = self.dit.begin(x, text, layout, text_lengths, modulations)
-        recorded = torch.is_grad_enabled()
-        for i in range(len(self.blocks)):
-            x = _Block.apply(
-                self.anchor, self, i, (layout, key_mask, recorded), x, text, *modulations.visual[i]
-            )
-        return self.dit.finish(self.dit.norm_for(-1, x, modulations.visual), layout)
+        x, context = self.dit.begin(x, text, layout, text_lengths, modulations)
+        shared = (layout, context.key_mask, torch.is_grad_enabled())
+        for i, modulation in enumerate(modulations.visual):
+            vectors = [v for one in modulation for v in (one.shift, one.scale, one.gate)]
+            x = _Block.apply(self.anchor, self, i, shared, x, context.text, *vectors)
+        return self.dit.finish(modulations.out.norm(x), layout)
 
     def parts(self, x: Tensor) -> list[slice]:
         """The tokens of x [B, S, C] that are done together."""
@@ -144,51 +142,48 @@ class _Block(torch.autograd.Function):
     """A visual block from x [B, S, C] to the next x."""
 
     @staticmethod
-    def forward(ctx, anchor, network, i, context, x, text, *modulation):
+    def forward(ctx, anchor, network, i, context, x, text, *vectors):
         ctx.network, ctx.i, ctx.context = network, i, context
         layout, key_mask, recorded = context
         if recorded:
-            ctx.save_for_backward(network.keep(i, x), text, *modulation)
+            ctx.save_for_backward(network.keep(i, x), text, *vectors)
+        modulation = triples(iter(vectors), VISUAL_SUBLAYERS)
         out = torch.empty_like(x)
         with network.placed(i, 1) as block:
-            attended = block.self_attention.attend(
-                modulated_norm(x, modulation[1], modulation[0]), layout
-            )
-            keys_values = block.cross_attention.read(text)
+            attended = block.self_attention.attend(modulation[0].norm(x), layout)
+            keys = block.cross_attention.read(text, key_mask)
             for part in network.parts(x):
-                out[:, part] = block.after_attention(
-                    x[:, part], attended[:, part], keys_values, modulation, None, key_mask
-                )[0]
+                out[:, part] = block.after_attention_without_norm(
+                    x[:, part], attended[:, part], keys, modulation
+                )
         return out
 
     @staticmethod
     def backward(ctx, grad):
         network, (layout, key_mask, _) = ctx.network, ctx.context
         saved = [tensor.to(network.device, non_blocking=True) for tensor in ctx.saved_tensors]
-        x, text, *modulation = leaves = [
+        x, text, *vectors = leaves = [
             x.detach().requires_grad_(need)
             for x, need in zip(saved, ctx.needs_input_grad[4:], strict=True)
         ]
+        modulation = triples(iter(vectors), VISUAL_SUBLAYERS)
         with network.placed(ctx.i, -1) as block, torch.enable_grad():
-            attended = block.self_attention.attend(
-                modulated_norm(x, modulation[1], modulation[0]), layout
-            )
-            keys_values = block.cross_attention.read(text)
-            read = [_leaf(tensor) for tensor in keys_values]
+            attended = block.self_attention.attend(modulation[0].norm(x), layout)
+            keys = block.cross_attention.read(text, key_mask)
+            read = replace(keys, key=_leaf(keys.key), value=_leaf(keys.value))
             through, direct = torch.empty_like(attended), torch.empty_like(x)
             for part in network.parts(x):
                 own, seen = _leaf(x[:, part]), _leaf(attended[:, part])
-                out = block.after_attention(own, seen, read, modulation, None, key_mask)[0]
+                out = block.after_attention_without_norm(own, seen, read, modulation)
                 if out.requires_grad:
                     out.backward(grad[:, part])
                 through[:, part], direct[:, part] = _gradient(seen), _gradient(own)
-            roots = [
-                (tensor, gradient)
-                for tensor, gradient in zip(
-                    (attended, *keys_values), (through, *map(_gradient, read)), strict=True
-                )
-                if tensor.requires_grad
-            ]
+            pairs = (
+                (attended, through),
+                (keys.key, _gradient(read.key)),
+                (keys.value, _gradient(read.value)),
+            )
+            roots = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
             if roots:
                 torch.autograd.backward(*map(list, zip(*roots, strict=True)))
         if x.requires_grad:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many bytes decoding a clip and encoding a picture take, for every way to do them."""
+"""How many bytes decoding a video and encoding a picture take, for every way to do them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from ..devices.available import FREE_SHARE
 from ..devices.budget import Way, Weights
 from .hunyuan import HunyuanVideoVAE
 from .stages import POSITIONS
-from .tiles import TilePlan
+from .tiles import Tiling
 
 WIDE = 4  # bytes of an element of latents and previews, which are fp32
-PIECE_PIXELS = 8 * POSITIONS  # of the two last frames of a chunk, or of more where frames are small
+RGB = 3
+# Pixels of a piece of video that is given out: the two last frames of a chunk, or more where frames
+# are small.
+PIECE_PIXELS = 8 * POSITIONS
 
-
-# Tensors of this many channels at full size that encoding and decoding a picture as a whole holds
-# at once, measured on diffusers' VAE.
-PICTURE_CHANNELS, PICTURE_TENSORS = 128, (5, 6)
+# The image VAE works on a picture as a whole. At the worst moment it holds so many tensors of so
+# many channels at full size, measured on diffusers' class.
+PICTURE_CHANNELS = 128
+ENCODING_TENSORS = 5
+DECODING_TENSORS = 6
 
 
 @dataclass(frozen=True)
 class DecodingWay(Way):
-    """A `Way` to decode or encode. scheme_bytes: what the VAE's streaming scheme may use."""
+    """A `Way` to decode or encode. scheme_bytes: the memory budget for the VAE's scheme."""
 
     scheme_bytes: int | None = None
 
@@ -38,61 +42,69 @@ def decoding_ways(
     dtype: torch.dtype,
     policy: str,
 ) -> Iterator[DecodingWay]:
-    """Ways to decode one video, with room for the workspaces of convolutions, the latents and the
-    frames given out. vae: None for one of pictures, which works as a whole.
+    """The ways to decode one video: fastest first, each needing less memory.
 
-    Frames are counted as pixels of three channels. A piece of them is there twice, and 2.5 times in
-    fp32 on its way to 8 bits; under "official" a tile, of full size, is there five times while its
-    pieces are joined, faded and kept for the next. A "preview" is four videos in fp32, and what its
-    map is fitted on. latents: (T, H / 8, W / 8) of the video. dtype: of activations.
+    vae: None for the image VAE, which works on the whole picture. latents: (T, Y, X). dtype: of
+    activations. Beside the scheme, each way leaves room for the workspaces of convolution
+    libraries, the latents, and the frames that are given out. A piece of frames is there twice, and
+    2.5 times in fp32 on its way to 8 bits. Under "official" a tile, at full size, is there five
+    times while its pieces are joined, faded and kept for the next. A "preview" takes four videos in
+    fp32, and the decoding that its map is fitted on.
     """
-    (T, rows, columns), size = latents, dtype.itemsize
-    height, width = 8 * rows, 8 * columns
-    area, frames = height * width, 4 * T - 3
+    T, Y, X = latents
+    height = 8 * Y
+    width = 8 * X
+    area = height * width
+    frames = 4 * T - 3
     if vae is None:
-        yield DecodingWay(
-            weights.total,
-            math.ceil(PICTURE_TENSORS[1] * PICTURE_CHANNELS * area * size / FREE_SHARE),
-            "as a whole",
-        )
+        working = DECODING_TENSORS * PICTURE_CHANNELS * area * dtype.itemsize
+        yield DecodingWay(weights.total, math.ceil(working / FREE_SHARE), "as a whole")
         return
+    channels = vae.config.latent_channels
     if policy == "preview":
-        fit = vae.decode_plans((1, vae.config.latent_channels, 1, 16, 16))[0].predicted_peak_bytes
-        yield DecodingWay(weights.total, fit + 4 * frames * 3 * area * WIDE, "preview")
+        fitting = vae.decoding_schemes((1, channels, 1, 16, 16))[0].predicted_peak_bytes
+        working = fitting + 4 * frames * RGB * area * WIDE
+        yield DecodingWay(weights.total, working, "preview")
         return
-    shape = whole = (1, vae.config.latent_channels, T, rows, columns)
-    tiles = TilePlan.for_frame(height, width)
-    beside = 3 * max(2 * area, PIECE_PIXELS) * (2 * size + 10)
+    whole = (1, channels, T, Y, X)
+    shape: tuple[int, ...] = whole
+    beside = RGB * max(2 * area, PIECE_PIXELS) * (2 * dtype.itemsize + 10)
+    suffix = ""
     if policy == "official":
-        beside = 3 * min(tiles.frames, frames) * area * 5 * size
-        shape = tiles.largest(torch.empty(whole, device="meta")).shape
-    for plan in vae.decode_plans(shape):
-        working = (
-            math.ceil(plan.predicted_peak_bytes / FREE_SHARE) + beside + 3 * WIDE * math.prod(whole)
-        )
+        tiling = Tiling.for_frame(height, width)
+        shape = tuple(tiling.largest(torch.empty(whole, device="meta")).shape)
+        beside = RGB * min(tiling.frames, frames) * area * 5 * dtype.itemsize
+        suffix = " for each tile"
+    for scheme in vae.decoding_schemes(shape):
+        streaming = math.ceil(scheme.predicted_peak_bytes / FREE_SHARE)
+        # latents as sampled, scaled and in the dtype of the VAE
+        working = streaming + beside + 3 * WIDE * math.prod(whole)
         yield DecodingWay(
             weights.total,
             working,
-            f"scheme {plan.scheme}" + (" for each tile" if policy == "official" else ""),
-            scheme_bytes=plan.predicted_peak_bytes,
+            f"scheme {scheme.name}{suffix}",
+            scheme_bytes=scheme.predicted_peak_bytes,
         )
 
 
 def picture_ways(
-    weights: Weights, vae: HunyuanVideoVAE | None, size: tuple[int, int], dtype: torch.dtype
+    weights: Weights,
+    vae: HunyuanVideoVAE | None,
+    size: tuple[int, int],
+    dtype: torch.dtype,
 ) -> Iterator[DecodingWay]:
-    """Ways to encode one picture of `size` (height, width) pixels; vae: None as above."""
+    """The ways to encode one picture of `size` (height, width) pixels, as `decoding_ways`."""
     height, width = size
     if vae is None:
+        working = ENCODING_TENSORS * PICTURE_CHANNELS * height * width * dtype.itemsize
+        yield DecodingWay(weights.total, math.ceil(working / FREE_SHARE))
+        return
+    for scheme in vae.encoding_schemes((1, RGB, 1, height, width)):
+        streaming = math.ceil(scheme.predicted_peak_bytes / FREE_SHARE)
+        working = streaming + RGB * height * width * WIDE
         yield DecodingWay(
             weights.total,
-            math.ceil(
-                PICTURE_TENSORS[0] * PICTURE_CHANNELS * height * width * dtype.itemsize / FREE_SHARE
-            ),
-        )
-        return
-    for plan in vae.encode_plans((1, 3, 1, height, width)):
-        working = math.ceil(plan.predicted_peak_bytes / FREE_SHARE) + 3 * height * width * WIDE
-        yield DecodingWay(
-            weights.total, working, f"scheme {plan.scheme}", scheme_bytes=plan.predicted_peak_bytes
+            working,
+            f"scheme {scheme.name}",
+            scheme_bytes=scheme.predicted_peak_bytes,
         )

@@ -3,6 +3,7 @@
 the command line under torchrun."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from kandinsky_model.config import DiTConfig, NablaConfig
-from kandinsky_model.devices.parallel import Ranks, from_first, share
+from kandinsky_model.devices.parallel import LostPeer, Ranks, from_first, share
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_layout
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
@@ -96,8 +97,9 @@ def work(rank, world, folder, names):
         from_first(lambda: {}[0])
     except KeyError:
         results["failure"] = torch.tensor([rank])
-    except SystemExit as quiet:
-        results["failure"] = torch.tensor([10 * quiet.code + rank])
+    except LostPeer as error:
+        assert f"process {rank} of {world} cannot go on" in str(error)
+        results["failure"] = torch.tensor([20 + rank])
     save_file(results, f"{folder}/{rank}.safetensors")
     dist.destroy_process_group()
 
@@ -163,7 +165,7 @@ def test_who_cannot_share(world, heads, guided, words):
 # Under torchrun
 
 
-def torchrun(count, *arguments, cwd):
+def torchrun(count, *arguments, cwd, program=("-m", "kandinsky_model")):
     command = [
         sys.executable,
         "-m",
@@ -171,8 +173,7 @@ def torchrun(count, *arguments, cwd):
         "--standalone",
         "--nproc-per-node",
         str(count),
-        "-m",
-        "kandinsky_model",
+        *map(str, program),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -214,13 +215,66 @@ def test_what_cannot_be_shared_is_one_sentence(folder, tmp_path):
         "1",
         cwd=tmp_path,
     )
-    complaints = [line for line in done.stderr.splitlines() if line.startswith("kandinsky: ")]
     assert done.returncode
-    assert complaints == [
-        "kandinsky: 1 heads can be shared by 1 processes, got 2; start one of these numbers, or "
-        "give every process prompts of its own with "
-        "--prompts"
+    assert sorted(complaints(done)) == [
+        "1 heads can be shared by 1 processes, got 2; start one of these numbers, or "
+        "give every process prompts of its own with --prompts",
+        lost(1),
     ]
+
+
+def complaints(done):
+    """What the processes said to the user."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("kandinsky: ")]
+    return [line.removeprefix("kandinsky: ") for line in lines]
+
+
+def lost(rank):
+    return (
+        f"process {rank} of 2 cannot go on, because another process of this run has ended; "
+        "see what that one says, and start all of them again"
+    )
+
+
+# The command of one rank that meets with something at its second step.
+FATE = """
+import os, signal, sys
+from kandinsky_model.__main__ import main
+from kandinsky_model.devices.parallel import Ranks
+
+seen = []
+both = Ranks.both
+
+def meet(self, velocity):
+    seen.append(1)
+    if os.environ["RANK"] == sys.argv[1] and len(seen) == 2:
+        {fate}
+    return both(self, velocity)
+
+Ranks.both = meet
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("rank", "fate"), [(0, "killed"), (1, "failed")])
+def test_when_one_process_ends_the_other_says_so_and_stops(folder, tmp_path, rank, fate):
+    deeds = {
+        "killed": "os.kill(os.getpid(), signal.SIGKILL)",
+        "failed": 'raise RuntimeError("the card is on fire; call for help")',
+    }
+    (tmp_path / "run.py").write_text(FATE.format(fate=deeds[fate]))
+    arguments = ["generate", "a", "--model", str(folder), *tiny_models.SMALL_ARGS]
+    done = torchrun(
+        2, str(rank), *arguments, "--device", "cpu", cwd=tmp_path, program=[tmp_path / "run.py"]
+    )
+    assert done.returncode
+    said = [lost(1 - rank)]
+    if fate == "failed":
+        said.append("the card is on fire; call for help")
+    assert sorted(complaints(done)) == sorted(said)
+    statuses = dict(re.findall(r"rank +: (\d) .*\n +exitcode +: (\S+) ", done.stderr))
+    assert statuses.pop(str(rank)) == ("2" if fate == "failed" else "-9")
+    assert statuses in ({}, {str(1 - rank): "2"})
 
 
 def test_prompts_of_a_file_are_spread(folder, tmp_path):

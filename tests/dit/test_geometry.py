@@ -38,15 +38,18 @@ ODD_GRIDS = [Grid(1, 1, 1), Grid(2, 29, 52), Grid(3, 8, 9), Grid(1, 7, 24), Grid
 @pytest.mark.parametrize("grid", PRESET_GRIDS + ODD_GRIDS, ids=str)
 def test_tile_order_and_its_inverse_compose_to_identity(grid):
     order = tile_order(grid)
-    inverse, identity = inverse_order(order), torch.arange(grid.tokens)
+    inverse = inverse_order(order)
+    identity = torch.arange(grid.tokens)
     assert order.dtype == torch.int64
-    assert torch.equal(order[inverse], identity) and torch.equal(inverse[order], identity)
+    assert torch.equal(order[inverse], identity)
+    assert torch.equal(inverse[order], identity)
 
 
 @pytest.mark.parametrize("grid", [Grid(2, 16, 24), *ODD_GRIDS], ids=str)
 def test_tile_order_walks_tile_by_tile(grid):
     _, tiles_y, tiles_x = grid.tiles
-    wanted, sizes = [], []
+    wanted = []
+    sizes = []
     for t in range(grid.T):
         for tile_y in range(tiles_y):
             for tile_x in range(tiles_x):
@@ -59,7 +62,8 @@ def test_tile_order_walks_tile_by_tile(grid):
                 sizes.append(len(tile))
     offsets = block_offsets(grid)
     assert tile_order(grid).tolist() == wanted
-    assert offsets.dtype == torch.int32 and offsets.diff().tolist() == sizes
+    assert offsets.dtype == torch.int32
+    assert offsets.diff().tolist() == sizes
     assert (offsets[0], offsets[-1], len(offsets)) == (0, grid.tokens, grid.blocks + 1)
 
 
@@ -73,22 +77,24 @@ def test_published_index_formula():
 
 def test_patchify_is_channel_fastest_and_unpatchify_channel_slowest():
     channels = 3
-    x = torch.randn(2, 2, 6, 8, channels)
+    x = torch.randn(
+        2,
+        2,
+        6,
+        8,
+        channels,
+    )
     tokens = patchify(x, (1, 2, 2))
     assert tokens.shape == (2, 2 * 3 * 4, 4 * channels)
     for t, y, x_, ph, pw, c in ((0, 0, 0, 0, 1, 2), (1, 2, 3, 1, 0, 1), (1, 1, 2, 1, 1, 0)):
-        assert (
-            tokens[1, (t * 3 + y) * 4 + x_, (2 * ph + pw) * channels + c]
-            == x[1, t, 2 * y + ph, 2 * x_ + pw, c]
-        )
+        token = tokens[1, (t * 3 + y) * 4 + x_]
+        assert token[(2 * ph + pw) * channels + c] == x[1, t, 2 * y + ph, 2 * x_ + pw, c]
     features = torch.randn(2, 24, 4 * channels)
     latents = unpatchify(features, Grid(2, 3, 4), (1, 2, 2))
     assert latents.shape == x.shape
     for t, y, x_, ph, pw, c in ((0, 0, 0, 0, 1, 2), (1, 2, 3, 1, 0, 1), (1, 1, 2, 1, 1, 0)):
-        assert (
-            latents[0, t, 2 * y + ph, 2 * x_ + pw, c]
-            == features[0, (t * 3 + y) * 4 + x_, c * 4 + 2 * ph + pw]
-        )
+        token = features[0, (t * 3 + y) * 4 + x_]
+        assert latents[0, t, 2 * y + ph, 2 * x_ + pw, c] == token[c * 4 + 2 * ph + pw]
 
 
 @pytest.mark.parametrize(
@@ -120,23 +126,19 @@ def test_golden_local_windows():
 
 @pytest.mark.parametrize("axes_dims", [(16, 24, 24), (32, 48, 48)])
 def test_rotary_angles(axes_dims):
-    grid, scale = Grid(3, 4, 5), (1.0, 2.0, 3.16)
-    table, places = rotary_angles(5, axes_dims, scale), positions(grid)
-    assert table.shape == (5, sum(axes_dims) // 2) and table.dtype == torch.float32
-    assert places.shape == (grid.tokens, 3) and places.dtype == torch.int32
+    grid = Grid(3, 4, 5)
+    scale = (1.0, 2.0, 3.16)
+    table = rotary_angles(5, axes_dims, scale)
+    places = positions(grid)
+    assert table.shape == (5, sum(axes_dims) // 2)
+    assert table.dtype == torch.float32
+    assert places.shape == (grid.tokens, 3)
+    assert places.dtype == torch.int32
     for position in ((2, 0, 0), (0, 3, 0), (0, 0, 4), (2, 3, 4)):
-        assert (
-            tuple(places[(position[0] * grid.Y + position[1]) * grid.X + position[2]].tolist())
-            == position
-        )
-        row = torch.cat(
-            [
-                part[p]
-                for part, p in zip(
-                    table.split([dim // 2 for dim in axes_dims], -1), position, strict=True
-                )
-            ]
-        )
+        t, y, x = position
+        assert tuple(places[(t * grid.Y + y) * grid.X + x].tolist()) == position
+        parts = table.split([dim // 2 for dim in axes_dims], -1)
+        row = torch.cat([part[p] for part, p in zip(parts, position, strict=True)])
         wanted = [
             p * 10000 ** (-j / (dim // 2)) / s
             for p, dim, s in zip(position, axes_dims, scale, strict=True)

@@ -14,14 +14,18 @@ from PIL import Image
 from kandinsky_kernels import select_blocks, unpack_selection
 from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
-from kandinsky_model.dit import attention
+from kandinsky_model.dit import nabla
 from kandinsky_model.dit.layout import Chunks
-from kandinsky_model.inspection import CURVE, Watch, _measure, inspect
+from kandinsky_model.inspection import CURVE, Watch, inspect, measure
 from kandinsky_model.media import chart
 
-PROMPT, SIZE = (
-    "a red circle moving right",
-    dict(num_frames=9, height=96, width=160, num_inference_steps=3, seed=1),
+PROMPT = "a red circle moving right"
+SIZE = dict(
+    num_frames=9,
+    height=96,
+    width=160,
+    num_inference_steps=3,
+    seed=1,
 )
 
 
@@ -31,9 +35,15 @@ def model():
 
 
 def test_numbers_are_those_of_the_map():
-    query, key = torch.randn(2, 3, 11, 8), torch.randn(2, 3, 11, 8)
+    query = torch.randn(2, 3, 11, 8)
+    key = torch.randn(2, 3, 11, 8)
     selection = select_blocks(query, key, 0.6)
-    found = _measure(query, key, selection, True)
+    found = measure(
+        query,
+        key,
+        selection,
+        True,
+    )
     share = torch.softmax(query.double() @ key.double().mT / math.sqrt(8), -1)
     keep = unpack_selection(selection, 11)
     assert torch.allclose(found["density"].double(), keep.double().mean((0, 2, 3)))
@@ -50,31 +60,56 @@ def test_numbers_are_those_of_the_map():
 def test_every_pass_is_seen_and_none_is_changed(model, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        attention, "select_blocks", lambda *args: asked.append(select_blocks(*args)) or asked[-1]
+        nabla, "select_blocks", lambda *args: asked.append(select_blocks(*args)) or asked[-1]
     )
-    plain = model.generate(PROMPT, guidance_scale=3.0, attention="nabla", **SIZE).latents
+    plain = model.generate(
+        PROMPT,
+        guidance_scale=3.0,
+        attention="nabla",
+        **SIZE,
+    ).latents
     asked.clear()
     with Watch(model.dit, 2, [1]) as watch:
         assert torch.equal(
-            model.generate(PROMPT, guidance_scale=3.0, attention="nabla", **SIZE).latents, plain
+            model.generate(
+                PROMPT,
+                guidance_scale=3.0,
+                attention="nabla",
+                **SIZE,
+            ).latents,
+            plain,
         )
-    L, H = len(model.dit.visual_transformer_blocks), model.dit.config.num_heads
+    L = len(model.dit.visual_transformer_blocks)
+    H = model.dit.config.num_heads
     N = asked[0].shape[2]
     # step, pass, layer
     kept = torch.stack([unpack_selection(one, N)[0].float() for one in asked]).view(
-        3, 2, L, H, N, N
+        3,
+        2,
+        L,
+        H,
+        N,
+        N,
     )
-    assert watch.steps == 3 and torch.allclose(
-        watch.density, kept.mean((-1, -2)).permute(2, 0, 1, 3)
+    assert watch.steps == 3
+    assert torch.allclose(
+        watch.density,
+        kept.mean((-1, -2)).permute(2, 0, 1, 3),
     )
-    assert list(watch.maps) == [1] and torch.equal(watch.maps[1], kept[1, 0])
+    assert list(watch.maps) == [1]
+    assert torch.equal(watch.maps[1], kept[1, 0])
     assert all(block.self_attention.watch is None for block in model.dit.visual_transformer_blocks)
 
 
 def test_heads_in_groups_leave_the_same_record(model, monkeypatch):
     def seen():
         with Watch(model.dit, 1, [0]) as watch:
-            model.generate(PROMPT, guidance_scale=1.0, attention="nabla", **SIZE)
+            model.generate(
+                PROMPT,
+                guidance_scale=1.0,
+                attention="nabla",
+                **SIZE,
+            )
         return watch
 
     whole = seen()
@@ -85,7 +120,8 @@ def test_heads_in_groups_leave_the_same_record(model, monkeypatch):
         lambda *args, chunks, **options: make_layout(*args, chunks=Chunks(heads=1), **options),
     )
     parts = seen()
-    assert whole.density.std() > 0.01 and parts.density.shape == whole.density.shape
+    assert whole.density.std() > 0.01
+    assert parts.density.shape == whole.density.shape
     # a product of fewer rows may round differently
     assert torch.allclose(parts.density, whole.density, atol=0.01)
     assert (parts.maps[0] != whole.maps[0]).float().mean() < 0.01
@@ -94,15 +130,26 @@ def test_heads_in_groups_leave_the_same_record(model, monkeypatch):
 def test_inspect_draws_and_leaves_the_model_as_it_was(model, tmp_path):
     before = model.preset
     light = inspect(
-        model, PROMPT, tmp_path / "light", keep_mass=0.3, guidance_scale=1.0, maps_at=[2], **SIZE
+        model,
+        PROMPT,
+        tmp_path / "light",
+        keep_mass=0.3,
+        guidance_scale=1.0,
+        maps_at=[2],
+        **SIZE,
     )
-    full = inspect(model, PROMPT, tmp_path / "full", keep_mass=1.0, guidance_scale=1.0, **SIZE)
+    full = inspect(
+        model,
+        PROMPT,
+        tmp_path / "full",
+        keep_mass=1.0,
+        guidance_scale=1.0,
+        **SIZE,
+    )
     assert model.preset is before
-    assert (
-        0.1 < light.density.mean() < 0.6
-        and full.density.min() == 1
-        and torch.allclose(full.mass, torch.ones(()))
-    )
+    assert 0.1 < light.density.mean() < 0.6
+    assert full.density.min() == 1
+    assert torch.allclose(full.mass, torch.ones(()))
     assert sorted(path.name for path in (tmp_path / "light").iterdir()) == [
         "blocks_002.png",
         "curves.png",
@@ -112,16 +159,28 @@ def test_inspect_draws_and_leaves_the_model_as_it_was(model, tmp_path):
     ]
     assert len(list((tmp_path / "full").glob("blocks_*.png"))) == 3
     numbers = json.loads((tmp_path / "light" / "numbers.json").read_text())
-    assert numbers["keep_mass"] == 0.3 and torch.allclose(
-        torch.tensor(numbers["density"]), light.density
-    )
+    assert numbers["keep_mass"] == 0.3
+    assert torch.allclose(torch.tensor(numbers["density"]), light.density)
     with pytest.raises(ValueError, match="steps 0 to 2, got 3"):
-        inspect(model, PROMPT, tmp_path, maps_at=[3], **SIZE)
+        inspect(
+            model,
+            PROMPT,
+            tmp_path,
+            maps_at=[3],
+            **SIZE,
+        )
 
 
 def test_a_model_trained_with_dense_attention_can_be_looked_at(model, tmp_path):
     model.preset = pipeline.replace(model.preset, nabla=None)
-    assert inspect(model, PROMPT, tmp_path, guidance_scale=1.0, **SIZE).steps == 3
+    watch = inspect(
+        model,
+        PROMPT,
+        tmp_path,
+        guidance_scale=1.0,
+        **SIZE,
+    )
+    assert watch.steps == 3
 
 
 def test_the_command(tmp_path, capsys):
@@ -139,11 +198,9 @@ def test_the_command(tmp_path, capsys):
     ]
     assert main(["inspect", PROMPT, "-o", str(tmp_path / "out"), *options]) == 0
     out = capsys.readouterr().out
-    assert (
-        "layer  0:" in out
-        and "of the blocks" in out
-        and (tmp_path / "out" / "blocks_001.png").is_file()
-    )
+    assert "layer  0:" in out
+    assert "of the blocks" in out
+    assert (tmp_path / "out" / "blocks_001.png").is_file()
     assert main(["inspect", PROMPT, "-o", str(tmp_path / "out"), "--keep-mass", "2", *options]) == 2
     assert "keep_mass must lie in (0, 1], got 2" in capsys.readouterr().err
 

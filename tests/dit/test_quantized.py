@@ -57,7 +57,12 @@ def by_hand(x, mode, wide=None):
     return (steps.to(dtype).to(wide) * scale).to(wide)
 
 
-def peer(mode, data, dtype=torch.float32, nabla=None):
+def peer(
+    mode,
+    data,
+    dtype=torch.float32,
+    nabla=None,
+):
     """The network by hand: weights and, in dynamic modes, activations quantised and dequantised
     around plain linear layers."""
 
@@ -70,7 +75,14 @@ def peer(mode, data, dtype=torch.float32, nabla=None):
         else x.to(dtype)
         for name, x in build().state_dict().items()
     }
-    return plain_forward(state, CONFIG, *(x.to(dtype) for x in data), SCALE, nabla, rounded)[0]
+    return plain_forward(
+        state,
+        CONFIG,
+        *(x.to(dtype) for x in data),
+        SCALE,
+        nabla,
+        rounded,
+    )[0]
 
 
 def is_large(name):
@@ -79,7 +91,14 @@ def is_large(name):
 
 def layer_of(mode, inner=64, outer=96):
     torch.manual_seed(0)
-    plain, layer = Linear(inner, outer), QuantizedLinear(inner, outer, True, mode, device="meta")
+    plain = Linear(inner, outer)
+    layer = QuantizedLinear(
+        inner,
+        outer,
+        True,
+        mode,
+        device="meta",
+    )
     packed = {
         name.removeprefix("layer."): x
         for name, x in quant.pack("layer", plain.weight, mode).items()
@@ -111,18 +130,24 @@ def test_rows_are_rounded_to_the_nearest_step(mode, dtype):
     ).to(dtype)
     x[5] = 0
     values, scale = quantize_rows(x, stored)
-    assert values.dtype == stored and scale.dtype == torch.float32 and scale.shape == (37, 1)
-    wide, exact = values.double(), x.double()
-    error, unit = (wide * scale - exact).abs(), scale.double()
+    assert values.dtype == stored
+    assert scale.dtype == torch.float32
+    assert scale.shape == (37, 1)
+    wide = values.double()
+    exact = x.double()
+    error = (wide * scale - exact).abs()
+    unit = scale.double()
     # three bits, subnormals below
     step = (
         unit
         if mode == "int8"
         else torch.exp2((wide.abs().clamp_min(2**-6)).log2().floor() - 3) * unit
     )
-    assert (error <= step / 2 * (1 + 1e-5)).all() and not values[5].double().any()
+    assert (error <= step / 2 * (1 + 1e-5)).all()
+    assert not values[5].double().any()
     rows = [i for i in range(37) if i != 5]
-    assert (wide[rows].abs().amax(-1) == largest).all() and wide.abs().amax() == largest
+    assert (wide[rows].abs().amax(-1) == largest).all()
+    assert wide.abs().amax() == largest
 
 
 @pytest.mark.parametrize("mode", STEPS)
@@ -132,7 +157,8 @@ def test_extreme_rows(mode):
     )
     values, scale = quantize_rows(x, STEPS[mode][0])
     back = values.double() * scale
-    assert back.isfinite().all() and (scale > 0).all()
+    assert back.isfinite().all()
+    assert (scale > 0).all()
     assert ((back - x).abs() <= 0.07 * x.abs().amax(-1, keepdim=True) + 1e-38).all()
 
 
@@ -142,9 +168,8 @@ def test_which_layers():
         found = {
             name: layer for name, layer in dit.named_modules() if isinstance(layer, QuantizedLinear)
         }
-        assert {kind_of(name) for name in found} == KINDS and len(found) == len(
-            KINDS
-        ) * config.num_visual_blocks
+        assert {kind_of(name) for name in found} == KINDS
+        assert len(found) == len(KINDS) * config.num_visual_blocks
         assert all(is_large(name) for name in found)
         share = sum(layer.weight.numel() for layer in found.values()) / sum(
             x.numel() for x in empty_dit(config).state_dict().values()
@@ -169,7 +194,12 @@ def test_stored_in_8_bits_is_the_product_by_hand(mode, dtype):
 @pytest.mark.parametrize("rows", [0, 1, 16, 17, 100])
 @pytest.mark.parametrize("mode", STEPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_multiplied_in_8_bits_is_the_product_by_hand(mode, dtype, rows, monkeypatch):
+def test_multiplied_in_8_bits_is_the_product_by_hand(
+    mode,
+    dtype,
+    rows,
+    monkeypatch,
+):
     needs_product(f"{mode}-dynamic", dtype)
     monkeypatch.setattr(quant, "ROWS_AT_ONCE", 40)
     plain, layer = layer_of(f"{mode}-dynamic", outer=512)
@@ -191,16 +221,15 @@ def test_multiplied_in_8_bits_is_the_product_by_hand(mode, dtype, rows, monkeypa
 
 @pytest.mark.parametrize("rows", [0, 1, 16, 17, 40])
 def test_int8_products_keep_to_the_limits_of_cublas(rows, monkeypatch):
-    multiply, called = torch._int_mm, []
+    multiply = torch._int_mm
+    called = []
 
     def strict(a, b):
-        assert (
-            a.shape[0] > 16
-            and a.shape[1] % 8 == 0
-            and b.shape[1] % 8 == 0
-            and a.is_contiguous()
-            and b.T.is_contiguous()
-        )
+        assert a.shape[0] > 16
+        assert a.shape[1] % 8 == 0
+        assert b.shape[1] % 8 == 0
+        assert a.is_contiguous()
+        assert b.T.is_contiguous()
         called.append(a.shape[0])
         return multiply(a, b)
 
@@ -210,7 +239,8 @@ def test_int8_products_keep_to_the_limits_of_cublas(rows, monkeypatch):
     wanted = layer(x)
     monkeypatch.setattr(quant, "CPU_MULTIPLIES", True)
     monkeypatch.setattr(torch, "_int_mm", strict)
-    assert torch.equal(layer(x), wanted) and called == [max(rows, 17)]
+    assert torch.equal(layer(x), wanted)
+    assert called == [max(rows, 17)]
 
 
 @pytest.mark.parametrize("inner, outer", [(60, 64), (64, 40)])
@@ -219,13 +249,17 @@ def test_widths_that_do_not_fit_compute_as_stored(mode, inner, outer):
     _, layer = layer_of(mode, inner, outer)
     _, stored = layer_of(mode.removesuffix("-dynamic"), inner, outer)
     x = torch.randn(1, 20, inner)
-    assert torch.equal(layer(x), stored(x)) and not quant._reasons
+    assert torch.equal(layer(x), stored(x))
+    assert not quant._reasons
 
 
 @pytest.mark.parametrize("fault", ["refused", "wrong"])
 @pytest.mark.parametrize("mode", ["int8-dynamic", "fp8-dynamic"])
 def test_devices_that_cannot_multiply_compute_as_stored_and_say_so_once(
-    mode, fault, monkeypatch, caplog
+    mode,
+    fault,
+    monkeypatch,
+    caplog,
 ):
     def refused(*_):
         raise NotImplementedError("not on this card\nnor on that")
@@ -241,7 +275,8 @@ def test_devices_that_cannot_multiply_compute_as_stored_and_say_so_once(
     _, stored = layer_of(mode.removesuffix("-dynamic"))
     x = torch.randn(1, 20, 64)
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(layer(x), stored(x)) and torch.equal(layer(2 * x), stored(2 * x))
+        assert torch.equal(layer(x), stored(x))
+        assert torch.equal(layer(2 * x), stored(2 * x))
     (record,) = caplog.records
     wanted = (
         r"refused \(not on this card\)"
@@ -263,7 +298,8 @@ def test_what_is_not_finite_stays_in_its_row(mode):
     _, layer = layer_of(mode)
     x = torch.randn(1, 20, 64)
     clean = layer(x)
-    x[0, 3, 5], x[0, 9, 7] = torch.nan, torch.inf
+    x[0, 3, 5] = torch.nan
+    x[0, 9, 7] = torch.inf
     y = layer(x)
     assert not y[0, [3, 9]].isfinite().any()
     rows = [i for i in range(20) if i not in (3, 9)]
@@ -278,9 +314,11 @@ def test_gradients_reach_the_input(mode):
     with torch.enable_grad():
         layer.requires_grad_(True)
         layer(x.requires_grad_()).square().sum().backward()
-        mine, x.grad = x.grad, None
+        mine = x.grad
+        x.grad = None
         F.linear(x, by_hand(plain.weight.detach(), mode), plain.bias).square().sum().backward()
-    assert rel_l2(mine, x.grad) <= 1e-6 and not layer.weight.requires_grad
+    assert rel_l2(mine, x.grad) <= 1e-6
+    assert not layer.weight.requires_grad
 
 
 # The network
@@ -290,7 +328,8 @@ def test_gradients_reach_the_input(mode):
 @pytest.mark.parametrize("mode", STEPS)
 def test_the_network_computes_with_the_weights_it_stores(mode, attention):
     """Not a bit more error than plain fp32 with the same 8-bit weights."""
-    data, nabla = inputs(CONFIG, GRID, 2), MODES[attention]
+    data = inputs(CONFIG, GRID, 2)
+    nabla = MODES[attention]
     data = (*data[:3], data[3] / 100)
     dit = quantize(build(), mode)
     ours = dit(*data, make_layout(CONFIG, GRID, SCALE, nabla))
@@ -302,14 +341,16 @@ def test_the_network_computes_with_the_weights_it_stores(mode, attention):
 @pytest.mark.parametrize("mode", QUANTIZATIONS)
 def test_error_against_full_width_is_that_of_the_peer(mode):
     needs_product(mode)
-    data, plan = inputs(CONFIG, GRID), make_layout(CONFIG, GRID, SCALE)
+    data = inputs(CONFIG, GRID)
+    layout = make_layout(CONFIG, GRID, SCALE)
     exact = plain_forward(
         {name: x.double() for name, x in build().state_dict().items()},
         CONFIG,
         *(x.double() for x in data),
         SCALE,
     )[0]
-    ours, theirs = quantize(build(), mode)(*data, plan), peer(mode, data)
+    ours = quantize(build(), mode)(*data, layout)
+    theirs = peer(mode, data)
     print(
         f"{mode}: relative error of the velocity {rel_l2(ours, exact):.3%}, by hand "
         f"{rel_l2(theirs, exact):.3%}"
@@ -321,7 +362,8 @@ def test_error_against_full_width_is_that_of_the_peer(mode):
 @pytest.mark.parametrize("attention", MODES)
 @pytest.mark.parametrize("mode", STEPS)
 def test_one_product_gives_queries_keys_and_values(mode, attention):
-    data, plan = inputs(CONFIG, GRID), make_layout(CONFIG, GRID, SCALE, MODES[attention])
+    data = inputs(CONFIG, GRID)
+    layout = make_layout(CONFIG, GRID, SCALE, MODES[attention])
     dit = quantize(build(), mode)
     attentions = [block.self_attention for block in dit.visual_transformer_blocks]
     assert all(
@@ -332,53 +374,60 @@ def test_one_product_gives_queries_keys_and_values(mode, attention):
         a.to_value.weight_scale.data_ptr() == a._joint[0].weight_scale[256:].data_ptr()
         for a in attentions
     )
-    together = dit(*data, plan)
+    together = dit(*data, layout)
     for a in attentions:
         a.forget()
-    assert not attentions[0]._is_joint() and rel_l2(dit(*data, plan), together) <= 1e-6
+    assert not attentions[0]._is_joint()
+    assert rel_l2(dit(*data, layout), together) <= 1e-6
 
 
 def test_the_joint_weight_in_full_width_is_let_go(monkeypatch):
     """Before the new ones are joined: nothing is there twice."""
-    dit, left = build().prepare(), []
+    dit = build().prepare()
+    left = []
     whole = weakref.ref(dit.visual_transformer_blocks[0].self_attention._joint[0].weight)
     prepare = dit.prepare
     monkeypatch.setattr(dit, "prepare", lambda: left.append(whole()) or prepare())
-    assert quantize(dit, "int8") is dit and left == [None]
+    assert quantize(dit, "int8") is dit
+    assert left == [None]
 
 
 @pytest.mark.parametrize("mode", STEPS)
 def test_casts_and_moves_keep_8_bits(mode):
-    data, plan = inputs(CONFIG, GRID), make_layout(CONFIG, GRID, SCALE)
+    data = inputs(CONFIG, GRID)
+    layout = make_layout(CONFIG, GRID, SCALE)
     dit = quantize(build(), mode)
-    state, before = {name: x.clone() for name, x in dit.state_dict().items()}, dit(*data, plan)
+    state = {name: x.clone() for name, x in dit.state_dict().items()}
+    before = dit(*data, layout)
     attention = dit.visual_transformer_blocks[1].self_attention
     for dtype in (torch.bfloat16, torch.float64):
         dit.to(dtype)
-        assert (
-            attention._is_joint()
-            and attention.to_key.bias.dtype == dtype
-            and dit(*data, plan).dtype == dtype
-        )
+        assert attention._is_joint()
+        assert attention.to_key.bias.dtype == dtype
+        assert dit(*data, layout).dtype == dtype
     for name, x in dit.float().state_dict().items():
         quantized = "weight" in name and is_large(name.rpartition(".")[0])
         assert not quantized or torch.equal(x, state[name]) and x.dtype == state[name].dtype, name
-    assert rel_l2(dit(*data, plan), before) <= 1e-2  # the rest has been in bf16
+    assert rel_l2(dit(*data, layout), before) <= 1e-2  # the rest has been in bf16
     layer = attention.to_key.to("meta")
-    assert layer.weight.is_meta and layer.weight_scale.is_meta and layer.bias.is_meta
+    assert layer.weight.is_meta
+    assert layer.weight_scale.is_meta
+    assert layer.bias.is_meta
 
 
 @pytest.mark.parametrize("mode", ["int8", "fp8-dynamic"])
 def test_the_quantised_network_is_one_graph(mode):
-    data, plan = inputs(CONFIG, GRID), make_layout(CONFIG, GRID, SCALE, NABLA)
+    data = inputs(CONFIG, GRID)
+    layout = make_layout(CONFIG, GRID, SCALE, NABLA)
     dit = quantize(build(), mode)
     torch._dynamo.reset()
     compiled = torch.compile(dit, fullgraph=True, backend="aot_eager")
-    assert rel_l2(compiled(*data, plan), dit(*data, plan)) <= 1e-6
+    assert rel_l2(compiled(*data, layout), dit(*data, layout)) <= 1e-6
 
 
 def test_report_is_that_of_the_definition():
-    plain, dit = build(), quantize(build(), "fp8")
+    plain = build()
+    dit = quantize(build(), "fp8")
     lines = quantization_report(plain, dit)
     weights = {
         name.removesuffix(".weight"): x.double()
@@ -398,7 +447,8 @@ def test_report_is_that_of_the_definition():
         ).sqrt()
         assert f"{kind:26} {share.item():7.3%} in 3 layers" in lines
     worst = max(changes, key=lambda name: rel_l2(changes[name] + weights[name], weights[name]))
-    assert lines[-1].startswith(f"worst: {worst}, ") and len(lines) == len(KINDS) + 3
+    assert lines[-1].startswith(f"worst: {worst}, ")
+    assert len(lines) == len(KINDS) + 3
 
 
 def test_refusals():
@@ -420,8 +470,10 @@ def test_refusals():
 @pytest.mark.parametrize("mode", QUANTIZATIONS)
 @pytest.mark.parametrize("order", ["quantised first", "adapted first"])
 def test_adapters_add_to_quantised_layers(mode, order, tmp_path):
-    made, x = matrices(1), torch.randn(1, 20, CONFIG.model_dim)
-    path, dit = write(tmp_path / "a.safetensors", made, alpha=8), build()
+    made = matrices(1)
+    x = torch.randn(1, 20, CONFIG.model_dim)
+    path = write(tmp_path / "a.safetensors", made, alpha=8)
+    dit = build()
     if order == "quantised first":
         quantize(dit, mode)
     adapters = Adapters(dit)
@@ -432,19 +484,22 @@ def test_adapters_add_to_quantised_layers(mode, order, tmp_path):
         name: layer for name, layer in dit.named_modules() if isinstance(layer, QuantizedLinear)
     }
     attention = dit.visual_transformer_blocks[0].self_attention
-    assert not attention._is_joint() and layers
+    assert not attention._is_joint()
+    assert layers
     name = "visual_transformer_blocks.0.self_attention.to_key"
     down, up = made[name]
     wanted = layers[name].product(x) + F.linear(F.linear(x, down), up)  # 0.5 * 8 / 4
     assert rel_l2(attention.to_key(x), wanted) <= 1e-6
     adapters.remove()
     fresh = quantize(build(), mode)
-    assert attention._is_joint() and torch.equal(attention.to_key(x), fresh.get_submodule(name)(x))
+    assert attention._is_joint()
+    assert torch.equal(attention.to_key(x), fresh.get_submodule(name)(x))
 
 
 @pytest.mark.parametrize("mode", STEPS)
 def test_merging_quantises_the_sum(mode, tmp_path):
-    made, dit = matrices(1), quantize(build(), mode)
+    made = matrices(1)
+    dit = quantize(build(), mode)
     adapters = Adapters(dit)
     adapters.load(write(tmp_path / "a.safetensors", made), scale=0.5)
     adapters.merge()
@@ -457,13 +512,8 @@ def test_merging_quantises_the_sum(mode, tmp_path):
         # a step here and there
         assert rel_l2(dit.get_submodule(name).dequantized(torch.float32), wanted) <= 1e-3
     attention = dit.visual_transformer_blocks[0].self_attention
-    assert attention._is_joint() and torch.equal(
-        attention._joint[0].weight_scale[128:256], attention.to_key.weight_scale
-    )
-    assert (
-        rel_l2(
-            attention.to_value.dequantized(torch.float32),
-            build().get_submodule("visual_transformer_blocks.0.self_attention.to_value").weight,
-        )
-        > 1e-2
-    )
+    assert attention._is_joint()
+    assert torch.equal(attention._joint[0].weight_scale[128:256], attention.to_key.weight_scale)
+    name = "visual_transformer_blocks.0.self_attention.to_value"
+    before = build().get_submodule(name).weight
+    assert rel_l2(attention.to_value.dequantized(torch.float32), before) > 1e-2

@@ -21,7 +21,7 @@ from kandinsky_model.sampling.sampler import Sampling
 from kandinsky_model.sampling.settings import Settings
 from kandinsky_model.sampling.step_cache import make_cache
 from kandinsky_model.text.qwen_clip import EDIT_CROPS, OFFICIAL_EDIT_CROP, QwenClipEncoder
-from kandinsky_model.vae.tiles import TilePlan, starts
+from kandinsky_model.vae.tiles import Tiling, starts
 
 from ..support import tiny_models
 
@@ -120,7 +120,7 @@ def test_05_a_first_frame_depends_on_the_seed_alone(model):
 )
 def test_06_tiles_cover_the_frame_whatever_memory_is_free(size):
     """Theirs lose up to 24 columns, depending on what is free."""
-    plan = TilePlan.for_frame(*size)
+    plan = Tiling.for_frame(*size)
     for side, tile in zip(size, (plan.height, plan.width), strict=True):
         assert (
             max(min(start, side - tile) for start in starts(side, tile, tile - plan.overlap)) + tile

@@ -455,7 +455,7 @@ def test_the_kernel_refuses_what_would_corrupt_memory(change, text):  # law 20
         "grad_lse": None,
         "scale": 1.0,
     }
-    with pytest.raises(RuntimeError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         LIBRARY.block_sparse_attention_backward(**given | change)
 
 
@@ -514,7 +514,7 @@ def test_the_kernels_of_norms_refuse_what_would_corrupt_memory(op, change, text)
             "grad": HEADS_4,
         },
     }[op]
-    with pytest.raises(RuntimeError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         getattr(LIBRARY, f"{op}_backward")(**given | change, eps=1e-5)
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from kandinsky_model.config import DiTConfig, NablaConfig
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_layout
-from kandinsky_model.dit.transformer import DiffusionTransformer3D, Modulations
+from kandinsky_model.dit.modulation import Modulations, ShiftScale
+from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.sampling import sampler
 from kandinsky_model.sampling.given import Given, normalize_first_frame
 from kandinsky_model.sampling.sampler import Sampling, noise, sample, schedule
@@ -38,12 +39,12 @@ class Formula:
         self.rule, self.calls, self.config = rule, [], DiTConfig(visual_cond=visual_cond)
 
     def modulate(self, time, pooled):
-        return SimpleNamespace(step=lambda i: Modulations([], [(time[i], pooled)]))
+        return SimpleNamespace(step=lambda i: Modulations([], [], ShiftScale(time[i], pooled)))
 
     def __call__(self, x, text, pooled, time, plan, text_lengths, modulations):
         # made for all steps before the first one
-        ((modulated_time, modulated_pooled),) = modulations.visual
-        assert torch.equal(modulated_time, time) and torch.equal(modulated_pooled, pooled)
+        assert torch.equal(modulations.out.shift, time)
+        assert torch.equal(modulations.out.scale, pooled)
         self.calls.append((x.clone(), text, pooled, time, text_lengths))
         return self.rule(x[..., :16], time, text).to(x.dtype)
 

@@ -6,30 +6,32 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import shared_data
 from safetensors.torch import load_file
 
 import kandinsky_kernels as ops
 from kandinsky_model.config import VAEConfig
-from kandinsky_model.vae.hunyuan import (
-    CausalConv3d,
-    FrameCausalAttention,
-    HunyuanVideoVAE,
-    TilePlan,
-    Upsample,
-    sample_posterior,
-)
+from kandinsky_model.vae.hunyuan import HunyuanVideoVAE, sample_posterior
+from kandinsky_model.vae.layers import CausalConv3d, FrameCausalAttention, Upsample
+from kandinsky_model.vae.tiles import Tiling
+
+from ..conftest import shared_data
 
 SMALL = VAEConfig(
     latent_channels=4, block_out_channels=(8, 16, 16, 24), layers_per_block=1, norm_num_groups=4
 )
-SIZES = [(1, 4, 4), (2, 3, 5), (3, 5, 2), (5, 4, 3)]  # latent T, Y, X
+SIZES = [
+    (1, 4, 4),
+    (2, 3, 5),
+    (3, 5, 2),
+    (5, 4, 3),
+]  # latent T, Y, X
 # on a CPU two ways of computing the same
 MODES = pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 
 
 def rel_l2(actual, expected):
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+    exact = expected.double()
+    return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
 def small_vae(config=SMALL, dtype=torch.float32):
@@ -40,6 +42,11 @@ def small_vae(config=SMALL, dtype=torch.float32):
             if "norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return vae.to(dtype)
+
+
+def frozen_vae(config=SMALL, dtype=torch.float32):
+    """`small_vae` for decoding and encoding without gradients."""
+    return small_vae(config, dtype).requires_grad_(False)
 
 
 def peer_of(vae):
@@ -61,7 +68,8 @@ def peer_of(vae):
 
 
 def video_like(t, y, x, dtype=torch.float32, batch=1):
-    return torch.rand(batch, 3, 4 * (t - 1) + 1, 8 * y, 8 * x, dtype=dtype) * 2 - 1
+    frames = 4 * (t - 1) + 1
+    return torch.rand(batch, 3, frames, 8 * y, 8 * x, dtype=dtype) * 2 - 1
 
 
 def test_published_names_and_sizes():
@@ -69,15 +77,13 @@ def test_published_names_and_sizes():
         state = HunyuanVideoVAE(VAEConfig()).state_dict()
     assert len(state) == 248
     assert sum(tensor.numel() for tensor in state.values()) == 246_478_803
-    assert sum(t.numel() for name, t in state.items() if name.startswith("encoder.")) == 100_341_408
-    assert sum(t.numel() for name, t in state.items() if name.startswith("decoder.")) == 146_136_067
-    assert state["decoder.up_blocks.2.resnets.0.conv_shortcut.conv.weight"].shape == (
-        256,
-        512,
-        1,
-        1,
-        1,
-    )
+    sizes = {"encoder": 0, "decoder": 0, "quant_conv": 0, "post_quant_conv": 0}
+    for name, tensor in state.items():
+        sizes[name.partition(".")[0]] += tensor.numel()
+    assert sizes["encoder"] == 100_341_408
+    assert sizes["decoder"] == 146_136_067
+    shortcut = state["decoder.up_blocks.2.resnets.0.conv_shortcut.conv.weight"]
+    assert shortcut.shape == (256, 512, 1, 1, 1)
     assert state["encoder.mid_block.attentions.0.to_out.0.weight"].shape == (512, 512)
     assert state["decoder.up_blocks.1.upsamplers.0.conv.conv.bias"].shape == (512,)
 
@@ -91,22 +97,22 @@ def test_decode_equals_diffusers(size, grad):
         expected = peer_of(vae).decode(latents).sample
     with torch.set_grad_enabled(grad):
         actual = vae.decode(latents)
-    assert (
-        actual.shape == (2, 3, 4 * (size[0] - 1) + 1, 8 * size[1], 8 * size[2])
-        and actual.is_contiguous()
-    )
+    assert actual.shape == (2, 3, 4 * (size[0] - 1) + 1, 8 * size[1], 8 * size[2])
+    assert actual.is_contiguous()
     assert rel_l2(actual, expected) <= 1e-5
 
 
 @MODES
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_encode_equals_diffusers(size, grad):
-    vae, video = small_vae(), video_like(*size, batch=2)
+    vae = small_vae()
+    video = video_like(*size, batch=2)
     with torch.no_grad():
         expected = peer_of(vae).encode(video).latent_dist
     with torch.set_grad_enabled(grad):
         mean, logvar = vae.encode(video)
-    assert mean.shape == logvar.shape == (2, 4, *size) and mean.is_contiguous()
+    assert mean.shape == logvar.shape == (2, 4, *size)
+    assert mean.is_contiguous()
     assert rel_l2(mean, expected.mean) <= 1e-5
     assert rel_l2(logvar, expected.logvar) <= 1e-5
 
@@ -119,11 +125,9 @@ def test_other_depths_equal_diffusers(widths):
         ),
         torch.float64,
     )
-    peer, latents, video = (
-        peer_of(vae),
-        torch.randn(1, 4, 3, 2, 3).double(),
-        video_like(3, 2, 3, torch.float64),
-    )
+    peer = peer_of(vae)
+    latents = torch.randn(1, 4, 3, 2, 3).double()
+    video = video_like(3, 2, 3, torch.float64)
     with torch.no_grad():
         assert rel_l2(vae.decode(latents), peer.decode(latents).sample) <= 1e-12
         assert rel_l2(vae.encode(video)[0], peer.encode(video).latent_dist.mean) <= 1e-12
@@ -131,7 +135,8 @@ def test_other_depths_equal_diffusers(widths):
 
 def test_gradients_equal_diffusers():
     vae = small_vae(dtype=torch.float64)
-    peer, video = peer_of(vae), video_like(2, 2, 3, torch.float64)
+    peer = peer_of(vae)
+    video = video_like(2, 2, 3, torch.float64)
     vae.decode(vae.encode(video)[0]).square().mean().backward()
     peer.decode(peer.encode(video).latent_dist.mean).sample.square().mean().backward()
     gradients = dict(peer.named_parameters())
@@ -144,19 +149,19 @@ def test_gradients_equal_diffusers():
 
 
 def test_no_grad_path_equals_the_differentiable_one_in_fp64():
-    vae, latents, video = (
-        small_vae(dtype=torch.float64),
-        torch.randn(2, 4, 3, 3, 5).double(),
-        video_like(2, 3, 2, torch.float64),
-    )
+    vae = small_vae(dtype=torch.float64)
+    latents = torch.randn(2, 4, 3, 3, 5).double()
+    video = video_like(2, 3, 2, torch.float64)
     with torch.no_grad():
-        plain, moments = vae.decode(latents), torch.cat(vae.encode(video))
+        plain = vae.decode(latents)
+        moments = torch.cat(vae.encode(video))
     assert rel_l2(plain, vae.decode(latents).detach()) <= 1e-12
     assert rel_l2(moments, torch.cat(vae.encode(video)).detach()) <= 1e-12
 
 
 def test_bf16_runs():
-    vae, latents = small_vae(), torch.randn(1, 4, 2, 3, 2)
+    vae = small_vae()
+    latents = torch.randn(1, 4, 2, 3, 2)
     with torch.no_grad():
         expected = vae.decode(latents)
         actual = vae.to(torch.bfloat16).decode(latents.bfloat16())
@@ -167,13 +172,14 @@ def test_bf16_runs():
 def test_golden_files():
     folder = shared_data() / "golden"
     config = json.loads((folder / "config.json").read_text())
-    sizes, tile = config["vae"], config["vae_official_tile"]
+    sizes = config["vae"]
+    tile = config["vae_official_tile"]
     vae = HunyuanVideoVAE(
         VAEConfig(**{**sizes, "block_out_channels": tuple(sizes["block_out_channels"])})
     )
     vae.load_state_dict(load_file(folder / "vae.safetensors"), strict=True)
     io = load_file(folder / "vae_io.safetensors")
-    plan = TilePlan(
+    tiling = Tiling(
         tile["min_height"],
         tile["min_width"],
         overlap=tile["min_height"] - tile["stride_height"],
@@ -183,28 +189,29 @@ def test_golden_files():
     with torch.no_grad():
         assert rel_l2(torch.cat(vae.encode(io["video"]), dim=1), io["moments"]) <= 1e-5
         assert rel_l2(vae.decode(io["latents"]), io["decoded_global"]) <= 1e-5
-        assert rel_l2(vae.decode(io["latents"], "official", plan), io["decoded_official"]) <= 1e-5
+        assert rel_l2(vae.decode(io["latents"], "official", tiling), io["decoded_official"]) <= 1e-5
 
 
 def test_statistics_survive_many_values_far_from_zero():
     norm = torch.nn.GroupNorm(2, 4, eps=1e-6)
     # [B, T, Y, X, C]
     rows = torch.randn(1, 3, 300, 300, 4) * 0.1 + torch.tensor([30.0, 30.1, -7.0, -7.2])
-    scale, shift = (
-        v.view(1, 1, 1, 4)
-        for v in ops.group_affine(ops.group_moments(rows, 2), norm.weight, norm.bias, norm.eps)
-    )
-    # [B, G]
-    variance, mean = torch.var_mean(rows.double().unflatten(-1, (2, 2)), (1, 2, 3, 5), correction=0)
-    rstd = (variance + 1e-6).rsqrt()
-    assert rel_l2(scale, rstd.repeat_interleave(2).view(1, 1, 1, 4)) <= 1e-6
-    assert rel_l2(shift, -(mean * rstd).repeat_interleave(2).view(1, 1, 1, 4)) <= 1e-6
+    moments = ops.group_moments(rows, 2)
+    scale, shift = ops.group_affine(moments, norm.weight, norm.bias, norm.eps)  # [B, C]
+    grouped = rows.double().unflatten(-1, (2, 2))  # [B, T, Y, X, G, C / G]
+    variance, mean = torch.var_mean(grouped, (1, 2, 3, 5), correction=0)  # [B, G]
+    inverse = (variance + 1e-6).rsqrt()
+    assert rel_l2(scale, inverse.repeat_interleave(2, dim=1)) <= 1e-6
+    assert rel_l2(shift, -(mean * inverse).repeat_interleave(2, dim=1)) <= 1e-6
 
 
 def test_attention_equals_masked_attention():
-    attention, x = FrameCausalAttention(8, 2).double(), torch.randn(2, 8, 4, 3, 2).double()
+    attention = FrameCausalAttention(8, 2).double()
+    x = torch.randn(2, 8, 4, 3, 2).double()
     tokens = attention.group_norm(x).flatten(2).transpose(1, 2)  # [B, T*Y*X, C]
-    query, key, value = attention.to_q(tokens), attention.to_k(tokens), attention.to_v(tokens)
+    query = attention.to_q(tokens)
+    key = attention.to_k(tokens)
+    value = attention.to_v(tokens)
     frame = torch.arange(4).repeat_interleave(6)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=frame[:, None] >= frame)
     expected = x + attention.to_out[0](out).transpose(1, 2).view_as(x)
@@ -213,10 +220,12 @@ def test_attention_equals_masked_attention():
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolution_is_causal(stride):
-    conv, x = CausalConv3d(4, 4, stride=(stride, 1, 1)), torch.randn(1, 4, 7, 3, 3)
+    conv = CausalConv3d(4, 4, stride=(stride, 1, 1))
+    x = torch.randn(1, 4, 7, 3, 3)
     later = x.clone()
     later[:, :, 4:] += 1
-    before, after = conv(x), conv(later)
+    before = conv(x)
+    after = conv(later)
     first = 4 // stride  # the output frame that first sees input frame 4
     assert torch.equal(before[:, :, :first], after[:, :, :first])
     assert not torch.allclose(before[:, :, first], after[:, :, first])
@@ -227,21 +236,41 @@ def test_upsampling_and_attention_are_causal(grad):
     x = torch.randn(1, 4, 4, 3, 3)
     later = x.clone()
     later[:, :, 2:] += 1
-    upsample, attention = Upsample(4, (2, 2, 2)), FrameCausalAttention(4, 2)
+    upsample = Upsample(4, (2, 2, 2))
+    attention = FrameCausalAttention(4, 2)
     attention.group_norm = torch.nn.Identity()  # its statistics see every frame, by design
     with torch.set_grad_enabled(grad):
         assert upsample(x).shape == (1, 4, 7, 6, 6)
         # frame 2 becomes output frames 3 and 4
         assert torch.equal(upsample(x)[:, :, :3], upsample(later)[:, :, :3])
-        assert torch.allclose(attention(x)[:, :, :2], attention(later)[:, :, :2], atol=1e-6)
-        assert not torch.allclose(attention(x)[:, :, 2:], attention(later)[:, :, 2:], atol=1e-1)
+        before = attention(x)
+        after = attention(later)
+    assert torch.allclose(before[:, :, :2], after[:, :, :2], atol=1e-6)
+    assert not torch.allclose(before[:, :, 2:], after[:, :, 2:], atol=1e-1)
 
 
 @MODES
-@pytest.mark.parametrize("factors", [(1, 2, 2), (2, 2, 2), (2, 1, 1)], ids=str)
-@pytest.mark.parametrize("shape", [(1, 6, 1, 3, 5), (2, 6, 2, 1, 1), (1, 6, 5, 4, 7)], ids=str)
+@pytest.mark.parametrize(
+    "factors",
+    [
+        (1, 2, 2),
+        (2, 2, 2),
+        (2, 1, 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 6, 1, 3, 5),
+        (2, 6, 2, 1, 1),
+        (1, 6, 5, 4, 7),
+    ],
+    ids=str,
+)
 def test_folded_upsampling_is_upsampling_and_convolution(grad, factors, shape):
-    upsample, x = Upsample(6, factors).double(), torch.randn(shape, dtype=torch.float64)
+    upsample = Upsample(6, factors).double()
+    x = torch.randn(shape, dtype=torch.float64)
     wide = x
     for dim, factor in zip((2, 3, 4), factors, strict=True):
         wide = wide.repeat_interleave(factor, dim=dim)
@@ -256,22 +285,62 @@ def test_folded_upsampling_is_upsampling_and_convolution(grad, factors, shape):
 @pytest.mark.parametrize(
     "size, tile, tiles",
     [
-        ((512, 768), (512, 768), (1, 1)),
-        ((768, 512), (768, 512), (1, 1)),
-        ((256, 256), (256, 256), (1, 1)),
-        ((16, 24), (40, 40), (1, 1)),
-        ((768, 1280), (400, 448), (2, 3)),
-        ((1024, 1024), (528, 528), (2, 2)),
-        ((896, 1152), (464, 592), (2, 2)),
-        ((640, 1408), (640, 496), (1, 3)),
-        ((1408, 640), (496, 640), (3, 1)),
-        ((768, 1408), (400, 496), (2, 3)),
+        (
+            (512, 768),
+            (512, 768),
+            (1, 1),
+        ),
+        (
+            (768, 512),
+            (768, 512),
+            (1, 1),
+        ),
+        (
+            (256, 256),
+            (256, 256),
+            (1, 1),
+        ),
+        (
+            (16, 24),
+            (40, 40),
+            (1, 1),
+        ),
+        (
+            (768, 1280),
+            (400, 448),
+            (2, 3),
+        ),
+        (
+            (1024, 1024),
+            (528, 528),
+            (2, 2),
+        ),
+        (
+            (896, 1152),
+            (464, 592),
+            (2, 2),
+        ),
+        (
+            (640, 1408),
+            (640, 496),
+            (1, 3),
+        ),
+        (
+            (1408, 640),
+            (496, 640),
+            (3, 1),
+        ),
+        (
+            (768, 1408),
+            (400, 496),
+            (2, 3),
+        ),
     ],
     ids=str,
 )
 def test_plan_of_a_frame(size, tile, tiles):
-    plan = TilePlan.for_frame(*size)
-    assert (plan.height, plan.width, plan.overlap, plan.frames, plan.frame_stride) == (
+    tiling = Tiling.for_frame(*size)
+    assert (tiling.height, tiling.width, tiling.overlap, tiling.frames, tiling.frame_stride) == (
         *tile,
         32,
         17,
@@ -289,21 +358,36 @@ class Marked(HunyuanVideoVAE):
         x = latents[:, :3].repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)
         return x.repeat_interleave(4, dim=2)[:, :, 3:]
 
-    def _decoding(self, *_):
+    def _decoding(self, *_, **__):
         return lambda latents: iter([self.marks(latents)])
 
 
 @pytest.mark.parametrize("frames", [1, 4, 5, 6, 7, 9, 12])
-@pytest.mark.parametrize("height, width", [(2, 3), (5, 11), (16, 35), (17, 24)])
+@pytest.mark.parametrize(
+    "height, width",
+    [
+        (2, 3),
+        (5, 11),
+        (16, 35),
+        (17, 24),
+    ],
+)
 def test_official_tiles_put_every_pixel_in_its_place(frames, height, width):
-    vae, latents = Marked(SMALL), torch.randn(1, 4, frames, height, width)
-    for plan in (
+    vae = Marked(SMALL)
+    latents = torch.randn(1, 4, frames, height, width)
+    for tiling in (
         None,
-        TilePlan(64, 96),
-        TilePlan(64, 48, overlap=16, frames=9, frame_stride=4),
-        TilePlan(48, 64, overlap=0),
+        Tiling(64, 96),
+        Tiling(
+            64,
+            48,
+            overlap=16,
+            frames=9,
+            frame_stride=4,
+        ),
+        Tiling(48, 64, overlap=0),
     ):
-        actual = vae.decode(latents, "official", plan)
+        actual = vae.decode(latents, "official", tiling)
         assert actual.shape == (1, 3, 4 * frames - 3, 8 * height, 8 * width)
         torch.testing.assert_close(actual, vae.marks(latents), rtol=0, atol=1e-6)
 
@@ -311,17 +395,20 @@ def test_official_tiles_put_every_pixel_in_its_place(frames, height, width):
 def test_official_tiles_reach_the_border_upstream_does_not():
     """Proportions of 640x1408, whose last columns upstream loses: two latents are left after tiles
     at 0, 14 and 28."""
-    vae, latents = small_vae(), torch.randn(1, 4, 2, 5, 47)
+    vae = small_vae()
+    latents = torch.randn(1, 4, 2, 5, 47)
     with torch.no_grad():
-        tiled = vae.decode(latents, "official", TilePlan(40, 136, overlap=24))
+        tiled = vae.decode(latents, "official", Tiling(40, 136, overlap=24))
         last = vae.decode(latents[..., -17:])
-    assert tiled.shape == (1, 3, 5, 40, 376) and tiled.isfinite().all()
+    assert tiled.shape == (1, 3, 5, 40, 376)
+    assert tiled.isfinite().all()
     # the fourth tile moves from latent 42 to 30 and shows from where it has faded in over 24 pixels
     torch.testing.assert_close(tiled[..., 8 * 42 + 24 :], last[..., 8 * 12 + 24 :])
 
 
 def test_one_official_tile_is_the_global_decode():
-    vae, latents = small_vae(), torch.randn(1, 4, 5, 4, 6)
+    vae = small_vae()
+    latents = torch.randn(1, 4, 5, 4, 6)
     with torch.no_grad():
         assert torch.equal(vae.decode(latents, "official"), vae.decode(latents))
 
@@ -346,21 +433,24 @@ def blended(tiles, extent):
 
 
 def test_blends_follow_upstreams_order():
-    vae, latents = small_vae(), torch.randn(1, 4, 1, 8, 11)
+    vae = small_vae()
+    latents = torch.randn(1, 4, 1, 8, 11)
     with torch.no_grad():
         # starts 0, 3 down and 0, 3, 6 across: 3 x 5 latents share 2 with the next
         tiles = [
             [vae.decode(latents[..., y : y + 5, x : x + 5])[0, 0, 0] for x in (0, 3, 6)]
             for y in (0, 3)
         ]
-        actual = vae.decode(latents, "official", TilePlan(40, 40, overlap=16))[0, 0, 0]
+        actual = vae.decode(latents, "official", Tiling(40, 40, overlap=16))[0, 0, 0]
     torch.testing.assert_close(actual, blended(tiles, 16), rtol=0, atol=1e-6)
 
 
 def test_time_blend_is_linear_over_eight_frames():
-    vae, latents = small_vae(), torch.randn(1, 4, 7, 3, 3)
+    vae = small_vae()
+    latents = torch.randn(1, 4, 7, 3, 3)
     with torch.no_grad():
-        first, second = vae.decode(latents[:, :, :5]), vae.decode(latents[:, :, 2:])[:, :, 1:]
+        first = vae.decode(latents[:, :, :5])
+        second = vae.decode(latents[:, :, 2:])[:, :, 1:]
         actual = vae.decode(latents, "official")
     weight = (torch.arange(8) / 8).view(8, 1, 1)
     torch.testing.assert_close(actual[:, :, :9], first[:, :, :9])
@@ -374,11 +464,13 @@ def test_time_blend_is_linear_over_eight_frames():
 
 
 def test_posterior_is_seeded_and_clamped():
-    mean, logvar = torch.randn(1, 4, 2, 3, 3), torch.full((1, 4, 2, 3, 3), 2.0)
+    mean = torch.randn(1, 4, 2, 3, 3)
+    logvar = torch.full((1, 4, 2, 3, 3), 2.0)
     draws = [
         sample_posterior(mean, logvar, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
     ]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(draws[0], mean + torch.e * noise)
     torch.testing.assert_close(sample_posterior(mean, logvar - 1e6), mean, atol=1e-5, rtol=0)
@@ -408,7 +500,8 @@ def test_encode_says_what_is_wrong(video, error, words):
 
 
 def test_decode_says_what_is_wrong():
-    vae, latents = Marked(SMALL), torch.zeros(1, 4, 2, 3, 3)
+    vae = Marked(SMALL)
+    latents = torch.zeros(1, 4, 2, 3, 3)
     with pytest.raises(
         ValueError,
         match=r"latents must be a non-empty \[B, 4, T, Y, X\], got "
@@ -420,7 +513,7 @@ def test_decode_says_what_is_wrong():
     with pytest.raises(ValueError, match="one of global, official, .* got 'fast'"):
         vae.decode(latents, "fast")
     with pytest.raises(ValueError, match="tiles only come with official"):
-        vae.decode(latents, "global", TilePlan(64, 64))
+        vae.decode(latents, "global", Tiling(64, 64))
     with pytest.raises(TypeError, match="torch.int64"):
         vae.decode(latents.long())
 
@@ -437,7 +530,7 @@ def test_decode_says_what_is_wrong():
 )
 def test_impossible_plans_are_refused(height, options, words):
     with pytest.raises(ValueError, match=words):
-        TilePlan(height, 64, **options)
+        Tiling(height, 64, **options)
 
 
 def test_impossible_configs_are_refused():

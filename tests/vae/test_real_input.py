@@ -26,7 +26,8 @@ def clip(name, frames, height, width):
             torch.from_numpy(frame.to_ndarray(format="rgb24"))
             for frame in itertools.islice(container.decode(video=0), frames)
         ]
-    top, left = (pictures[0].shape[0] - height) // 2, (pictures[0].shape[1] - width) // 2
+    top = (pictures[0].shape[0] - height) // 2
+    left = (pictures[0].shape[1] - width) // 2
     video = torch.stack(pictures)[:, top : top + height, left : left + width].permute(3, 0, 1, 2)[
         None
     ]
@@ -40,11 +41,14 @@ def rel_l2(actual, exact):
 @pytest.mark.parametrize("name", ["kandinsky_a.mp4", "kandinsky_b.mp4"])
 def test_tiny_vae_on_real_clips(name):
     pytest.importorskip("diffusers")
-    vae, video = load_vae(TINY / "vae", dtype=torch.float32), clip(name, 9, 128, 160)
+    vae = load_vae(TINY / "vae", dtype=torch.float32)
+    video = clip(name, 9, 128, 160)
     peer = diffusers_video_vae(vae)
     with torch.no_grad():
-        (mean, logvar), posterior = vae.encode(video), peer.encode(video).latent_dist
-        decoded, theirs = vae.decode(mean), peer.decode(mean).sample
+        mean, logvar = vae.encode(video)
+        posterior = peer.encode(video).latent_dist
+        decoded = vae.decode(mean)
+        theirs = peer.decode(mean).sample
     assert decoded.shape == video.shape
     for name, ours, other in (
         ("mean", mean, posterior.mean),
@@ -63,10 +67,8 @@ def test_released_sizes_on_a_real_clip():
     -s`` prints all of them."""
     pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    vae, video = (
-        HunyuanVideoVAE(HUNYUAN_VAE).eval().requires_grad_(False),
-        clip("kandinsky_a.mp4", 5, 32, 32),
-    )
+    vae = HunyuanVideoVAE(HUNYUAN_VAE).eval().requires_grad_(False)
+    video = clip("kandinsky_a.mp4", 5, 32, 32)
 
     def run(peer, video, latents, layout=torch.contiguous_format):
         peer = peer.to(memory_format=layout)
@@ -89,15 +91,16 @@ def test_released_sizes_on_a_real_clip():
             f"{name}: off by {error:.2g}, diffusers by {theirs[0]:.2g}, channels-last by "
             f"{theirs[1]:.2g}"
         )
-        assert actual.shape == wanted.shape and error <= 2 * max(theirs)
+        assert actual.shape == wanted.shape
+        assert error <= 2 * max(theirs)
 
 
 @pytest.mark.parametrize("name", ["bear.jpg", "cat_in_hat.png"])
 def test_pictures_become_first_frames(name):
-    vae, image = (
-        load_vae(TINY / "vae", dtype=torch.float32),
-        read_image(shared_data() / "clips" / name),
-    )
+    vae = load_vae(TINY / "vae", dtype=torch.float32)
+    image = read_image(shared_data() / "clips" / name)
     with torch.no_grad():
         latent = latent_of(resize(image, 128, 160), vae, seed=0)
-    assert latent.shape == (1, 1, 16, 20, 16) and latent.isfinite().all() and latent.std() > 0.1
+    assert latent.shape == (1, 1, 16, 20, 16)
+    assert latent.isfinite().all()
+    assert latent.std() > 0.1
