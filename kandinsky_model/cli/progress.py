@@ -47,17 +47,15 @@ class Progress:
     ) -> None:
         if self.bar.disable:
             return
-        self.bar.set_description_str(stage, refresh=False)
         if stage == "sampling" and latents is None:
             # Sampling begins, after some steps already if it was interrupted. The clock starts
             # here, so that the seconds per step are those of these steps.
             self.bar.reset(steps)
             self.bar.initial = self.bar.n = step or 0
-            self.bar.refresh()
-        elif stage == "sampling":
+        if stage == "sampling" and latents is not None:
             self.bar.update(step - self.bar.n)
         else:
-            self.bar.refresh()
+            self.bar.set_description_str(stage)
 
     def tell(self, line: str) -> None:
         """Show a line above the bar, on a terminal only."""
