@@ -65,12 +65,10 @@ class Video:
         """Write latents and settings as safetensors; `kandinsky decode` and `Kandinsky5.open` read
         them."""
         path = files.check_output(path, (".safetensors",))
+        # One key: safetensors writes several in an order that changes from file to file.
+        metadata = {METADATA_KEY: self.settings.to_json()}
         with replacing(path) as target:
-            save_file(
-                {"latents": self.latents.cpu().contiguous()},
-                target,
-                {"format": "pt", METADATA_KEY: self.settings.to_json()},
-            )
+            save_file({"latents": self.latents.cpu().contiguous()}, target, metadata)
         return path
 
     def save(

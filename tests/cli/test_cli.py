@@ -73,6 +73,13 @@ def test_decode_repeats_the_file_bit_for_bit(run, tmp_path):
     )
 
 
+def test_the_same_seed_gives_the_same_files(run, tmp_path):
+    for name in "abcdefgh":  # one in two was another file, by the order of what its header says
+        assert run(f"generate 'a red circle' -o {name}.mp4 --seed 7")[0] == 0
+    for end in (".mp4", ".latents.safetensors"):
+        assert len({(tmp_path / f"{name}{end}").read_bytes() for name in "abcdefgh"}) == 1
+
+
 def test_a_memory_budget_repeats_the_file_and_preview_is_another(run, tmp_path, caplog):
     assert run("generate", PROMPT, "-o", "a.mp4", "--memory", "1.5 GiB")[0] == 0
     assert [line.split(":")[0] for line in caplog.messages if " of 1.61 GB" in line] == [
