@@ -14,18 +14,24 @@ import os
 import sys
 from contextlib import suppress
 
-from .cli.grammar import parser
+from .cli.grammar import parse
 from .cli.interrupts import INTERRUPTS
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    args = parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s" if args.chatty else "note: %(message)s")
-    logging.getLogger(__package__).setLevel(logging.INFO if args.chatty else logging.WARNING)
-    # before the hub library and transformers are imported: they read it then
+    # Before torch loads OpenMP: threads that wait without spinning leave a busy machine's cores to
+    # others. Before the hub library and transformers, which read theirs when they are imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError) as error:
+        _complain(argparse.Namespace(), _one_sentence(error))
+        return 2
+    logging.basicConfig(format="%(message)s" if args.chatty else "note: %(message)s")
+    logging.getLogger(__package__).setLevel(logging.INFO if args.chatty else logging.WARNING)
     with INTERRUPTS.handled():
         try:
             args.run(args)

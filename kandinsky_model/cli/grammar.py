@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .. import __version__
 from ..config import CACHES, QUANTIZATIONS
 from ..training.config import DISTILLATIONS, TrainConfig
-from . import generate, models, training
+from . import config, generate, models, training
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,7 +45,7 @@ def _bytes(text: str) -> int:
 def _seeds(text: str) -> int | list[int]:
     """[1, 2, 3] of "1,2,3"; 4 of "4", which is a number of seeds."""
     try:
-        seeds = [int(one) for one in text.split(",")]
+        seeds = [int(one) for one in text.split(",") if one.strip()]
     except ValueError:
         seeds = []
     if not seeds or (len(seeds) == 1 and seeds[0] < 1):
@@ -80,7 +82,12 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
         "--cache", choices=CACHES, help="reuse what the blocks did at earlier steps (default: none)"
     )
     command.add_argument("--strip", metavar="FILE.png", help="also write some frames side by side")
-    command.set_defaults(config=None)
+    command.add_argument(
+        "--config",
+        metavar="FILE",
+        help="take options from a .yaml or .json file, or the settings of a file that generate "
+        "has made; other options go before them",
+    )
     _sampling_arguments(command)
     _decoding_arguments(command)
 
@@ -428,7 +435,11 @@ COMMANDS = (
         "put the nodes and example workflows into a ComfyUI",
         _comfyui_arguments,
     ),
-    Command(models.doctor, "show what this machine offers, and what runs for each operator"),
+    Command(
+        models.doctor,
+        "show what this machine offers, and what runs for each operator",
+        lambda command: command.add_argument("--json", action="store_true", help="print JSON"),
+    ),
     Command(
         generate.inspect,
         "draw which blocks of attention a model keeps while it samples a prompt",
@@ -463,6 +474,7 @@ COMMANDS = (
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands; what it parses has the command's function as `run`."""
     kandinsky = Parser(prog="kandinsky", description="Videos and pictures with Kandinsky 5.0.")
+    kandinsky.add_argument("--version", action="version", version=f"kandinsky {__version__}")
     subparsers = kandinsky.add_subparsers(required=True, metavar="command")
     for one in COMMANDS:
         command = subparsers.add_parser(one.name, help=one.text, description=one.text)
@@ -470,3 +482,35 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show the traceback of a failure")
         one.arguments(command)
     return kandinsky
+
+
+def _replaced(args: argparse.Namespace) -> set[str]:
+    """Options of a configuration in whose place the command line says something else."""
+    replaced = set()
+    for options in (("seconds", "frames"), ("prompt", "prompts")):
+        if any(getattr(args, option) is not None for option in options):
+            replaced.update(options)
+    if isinstance(args.seeds, list):
+        replaced.add("seed")
+    if args.seed is not None:
+        replaced.add("seeds")
+    return replaced
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line, without the program's name, and of the file that its
+    --config names. What the line says itself goes before the file.
+
+    Raises ValueError or OSError for a file that has no such settings.
+    """
+    kandinsky = parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what could come next
+        import argcomplete
+
+        argcomplete.autocomplete(kandinsky)
+    args = kandinsky.parse_args(words)
+    if getattr(args, "config", None) is None:
+        return args
+    options, prompt = config.command_line(args.config, _replaced(args))
+    prompt_words = [] if prompt is None else ["--", prompt]
+    return kandinsky.parse_args([words[0], *options, *words[1:], *prompt_words])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from collections.abc import Iterator
 
@@ -10,8 +11,11 @@ from ..config import PRESETS, SIZES_HD, SIZES_SD
 
 
 def doctor(args: Namespace) -> None:
-    from .doctor import report
+    from .doctor import facts, report
 
+    if args.json:
+        print(json.dumps(facts(), indent=2))
+        return
     for line in report():
         print(line)
 

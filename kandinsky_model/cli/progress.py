@@ -6,8 +6,10 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LAYOUT = (
     "{desc:9} {n_fmt:>3}/{total_fmt} |{bar}| {elapsed} passed, {remaining} left, {rate_inv_fmt}"

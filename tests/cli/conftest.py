@@ -20,16 +20,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(folder, tmp_path, monkeypatch, capsys):
-    """run(*arguments) -> (status, stdout, stderr), in an empty directory; `generate` gets the
-    random model and its small size. A single argument is a whole line of the shell."""
+    """run(*arguments) -> (status, stdout, stderr), in an empty directory; unless not `own`,
+    `generate` gets the random model and its small size. A single argument is a whole line of the
+    shell."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments, model=str(folder)):
+    def run(*arguments, model=str(folder), own=True):
         if len(arguments) == 1:
             arguments = shlex.split(arguments[0])
-        if arguments[0] == "generate":
-            own = [*SMALL_ARGS, "--model", model, "--device", "cpu"]
-            arguments = [*arguments[:2], *own, *arguments[2:]]
+        if own and arguments[0] == "generate":
+            small = [*SMALL_ARGS, "--model", model, "--device", "cpu"]
+            arguments = [*arguments[:2], *small, *arguments[2:]]
         try:
             status = main([*arguments])
         except SystemExit as ended:  # argparse

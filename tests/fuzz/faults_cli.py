@@ -171,7 +171,7 @@ def run(line: str, root: Path, stops: bool, writes: Writes | None = None) -> Out
         mock.patch.object(model, "generate", finishing(model.generate)),
         mock.patch.object(model, "resume", finishing(model.resume)),
         mock.patch.object(result, "save_file", writes.halfway(result.save_file, lambda a: a[1])),
-        mock.patch.object(video, "_write_mp4", writes.halfway(video._write_mp4, lambda a: a[1])),
+        mock.patch.object(video, "_write_clip", writes.halfway(video._write_clip, lambda a: a[1])),
         mock.patch.object(Path, "write_bytes", writes.halfway(Path.write_bytes, lambda a: a[0])),
         mock.patch.object(Path, "write_text", writes.halfway(Path.write_text, lambda a: a[0])),
     ]
