@@ -78,6 +78,7 @@ def _generate(model: Kandinsky5, job: Job, args: Namespace, writes: bool) -> Non
                 expand_prompt=args.expand,
                 **_settings(args) | {"seed": job.seed},
             )
+            assert not isinstance(result, list), "one prompt gives one video"
             latents = _save_latents(result, job.output) if writes else None
         if latents is not None:
             _finish(result, job, latents, progress)

@@ -246,6 +246,10 @@ def _verify_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _doctor_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _comfyui_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("path", help="the folder that holds ComfyUI's main.py")
 
@@ -438,7 +442,7 @@ COMMANDS = (
     Command(
         models.doctor,
         "show what this machine offers, and what runs for each operator",
-        lambda command: command.add_argument("--json", action="store_true", help="print JSON"),
+        _doctor_arguments,
     ),
     Command(
         generate.inspect,
@@ -486,7 +490,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _replaced(args: argparse.Namespace) -> set[str]:
     """Options of a configuration in whose place the command line says something else."""
-    replaced = set()
+    replaced: set[str] = set()
     for options in (("seconds", "frames"), ("prompt", "prompts")):
         if any(getattr(args, option) is not None for option in options):
             replaced.update(options)

@@ -42,7 +42,7 @@ def train(args: Namespace) -> None:
         )
     given = {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None}
     lora = None if args.full else LoRAConfig(args.lora_rank, trigger=args.trigger)
-    sizes = args.size and [(height, width) for width, height in args.size]
+    sizes = tuple((height, width) for width, height in args.size or ()) or None
     config = TrainConfig(lora=lora, lengths=args.frames, sizes=sizes, **given)
     try:
         print(train(args.data, args.output, config, args.resume))
