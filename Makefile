@@ -2,7 +2,7 @@
 # make demo   writes demo.mp4 from PROMPT          make bench   times the operators on this machine
 # make test   runs the tests, JOBS at a time       make lint    checks formats and types
 # make clean  forgets everything that was built    make format  formats the sources
-# make fuzz   gives the operators what nobody should, for MINUTES; make fuzz-asan does so under sanitizers
+# make fuzz   gives operators and loaders what nobody should, for MINUTES each; make fuzz-asan does so under sanitizers
 # All of them set up .venv first where it is missing: PYTHON=... chooses the interpreter, TORCH=... the torch to install.
 
 VENV := .venv
@@ -44,6 +44,7 @@ format: $(VENV)/.lint
 
 fuzz: $(VENV)/.built $(VENV)/.test
 	OMP_WAIT_POLICY=passive $(PY) -m tests.fuzz.operators --minutes $(MINUTES)
+	OMP_WAIT_POLICY=passive $(PY) -m tests.fuzz.files --minutes $(MINUTES)
 
 # A copy of the tree with an extension that watches every access and every overflow. Python itself is not built so:
 # the sanitizer is loaded before it, and what Python never frees is no leak of ours.

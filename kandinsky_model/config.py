@@ -16,6 +16,7 @@ from numbers import Integral, Real
 
 _MOST_BLOCKS = 1000  # ten times the largest published network; more is a mistake
 _MOST_CHANNELS = 2**20
+_SEVERAL = {"patch_size", "axes_dims", "block_out_channels", "window"}  # fields of several sizes
 
 
 def _check_sizes(config: object, **most: int) -> None:
@@ -23,10 +24,10 @@ def _check_sizes(config: object, **most: int) -> None:
     from 1 to `most`. A configuration comes from a file that may hold anything."""
     for name, limit in most.items():
         value = getattr(config, name)
-        for size in value if isinstance(value, tuple) else (value,):
+        for size in value if name in _SEVERAL and isinstance(value, tuple) else (value,):
             if isinstance(size, bool) or not isinstance(size, Integral):
                 raise TypeError(f"{name} must be made of whole numbers, got {value!r}; correct it")
-            if not 1 <= size <= limit:
+            if not 1 <= int(size) <= limit:
                 raise ValueError(f"{name} must lie in 1..{limit:,}, got {value!r}; correct it")
 
 
@@ -371,3 +372,5 @@ NABLA_FOR_DENSE = NablaConfig(0.9)
 
 # Task -> which instruction the text encoder gets. Videos of one frame count as images too.
 KINDS = {"t2i": "image", "i2i": "image_edit"}
+
+PARTS = ("text", "dit", "vae")  # of a model, in the order in which a run needs them

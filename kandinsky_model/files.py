@@ -20,7 +20,7 @@ MOST_JSON_BYTES = 2**26  # the index of a checkpoint with a million tensors is s
 
 _LONGEST_NAME = 100  # bytes of a file's name that are repeated in that of its temporary folder
 _LEFTOVER = re.compile(r"\..*\.partial-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{16}", re.DOTALL)
-_own_folders: set[Path] = set()  # the temporary folders of this process
+_own_folders: set[str] = set()  # the names of temporary folders that this process writes into
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
     remove_leftovers(path.parent, path.name)
     folder = path.with_name(f"{_prefix(path.name)}{_host()}-{os.getpid()}-{secrets.token_hex(8)}")
     folder.mkdir(mode=0o700)
-    _own_folders.add(folder)
+    _own_folders.add(folder.name)
     try:
         partial = folder / path.name
         mode = _mode(path, partial)
@@ -48,7 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _own_folders.discard(folder)
+        _own_folders.discard(folder.name)
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
@@ -61,7 +61,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
         return  # the write itself will say what is wrong with the folder
     for entry in entries:
         match = _LEFTOVER.fullmatch(entry.name)
-        if match and _is_own(entry) and not _is_in_use(Path(entry.path), match):
+        if match and _is_own(entry) and not _is_in_use(match):
             shutil.rmtree(entry.path, ignore_errors=True)
 
 
@@ -81,13 +81,13 @@ def _is_own(entry: os.DirEntry) -> bool:
     return os.name == "nt" or entry.stat(follow_symlinks=False).st_uid == os.getuid()
 
 
-def _is_in_use(folder: Path, match: re.Match) -> bool:
+def _is_in_use(match: re.Match) -> bool:
     """Whether the process that made a temporary folder may still be writing into it."""
     pid = int(match["pid"])
     if match["host"] != _host() or os.name == "nt":
         return True  # nothing is known of that process
     if pid == os.getpid():
-        return folder in _own_folders
+        return match[0] in _own_folders
     try:
         os.kill(pid, 0)  # sends nothing
     except (ProcessLookupError, OverflowError):

@@ -1,56 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt in, video or picture out: finds the parts of a model, places them, and runs text, sampling
-and decoding in that order."""
+"""Prompt in, video or picture out, in four stages: read, encode, sample, decode."""
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoints.load import load_any_vae, load_dit
-from .checkpoints.locate import PARTS, Sources, locate
+from .checkpoints.locate import Sources, locate, without_downloads
 from .checkpoints.lora import Adapters
-from .config import KINDS, NABLA_FOR_DENSE, Preset
-from .devices.available import choose_device, free_bytes
-from .devices.budget import Placement, Weights, choose_ways
-from .devices.host import tensors_of
-from .devices.offload import LateOffload, Offload
+from .config import KINDS, NABLA_FOR_DENSE, PARTS, PRESETS, Preset
+from .devices.available import choose_device
+from .devices.budget import Placement
 from .devices.parallel import Ranks, from_first, share
 from .dit.accounting import Job
-from .dit.layout import Chunks, make_layout
+from .dit.layout import Layout, make_layout
 from .dit.quantized import mode_of
-from .media.picture import crop, read_image, resize
-from .placement import ways_to_run
-from .sampling.given import Given, fitting_size, latent_of
+from .placement import STAGES, PartsOnDevice, Work, chunks, scheme_bytes
+from .sampling.given import Given, Pictures, encode_pictures, read_pictures
+from .sampling.progress import Callback, ProgressBar, check_callback
+from .sampling.request import Reading, Request
 from .sampling.result import Notify, Video, load_latents
 from .sampling.run import Interrupted, Run
 from .sampling.sampler import Sampling, noise, sample
-from .sampling.settings import Settings, complete
-from .sampling.step_cache import make_cache
+from .sampling.settings import Settings, check_latents, complete, named, warn_untrained
+from .sampling.step_cache import Remembering, make_cache
+from .sampling.values import one_line, shown
 from .text.embeddings import Conditioning
 from .text.load import load_text
-from .vae.hunyuan import HunyuanVideoVAE
 
-SEEDS = 2**31
-STAGES = ("text", "pictures", "sampling", "decoding")
+SEEDS = 2**31  # a seed that is not given is drawn from 0 .. SEEDS - 1
+
 _log = logging.getLogger(__name__)
-Callback = Callable[[str, int, int, Tensor | None], None]
 
 
 class Kandinsky5:
-    """A model that makes videos or pictures, and what it needs around it.
+    """A model that makes videos or pictures.
 
-    text: an encoder with `encode(prompts, kind, images) -> TextEmbeddings`; dit:
-    DiffusionTransformer3D; vae: HunyuanVideoVAE or ImageVAE; a part that is not needed may be None.
-    preset: the settings that `generate` uses where it is told nothing.
+    text: a text encoder, a module with `encode(prompts, kind, images) -> Conditioning`.
+    dit: a `DiffusionTransformer3D`. vae: a `HunyuanVideoVAE` or an `ImageVAE`. Each of the three
+    may be None where its stage is not needed.
+    preset: the settings that `generate` uses where none are given. name: of the model, kept in the
+    settings of its videos.
+
+    `generate` runs the stages `read`, `encode` and `sample`; its videos call `decode` when their
+    frames are asked for.
     """
 
     fallback_preset = "t2v-lite-sft-5s"
@@ -64,14 +67,23 @@ class Kandinsky5:
         name: str = "",
         device: torch.device | str = "cpu",
     ):
-        self.text, self.dit, self.vae, self.preset, self.name = text, dit, vae, preset, name
-        self.device, self._offload = torch.device(device), False
-        # parts whose weights live in host memory
-        self._hosted: dict[str, Offload | LateOffload] = {}
-        self.placement: Placement | None = None
+        self.text = text
+        self.dit = dit
+        self.vae = vae
+        self.preset = preset
+        self.name = name
+        self.device = torch.device(device)
         self.lora = Adapters(dit)
-        # whether all processes of torch.distributed's default group share every run
+        # A proxy, so that a model is freed as soon as nobody holds it.
+        self.parts = PartsOnDevice(weakref.proxy(self))
+        self.placement: Placement | None = None  # of the latest run
+        # Whether all processes of torch.distributed's default group share every run.
         self.together = False
+
+    def __repr__(self) -> str:
+        parts = ", ".join(name for name in PARTS if getattr(self, name) is not None) or "no parts"
+        kind = type(self).__name__
+        return f"{kind}({self.name or self.preset.name!r}, {parts} for {self.device})"
 
     @classmethod
     def from_pretrained(
@@ -83,32 +95,32 @@ class Kandinsky5:
         parts: Sequence[str] = PARTS,
         text_cache: bool = True,
         quantize: str | None = None,
-        preset: str | None = None,
-        **places: str | Path,
+        **options: Any,
     ) -> Kandinsky5:
-        """Load a preset, a local path or a hub repository `owner/name`; `locate` says which layouts
-        are understood.
+        """Load a preset, a local path or a hub repository `owner/name`.
 
-        Parts are loaded into the CPU's memory and move to the device when first used, so that
-        offloading can still be chosen.
+        `checkpoints.locate` says which layouts of files are understood. Parts are loaded into the
+        CPU's memory and move to the device when first used, so that offloading can still be chosen.
+
         device: None takes a CUDA device where there is one. dtype: of weights and activations; None
-        means fp32, on CUDA bf16 (latents and schedule stay fp32). parts: load only these.
-        text_cache: keep embedded prompts on disk, so that large text encoders are read for new ones
-        only. quantize: keep the transformer's large weights in 8 bits, in one of the
-        `QUANTIZATIONS`; None means as they are stored. preset: whose settings to take; None finds
-        out which checkpoint this is. places: `vae=`, `text_encoder=`,
-        `text_encoder_2=` folders of an official checkpoint whose parts do not lie together. Raises
-        ValueError or OSError for names, files and weights that do not fit, RuntimeError for a
-        device or package that is missing.
+        means fp32, on CUDA bf16, while latents and schedule stay fp32; diffusers' name for it,
+        `torch_dtype`, is taken as well. parts: the parts to load. text_cache: keep embedded prompts
+        on disk, so that large text encoders are read for new prompts only. quantize: keep the
+        transformer's large weights in 8 bits, in one of the `QUANTIZATIONS`; None keeps them as
+        they are stored. options: `preset=`, whose settings to take, where it should not be found
+        out which checkpoint this is; the folders `vae=`, `text_encoder=` and `text_encoder_2=` of
+        an official checkpoint whose parts do not lie together.
+
+        Raises ValueError or OSError for names, files and weights that do not fit, and RuntimeError
+        for a device or package that is missing.
         """
-        device = choose_device(device)
-        return cls.from_sources(
-            locate(model, revision, cls.fallback_preset, places, parts, preset),
-            device,
-            dtype,
-            text_cache,
-            quantize,
-        )
+        dtype = options.pop("torch_dtype", dtype)
+        preset = options.pop("preset", None)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {shown(dtype)}; pass torch.bfloat16")
+        chosen = choose_device(device)
+        sources = locate(model, revision, cls.fallback_preset, options, parts, preset)
+        return cls.from_sources(sources, chosen, dtype, text_cache, quantize)
 
     @classmethod
     def from_sources(
@@ -119,151 +131,387 @@ class Kandinsky5:
         text_cache: bool = True,
         quantize: str | None = None,
     ) -> Kandinsky5:
-        """`from_pretrained` once it is known where everything lies."""
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        dit = (
-            load_dit(sources.dit, dtype=dtype, quantize=quantize).prepare() if sources.dit else None
-        )
-        vae = load_any_vae(sources.vae, dtype) if sources.vae else None
-        text = load_text(sources, dtype, text_cache) if sources.text_encoder else None
-        preset = replace(sources.preset, dit=dit.config) if dit is not None else sources.preset
-        return cls(text, dit, vae, preset, sources.name, device)
+        """`from_pretrained` for a model that was already located."""
+        if dtype is None:
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        preset = sources.preset
+        dit = vae = text = None
+        if sources.dit:
+            dit = load_dit(sources.dit, dtype=dtype, quantize=quantize).prepare()
+            preset = replace(preset, dit=dit.config)
+        if sources.vae:
+            vae = load_any_vae(sources.vae, dtype)
+        if sources.text_encoder:
+            text = load_text(sources, dtype, text_cache)
+        return cls(text, dit, vae, preset, _lasting(sources.name), device)
 
     def enable_model_cpu_offload(self) -> None:
-        """Keep every part on the CPU and move it to the device only while it works. On the CPU
-        itself nothing happens."""
+        """Keep every part on the CPU and move it to the device only while it works. A model whose
+        device is the CPU stays as it is."""
         if self.device.type == "cpu":
             _log.warning(
                 "offloading to the CPU changes nothing, because the model already runs there"
             )
             return
-        self._offload = True
-        for part in (self.text, self.dit, self.vae):
-            if part is not None:
-                part.to("cpu")
+        self.parts.take_turns()
 
     def generate(
         self,
         prompt: str | list[str],
-        negative_prompt: str | None = None,
-        seed: int | None = None,
+        negative_prompt: str | list[str] | None = None,
+        seed: int | list[int] | None = None,
         callback: Callback | None = None,
         memory_budget: int | None = None,
         image=None,
         last_image=None,
         **settings,
     ) -> Video | list[Video]:
-        """Sample a video (of one frame: a picture) from a prompt, or a list of them, in one batch,
-        from a list of prompts.
+        """Sample a video, or with one frame a picture. A list of prompts gives a list, sampled in
+        one batch.
 
         image: what image-to-video checkpoints begin with and image editing ones edit: a path, a PIL
-        image or uint8 [H, W, 3]. Without height and width the result has its shape, as near as the
-        checkpoint was trained for; with them, its middle of their shape is taken. last_image: what
-        a video ends with, cut to the same shape; no released checkpoint was trained for that.
+        image, or a tensor or array uint8 [H, W, 3]. Without height and width the result takes the
+        image's shape, as near as the checkpoint was trained for; with them, the middle of the image
+        is cut to their shape. last_image: what a video ends with, cut to the same shape; no
+        released checkpoint was trained for it.
 
         settings: num_frames (4k + 1), height, width (multiples of 16), num_inference_steps,
         guidance_scale (1: none), scheduler_scale, attention ("nabla" | "dense"), precision ("fp32"
         | "reference"), cache ("none" | "mag" | "first-block"), vae_policy ("global" | "official" |
-        "preview"); each defaults to what the model was released with. expand_prompt=True lets the
-        text encoder's language model rewrite each prompt in detail first; settings keep both.
-        negative_prompt: None takes the model's own. seed: None draws one; the i-th prompt uses seed
-        + i, and a single prompt with that seed gives the same video. callback(stage, step, steps,
-        latents) is called when the stages "text" and "sampling" begin and after each step; an
-        exception raised in it stops the run. memory_budget: bytes of the device that the run may
-        use, weights included; None: on a GPU what is free, on a CPU no limit. With less, weights
-        come and go, or are streamed layer by layer from pinned host memory, and more is done piece
-        by piece: it takes longer, and changes nothing but rounding. The plan for it is logged
-        before the work begins. Raises ValueError and TypeError before any work when something does
-        not fit, RuntimeError when latents stop being finite, Interrupted (a KeyboardInterrupt) with
-        what `resume` needs when sampling is stopped by the keyboard.
+        "preview"). Each defaults to what the model was released with. expand_prompt=True lets the
+        language model rewrite each prompt first; settings keep both texts. progress=True shows a
+        bar, in a terminal or a notebook.
 
-        With `together` every process calls this alike: the first one alone reads prompts and
-        pictures, all of them sample and return.
+        negative_prompt: one for all prompts or a list with one for each; None takes the model's
+        own. seed: the i-th prompt uses seed + i, or a list has a seed for each; None draws one. The
+        same seed, settings and batch give the same bits on one machine, with one number of threads
+        and one instruction set; others of these, such as the prompt alone instead of in a batch,
+        change rounding alone.
+        callback: called with (stage, steps done, steps, latents) when "text" and "sampling" begin
+        and after each step; an exception that it raises stops the run.
+        memory_budget: bytes of the device that the run may use, weights included. None means what
+        is free on a GPU, and no limit on a CPU. With less, weights come and go or are streamed
+        layer by layer from pinned host memory, and more is computed piece by piece. That takes
+        longer and changes nothing but rounding. The placement is logged before the work begins.
+
+        Raises ValueError or TypeError before any work where something does not fit, RuntimeError
+        when latents stop being finite, and Interrupted (a KeyboardInterrupt), with what `resume`
+        needs, when the keyboard stops the sampling.
+
+        Where processes run `together`, each of them calls this alike. The first process alone reads
+        prompts and pictures; all of them sample and return.
         """
-        expand, asked = (
+        if settings.pop("progress", False):
+            with ProgressBar(callback) as bar:
+                return self.generate(
+                    prompt, negative_prompt, seed, bar, memory_budget, image, last_image, **settings
+                )
+        is_list = isinstance(prompt, (list, tuple))
+        prompts: list = list(prompt) if is_list else [prompt]
+        request = Request(
+            prompts,
+            negative_prompt,
+            seed,
+            image,
+            last_image,
             settings.pop("expand_prompt", False),
-            (prompt, negative_prompt, seed, image, last_image),
+            settings,
         )
         if self.together:
-            run = Run.from_bytes(
-                from_first(
-                    lambda: self._prepare(
-                        asked, settings, callback, memory_budget, expand
-                    ).to_bytes()
-                )
-            )
-            videos = self.resume(run, callback, memory_budget)
+            data = from_first(lambda: self._begin(request, callback, memory_budget).to_bytes())
+            videos = self.resume(Run.from_bytes(data), callback, memory_budget)
         else:
-            run = self._prepare(asked, settings, callback, memory_budget, expand)
-            videos = self._run(run, self.placement, callback, memory_budget)
-        return videos if isinstance(prompt, (list, tuple)) else videos[0]
+            run = self._begin(request, callback, memory_budget)
+            videos = self._finish(run, self.placement, callback, memory_budget)
+        return videos if is_list else videos[0]
 
-    def _prepare(
-        self,
-        asked: tuple,
-        settings: dict,
-        callback: Callback | None,
-        memory_budget: int | None,
-        expand: bool,
-    ) -> Run:
-        """What `generate` was asked for, read and embedded."""
-        prompt, negative_prompt, seed, image, last_image = asked
-        pictures = self._pictures(image, last_image, settings)
-        plans = self._settings(prompt, negative_prompt, seed, settings)
-        self.placement = plan = self._plan(
-            plans, memory_budget, pictures=pictures != [None, None], expand=expand
+    def _begin(self, request: Request, callback: Callback | None, memory_budget: int | None) -> Run:
+        """The stages before sampling. Sets `placement`, of the whole run."""
+        check_callback(callback)
+        reading = self.read(request)
+        self.placement = self.place(
+            reading.settings,
+            memory_budget,
+            pictures=bool(reading.pictures),
+            expand=reading.expand_prompt,
         )
         if callback:
             callback("text", 0, 1, None)
-        pictures = [
-            None if one is None else resize(one, plans[0].height, plans[0].width)
-            for one in pictures
-        ]
-        plans = self._expanded(plans, pictures[0], plan) if expand else plans
-        cond, uncond = self._encode(plans, pictures[0], plan)
-        return Run(plans, self._noise(plans), cond, uncond, self._given(pictures, plans, plan))
+        return self.encode(reading, self.placement)
 
     def resume(
         self, run: Run, callback: Callback | None = None, memory_budget: int | None = None
     ) -> list[Video]:
-        """Do the steps that are left of a run: `Interrupted.run`, or `Run.load` of a file.
-        Arguments and errors as in `generate`."""
-        return self._run(
-            run,
-            self._plan(run.settings, memory_budget, ("sampling", "decoding")),
-            callback,
-            memory_budget,
-        )
+        """Do the steps that are left of an interrupted run: `Interrupted.run`, or `Run.load` of a
+        file. Arguments and errors as in `generate`.
 
-    def _run(
-        self, run: Run, plan: Placement | None, callback: Callback | None, memory_budget: int | None
-    ) -> list[Video]:
-        first, tell, run, self.placement = (
-            run.settings[0],
-            callback or (lambda *_: None),
-            run.to(self.device),
-            plan,
-        )
-        latents, step = run.latents, run.step
-        try:
-            tell("sampling", step, first.num_inference_steps, None)
-            for done, latents in self._sample(run, plan):
-                step = done + 1
-                tell("sampling", step, first.num_inference_steps, latents)
-        except KeyboardInterrupt:
-            raise Interrupted(replace(run, latents=latents, step=step)) from None
-        latents, decode = latents.float(), partial(self.decode, memory_budget=memory_budget)
-        return [
-            Video(latents[i : i + 1], settings, decode) for i, settings in enumerate(run.settings)
-        ]
+        The result is what it would have been without the interruption, bit for bit where bits are
+        the same for the same seed at all. Raises ValueError for a run of another network, or one
+        that was made with other adapters or another quantization.
+        """
+        run.check(self.preset.dit)
+        run.check_weights(self.lora.active(), self.lora.fingerprints(), mode_of(self.dit) or "")
+        return self.sample(run, callback, memory_budget)
 
     def open(self, path: str | Path, memory_budget: int | None = None, **changes) -> Video:
-        """The video whose latents `save_latents` wrote, decoded by this model; `changes`: settings
-        to replace, such as vae_policy."""
+        """The video whose latents `Video.save_latents` wrote, decoded by this model. changes:
+        settings to replace, such as vae_policy."""
         latents, settings = load_latents(path)
-        return Video(
-            latents, replace(settings, **changes), partial(self.decode, memory_budget=memory_budget)
+        settings = replace(settings, **changes)
+        check_latents(latents, settings, self.preset.dit.in_visual_dim)
+        decode = partial(self.decode, memory_budget=memory_budget)
+        return Video(latents, settings, decode)
+
+    # Reading: what was asked for, checked before any work
+
+    def read(self, request: Request) -> Reading:
+        """The stage that reads pictures and completes settings. Raises ValueError, TypeError or
+        OSError."""
+        settings = named(request.settings)
+        pictures, size = read_pictures(
+            self.preset,
+            request.image,
+            request.last_image,
+            (settings.get("height"), settings.get("width")),
         )
+        if size is not None:
+            settings["height"], settings["width"] = size
+        for name in ("image", "last_image"):
+            picture = getattr(request, name)
+            if picture is not None:
+                is_path = isinstance(picture, (str, Path))
+                settings[name] = str(picture) if is_path else "given"
+        made = self.complete_settings(
+            request.prompts, request.negative_prompt, request.seed, settings
+        )
+        return Reading(made, pictures, request.expand_prompt)
+
+    def complete_settings(
+        self,
+        prompts: Sequence[str],
+        negative: str | Sequence[str] | None,
+        seed: int | Sequence[int] | None,
+        given: Mapping,
+    ) -> list[Settings]:
+        """Checked settings for each prompt, with warnings about what the model was not trained for.
+
+        negative, seed: one for all prompts, or one for each. None takes the model's own negative
+        prompt, and draws a seed. given: other settings by name. Raises ValueError or TypeError, see
+        `sampling.settings.complete`.
+        """
+        if negative is None:
+            makes_pictures = self.preset.task in KINDS
+            negative = "" if makes_pictures else getattr(self.text, "default_negative", "")
+        if seed is None:
+            seed = random.randrange(SEEDS)
+        given = {**given, "negative_prompt": negative}
+        made = complete(self.preset, self.name, prompts, seed, given)
+        warn_untrained(made[0], self.preset)
+        self._warn_unknown_words(prompts)
+        if self.together:  # raises where the processes cannot share the run
+            guided = made[0].guided
+            share(torch.distributed.get_world_size(), self.preset.dit.num_heads, guided)
+        lora = self.lora.active()
+        quantization = mode_of(self.dit) or ""
+        return [replace(one, lora=lora, quantization=quantization) for one in made]
+
+    def _warn_unknown_words(self, prompts: Sequence[str]) -> None:
+        text: Any = self.text
+        if not hasattr(text, "unknown_words"):
+            return
+        unknown = [word for prompt in prompts for word in text.unknown_words(prompt)]
+        if unknown:
+            _log.warning(
+                "%s does not know %s; its words are %s",
+                self.preset.name,
+                ", ".join(unknown),
+                ", ".join(text.config["words"]),
+            )
+
+    def place(
+        self,
+        settings: Sequence[Settings],
+        memory_budget: int | None,
+        stages: Collection[str] = STAGES,
+        pictures: bool = False,
+        expand: bool = False,
+    ) -> Placement | None:
+        """See `PartsOnDevice.choose`. The placement of more than one stage is logged."""
+        first = settings[0]
+        edits = self.preset.task == "i2i"
+        job = Job(
+            self.preset.dit,
+            first.grid,
+            getattr(self.dit or self.vae, "dtype", torch.float32),
+            len(settings),
+            first.num_inference_steps,
+            first.guided,
+            first.attention == "nabla",
+            first.cache,
+            self.preset.text_max_length * (2 if edits else 1),
+            len(self.lora.scales),
+            first.quantization,
+            self.device.type == "cpu",
+        )
+        sees = pictures and (expand or edits)
+        work = Work(job, first.vae_policy, stages, pictures, sees, expand)
+        placement = self.parts.choose(work, memory_budget)
+        if placement is not None and len(stages) > 1:
+            for line in str(placement).splitlines():
+                _log.info("%s", line)
+        return placement
+
+    # Encoding: prompts and pictures become what the transformer reads
+
+    def encode(self, reading: Reading, placement: Placement | None = None) -> Run:
+        """The stage that embeds prompts, encodes pictures and draws noise. placement: see
+        `place`."""
+        settings = reading.settings
+        pictures = reading.pictures.resized(settings[0].height, settings[0].width)
+        if reading.expand_prompt:
+            settings = self.expand(settings, pictures.first, placement)
+        cond, uncond = self.encode_text(settings, pictures.first, placement)
+        given = self.encode_pictures(settings, pictures, placement)
+        return Run(settings, self.noise(settings), cond, uncond, given)
+
+    def expand(
+        self, settings: list[Settings], picture: Tensor | None, placement: Placement | None = None
+    ) -> list[Settings]:
+        """The settings with an `expanded_prompt` that the text encoder's language model wrote.
+        picture: uint8 [3, H, W] for it to see, or None."""
+        with self.parts.working("text", placement, "text") as text:
+            return [
+                replace(one, expanded_prompt=text.expand(one.prompt, self.kind(one), picture))
+                for one in settings
+            ]
+
+    @torch.no_grad()
+    def encode_text(
+        self, settings: list[Settings], picture: Tensor | None, placement: Placement | None = None
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """The embedded prompts and negative prompts of B settings; None for the latter without
+        guidance.
+
+        picture: uint8 [3, H, W], which only the text encoder of an editing checkpoint sees.
+        """
+        kind = self.kind(settings[0])
+        prompts = [self.lora.prompt(one.expanded_prompt or one.prompt) for one in settings]
+        with self.parts.working("text", placement, "text") as text:
+
+            def embed(prompts: list[str]) -> Conditioning:
+                seen = {"images": [picture] * len(prompts)} if kind == "image_edit" else {}
+                return text.encode(prompts, kind, **seen)
+
+            cond = embed(prompts)
+            if not settings[0].guided:
+                return cond, None
+            negatives = [one.negative_prompt for one in settings]
+            if len(set(negatives)) == 1:
+                return cond, embed(negatives[:1]).repeat(len(settings))
+            return cond, embed(negatives)
+
+    @torch.no_grad()
+    def encode_pictures(
+        self, settings: list[Settings], pictures: Pictures, placement: Placement | None = None
+    ) -> Given:
+        """The pictures, of the settings' size, as the latents that each video is built around."""
+        if not pictures:
+            return Given()
+        limit = scheme_bytes(placement, "pictures")
+        latent_frames = 0 if self.preset.task == "i2i" else settings[0].grid.T
+        seeds = [one.seed for one in settings]
+        with self.parts.working("vae", placement) as vae:
+            return encode_pictures(pictures, vae, seeds, latent_frames, limit)
+
+    def noise(self, settings: list[Settings]) -> Tensor:
+        """What sampling begins with, fp32 [B, T, h, w, C]: the noise of each seed."""
+        grid = settings[0].grid
+        shape = (1, grid.T, 2 * grid.Y, 2 * grid.X, self.preset.dit.in_visual_dim)
+        return torch.cat([noise(one.seed, shape) for one in settings])
+
+    def kind(self, settings: Settings) -> str:
+        """What the text encoder is told that the prompt is for: "video", "image" or
+        "image_edit"."""
+        return KINDS.get(self.preset.task) or ("video" if settings.num_frames > 1 else "image")
+
+    # Sampling: noise becomes latents
+
+    def sample(
+        self, run: Run, callback: Callback | None = None, memory_budget: int | None = None
+    ) -> list[Video]:
+        """The stage that does the steps of a run, or those that are left of it. Arguments and
+        errors as in `generate`."""
+        placement = self.place(run.settings, memory_budget, ("sampling", "decoding"))
+        return self._finish(run, placement, callback, memory_budget)
+
+    def _finish(
+        self,
+        run: Run,
+        placement: Placement | None,
+        callback: Callback | None,
+        memory_budget: int | None,
+    ) -> list[Video]:
+        self.placement = placement
+        run = run.to(self.device)
+        sampling = self._sampling(run)
+        run = replace(run, memories={})  # they are the step cache's now
+        reached = run.step, run.latents
+        try:
+            if callback:
+                callback("sampling", run.step, sampling.steps, None)
+            for index, latents in self._steps(run, sampling, placement):
+                # One assignment, so that an interruption never parts a step from its latents.
+                reached = index + 1, latents
+                if callback:
+                    callback("sampling", index + 1, sampling.steps, latents)
+        except KeyboardInterrupt:
+            raise Interrupted(self._stopped(run, sampling, reached)) from None
+        decode = partial(self.decode, memory_budget=memory_budget)
+        _, latents = reached
+        return [
+            Video(one, settings, decode)
+            for one, settings in zip(latents.float().split(1), run.settings, strict=True)
+        ]
+
+    def _sampling(self, run: Run) -> Sampling:
+        """How to sample what is left of a run, with a step cache that can be interrupted. Processes
+        that share a run do not remember: each has but a part of the memories."""
+        first = run.settings[0]
+        sampling = first.sampling(self.preset.name, run.step)
+        cache = make_cache(first.cache, self.preset.name)
+        if cache is None or self.together:
+            return sampling
+        return replace(sampling, cache=Remembering(cache, run.memories))
+
+    def _stopped(self, run: Run, sampling: Sampling, reached: tuple[int, Tensor]) -> Run:
+        """The run as it is after the steps that it reached."""
+        step, latents = reached
+        cache = sampling.cache
+        memories = cache.memories() if isinstance(cache, Remembering) else {}
+        adapters = self.lora.fingerprints()
+        return replace(run, latents=latents, step=step, memories=memories, adapters=adapters)
+
+    def _steps(
+        self, run: Run, sampling: Sampling, placement: Placement | None
+    ) -> Iterator[tuple[int, Tensor]]:
+        layout = self._layout(run.settings[0], sampling.guided, placement)
+        with self.parts.working("dit", placement, "sampling") as dit:
+            yield from sample(dit, run.latents, run.cond, layout, sampling, run.uncond, run.given)
+
+    def _layout(self, settings: Settings, guided: bool, placement: Placement | None) -> Layout:
+        preset = self.preset
+        nabla = (preset.nabla or NABLA_FOR_DENSE) if settings.attention == "nabla" else None
+        return make_layout(
+            preset.dit,
+            settings.grid,
+            preset.scale_factor,
+            nabla,
+            self.device,
+            chunks=chunks(placement),
+            ranks=Ranks.of(preset.dit.num_heads, guided) if self.together else None,
+        )
+
+    # Decoding: latents become frames
 
     def decode(
         self,
@@ -272,314 +520,57 @@ class Kandinsky5:
         memory_budget: int | None = None,
         notify: Notify | None = None,
     ) -> Iterator[Tensor]:
-        """Consecutive pieces of the video, uint8 [f, H, W, 3] on the CPU, from scaled latents [1,
-        T, H/8, W/8, 16].
+        """The stage that yields consecutive pieces of the video, uint8 [f, H, W, 3] on the CPU.
 
-        Values are rounded to 8 bits; precision "reference" cuts them off instead, as the official
-        code does. memory_budget: as in `generate`. notify: as in `HunyuanVideoVAE.decode_frames`.
-        The frames depend on neither.
+        latents: [1, T, h, w, C], scaled as the transformer reads them. Values are rounded to 8
+        bits; precision "reference" cuts them off instead, as the official code does.
+        memory_budget: as in `generate`. notify: as in `HunyuanVideoVAE.decode_frames`. The frames
+        depend on neither. Raises ValueError for latents of another size than the settings say, and
+        RuntimeError for latents that are not finite.
         """
+        check_latents(latents, settings, self.preset.dit.in_visual_dim)
         if not torch.isfinite(latents).all():
             raise RuntimeError(
                 "decoding requires finite latents, got NaN or infinity; sample them again"
             )
-        plan = (
-            None if memory_budget is None else self._plan([settings], memory_budget, ("decoding",))
-        )
-        return self._decode(latents, settings, plan, notify)
+        placement = None
+        if memory_budget is not None:
+            placement = self.place([settings], memory_budget, ("decoding",))
+        return self._pieces(latents, settings, placement, notify)
 
     @torch.no_grad()
-    def _decode(
-        self, latents: Tensor, settings: Settings, plan: Placement | None, notify: Notify | None
-    ) -> Iterator[Tensor]:
-        scheme_bytes = plan and plan.stages["decoding"].scheme_bytes
-        with self._placed("vae", plan) as vae:
-            scaled = (latents.to(self.device, torch.float32) / vae.config.scaling_factor).to(
-                vae.dtype
-            )
-            pieces = vae.decode_frames(
-                scaled.permute(0, 4, 1, 2, 3), settings.vae_policy, None, scheme_bytes, notify
-            )
-            for pixels in pieces:  # [1, 3, f, H, W]
-                levels = pixels[0].float().clamp(-1, 1).add_(1).mul_(127.5)
-                levels = levels if settings.precision == "reference" else levels.round_()
-                yield levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()  # [f, H, W, 3]
-
-    def _plan(
+    def _pieces(
         self,
-        settings: list[Settings],
-        budget: int | None,
-        stages: Sequence[str] = STAGES,
-        pictures: bool = False,
-        expand: bool = False,
-    ) -> Placement | None:
-        """How to keep within a budget, for those of the stages that there are; None where there is
-        none to keep within.
-
-        Raises ValueError or TypeError where it cannot be done: better known before the first stage
-        than in the last.
-        """
-        networks = {name: part for name in PARTS if (part := getattr(self, name)) is not None}
-        if budget is None and not self._offload:
-            own = sum(
-                x.numel() * x.itemsize
-                for x in tensors_of(networks.values())
-                if x.device.type == self.device.type
-            )
-            budget = free_bytes(self.device, own)
-        if budget is None:
-            return None
-        first, vae = settings[0], self.vae if isinstance(self.vae, HunyuanVideoVAE) else None
-        job = Job(
-            self.preset.dit,
-            first.grid,
-            getattr(self.dit or self.vae, "dtype", torch.float32),
-            len(settings),
-            first.num_inference_steps,
-            _sampling(first, self.preset.name).guided,
-            first.attention == "nabla",
-            first.cache,
-            self.preset.text_max_length * (2 if self.preset.task == "i2i" else 1),
-            len(self.lora.scales),
-            first.quantization,
-            self.device.type == "cpu",
-        )
-        seen = dict(vision=pictures and (expand or self.preset.task == "i2i"), head=expand)
-        weights = {
-            name: part.weigh(**seen) if hasattr(part, "weigh") else Weights.of(part)
-            for name, part in networks.items()
-        }
-        ways = ways_to_run(weights, job, vae, first.vae_policy, pictures)
-        plan = choose_ways(
-            {name: ways[name] for name in ways if name in stages},
-            sum(one.total for one in weights.values()),
-            budget,
-        )
-        for line in str(plan).splitlines() if len(stages) > 1 else ():
-            _log.info("%s", line)
-        return plan
-
-    def _settings(
-        self, prompt: str | list[str], negative: str | None, seed: int | None, given: dict
-    ) -> list[Settings]:
-        """One checked Settings for each prompt, with warnings about what the checkpoint was not
-        trained for."""
-        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
-        if negative is None:
-            negative = (
-                "" if self.preset.task in KINDS else getattr(self.text, "default_negative", "")
-            )
-        seed = random.randrange(SEEDS) if seed is None else seed
-        plans = complete(
-            self.preset, self.name, prompts, seed, {**given, "negative_prompt": negative}
-        )
-        size, sizes = (plans[0].height, plans[0].width), self.preset.sizes
-        if self.preset.task != "i2v" and size not in sizes:
-            _log.warning(
-                "%s was trained for %s (width x height); %dx%d may look worse",
-                self.preset.name,
-                ", ".join(f"{w}x{h}" for h, w in sizes),
-                size[1],
-                size[0],
-            )
-        strangers = [
-            word
-            for text in prompts
-            for word in getattr(self.text, "unknown_words", lambda _: [])(text)
-        ]
-        if strangers:
-            _log.warning(
-                "%s does not know %s; its words are %s",
-                self.preset.name,
-                ", ".join(strangers),
-                ", ".join(self.text.config["words"]),
-            )
-        if self.together:  # says now who cannot share a run
-            share(
-                torch.distributed.get_world_size(),
-                self.preset.dit.num_heads,
-                _sampling(plans[0], self.preset.name).guided,
-            )
-        return [
-            replace(plan, lora=self.lora.active(), quantization=mode_of(self.dit) or "")
-            for plan in plans
-        ]
-
-    def _pictures(self, image, last_image, settings: dict) -> list[Tensor | None]:
-        """First and last picture, uint8 [3, h, w], cut to the shape that was asked for, or with
-        that of the result put into `settings`."""
-        task, sources = self.preset.task, {"image": image, "last_image": last_image}
-        given = {name: read_image(source) for name, source in sources.items() if source is not None}
-        if bool(given) != (task in ("i2v", "i2i")):
-            wanted = (
-                "takes no image, got one; use an i2v or i2i preset"
-                if given
-                else "begins with an image, got none; pass image"
-            )
-            raise ValueError(f"{self.preset.name} {wanted}")
-        if last_image is not None and task != "i2v":
-            raise ValueError(
-                f"{self.preset.name} makes no videos, so it takes no last image; use an i2v preset"
-            )
-        if not given:
-            return [None, None]
-        settings.update(
-            (name, str(sources[name]) if isinstance(sources[name], (str, Path)) else "given")
-            for name in given
-        )
-        if settings.get("height") and settings.get("width"):
-            shape = settings["height"], settings["width"]
-        else:
-            shape = next(iter(given.values())).shape[1:]
-            settings["height"], settings["width"] = size = fitting_size(*shape, self.preset)
-            # nothing of a first frame is cut off; rounded sides deform it a little
-            shape = shape if task == "i2v" else size
-        return [None if name not in given else crop(given[name], *shape) for name in sources]
-
-    @torch.no_grad()
-    def _given(
-        self, pictures: list[Tensor | None], plans: list[Settings], plan: Placement | None
-    ) -> Given:
-        """The clean latents that the videos are built around, for each of them."""
-        if pictures == [None, None]:
-            return Given()
-        most = plan and plan.stages["pictures"].scheme_bytes
-        with self._placed("vae", plan) as vae:
-            first, last = (
-                one
-                if one is None
-                else torch.cat([latent_of(one, vae, each.seed, most) for each in plans])
-                for one in pictures
-            )
-        if self.preset.task == "i2i":
-            return Given(source=first)
-        frames = {0: first, plans[0].grid.T - 1: last}  # each [B, 1, h, w, C]
-        return Given({index: frame for index, frame in frames.items() if frame is not None})
-
-    def _noise(self, plans: list[Settings]) -> Tensor:
-        grid = plans[0].grid
-        shape = (1, grid.T, 2 * grid.Y, 2 * grid.X, self.preset.dit.in_visual_dim)
-        return torch.cat([noise(plan.seed, shape) for plan in plans])  # [B, T, 2Y, 2X, 16]
-
-    def _kind(self, plan: Settings) -> str:
-        return KINDS.get(self.preset.task) or ("video" if plan.num_frames > 1 else "image")
-
-    def _expanded(
-        self, plans: list[Settings], picture: Tensor | None, placement: Placement | None
-    ) -> list[Settings]:
-        with self._placed("text", placement, "text") as text:
-            return [
-                replace(plan, expanded_prompt=text.expand(plan.prompt, self._kind(plan), picture))
-                for plan in plans
-            ]
-
-    @torch.no_grad()
-    def _encode(
-        self, plans: list[Settings], picture: Tensor | None, placement: Placement | None
-    ) -> tuple[Conditioning, Conditioning | None]:
-        """The embedded prompts, and the negative one where it is needed; an editing checkpoint's
-        text encoder sees the picture too."""
-        kind = self._kind(plans[0])
-        seen = {"images": [picture]} if kind == "image_edit" else {}
-        with self._placed("text", placement, "text") as text:
-
-            def encode(prompts: list[str]):
-                return text.encode(
-                    prompts,
-                    kind,
-                    **{name: pictures * len(prompts) for name, pictures in seen.items()},
-                )
-
-            cond = encode([self.lora.prompt(plan.expanded_prompt or plan.prompt) for plan in plans])
-            uncond = (
-                encode([plans[0].negative_prompt])
-                if _sampling(plans[0], self.preset.name).guided
-                else None
-            )
-        if uncond is not None:  # one negative prompt for the whole batch
-            B = len(plans)
-            uncond = Conditioning(
-                uncond.embeds.repeat(B, 1, 1), uncond.lengths.repeat(B), uncond.pooled.repeat(B, 1)
-            )
-        return Conditioning(cond.embeds, cond.lengths, cond.pooled), uncond
-
-    def _sample(self, run: Run, placement: Placement | None) -> Iterator[tuple[int, Tensor]]:
-        first, preset = run.settings[0], self.preset
-        nabla = (preset.nabla or NABLA_FOR_DENSE) if first.attention == "nabla" else None
-        ranks = (
-            Ranks.of(preset.dit.num_heads, _sampling(first, preset.name).guided)
-            if self.together
-            else None
-        )
-        chunks = placement.stages["sampling"].chunks if placement else Chunks()
-        plan = make_layout(
-            preset.dit,
-            first.grid,
-            preset.scale_factor,
-            nabla,
-            self.device,
-            chunks=chunks,
-            ranks=ranks,
-        )
-        with self._placed("dit", placement, "sampling") as dit:
-            yield from sample(
-                dit,
-                run.latents,
-                run.cond,
-                plan,
-                _sampling(first, preset.name, run.step),
-                run.uncond,
-                run.given,
-            )
-
-    @contextmanager
-    def _placed(
-        self, name: str, plan: Placement | None, stage: str | None = None
-    ) -> Iterator[nn.Module]:
-        """The part called `name`, on the device while the body runs: alone and as the plan says for
-        `stage`, or, without a plan and with one for all parts together, from then on."""
-        part = getattr(self, name)
-        if part is None:
-            raise RuntimeError(
-                f"this requires the model's {name} part, which was not loaded; "
-                f"load it with parts={PARTS}"
-            )
-        if plan is None or plan.together:
-            self._hosted.pop(name, None)
-            part.to(self.device)
-            try:
-                yield part
-            finally:
-                if self._offload:
-                    part.to("cpu")
-            return
-        # what stayed on the device after another plan
-        for other in set(PARTS) - {name, *self._hosted}:
-            if self.device.type != "cpu" and getattr(self, other) is not None:
-                getattr(self, other).to("cpu")
-        if name not in self._hosted:
-            self._hosted[name] = (LateOffload if hasattr(part, "placing") else Offload)(
-                part, self.device
-            )
-        with self._hosted[name].on_device(plan.stages[stage].resident if stage else 0):
-            yield part
+        latents: Tensor,
+        settings: Settings,
+        placement: Placement | None,
+        notify: Notify | None,
+    ) -> Iterator[Tensor]:
+        limit = scheme_bytes(placement, "decoding")
+        with self.parts.working("vae", placement) as vae:
+            scaled = latents.to(self.device, torch.float32) / vae.config.scaling_factor
+            scaled = scaled.to(vae.dtype).permute(0, 4, 1, 2, 3)  # [1, C, T, h, w]
+            pieces = vae.decode_frames(scaled, settings.vae_policy, None, limit, notify)
+            for pixels in pieces:  # [1, 3, f, H, W]
+                levels = pixels[0].float().clamp(-1, 1).add_(1).mul_(127.5)  # [3, f, H, W]
+                if settings.precision != "reference":
+                    levels.round_()
+                frames = levels.to(torch.uint8).permute(1, 2, 3, 0)  # [f, H, W, 3]
+                yield frames.contiguous().cpu()
 
 
 class Kandinsky5VideoLite(Kandinsky5):
-    """`Kandinsky5` whose settings, where a checkpoint does not say, are those of the 5 s Lite
-    model."""
+    """`Kandinsky5` with the settings of the 5 s Lite model, for checkpoints that name none."""
 
 
 class Kandinsky5VideoPro(Kandinsky5):
-    """`Kandinsky5` whose settings, where a checkpoint does not say, are those of the 5 s Pro
-    model."""
+    """`Kandinsky5` with the settings of the 5 s Pro model, for checkpoints that name none."""
 
     fallback_preset = "t2v-pro-sft-5s"
 
 
 class Kandinsky5ImageLite(Kandinsky5):
-    """`Kandinsky5` whose settings, where a checkpoint does not say, are those of the text-to-image
-    model."""
+    """`Kandinsky5` with the settings of the text-to-image model, for checkpoints that name none."""
 
     fallback_preset = "t2i-lite-sft"
 
@@ -587,12 +578,23 @@ class Kandinsky5ImageLite(Kandinsky5):
 load = Kandinsky5.from_pretrained
 
 
-def _sampling(settings: Settings, preset: str, start: int = 0) -> Sampling:
-    return Sampling(
-        settings.num_inference_steps,
-        settings.scheduler_scale,
-        settings.guidance_scale,
-        settings.precision,
-        make_cache(settings.cache, preset),
-        start,
-    )
+def load_again(settings: Settings, **options) -> Kandinsky5:
+    """The model that a file's settings name, from this machine alone.
+
+    A file may name any model, so nothing is downloaded for it. options: of
+    `Kandinsky5.from_pretrained`. Raises ValueError where the model is not here.
+    """
+    try:
+        with without_downloads():
+            return load(settings.model, **options)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"the file was made with the model {settings.model or 'of no name'!r}, which cannot be "
+            f"loaded from this machine ({one_line(error)}); name the model to take or to download"
+        ) from None
+
+
+def _lasting(name: str) -> str:
+    """A model's name as files keep it: a path is absolute, to be found from another folder."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name not in PRESETS and path.exists() else name

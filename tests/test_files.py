@@ -121,13 +121,17 @@ def kill_while_writing(path):
     assert done.returncode == -signal.SIGKILL
 
 
-def test_what_a_killed_process_left_goes_with_the_next_write_of_the_same_file(tmp_path):
+def test_what_a_killed_process_left_goes_with_the_next_write_of_the_same_file(
+    tmp_path, monkeypatch
+):
     kill_while_writing(tmp_path / "a.mp4")
     kill_while_writing(tmp_path / "b.mp4")
     assert len(list(tmp_path.iterdir())) == 2
     with replacing(tmp_path / "a.mp4") as target:
         target.write_text("whole")
-        text(tmp_path / "a.mp4", "by another thread")  # this process still writes
+        with monkeypatch.context() as patch:  # another thread, by another path
+            patch.chdir(tmp_path)
+            text(Path("a.mp4"), "by another thread")
         assert target.exists()
     left = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert len(left) == 1

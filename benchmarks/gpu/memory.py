@@ -14,7 +14,7 @@ from kandinsky_model.checkpoints.load import FP32_NAMES
 from kandinsky_model.config import PRESETS, DiTConfig, Preset, VAEConfig
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.pipeline import Kandinsky5
-from kandinsky_model.text.embeddings import TextEmbeddings
+from kandinsky_model.text.embeddings import Conditioning
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 
 from ..budgets import CLIP, QWEN_LAYERS
@@ -50,13 +50,13 @@ class TextInSize(nn.Module):
         self.register_buffer("rest", torch.empty(rest_bytes // dtype.itemsize, dtype=dtype))
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], kind: str = "video") -> TextEmbeddings:
+    def encode(self, prompts: list[str], kind: str = "video") -> Conditioning:
         width, B = self.config.in_text_dim, len(prompts)
         x = torch.ones(B, INSTRUCTION_TOKENS + PROMPT_TOKENS, width).to(self.rest)
         for layer in self.layers:
             x = torch.nn.functional.normalize(layer(x)[..., :width], dim=-1)
         pooled = self.rest[: B * self.config.in_text_dim2].view(B, -1)
-        return TextEmbeddings(
+        return Conditioning(
             x[:, INSTRUCTION_TOKENS:], torch.full((B,), PROMPT_TOKENS), pooled.clone()
         )
 

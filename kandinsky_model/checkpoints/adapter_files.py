@@ -186,8 +186,8 @@ def _sizes(shape: tuple[int, ...]) -> str:
 def _strengths(file: Path, metadata: Mapping[str, str], ranks: dict[str, int]) -> dict[str, float]:
     """The strength of every layer that has no alpha of its own."""
     config = _header_config(file, metadata)
-    for module, rank in ranks.items() if config else ():
-        said = _said_rank(config, module)
+    for module, rank in ranks.items():
+        said = _said_rank(config or {}, module)
         if said not in (None, rank):
             raise ValueError(
                 f"the header of {file.name} must be about its tensors, but it says rank "
@@ -212,8 +212,8 @@ def _strength(config: Mapping, module: str, rank: int, file: Path) -> float:
     if alpha is None:
         return 1.0
     try:
-        value = float(alpha)
-    except (TypeError, ValueError):
+        value = float(str(alpha))
+    except ValueError:
         value = math.nan
     if not math.isfinite(value):
         raise ValueError(
@@ -264,9 +264,10 @@ def _header_config(file: Path, metadata: Mapping[str, str]) -> dict | None:
 
 def _config_beside(file: Path, ranks: Mapping[str, int]) -> dict | None:
     """PEFT's configuration from the folder of the file, if it is this file's."""
-    path = next((file.parent / name for name in CONFIG_NAMES if (file.parent / name).is_file()), "")
-    if not path:
+    paths = [file.parent / name for name in CONFIG_NAMES if (file.parent / name).is_file()]
+    if not paths:
         return None
+    path = paths[0]
     config = read_json(path)
     for module, rank in ranks.items():
         said = _said_rank(config, module)

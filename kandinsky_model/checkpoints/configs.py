@@ -7,8 +7,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 from ..config import DiTConfig, NablaConfig, VAEConfig
 from ..files import read_json
@@ -98,7 +99,7 @@ def _made(kind: type, folder: Path, values: Mapping):
 def infer_dit_config(entries: Mapping[str, Entry]) -> DiTConfig:
     """The configuration a bare checkpoint must have had, read off its shapes. ValueError when they
     are not those of a transformer."""
-    sizes = _dit_sizes(entries)
+    sizes: dict[str, Any] = dict(_dit_sizes(entries))
     head_dim = sizes.pop("head dim")
     if head_dim not in AXES_BY_HEAD_DIM:
         raise ValueError(
@@ -106,12 +107,9 @@ def infer_dit_config(entries: Mapping[str, Entry]) -> DiTConfig:
             f"(64 and 128 are); put a {CONFIG_NAME} with axes_dims beside the file or pass config"
         )
     in_channels = sizes.pop("in_channels")
-    return DiTConfig(
-        **sizes,
-        in_visual_dim=sizes["out_visual_dim"],
-        axes_dims=AXES_BY_HEAD_DIM[head_dim],
-        visual_cond=in_channels == 2 * sizes["out_visual_dim"] + 1,
-    )
+    channels = sizes["out_visual_dim"]
+    bare = DiTConfig(in_visual_dim=channels, axes_dims=AXES_BY_HEAD_DIM[head_dim])
+    return replace(bare, **sizes, visual_cond=in_channels == 2 * channels + 1)
 
 
 def check_dit_config(config: DiTConfig, entries: Mapping[str, Entry]) -> None:
@@ -131,6 +129,12 @@ def check_dit_config(config: DiTConfig, entries: Mapping[str, Entry]) -> None:
 def check_vae_config(config: VAEConfig, entries: Mapping[str, Entry]) -> None:
     """`check_dit_config` for a VAE, of videos or of pictures."""
     levels = _count(entries, "encoder.down_blocks")
+    if not levels:
+        raise ValueError(
+            "the file must hold a VAE, but "
+            f"{first_few('missing', ['encoder.conv_in.conv.weight'])}, "
+            f"{first_few('found', sorted(entries))}; check that this is the right file"
+        )
     convolution = "encoder.down_blocks.{}.resnets.0.conv1{}.weight"
     widths = []
     for i in range(levels):

@@ -15,6 +15,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from ..config import DiTConfig, NablaConfig, VAEConfig
 from ..dit.quantized import check_mode, kind_of, mode_of, pack, replace_layers
 from ..dit.transformer import DiffusionTransformer3D
 from ..files import read_json, replacing
+from ..vae import flux, hunyuan, names
 from ..vae.flux import ImageVAE
 from ..vae.hunyuan import HunyuanVideoVAE
 from .configs import (
@@ -46,7 +48,7 @@ from .headers import (
     read_headers,
     read_metadata,
 )
-from .variants import TRANSFORMER_MARK, VAE_MARK, check_formats, of_network, read
+from .variants import TRANSFORMER_MARK, VAE_MARK, check_formats, of_network, read, with_scales
 
 QUANTIZATION_KEY = "quantization"  # of the metadata in a quantised file's header
 WIDE_DTYPES = {"F64", "F32", "F16", "BF16"}  # as safetensors calls them
@@ -131,7 +133,7 @@ def load_vae(
     check_vae_config(config, entries)
     vae = _load(empty_vae(config), entries, dtype, device)
     # Activations are channels-last, and a convolution reorders weights that are not on every call.
-    return vae.to(memory_format=torch.channels_last_3d)
+    return vae.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 
 def empty_vae(config: VAEConfig) -> HunyuanVideoVAE:
@@ -277,9 +279,41 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(torch.promote_types(dtype, torch.float32) if sensitive else dtype)
 
 
-def load_any_vae(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The VAE in `folder`, of pictures or of videos, as its config.json says."""
-    return load_image_vae(folder, dtype) if is_image_vae(folder) else load_vae(folder, dtype=dtype)
+def load_any_vae(path: Path, dtype: torch.dtype) -> nn.Module:
+    """The VAE at `path`, of pictures or of videos: a folder of which the config.json says which, or
+    one file, of which the names do."""
+    if path.is_file():
+        return load_vae_file(path, dtype)
+    return load_image_vae(path, dtype) if is_image_vae(path) else load_vae(path, dtype=dtype)
+
+
+def load_vae_file(path: str | Path, dtype: torch.dtype) -> nn.Module:
+    """The VAE in one file, under the names of diffusers or those of its authors, alone or beside
+    other networks. Raises what `load_vae` raises, and RuntimeError without diffusers for a VAE of
+    pictures."""
+    files, folder = find_weights(path, "vae")
+    entries = with_scales(read_headers(files))
+    own = names.our_names(entries)
+    prefix = names.prefix_of(entries) or ""
+    is_video = names.is_video(name.removeprefix(prefix) for name in own)
+    build: Any = flux.from_weights
+    if is_video:
+        config = read_vae_config(folder) if describes_vae(folder) else None
+        build = partial(hunyuan.from_weights, config=config)
+    # The header alone shows whether the tensors are those of a VAE.
+    build({name: torch.empty(entries[name].shape, device="meta") for name in own})
+    state: dict[str, Tensor] = {}
+    for file_path in files:
+        with opened(file_path) as file:
+            found = {name: entries[name] for name in own if entries[name].path == file_path}
+            state |= {name: read(file, entry) for name, entry in found.items()}
+    return build(state, dtype=dtype)
+
+
+def describes_vae(folder: Path) -> bool:
+    """Whether the config.json in `folder` gives the sizes of a VAE."""
+    path = folder / CONFIG_NAME
+    return path.is_file() and "block_out_channels" in read_json(path)
 
 
 def is_image_vae(folder: Path) -> bool:

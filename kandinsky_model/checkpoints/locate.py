@@ -15,11 +15,13 @@ cache; its HF_HOME and HF_HUB_OFFLINE are honoured). Three layouts are understoo
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..config import PRESETS, Preset, get_preset
+from ..config import PARTS, PRESETS, Preset, get_preset
 from ..files import read_json
 from .configs import read_dit_config
 from .headers import CONFIG_NAME, find_weights
@@ -27,7 +29,6 @@ from .presets import PRESET_KEY as PRESET_KEY
 from .presets import check_preset, choose_preset
 
 TINY = Path(__file__).parents[1] / "tiny" / "weights"
-PARTS = ("text", "dit", "vae")
 # Diffusers' folder -> the part it belongs to.
 FOLDERS = {"vae": "vae", "text_encoder": "text", "text_encoder_2": "text"}
 OFFICIAL_NAMES = {
@@ -49,8 +50,8 @@ _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Sources:
-    """Where one model's parts lie. `dit` is a file or folder, the others are folders. Parts that
-    were not asked for are None, and so is what the bundled model lacks."""
+    """Where one model's parts lie. `dit` and `vae` are files or folders, the others are folders.
+    Parts that were not asked for are None, and so is what the bundled model lacks."""
 
     name: str
     preset: Preset
@@ -99,11 +100,11 @@ def locate(
     """Find the `parts` of `model`.
 
     places: the folders "vae", "text_encoder" and "text_encoder_2", where they do not lie with the
-    model. preset: whose settings to take; None finds out by the sizes of the network, names and
-    configurations (see presets.py), and takes `fallback` where nothing tells. What the folder's own
-    configuration files say goes before any preset. Raises ValueError for a name that is none of the
-    three kinds or a preset of another network, OSError for missing parts, RuntimeError when the hub
-    has no answer.
+    model; "vae" may be a file. preset: whose settings to take; None finds out by the sizes of the
+    network, names and configurations (see presets.py), and takes `fallback` where nothing tells.
+    What the folder's own configuration files say goes before any preset. Raises ValueError for a
+    name that is none of the three kinds or a preset of another network, OSError for missing parts,
+    RuntimeError when the hub has no answer.
     """
     name = str(model)
     path = Path(name).expanduser()
@@ -161,6 +162,19 @@ def _patterns(parts: Collection[str]) -> tuple[str, ...]:
     return (*weights, "*.json", "*.txt")
 
 
+_downloads = ContextVar("downloads", default=True)
+
+
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """While the body runs, `locate` takes of the hub only what its cache has."""
+    token = _downloads.set(False)
+    try:
+        yield
+    finally:
+        _downloads.reset(token)
+
+
 def download(repo: str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
     """The local folder of a hub repository's files, fetched where the cache lacks them;
     RuntimeError, in one sentence, otherwise."""
@@ -172,7 +186,13 @@ def download(repo: str, patterns: tuple[str, ...], revision: str | None = None) 
             f"imported ({error}); install it"
         ) from error
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+        folder = snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=list(patterns),
+            local_files_only=not _downloads.get(),
+        )
+        return Path(folder)
     except Exception as error:  # the library's errors have no common base, and run over many lines
         if type(error).__name__ == "GatedRepoError":
             raise RuntimeError(
@@ -247,7 +267,11 @@ def _first(wanted: Path, otherwise: Path) -> Path:
 
 
 def _require(found: Mapping[str, Path], name: str) -> None:
-    missing = [f"{key} at {folder}" for key, folder in found.items() if not folder.is_dir()]
+    missing = [
+        f"{key} at {place}"
+        for key, place in found.items()
+        if not (place.is_dir() or (key == "vae" and place.is_file()))
+    ]
     if missing:
         raise FileNotFoundError(
             f"the model {name} requires all its parts, but there is no "

@@ -4,12 +4,15 @@ once, kept apart from the weights or merged into them. adapter_files.py reads th
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..dit.linear import Additions, Linear
@@ -56,7 +59,7 @@ class Adapters:
         Raises FileNotFoundError, or ValueError: a file that is no LoRA, modules the network lacks,
         other widths, a name taken.
         """
-        file = _find(Path(path))
+        file = find_adapter(path)
         if name is None:
             name = file.parent.name if file.stem in _COMMON_NAMES else file.stem
         if name in self.loaded:
@@ -71,9 +74,11 @@ class Adapters:
         read = read_adapter(file, self.network)
         for module, (down, up) in read.matrices.items():
             layer = self.network.get_submodule(module)
-            layer.additions = layer.additions or Additions()
+            assert isinstance(layer, Linear), "read_adapter checks that"
+            additions = layer.additions if isinstance(layer.additions, Additions) else Additions()
+            layer.additions = additions
             device = layer.weight.device
-            layer.additions.matrices[name] = (down.to(device), up.to(device))
+            additions.matrices[name] = (down.to(device), up.to(device))
         self.loaded[name] = Adapter(
             str(path),
             name,
@@ -91,16 +96,13 @@ class Adapters:
             if name not in self.loaded:
                 raise ValueError(
                     "an adapter must be one of "
-                    f"{', '.join(self.loaded) or 'none yet'}, got {name!r}; load it "
-                    "first"
+                    f"{', '.join(self.loaded) or 'none yet'}, got {name!r}; load it first"
                 )
             _check_scale(name, scale)
         self.scales = {name: scale for name, scale in scales.items() if scale}
-        for layer in self._layers():
-            layer.additions.scales = {
-                name: scale
-                for name, scale in self.scales.items()
-                if name in layer.additions.matrices
+        for _, additions in self._additions():
+            additions.scales = {
+                name: scale for name, scale in self.scales.items() if name in additions.matrices
             }
 
     def merge(self) -> None:
@@ -110,9 +112,9 @@ class Adapters:
         A quantised weight is quantised anew with the sum: its steps swallow part of a small change,
         which a layer with additions does not.
         """
-        for layer in self._layers():
-            if layer.additions.scales:
-                layer.add(layer.additions.change())
+        for layer, additions in self._additions():
+            if additions.scales:
+                layer.add(additions.change())
             layer.additions = None
         self.loaded = {
             name: adapter for name, adapter in self.loaded.items() if name in self.scales
@@ -120,9 +122,10 @@ class Adapters:
 
     def remove(self) -> None:
         """Forget all adapters, as if none had been loaded."""
-        for layer in self._layers():
+        for layer, _ in self._additions():
             layer.additions = None
-        self.loaded, self.scales = {}, {}
+        self.loaded = {}
+        self.scales = {}
 
     def prompt(self, prompt: str) -> str:
         """`prompt` with the triggers of the active adapters before it, where it does not contain
@@ -135,14 +138,43 @@ class Adapters:
         return " ".join([*missing, prompt])
 
     def active(self) -> tuple[str, ...]:
-        """ "path:scale" of the active adapters, as the command line takes them."""
-        return tuple(f"{self.loaded[name].path}:{scale:g}" for name, scale in self.scales.items())
+        """ "path:scale" of the active adapters, as the command line takes them: the path absolute,
+        so that it can be found from another folder, and the scale with all its digits."""
+        return tuple(
+            f"{os.path.abspath(self.loaded[name].path)}:{_digits(scale)}"
+            for name, scale in self.scales.items()
+        )
 
-    def _layers(self) -> list[Linear]:
-        modules = self.network.modules() if self.network else ()
-        return [
-            layer for layer in modules if isinstance(layer, Linear) and layer.additions is not None
+    def fingerprints(self) -> tuple[str, ...]:
+        """SHA-256 of the matrices of each active adapter, in the order of `active`."""
+        named = self.network.named_modules() if self.network else ()
+        layers = [
+            (name, layer.additions)
+            for name, layer in named
+            if isinstance(layer, Linear) and layer.additions is not None
         ]
+        return tuple(_fingerprint(adapter, layers) for adapter in self.scales)
+
+    def _additions(self) -> list[tuple[Linear, Additions]]:
+        """The layers that adapters add to, with what they add."""
+        modules = self.network.modules() if self.network is not None else ()
+        layers = [layer for layer in modules if isinstance(layer, Linear)]
+        return [(one, one.additions) for one in layers if isinstance(one.additions, Additions)]
+
+
+def _digits(scale: float) -> str:
+    """As few digits as give the same float back."""
+    short = f"{scale:g}"
+    return short if float(short) == scale else repr(float(scale))
+
+
+def _fingerprint(adapter: str, layers: Sequence[tuple[str, Additions]]) -> str:
+    digest = hashlib.sha256()
+    for name, additions in layers:
+        for matrix in additions.matrices.get(adapter, ()):
+            digest.update(f"{name} {matrix.dtype} {list(matrix.shape)} ".encode())
+            digest.update(matrix.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _check_scale(name: str, scale: float) -> None:
@@ -152,7 +184,10 @@ def _check_scale(name: str, scale: float) -> None:
         )
 
 
-def _find(path: Path) -> Path:
+def find_adapter(path: str | Path) -> Path:
+    """The file of the LoRA at a path: itself, or the only one in a folder. Raises FileNotFoundError
+    where there is none."""
+    path = Path(path)
     if path.is_file():
         return path
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []

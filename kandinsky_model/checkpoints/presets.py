@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ..config import PRESETS, DiTConfig, NablaConfig, Preset, get_preset
@@ -50,28 +51,27 @@ def choose_preset(path: Path, name: str, fallback: str) -> Preset:
     where the choice was not certain. fallback: the preset to take where nothing tells."""
     config = _config_at(path)
     left, reason = presets_of(path, name, config)
-    preset = next((one for one in left if one.name == fallback), None)
     if reason is None and not _fits_any(config):
-        preset = get_preset(fallback)
-        if config is not None:
-            _log.warning(
-                "%s has the sizes of no released checkpoint, so the settings of %s are taken; "
-                "name others with --preset (preset=)",
-                printable(name),
-                preset.name,
-            )
-        return preset
-    preset = preset or left[0]
-    if len({one.filename for one in left}) > 1:
+        left = [get_preset(fallback)]
+    preset = next((one for one in left if one.name == fallback), left[0])
+    is_one_file = len({one.filename for one in left}) == 1
+    if config is not None and not _fits_any(config) and (reason is None or not is_one_file):
+        _log.warning(
+            "%s has the sizes of no released checkpoint, so the settings of %s are taken; "
+            "name others with --preset (preset=)",
+            printable(name),
+            preset.name,
+        )
+    elif not is_one_file:
         _log.warning(
             "%s may be any of %s: the settings of %s are taken, %s; "
             "name others with --preset (preset=)",
             printable(name),
             ", ".join(one.name for one in left),
             preset.name,
-            "as asked for by the class" if preset.name == fallback != left[0].name else "the first",
+            "the first" if preset is left[0] else "the default of the class",
         )
-    else:
+    elif reason is not None:
         _log.info("%s is taken for %s, known by %s", printable(name), preset.name, reason)
     return preset
 
@@ -104,7 +104,7 @@ def check_preset(preset: Preset, path: Path) -> None:
     """ValueError where the network at `path` has other sizes than the preset that the user named,
     though another preset has them."""
     config = _config_at(path)
-    if _fits_any(config) and not fits(preset, config):
+    if config is not None and _fits_any(config) and not fits(preset, config):
         fitting = ", ".join(one.name for one in PRESETS.values() if fits(one, config))
         raise ValueError(
             f"the preset must have the sizes of the weights, but {path} is not a "
@@ -141,16 +141,20 @@ def _evidence(path: Path, name: str) -> Iterator[tuple[str, Callable[[Preset], b
     try:
         files, folder = find_weights(path, "transformer")
         said = _read_quietly(folder / CONFIG_NAME).get(PRESET_KEY)
-        yield "its config.json", lambda preset: preset.name == said
+        yield "its config.json", partial(_is_called, str(said))
     except (OSError, ValueError):
         pass  # whoever loads it says what is wrong
     file = files[0] if files else path
-    names = [path.name, name.rpartition("/")[2], file.name]
-    names += [parent.name for parent in file.absolute().parents][:_PARENTS]
-    for text in dict.fromkeys(names):
+    own = list(dict.fromkeys([path.name, name.rpartition("/")[2], file.name]))
+    above = [parent.name for parent in file.absolute().parents][:_PARENTS]
+    for text in own + above:
         yield from _published(text)
-    for text in dict.fromkeys(names):
+    for text in own:
         yield from _words_of(text, "its name")
+    for text in above:
+        # A folder called hd may be a hard disk.
+        certain = "kandinsky" in text.lower()
+        yield from _words_of(text if certain else text.lower().replace("hd", ""), "its folder")
     for source in files[:1]:
         yield from _words_of(_titles(source), "the metadata in its header")
     for root in (folder, folder.parent):
@@ -174,7 +178,15 @@ def _words_of(text: str, source: str) -> Iterator[tuple[str, Callable[[Preset], 
     for subject, patterns in _WORDS.items():
         found = next((word for word, form in patterns.items() if re.search(form, text.lower())), "")
         if found:
-            yield source, lambda preset, s=subject, w=found: _word(preset, s) == w
+            yield source, partial(_is_said, subject, found)
+
+
+def _is_called(name: str, preset: Preset) -> bool:
+    return preset.name == name
+
+
+def _is_said(subject: str, word: str, preset: Preset) -> bool:
+    return _word(preset, subject) == word
 
 
 def _word(preset: Preset, subject: str) -> str:

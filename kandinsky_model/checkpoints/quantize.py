@@ -218,7 +218,7 @@ class Shards:
             self.path.write_bytes(bytes(8 + HEADER_BYTES))
         for name, tensor in tensors.items():
             with self.path.open("ab") as file:
-                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
             self.header[name] = {
                 "dtype": DTYPE_NAMES[tensor.dtype],
                 "shape": list(tensor.shape),
@@ -237,7 +237,7 @@ class Shards:
         if count == 1:
             names = [WEIGHTS_NAME]
         total = 0
-        places = {}
+        places: dict[str, str] = {}
         for i, name in enumerate(names):
             total += _shard(self.folder, i).stat().st_size - 8 - HEADER_BYTES
             places |= dict.fromkeys(self.progress.shards[i], name)

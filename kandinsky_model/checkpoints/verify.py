@@ -64,7 +64,7 @@ def _parts(path: Path) -> Iterator[tuple[Path, bool]]:
         _read_configs(path)
         yield from parts
     else:
-        yield path, False
+        yield path, path.is_dir() and path.name in TEXT_FOLDERS
 
 
 def _read_configs(root: Path) -> None:

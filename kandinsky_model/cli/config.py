@@ -33,6 +33,7 @@ OPTIONS = (
     "output",
     "device",
     "memory",
+    "vae",
     "vae_policy",
 )
 KEYS = sorted({"prompt", "lora", "text_cache", *FLAGS, *OPTIONS})

@@ -7,9 +7,9 @@ import logging
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # The loggers that say what an option does: how many steps a cache saved, what an expanded prompt
 # says, what lies where within a memory budget.
 SPOKEN_FOR = {
-    "cache": "kandinsky_model.sampling.sampler",
+    "cache": "kandinsky_model.sampling.step_cache",
     "expand": "kandinsky_model.text.qwen_clip",
     "memory": "kandinsky_model.pipeline",
 }
@@ -39,12 +39,25 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make. seed: None draws one. strip: where some of its frames go side by side."""
+    """One video to make. arguments: of `Kandinsky5.generate`, as JSON values. strip: where some of
+    its frames go side by side."""
 
-    prompt: str
-    seed: int | None
     output: Path
     strip: Path | None
+    arguments: Mapping[str, Any]
+
+    def stored(self) -> dict[str, Any]:
+        """What a run file keeps of a job that is still to be done."""
+        strip = self.strip and self.strip.name
+        return {"output": self.output.name, "strip": strip, "arguments": dict(self.arguments)}
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any], beside: Path) -> Job:
+        """The job that was stored, with its files beside another. Of their paths only the names
+        count, so that a run file that somebody else wrote cannot choose a folder."""
+        output = beside.with_name(Path(stored["output"]).name)
+        strip = stored["strip"] and beside.with_name(Path(stored["strip"]).name)
+        return cls(output, strip or None, stored["arguments"])
 
 
 # generate
@@ -61,23 +74,19 @@ def generate(args: Namespace) -> None:
         model, jobs = _prepared(args, wanted, device, is_helper=not writes)
         model.together = together
         own = jobs if together else jobs[rank::world]
-        for job in own:
-            _generate(model, job, args, writes)
+        for i, job in enumerate(own):
+            _generate(model, job, own[i + 1 :], args.memory_budget, writes)
 
 
-def _generate(model: Kandinsky5, job: Job, args: Namespace, writes: bool) -> None:
-    """Make one video. writes: whether this process is the one that writes it and shows progress."""
+def _generate(
+    model: Kandinsky5, job: Job, rest: Sequence[Job], memory_budget: int | None, writes: bool = True
+) -> None:
+    """Make one video. rest: the jobs to come. writes: whether this process is the one that writes
+    it and shows progress."""
     with Progress(writes) as progress:
-        with INTERRUPTS.guarded(), _interrupted_run_is_kept(job.output if writes else None):
-            result = model.generate(
-                job.prompt,
-                callback=_holding_at_the_end(progress),
-                memory_budget=args.memory_budget,
-                image=args.image,
-                last_image=args.last_image,
-                expand_prompt=args.expand,
-                **_settings(args) | {"seed": job.seed},
-            )
+        with INTERRUPTS.guarded(), _interrupted_run_is_kept(job.output if writes else None, rest):
+            callback = _holding_at_the_end(progress)
+            result = model.generate(**job.arguments, callback=callback, memory_budget=memory_budget)
             assert not isinstance(result, list), "one prompt gives one video"
             latents = _save_latents(result, job.output) if writes else None
         if latents is not None:
@@ -207,7 +216,8 @@ def _prepared(
         _check_preset(args, PRESETS[args.model])  # before anything is downloaded
     device = choose_device(device_name)
     parts = ("dit",) if is_helper else PARTS
-    sources = locate(args.model, args.revision, parts=parts, preset=args.preset)
+    places = {"vae": args.vae} if args.vae else None
+    sources = locate(args.model, args.revision, places=places, parts=parts, preset=args.preset)
     _check_preset(args, sources.preset)
     if jobs is None:
         args.output = "out.png" if sources.preset.vae is None else "out.mp4"
@@ -245,26 +255,38 @@ def _jobs(args: Namespace, wanted: Sequence[tuple[str, int | None]]) -> list[Job
         strip = video.check_output(named(args.strip, i), (".png",)) if args.strip else None
         written = [output, latents, *([strip] if strip else [])]
         check_not_inputs(written, _inputs(args))
-        jobs.append(Job(prompt, seed, output, strip))
+        arguments = _arguments(args) | {"prompt": prompt, "seed": seed}
+        jobs.append(Job(output, strip, arguments))
     return jobs
+
+
+def _arguments(args: Namespace) -> dict[str, Any]:
+    """What all videos of a command have in common. Paths are absolute, because a run file may be
+    gone on with from another folder."""
+    return _settings(args) | {
+        "image": args.image and str(Path(args.image).absolute()),
+        "last_image": args.last_image and str(Path(args.last_image).absolute()),
+        "expand_prompt": args.expand,
+    }
 
 
 def _inputs(args: Namespace) -> list[str | None]:
     """The files that `generate` reads."""
     adapters = [path for path, _ in args.lora]
-    return [args.image, args.last_image, args.prompts, args.config, args.model, *adapters]
+    files = [args.image, args.last_image, args.prompts, args.config, args.model, args.vae]
+    return [*files, *adapters]
 
 
 def _check_files(args: Namespace) -> None:
     """Raise for pictures that cannot be read and adapters that are not there."""
+    from ..checkpoints.lora import find_adapter
     from ..media.picture import read_image
 
     for path in (args.image, args.last_image):
         if path is not None:
             read_image(path)
     for path, _ in args.lora:
-        if not Path(path).exists():
-            raise FileNotFoundError(f"a LoRA must exist, but {path} does not; check the path")
+        find_adapter(path)
 
 
 def _check_preset(args: Namespace, preset: Preset) -> None:
@@ -291,9 +313,9 @@ def _loaded(args: Namespace, sources: Sources, device: torch.device) -> Kandinsk
 
 
 @contextmanager
-def _interrupted_run_is_kept(output: Path | None) -> Iterator[None]:
+def _interrupted_run_is_kept(output: Path | None, rest: Sequence[Job] = ()) -> Iterator[None]:
     """Save the run that was interrupted inside, and say how to go on. output: what it was to
-    become; None where another process saves it."""
+    become; None where another process saves it. rest: the jobs that were to come."""
     from ..sampling.run import Interrupted
 
     try:
@@ -302,7 +324,8 @@ def _interrupted_run_is_kept(output: Path | None) -> Iterator[None]:
         if output is None:
             raise
         wanted = output.with_name(f"{output.stem}.run.safetensors")
-        path = save_somewhere(stop.run.save, wanted, "the run")
+        run = replace(stop.run, rest=tuple(job.stored() for job in rest))
+        path = save_somewhere(run.save, wanted, "the run")
         raise KeyboardInterrupt(f"{stop}; go on with: kandinsky resume {path}") from None
 
 
@@ -353,7 +376,7 @@ def _report(
 def resume(args: Namespace) -> None:
     """An interruption replaces the run file by one that is further on, unless the output has
     another name."""
-    from .. import pipeline
+    from ..config import PARTS
     from ..media import video
     from ..sampling.result import latents_path
     from ..sampling.run import Run
@@ -363,35 +386,54 @@ def resume(args: Namespace) -> None:
     stem = re.sub(r"(\.run)?\.safetensors$", "", args.run_file)
     suffix = ".mp4" if settings.num_frames > 1 else ".png"
     output = video.check_output(args.output or f"{stem}{suffix}")
-    check_not_inputs([output, latents_path(output)], [args.run_file, args.model])
-    model = pipeline.load(
-        args.model or settings.model,
+    rest = [Job.of(stored, output) for stored in run.rest]
+    inputs = [args.run_file, args.model, settings.image, settings.last_image]
+    inputs += [path for path, _ in args.lora]
+    for path in (output, *(job.output for job in rest)):
+        check_not_inputs([video.check_output(path), latents_path(path)], inputs)
+    check_not_inputs([job.strip for job in rest if job.strip], inputs)
+    model = _named(
+        args.model,
+        settings,
         device=args.device,
-        parts=("dit", "vae"),
+        parts=PARTS if rest else ("dit", "vae"),
         quantize=settings.quantization or None,
+        preset=args.preset,
     )
-    for path, scale in map(scaled_path, settings.lora):
+    for path, scale in args.lora or map(scaled_path, settings.lora):
         model.lora.load(path, scale=scale)
     if args.memory_budget:
         logging.getLogger(SPOKEN_FOR["memory"]).setLevel(logging.INFO)
     with Progress() as progress:
-        with INTERRUPTS.guarded(), _interrupted_run_is_kept(output):
+        with INTERRUPTS.guarded(), _interrupted_run_is_kept(output, rest):
             callback = _holding_at_the_end(progress)
             (result,) = model.resume(run, callback, args.memory_budget)
             latents = _save_latents(result, output)
-        _finish(result, Job(settings.prompt, settings.seed, output, None), latents, progress)
+        _finish(result, Job(output, None, {}), latents, progress)
+    for i, job in enumerate(rest):
+        _generate(model, job, rest[i + 1 :], args.memory_budget)
+
+
+def _named(model: str | None, settings: Settings, **options: Any) -> Kandinsky5:
+    """The model that the user names, or the one that the file names, for which nothing is
+    downloaded."""
+    from .. import pipeline
+
+    if model:
+        return pipeline.load(model, **options)
+    return pipeline.load_again(settings, **options)
 
 
 def decode(args: Namespace) -> None:
-    from .. import pipeline
     from ..media import video
     from ..sampling.result import load_latents
 
     _, settings = load_latents(args.latents)
     default = re.sub(r"(\.latents)?\.safetensors$", ".mp4", args.latents)
     output = video.check_output(args.output or default)
-    check_not_inputs([output], [args.latents, args.model])
-    model = pipeline.load(args.model or settings.model, device=args.device, parts=("vae",))
+    check_not_inputs([output], [args.latents, args.model, args.vae])
+    places = {"vae": args.vae} if args.vae else {}
+    model = _named(args.model, settings, device=args.device, parts=("vae",), **places)
     changes = {"vae_policy": args.vae_policy} if args.vae_policy else {}
     with Progress() as progress:
         result = model.open(args.latents, args.memory_budget, **changes)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .. import __version__
 from ..config import CACHES, QUANTIZATIONS
-from ..training.config import DISTILLATIONS, TrainConfig
+from ..training.config import DISTILLATIONS, OPTIMIZERS, SCHEDULES, TrainConfig
 from . import config, generate, models, training
 
 
@@ -189,6 +189,15 @@ def _resume_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("run_file", metavar="run", help="a .run.safetensors file")
     command.add_argument("-o", "--output", help="default: the name of the run, as .mp4 or .png")
     command.add_argument("--model", help="default: the model that began the run")
+    command.add_argument(
+        "--lora",
+        type=generate.scaled_path,
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="where the run's LoRAs are now, in their order (default: where they were)",
+    )
+    command.add_argument("--preset", help="what the run was begun with, if it was")
     _device_arguments(command)
 
 
@@ -203,6 +212,9 @@ def _decode_arguments(command: argparse.ArgumentParser) -> None:
 
 def _decoding_arguments(command: argparse.ArgumentParser) -> None:
     _device_arguments(command)
+    command.add_argument(
+        "--vae", metavar="PATH", help="a VAE's folder or file (default: where the model lies)"
+    )
     command.add_argument(
         "--vae-policy",
         choices=("global", "official", "preview"),
@@ -281,8 +293,8 @@ TRAINING_NUMBERS = (
 def _train_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "data",
-        help="a folder of clips or pictures, each with a caption in a .txt of its name, or in "
-        "captions.jsonl",
+        help="a folder of clips or pictures, each with a caption in a .txt or .caption of its "
+        "name, or in captions.jsonl, metadata.jsonl or metadata.csv; folders in it are read too",
     )
     command.add_argument(
         "-o", "--output", required=True, metavar="FOLDER", help="where states and results go"
@@ -296,9 +308,15 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
         type=int,
         default=32,
         metavar="R",
-        help="train a LoRA of this rank and alpha (default: 32)",
+        help="train a LoRA of this rank (default: 32)",
     )
     what.add_argument("--full", action="store_true", help="train all weights instead")
+    command.add_argument(
+        "--lora-alpha",
+        type=float,
+        metavar="A",
+        help="the LoRA counts A / R times (default: R, which is once)",
+    )
     command.add_argument(
         "--trigger",
         default="",
@@ -329,6 +347,17 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{name}", type=kind, help=f"{text} (default: {default})")
     command.add_argument(
         "--attention", choices=("nabla", "dense"), help="default: what the model was trained with"
+    )
+    command.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help="course of the rate after the warm-up; all but constant fall to zero (default: "
+        "constant)",
+    )
+    command.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help="adamw8bit keeps moments in 8 bits and needs bitsandbytes (default: adamw)",
     )
     command.add_argument(
         "--distill",

@@ -16,6 +16,8 @@ GIVEN = (
     "passes",
     "rate",
     "warmup",
+    "schedule",
+    "optimizer",
     "ema",
     "drop",
     "seed",
@@ -33,15 +35,22 @@ WORDS = ("color", "background", "color_and_background", "shape", "motion", "all"
 
 
 def train(args: Namespace) -> None:
-    from ..training.config import LoRAConfig, TrainConfig
+    from ..training import LoRAConfig, TrainConfig
     from ..training.trainer import train
 
     if args.full and args.trigger:
         raise ValueError(
             "a trigger calls a LoRA, so it does not go with --full; leave one of them out"
         )
+    if args.full and args.lora_alpha is not None:
+        raise ValueError(
+            "--lora-alpha is the factor of a LoRA, so it does not go with --full; "
+            "leave one of them out"
+        )
     given = {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None}
-    lora = None if args.full else LoRAConfig(args.lora_rank, trigger=args.trigger)
+    lora = None
+    if not args.full:
+        lora = LoRAConfig(args.lora_rank, args.lora_alpha, trigger=args.trigger)
     sizes = tuple((height, width) for width, height in args.size or ()) or None
     config = TrainConfig(lora=lora, lengths=args.frames, sizes=sizes, **given)
     try:

@@ -131,6 +131,7 @@ class LoadModel(Node):
     ) -> tuple:
         import torch
 
+        from ..pipeline import Kandinsky5
         from .staged import Loaded, StagedModel
 
         name = path.strip() or (model if model in PRESETS else _file("diffusion_models", model))
@@ -139,14 +140,14 @@ class LoadModel(Node):
             for place, given in places.items()
         }
         with _working():
-            loaded = StagedModel.from_pretrained(
+            loaded = Kandinsky5.from_pretrained(
                 name,
                 _device(),
                 DTYPES[dtype] and getattr(torch, DTYPES[dtype]),
                 quantize=None if quantize == "none" else quantize,
                 **{place: folder for place, folder in folders.items() if folder},
             )
-        return (Loaded(loaded),)
+        return (Loaded(StagedModel(loaded)),)
 
 
 class LoadLora(Node):
@@ -223,7 +224,9 @@ class EncodeText(Node):
         image=None,
     ) -> tuple:
         with _working():
-            return (model.use().read(prompt, negative_prompt, image, still, _budget(memory_gb)),)
+            return (
+                model.use().encode_text(prompt, negative_prompt, image, still, _budget(memory_gb)),
+            )
 
 
 class EncodeImage(Node):
@@ -253,7 +256,7 @@ class EncodeImage(Node):
                 "both, or both to 0"
             )
         with _working():
-            latent, seen = model.use().encode(
+            latent, seen = model.use().encode_image(
                 image, (height, width) if width else None, seed, _budget(memory_gb)
             )
         return latent, seen, seen.shape[2], seen.shape[1]
@@ -361,7 +364,7 @@ class Decode(Node):
     def run(self, model, latent, vae_policy: str = "auto", memory_gb: float = 0.0) -> tuple:
         with _working():
             policy = None if vae_policy == "auto" else vae_policy
-            return (model.use().frames(latent, policy, _budget(memory_gb), _Progress()),)
+            return (model.use().decode(latent, policy, _budget(memory_gb), _Progress()),)
 
 
 class Accelerate(Node):

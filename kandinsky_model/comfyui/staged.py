@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Kandinsky5.generate` taken apart: one call per stage, in the forms that ComfyUI hands from node
-to node.
+"""The stages of a `Kandinsky5`, one call each, in the forms that ComfyUI hands from node to node.
 
-IMAGE is float [B, H, W, C] in 0..1, on the CPU. LATENT is {"samples": [B, C, T, H/8, W/8]}, for
-pictures [B, C, H/8, W/8], as the VAE gives and takes it: unscaled, so that ComfyUI's own nodes can
-decode, save and load it.
+IMAGE is float [B, H, W, C] in 0..1, on the CPU. LATENT is {"samples": [B, C, T, h, w]}, for
+pictures [B, C, h, w], with h = H / 8 and w = W / 8. It is unscaled, as the VAE gives and takes it,
+so that ComfyUI's own nodes can decode, save and load it.
 """
 
 from __future__ import annotations
@@ -12,21 +11,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..media.picture import resize
-from ..pipeline import Callback, Kandinsky5
-from ..sampling.given import Given
+from ..pipeline import Kandinsky5
+from ..sampling.given import TASKS_WITH_PICTURES, Given
+from ..sampling.progress import Callback
+from ..sampling.request import Request
 from ..sampling.run import Run
-from ..sampling.settings import complete
+from ..sampling.settings import Settings, complete
 from ..text.embeddings import Conditioning
+
+ANY_GUIDANCE = 2.0  # not 1: the sampler's node is told how much
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """An embedded prompt, and the negative one where the checkpoint uses guidance or one was
+    """An embedded prompt, and the negative prompt where the checkpoint uses guidance or one was
     written."""
 
     prompt: str
@@ -37,26 +40,34 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """What the nodes' KANDINSKY5 wires carry: a model, and the (path, scale) of the LoRAs that are
-    to act in this branch of the graph."""
+    """What KANDINSKY5 wires carry: a model, and the (path, scale) of the LoRAs that are to act in
+    this branch of the graph."""
 
-    model: StagedModel
+    staged: StagedModel
     adapters: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def model(self) -> Kandinsky5:
+        return self.staged.model
 
     def use(self) -> StagedModel:
         """The model, with exactly these LoRAs active. Raises what `Adapters.load` raises."""
+        lora = self.model.lora
         for path, scale in self.adapters:
-            if path not in self.model.lora.loaded:
-                self.model.lora.load(path, path, scale)
-        self.model.lora.set(dict(self.adapters))
-        return self.model
+            if path not in lora.loaded:
+                lora.load(path, path, scale)
+        lora.set(dict(self.adapters))
+        return self.staged
 
 
-class StagedModel(Kandinsky5):
-    """`Kandinsky5` whose stages are called one at a time. memory_budget: of each stage, as in
-    `generate`."""
+class StagedModel:
+    """A model whose stages are called one at a time, each with a memory budget of its own in
+    bytes, as in `Kandinsky5.generate`."""
 
-    def read(
+    def __init__(self, model: Kandinsky5):
+        self.model = model
+
+    def encode_text(
         self,
         prompt: str,
         negative_prompt: str = "",
@@ -64,25 +75,27 @@ class StagedModel(Kandinsky5):
         still: bool = False,
         memory_budget: int | None = None,
     ) -> Text:
-        """Embed a prompt. negative_prompt: empty for the model's own. image: IMAGE, what an editing
-        checkpoint is to see. still: of one frame, which the text encoder of a video model is told.
-        Raises what `generate` raises."""
-        plans = self._settings(
-            prompt, negative_prompt or None, 0, {"num_frames": 1 if still else None}
-        )
-        if self._kind(plans[0]) == "image_edit" and image is None:
-            raise ValueError(
-                f"{self.preset.name} reads the picture along with the prompt, got "
-                "none; connect the encoded image's picture"
-            )
-        if self._kind(plans[0]) != "image_edit":
-            image = None  # the other text encoders see none
-        placement = self._plan(plans, memory_budget, ("text",), pictures=image is not None)
-        guided = bool(negative_prompt) or self.preset.guidance != 1.0
-        # any but 1: it is the sampler that is told how much
-        plans = [replace(plans[0], guidance_scale=2.0 if guided else 1.0)]
-        cond, uncond = self._encode(plans, None if image is None else _levels(image), placement)
-        return Text(prompt, plans[0].negative_prompt, cond, uncond)
+        """Embed a prompt.
+
+        negative_prompt: empty for the model's own. image: IMAGE, which an editing checkpoint sees.
+        still: for a single frame, which the text encoder of a video model is told. Raises what
+        `Kandinsky5.generate` raises.
+        """
+        model = self.model
+        settings = self._settings(prompt, negative_prompt or None, still)
+        picture = None
+        if model.kind(settings) == "image_edit":  # no other text encoder sees a picture
+            if image is None:
+                raise ValueError(
+                    f"{model.preset.name} reads the picture along with the prompt, got none; "
+                    "connect the encoded image's picture"
+                )
+            picture = _levels(image)
+        placement = model.place([settings], memory_budget, ("text",), pictures=picture is not None)
+        guided = bool(negative_prompt) or model.preset.guidance != 1.0
+        settings = replace(settings, guidance_scale=ANY_GUIDANCE if guided else 1.0)
+        cond, uncond = model.encode_text([settings], picture, placement)
+        return Text(prompt, settings.negative_prompt, cond, uncond)
 
     def expand(
         self,
@@ -93,38 +106,43 @@ class StagedModel(Kandinsky5):
     ) -> str:
         """The prompt as the text encoder's language model writes it in detail. Raises ValueError
         for a model without one."""
-        plans = self._settings(prompt, "", 0, {"num_frames": 1 if still else None})
-        placement = self._plan(
-            plans, memory_budget, ("text",), pictures=image is not None, expand=True
+        settings = [self._settings(prompt, "", still)]
+        picture = None if image is None else _levels(image)
+        placement = self.model.place(
+            settings, memory_budget, ("text",), pictures=picture is not None, expand=True
         )
-        return self._expanded(plans, None if image is None else _levels(image), placement)[
-            0
-        ].expanded_prompt
+        (expanded,) = self.model.expand(settings, picture, placement)
+        return expanded.expanded_prompt
 
-    def encode(
+    def encode_image(
         self,
         image: Tensor,
         size: tuple[int, int] | None = None,
         seed: int = 0,
         memory_budget: int | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """LATENT of an IMAGE's first picture, cut and resized to `size` (height, width), and the
-        IMAGE that was encoded.
+        """LATENT of an IMAGE's first picture, cut and resized, and the IMAGE that was encoded.
 
-        size: None for the nearest to the image's that the checkpoint was trained for. seed: of the
-        posterior's noise.
+        size: (height, width); None for the nearest to the image's that the checkpoint was trained
+        for. seed: of the posterior's noise.
         """
-        settings = {} if size is None else {"height": size[0], "width": size[1]}
-        picture, _ = self._pictures(_levels(image).permute(1, 2, 0), None, settings)
-        plans = complete(
-            self.preset, self.name, ["a picture"], seed, {**settings, "negative_prompt": ""}
+        height, width = size or (None, None)
+        request = Request(
+            ["a picture"],
+            negative_prompt="",
+            seed=seed,
+            image=_levels(image).permute(1, 2, 0),
+            settings={"height": height, "width": width},
         )
-        picture = resize(picture, plans[0].height, plans[0].width)
-        given = self._given(
-            [picture, None], plans, self._plan(plans, memory_budget, ("pictures",), pictures=True)
-        )
+        reading = self.model.read(request)
+        settings = reading.settings
+        pictures = reading.pictures.resized(settings[0].height, settings[0].width)
+        placement = self.model.place(settings, memory_budget, ("pictures",), pictures=True)
+        given = self.model.encode_pictures(settings, pictures, placement)
         latents = given.frames[0] if given.source is None else given.source
-        return self.to_comfy(latents), picture.permute(1, 2, 0)[None].float() / 255
+        assert pictures.first is not None  # the request had one
+        seen = pictures.first.permute(1, 2, 0)[None].float() / 255  # [1, H, W, 3]
+        return self.to_comfy(latents), seen
 
     def sample(
         self,
@@ -136,38 +154,39 @@ class StagedModel(Kandinsky5):
         callback: Callback | None = None,
         **settings,
     ) -> dict[str, Tensor]:
-        """LATENT of `count` results, the i-th with seed + i. first, last: LATENTs of what the video
-        begins and ends with, or first of the picture to edit; they settle the size. settings: those
-        of `generate`, and memory_budget."""
-        budget, given = (
-            settings.pop("memory_budget", None),
-            [None if one is None else self.from_comfy(one) for one in (first, last)],
+        """LATENT of `count` results, the i-th with seed + i.
+
+        first, last: LATENTs of what the video begins and ends with, or first of the picture to
+        edit. They settle the size. settings: those of `Kandinsky5.generate`, and memory_budget.
+        """
+        model = self.model
+        budget = settings.pop("memory_budget", None)
+        first_latents, last_latents = (
+            None if one is None else self.from_comfy(one) for one in (first, last)
         )
-        for latents in given:
+        for latents in (first_latents, last_latents):
             if latents is not None:
                 settings |= {"height": 8 * latents.shape[2], "width": 8 * latents.shape[3]}
-        self._check_given(first, last)
-        plans = self._settings([text.prompt] * count, text.negative_prompt, seed, settings)
-        if plans[0].guidance_scale != 1.0 and text.uncond is None:
-            raise ValueError(
-                f"guidance {plans[0].guidance_scale:g} requires a negative prompt, "
-                f"but {self.name} was released without one; "
-                "write it, or set guidance to 1"
-            )
-        cond, uncond = (
-            one and _repeated(one, count)
-            for one in (text.cond, text.uncond if plans[0].guidance_scale != 1.0 else None)
-        )
-        frames = {
-            index: latents
-            for index, latents in ((0, given[0]), (plans[0].grid.T - 1, given[1]))
-            if latents is not None
-        }
-        known = Given(source=given[0]) if self.preset.task == "i2i" else Given(frames)
-        videos = self.resume(Run(plans, self._noise(plans), cond, uncond, known), callback, budget)
+        self.check_given(first, last)
+        made = model.complete_settings([text.prompt] * count, text.negative_prompt, seed, settings)
+        guidance = made[0].guidance_scale
+        uncond = None
+        if guidance != 1.0:
+            if text.uncond is None:
+                raise ValueError(
+                    f"guidance {guidance:g} requires a negative prompt, but {model.name} was "
+                    "released without one; write it, or set guidance to 1"
+                )
+            uncond = text.uncond.repeat(count)
+        given = Given(source=first_latents)
+        if model.preset.task != "i2i":
+            frames = {0: first_latents, made[0].grid.T - 1: last_latents}
+            given = Given({i: latents for i, latents in frames.items() if latents is not None})
+        run = Run(made, model.noise(made), text.cond.repeat(count), uncond, given)
+        videos = model.sample(run, callback, budget)
         return self.to_comfy(torch.cat([video.latents for video in videos]))
 
-    def frames(
+    def decode(
         self,
         latent: dict[str, Tensor],
         vae_policy: str | None = None,
@@ -175,21 +194,22 @@ class StagedModel(Kandinsky5):
         notify: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """IMAGE [B * F, H, W, 3] of a LATENT. notify: called with (frames done, of) after each
-        piece; an exception stops."""
-        latents, done = self.from_comfy(latent), 0
-        B, T, Y, X, _ = latents.shape
-        size = {"num_frames": 4 * (T - 1) + 1, "height": 8 * Y, "width": 8 * X}
-        settings = complete(
-            self.preset,
-            self.name,
-            ["a latent"],
-            0,
-            {**size, "negative_prompt": "", "vae_policy": vae_policy},
-        )[0]
+        piece; an exception that it raises stops."""
+        model = self.model
+        latents = self.from_comfy(latent)
+        B, T, h, w, _ = latents.shape
+        given = {
+            "num_frames": 4 * (T - 1) + 1,
+            "height": 8 * h,
+            "width": 8 * w,
+            "negative_prompt": "",
+            "vae_policy": vae_policy,
+        }
+        settings = complete(model.preset, model.name, ["a latent"], 0, given)[0]
         frames = torch.empty(B * settings.num_frames, settings.height, settings.width, 3)
-        for piece in chain.from_iterable(
-            self.decode(one, settings, memory_budget) for one in latents.split(1)
-        ):
+        pieces = (model.decode(one, settings, memory_budget) for one in latents.split(1))
+        done = 0
+        for piece in chain.from_iterable(pieces):  # [f, H, W, 3]
             torch.div(piece, 255, out=frames[done : done + len(piece)])
             done += len(piece)
             if notify:
@@ -197,40 +217,50 @@ class StagedModel(Kandinsky5):
         return frames
 
     def to_comfy(self, latents: Tensor) -> dict[str, Tensor]:
-        """LATENT of scaled latents [B, T, Y, X, C]."""
-        samples = latents.float().cpu().permute(0, 4, 1, 2, 3) / self._scaling  # [B, C, T, Y, X]
-        return {"samples": samples[:, :, 0] if self.preset.vae is None else samples}
+        """LATENT of scaled latents [B, T, h, w, C]."""
+        samples = latents.float().cpu().permute(0, 4, 1, 2, 3) / self._scaling  # [B, C, T, h, w]
+        return {"samples": samples[:, :, 0] if self.model.preset.vae is None else samples}
 
     def from_comfy(self, latent: dict[str, Tensor]) -> Tensor:
-        """Scaled latents fp32 [B, T, Y, X, C] of a LATENT. Raises ValueError for one of another
+        """Scaled latents fp32 [B, T, h, w, C] of a LATENT. Raises ValueError for one of another
         model."""
-        samples, channels = latent["samples"], self.preset.dit.in_visual_dim
-        samples = samples[:, :, None] if samples.dim() == 4 else samples
+        samples = latent["samples"]
+        channels = self.model.preset.dit.in_visual_dim
+        if samples.dim() == 4:
+            samples = samples[:, :, None]  # [B, C, 1, h, w]
         if samples.dim() != 5 or samples.shape[1] != channels:
             raise ValueError(
-                f"a latent of {self.preset.name} has samples [B, {channels}, T, H, "
-                f"W], got {list(samples.shape)}; "
-                "it comes from another model"
+                f"a latent of {self.model.preset.name} has samples [B, {channels}, T, H, W], got "
+                f"{list(samples.shape)}; it comes from another model"
             )
-        return (samples.float() * self._scaling).permute(0, 2, 3, 4, 1).contiguous()
-
-    @property
-    def _scaling(self) -> float:
-        return self.vae.config.scaling_factor
+        scaled = samples.float() * self._scaling
+        return scaled.permute(0, 2, 3, 4, 1).contiguous()  # [B, T, h, w, C]
 
     def check_given(self, first: dict | None, last: dict | None) -> None:
-        task, name = self.preset.task, self.preset.name
+        """Raise ValueError where the checkpoint does not go with the LATENTs that are connected."""
+        task, name = self.model.preset.task, self.model.preset.name
+        wanted = task in TASKS_WITH_PICTURES
         if last is not None and task != "i2v":
             raise ValueError(
                 f"{name} makes no videos from images, so it takes no last frame; disconnect it"
             )
-        if (first is not None or last is not None) != (task in ("i2v", "i2i")):
+        given = first is not None or last is not None
+        if wanted and not given:
+            raise ValueError(f"{name} begins with an image, got none; connect an encoded one")
+        if given and not wanted:
             raise ValueError(
-                f"{name} begins with an image, got none; connect an encoded one"
-                if task in ("i2v", "i2i")
-                else f"{name} takes no image, got one; disconnect it, or load an i2v or "
-                "i2i checkpoint"
+                f"{name} takes no image, got one; disconnect it, or load an i2v or i2i checkpoint"
             )
+
+    def _settings(self, prompt: str, negative_prompt: str | None, still: bool) -> Settings:
+        given = {"num_frames": 1 if still else None}
+        (settings,) = self.model.complete_settings([prompt], negative_prompt, 0, given)
+        return settings
+
+    @property
+    def _scaling(self) -> float:
+        vae: Any = self.model.vae
+        return vae.config.scaling_factor
 
 
 def _levels(image: Tensor) -> Tensor:
@@ -240,13 +270,8 @@ def _levels(image: Tensor) -> Tensor:
         raise TypeError(
             f"an IMAGE is a float tensor [B, H, W, 3 or 4], got {given}; connect another"
         )
-    pixels = image[0].cpu().float().clamp(0, 1)
+    pixels = image[0].cpu().float().clamp(0, 1)  # [H, W, 3 or 4]
     if pixels.shape[-1] == 4:
-        pixels = pixels[..., :3] * pixels[..., 3:] + (1 - pixels[..., 3:])
+        opacity = pixels[..., 3:]
+        pixels = pixels[..., :3] * opacity + (1 - opacity)
     return pixels.mul(255).round().to(torch.uint8).permute(2, 0, 1)
-
-
-def _repeated(one: Conditioning, count: int) -> Conditioning:
-    return Conditioning(
-        one.embeds.repeat(count, 1, 1), one.lengths.repeat(count), one.pooled.repeat(count, 1)
-    )

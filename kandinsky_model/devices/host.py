@@ -97,8 +97,8 @@ def _span(tensor: Tensor, i: int) -> tuple[int, int, int, int]:
         reach = 1 + sum((size - 1) * stride for size, stride in sizes_and_strides)
     return (
         tensor.untyped_storage()._cdata,
-        tensor.storage_offset() * tensor.itemsize,
-        reach * tensor.itemsize,
+        int(tensor.storage_offset()) * tensor.itemsize,
+        int(reach) * tensor.itemsize,
         i,
     )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +42,11 @@ class LayerStream:
         self.active: int | None = None  # the layer that computes
         self.copies = _copy_stream(device)
         # Of each buffer: its copy has arrived; the layer in it has finished.
-        self.filled = [self._event() for _ in self.buffers]
-        self.free = [self._event() for _ in self.buffers]
-        for event in self.free:
+        self.filled = self._events()
+        self.free = self._events()
+        for slot in range(count):
             # The allocator may have given us memory that the computing stream still uses.
-            self._record(event)
+            self._record_free(slot)
         self.handles = []
         for i, layer in enumerate(layers):
             before = layer.register_forward_pre_hook(partial(self._enter, i))
@@ -80,7 +81,7 @@ class LayerStream:
         """The active layer, if any, has done its work and returns to host memory."""
         if self.active is not None:
             self.stores[self.active].leave()
-            self._record(self.free[self.slot])
+            self._record_free(self.slot)
             self.active = None
 
     def _fetch(self, i: int) -> None:
@@ -98,12 +99,13 @@ class LayerStream:
             self.stores[i].copy_to(self.buffers[other])
             self.filled[other].record(self.copies)
 
-    def _event(self) -> torch.cuda.Event | None:
-        return torch.cuda.Event() if self.copies else None
+    def _events(self) -> list[torch.cuda.Event]:
+        """One for each buffer; none where copies are not on a stream of their own."""
+        return [torch.cuda.Event() for _ in self.buffers] if self.copies else []
 
-    def _record(self, event: torch.cuda.Event | None) -> None:
-        if event is not None:
-            event.record(torch.cuda.current_stream(self.device))
+    def _record_free(self, slot: int) -> None:
+        if self.copies:
+            self.free[slot].record(torch.cuda.current_stream(self.device))
 
 
 def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
@@ -165,7 +167,7 @@ class LateOffload:
     uses a network.
     """
 
-    def __init__(self, encoder: nn.Module, device: torch.device):
+    def __init__(self, encoder: Any, device: torch.device):
         self.encoder = encoder
         self.device = device
         self.hosted: dict[int, Offload] = {}  # by the id of the network

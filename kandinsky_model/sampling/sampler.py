@@ -1,48 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flow matching, sampled: noise, the time schedule, Euler steps with guidance, and conditioning on
-pictures.
+"""Flow matching, sampled: the schedule of times, the noise, Euler steps, and guidance.
 
-A latent at time t is (1 - t) * clean + t * noise; the network predicts the velocity noise - clean;
-sampling walks t from 1 to 0.
+A latent at time t is (1 - t) * clean + t * noise, and the network predicts the velocity
+noise - clean. Sampling walks t from 1 down to 0, against the velocity.
+
+Shapes: B samples of T latent frames with h x w latent pixels and C channels, channels last.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..dit.layout import Layout
+from ..dit.modulation import ModulationTable
 from ..dit.transformer import DiffusionTransformer3D
 from ..text.embeddings import Conditioning
 from .given import Given, check_given, finish, model_input, with_frames
-from .step_cache import FirstBlockCache, MagCache
+from .step_cache import Branch, StepCache, log_counts
 
-TIME_UNIT = 1000.0  # the network is told 1000 t
-NO_GUIDANCE = 1e-6  # a guidance this close to 1 needs no unconditional pass
+TIME_UNIT = 1000.0  # the network reads 1000 t
+NO_GUIDANCE = 1e-6  # a guidance scale this close to 1 needs no unconditional pass
 PRECISIONS = {"fp32": torch.float32, "reference": torch.bfloat16}
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. precision "fp32" keeps latents, velocity and guidance in fp32; "reference"
-    rounds each of them to bf16.
+    """How to sample.
 
-    The official code does the latter, which loses early updates smaller than half a bf16 step:
-    choose it for comparisons only.
-    start: steps that an interrupted run has done already; what it got to takes the place of the
-    noise.
+    steps: Euler steps. scheduler_scale: see `schedule`. guidance: the guidance scale, 1 for none.
+    precision: "fp32" keeps latents, velocity and guidance in fp32; "reference" rounds each of them
+    to bf16, as the official code does. That loses early updates which are smaller than half a bf16
+    step, so it is for comparisons only.
+    cache: reuses what the blocks did at earlier steps; None computes every step.
+    start: steps that an interrupted run has already done. Its latents then take the noise's place.
     """
 
     steps: int = 50
     scheduler_scale: float = 5.0
     guidance: float = 5.0
     precision: str = "fp32"
-    cache: MagCache | FirstBlockCache | None = None  # see caching.py
+    cache: StepCache | None = None
     start: int = 0
 
     def __post_init__(self):
@@ -61,13 +62,17 @@ class Sampling:
     def guided(self) -> bool:
         return abs(self.guidance - 1.0) > NO_GUIDANCE
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of latents and velocities."""
+        return PRECISIONS[self.precision]
+
 
 def schedule(steps: int, scale: float) -> Tensor:
-    """fp32 [steps + 1]: times t_i = scale * u_i / (1 + (scale - 1) * u_i) for u_i = 1 - i / steps,
-    from 1 (noise) to 0 (clean).
+    """The times t_i = scale * u_i / (1 + (scale - 1) * u_i) for u_i = 1 - i / steps.
 
-    scale > 1 spends more of the steps near the noise. Raises ValueError unless steps >= 1 and scale
-    > 0.
+    fp32 [steps + 1], from 1 (noise) to 0 (clean). A scale above 1 spends more of the steps near
+    the noise. Raises ValueError unless steps >= 1 and scale > 0.
     """
     if steps < 1:
         raise ValueError(
@@ -82,14 +87,13 @@ def schedule(steps: int, scale: float) -> Tensor:
 
 
 def noise(seed: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal fp32 noise. Always drawn on the CPU and then moved, so that a seed means the
-    same video on every device.
+    """Standard normal fp32 noise.
 
-    The official code draws bf16 on the GPU; the same seed gives another video there.
+    It is always drawn on the CPU and then moved, so that a seed gives the same noise for every
+    device. The official code draws bf16 noise on the GPU, where the same seed gives another video.
     """
-    return torch.randn(
-        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32
-    ).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32).to(device)
 
 
 @torch.no_grad()
@@ -102,91 +106,100 @@ def sample(
     uncond: Conditioning | None = None,
     given: Given | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Walk from noise to a clean latent video, yielding (step index, latents) after each Euler
-    step; the last are the result.
+    """Walk from noise to clean latents.
 
-    initial: noise [B, T, 2Y, 2X, C] (see `noise`) on the model's device. Latents are yielded in the
-    dtype of the precision and are not reused, so a caller may keep them. With guidance w other than
-    1 the velocity is v_u + w * (v_c - v_u), from two passes one after the other, and `uncond` is
-    required; its text may have another length than `cond`'s. given: see `Given`; a given first
-    frame is followed by `normalize_first_frame`. Raises ValueError on inputs that do not fit,
-    RuntimeError when latents stop being finite, naming the step.
+    Yields (number of the step, latents [B, T, h, w, C]) after each Euler step; the last latents are
+    the result. They have the dtype of `sampling.precision`, and a caller may keep them.
+
+    initial: noise [B, T, h, w, C] on the network's device, see `noise`.
+    cond, uncond: the embedded prompts and negative prompts, of any lengths. `uncond` is required
+    with guidance.
+    layout: of the latents' size, see `make_layout`.
+    given: latents that are known beforehand. A given first frame is normalised after the last step.
+
+    Raises ValueError for inputs that do not fit, and RuntimeError, with the number of the step,
+    when latents stop being finite.
     """
     given = given or Given()
     _check(dit, initial, sampling, uncond, given)
     times = schedule(sampling.steps, sampling.scheduler_scale)
-    x = initial.to(PRECISIONS[sampling.precision])
-    every_time = (times[:-1] * TIME_UNIT)[:, None].expand(-1, x.shape[0]).to(x.device)  # [steps, B]
-    texts = [cond, uncond] if sampling.guided else [cond]
-    branches = (
-        sampling.cache.branches(dit, sampling.steps, len(texts), sampling.start)
-        if sampling.cache
-        else [dit] * len(texts)
-    )
+    x = initial.to(sampling.dtype)
+    network_times = TIME_UNIT * times[:-1, None].expand(-1, len(x)).to(x.device)  # [steps, B]
+    texts = [cond]
+    if sampling.guided and uncond is not None:
+        texts.append(uncond)
+    networks: Sequence[DiffusionTransformer3D | Branch] = [dit] * len(texts)
+    if sampling.cache:
+        networks = sampling.cache.branches(dit, sampling.steps, len(texts), sampling.start)
     passes = [
-        (branch, text, dit.modulate(every_time, text.pooled))
-        for branch, text in zip(branches, texts, strict=True)
+        Pass(network, text, dit.modulate(network_times, text.pooled))
+        for network, text in zip(networks, texts, strict=True)
     ]
     for step in range(sampling.start, sampling.steps):
         x = with_frames(x, given.frames)
-        velocity = _velocity(
-            passes,
-            x,
-            model_input(dit, x, given),
-            (step, every_time[step]),
-            layout,
-            sampling.guidance,
-        )
+        moment = Moment(step, network_times[step])
+        velocity = _velocity(passes, model_input(dit, x, given), moment, layout, sampling)
         x = x + (times[step + 1] - times[step]).to(x.device) * velocity
-        del velocity
+        del velocity  # not needed during the next step, where memory is tightest
         if step == sampling.steps - 1:
             x = finish(x, given.frames)
         if not torch.isfinite(x).all():
             raise RuntimeError(
-                f"latents must stay finite, but step {step + 1} of "
-                f"{sampling.steps} produced NaN or Inf; "
-                "check the weights, or try another dtype"
+                f"latents must stay finite, but step {step + 1} of {sampling.steps} produced "
+                "NaN or Inf; check the weights, or try another dtype"
             )
         yield step, x
     if sampling.cache:
-        computed, skipped = (
-            sum(getattr(branch, name) for branch in branches) for name in ("computed", "skipped")
-        )
-        _log.info(
-            "%d of %d passes were computed, %d reused an earlier one",
-            computed,
-            computed + skipped,
-            skipped,
+        log_counts(networks)
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """The beginning of one step. time: fp32 [B], 1000 t, as the network reads it."""
+
+    step: int
+    time: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One of the two passes of a guided step, with the prompt or with the negative prompt.
+
+    network: the transformer, or the branch of a step cache that stands in for it.
+    modulations: of all steps, computed once.
+    """
+
+    network: DiffusionTransformer3D | Branch
+    text: Conditioning
+    modulations: ModulationTable
+
+    def velocity(self, read: Tensor, moment: Moment, layout: Layout) -> Tensor:
+        """[B, T, h, w, C] for the network's input `read` [B, T, h, w, in_channels]."""
+        text = self.text
+        modulations = self.modulations.step(moment.step)
+        return self.network(
+            read, text.embeds, text.pooled, moment.time, layout, text.lengths, modulations
         )
 
 
 def _velocity(
-    passes: list[tuple],
-    x: Tensor,
-    read: Tensor,
-    time: tuple[int, Tensor],
-    layout: Layout,
-    guidance: float,
+    passes: list[Pass], read: Tensor, moment: Moment, layout: Layout, sampling: Sampling
 ) -> Tensor:
-    """Of x at this time, with guidance where there are two passes: (network, text, modulations)
-    with the prompt, and without."""
-    step, now = time
-    shared = (
-        len(passes) == 2
-        and layout is not None
-        and layout.ranks is not None
-        and layout.ranks.passes == 2
-    )
-    velocities = [
-        branch(
-            read, text.embeds, text.pooled, now, layout, text.lengths, modulations.step(step)
-        ).to(x.dtype)
-        for branch, text, modulations in (passes[layout.ranks.index :][:1] if shared else passes)
-    ]
-    if shared:
-        velocities = layout.ranks.both(*velocities)
-    velocity, *other = velocities
-    return other[0] + guidance * (velocity - other[0]) if other else velocity
+    """The velocity [B, T, h, w, C], with guidance where there are two passes.
+
+    Guidance w takes v_uncond + w * (v_cond - v_uncond) (arXiv 2207.12598). The passes run one after
+    the other, or at once where processes share the run and each does one of them.
+    """
+    ranks = layout.ranks if layout is not None else None
+    if len(passes) == 2 and ranks is not None and ranks.passes == 2:
+        own = passes[ranks.index].velocity(read, moment, layout)
+        velocities = ranks.both(own.to(sampling.dtype))
+    else:
+        velocities = [one.velocity(read, moment, layout).to(sampling.dtype) for one in passes]
+    if len(velocities) == 1:
+        return velocities[0]
+    conditional, unconditional = velocities
+    return unconditional + sampling.guidance * (conditional - unconditional)
 
 
 def _check(
@@ -197,31 +210,20 @@ def _check(
     given: Given,
 ) -> None:
     config = dit.config
-    if initial.dim() != 5 or initial.shape[-1] != config.in_visual_dim:
+    channels = config.in_visual_dim
+    if initial.dim() != 5 or initial.shape[-1] != channels:
         raise ValueError(
-            f"the noise must have shape [B, T, h, w, {config.in_visual_dim}], got "
-            f"{list(initial.shape)}; "
+            f"the noise must have shape [B, T, h, w, {channels}], got {list(initial.shape)}; "
             "channels come last"
         )
     if sampling.guided and uncond is None:
         raise ValueError(
-            f"guidance {sampling.guidance} requires an unconditional (negative) "
-            "prompt, got none; "
+            f"guidance {sampling.guidance} requires an unconditional (negative) prompt, got none; "
             "pass uncond or set guidance to 1"
         )
-    if (given.frames or given.source is not None) and config.in_channels == config.in_visual_dim:
+    if given and config.in_channels == channels:
         raise ValueError(
-            "given frames and pictures require a model with conditioning channels, "
-            "got one without; use an image-to-video or "
-            "image editing checkpoint"
+            "given frames and pictures require a model with conditioning channels, got one "
+            "without; use an image-to-video or image editing checkpoint"
         )
-    frames = initial.shape[1]
-    for index, frame in given.frames.items():
-        if not 0 <= index < frames:
-            raise ValueError(
-                f"a given frame must be one of the {frames} latent frames, got "
-                f"number {index}; count from 0"
-            )
-        check_given(f"given frame {index}", frame, [initial.shape[0], 1, *initial.shape[2:]])
-    if given.source is not None:
-        check_given("the picture to edit", given.source, list(initial.shape))
+    check_given(given, initial.shape)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short wishes to the detailed English prompts that the checkpoints were trained on, written by the
-text encoder's own language model."""
+"""Expansion of short prompts to the detailed English ones that the checkpoints were trained on,
+written by the text encoder's own language model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from .vision import PICTURE, look_up
 
-MOST_TOKENS = 256
-# a picture to edit is shown with a quarter of its sides and a first frame whole, as in the official
-# code
+MOST_TOKENS = 256  # that are written
+# As in the official code, a picture to edit is shown with a quarter of its sides, a first frame
+# whole.
 EDIT_SHRINK = 4
 CHAT = (
-    "<|im_start|>system\nYou are a helpful "
-    "assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>assistant\n"
 )
 STOPS = ("<|im_end|>", "<|endoftext|>")
 
@@ -111,6 +112,7 @@ The wish: {}
 
 Answer with the finished instruction and nothing else."""
 
+# By the kind of prompt, and whether there is an image.
 INSTRUCTIONS = {
     ("video", False): VIDEO,
     ("video", True): FIRST_FRAME,
@@ -120,45 +122,45 @@ INSTRUCTIONS = {
 
 
 def request(prompt: str, kind: str, image: Tensor | None) -> tuple[str, int]:
-    """What the language model is told about a prompt, and how many times smaller the image is shown
-    with it.
+    """The chat that asks the language model to expand a prompt, and how many times smaller it is
+    shown the image.
 
-    Raises ValueError for a kind that is none, an edit without an image, a still picture with one.
+    kind: "video", "image" or "image_edit". Raises ValueError for another kind, an edit without an
+    image, or a still picture with one.
     """
     instruction = INSTRUCTIONS.get((kind, image is not None))
     if instruction is None:
         raise ValueError(
-            "a prompt is expanded for a video, for a video or an image_edit with an "
-            "image, or for an image without one, got "
-            f"{kind!r} {'without' if image is None else 'with'} an image; change one "
-            "of the two"
+            "a prompt is expanded for a video, for a video or an image_edit with an image, or for "
+            f"an image without one, got {kind!r} {'without' if image is None else 'with'} an "
+            "image; change one of the two"
         )
-    text = CHAT.replace("{}", ("" if image is None else PICTURE) + instruction).replace(
-        "{}", prompt
-    )
+    picture = "" if image is None else PICTURE
+    text = CHAT.replace("{}", picture + instruction).replace("{}", prompt)
     return text, EDIT_SHRINK if kind == "image_edit" else 1
 
 
 def continue_greedily(
     language: nn.Module, head: nn.Module, embeds: Tensor, places: Tensor, stops: Collection[int]
 ) -> list[int]:
-    """The likeliest token, again and again, after embeddings [1, L, Dt] of text that stand at
-    `places` [4, 1, L].
+    """The tokens that greedy decoding writes: the likeliest one, again and again.
 
-    Ends before a token of `stops`, or with 256 tokens.
+    embeds: the text so far, [1, L, Dt]. places: its positions, [4, 1, L]. Writing ends before a
+    token of `stops`, or after `MOST_TOKENS`.
     """
     from transformers import DynamicCache
 
     # transformers 5.24 has renamed the argument
     name = "cache" if "cache" in signature(language.forward).parameters else "past_key_values"
-    past, tokens = {name: DynamicCache()}, []
+    past = {name: DynamicCache()}
+    tokens: list[int] = []
     while len(tokens) < MOST_TOKENS:
-        hidden = language(inputs_embeds=embeds, position_ids=places, **past).last_hidden_state[
-            :, -1
-        ]
+        output = language(inputs_embeds=embeds, position_ids=places, **past)
+        hidden = output.last_hidden_state[:, -1]  # [1, Dt]
         token = int(head(hidden.to(head.weight.device)).argmax())
         if token in stops:
             break
         tokens.append(token)
-        embeds, places = look_up(language, [token]), places[..., -1:] + 1
+        embeds = look_up(language, [token])  # [1, 1, Dt]
+        places = places[..., -1:] + 1  # [4, 1, 1]
     return tokens

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chat templates around a prompt, per kind of picture or video, verified by their hash."""
+"""The official templates around a prompt, and the usual negative prompt.
+
+A template is a chat instruction with `{}` for the prompt. The texts are read from the source of the
+installed diffusers and recognised by their SHA-256.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,9 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-_log = logging.getLogger(__name__)
-
-
 KINDS = ("video", "image", "image_edit")
 
-
-# A text -> the file of diffusers that holds it, and its SHA-256.
+# Each text, the file of diffusers that holds it, and its SHA-256.
 TEXTS = {
     "video": (
         "pipeline_kandinsky.py",
@@ -37,11 +37,13 @@ TEXTS = {
     ),
 }
 
+_log = logging.getLogger(__name__)
+
 
 @cache
 def official_template(kind: str = "video") -> str:
-    """The instruction around every prompt of a kind; RuntimeError where the installed diffusers
-    does not hold the official text."""
+    """The template of a kind of prompt. Raises RuntimeError where the installed diffusers does not
+    hold the official text."""
     if kind not in KINDS:
         raise ValueError(
             f"an instruction is for {' or '.join(KINDS)}, got {kind!r}; choose one of them"
@@ -58,6 +60,8 @@ def official_template(kind: str = "video") -> str:
 
 @cache
 def official_negative() -> str:
+    """The usual negative prompt of videos; empty, with a warning, where diffusers does not hold
+    it."""
     text = _official("negative")
     if text is None:
         _log.warning(
@@ -68,25 +72,23 @@ def official_negative() -> str:
 
 
 def _official(name: str) -> str | None:
-    """The text whose SHA-256 is known, from the source of diffusers, which need not be imported for
-    it."""
+    """The text called `name` in `TEXTS`, or None. diffusers is read, not imported."""
     found = find_spec("diffusers")
-    file, digest = TEXTS[name]
-    path = (
-        Path(found.origin).parent / "pipelines" / "kandinsky5" / file
-        if found and found.origin
-        else None
-    )
-    if path is None or not path.is_file():
+    if found is None or not found.origin:
         return None
-    candidates = (spelling for text in _strings(path) for spelling in _spellings(text))
-    return next(
-        (text for text in candidates if hashlib.sha256(text.encode()).hexdigest() == digest), None
-    )
+    file, digest = TEXTS[name]
+    path = Path(found.origin).parent / "pipelines" / "kandinsky5" / file
+    if not path.is_file():
+        return None
+    for text in _strings(path):
+        for candidate in _spellings(text):
+            if hashlib.sha256(candidate.encode()).hexdigest() == digest:
+                return candidate
+    return None
 
 
 def _strings(path: Path) -> Iterator[str]:
-    """All literal strings of a source file, and the lines that lists of them hold."""
+    """All literal strings of a source file, and the lists of strings joined to lines."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
@@ -95,16 +97,12 @@ def _strings(path: Path) -> Iterator[str]:
 
 
 def _spellings(text: str) -> Iterator[str]:
-    """A text as it stands and as the checkpoints were trained with it."""
-    # diffusers lacks two line ends in that of an edit, which holds the picture's place; the picture
-    # comes after the prompt
-    edit = (
-        text.partition("{}")[0].replace(
-            "<|im_end|><|im_start|>user", "<|im_end|>\n<|im_start|>user\n"
-        )
-        + "{}"
-    )
+    """A text as diffusers has it, and as the checkpoints may have been trained with it."""
+    # diffusers lacks two line ends in the template of an edit, and holds the picture's place behind
+    # the prompt.
+    edit = text.partition("{}")[0]
+    edit = edit.replace("<|im_end|><|im_start|>user", "<|im_end|>\n<|im_start|>user\n") + "{}"
     for candidate in (text, edit):
         yield candidate
-        # corrected by diffusers >= 0.41
+        # A misspelling of the official text that diffusers >= 0.41 has corrected.
         yield candidate.replace("a prompt engineer", "a promt engineer")

@@ -1,32 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts to embeddings: what the diffusion transformer reads, behind one method, `encode(prompts,
-kind, images) -> TextEmbeddings`."""
+"""The text encoder of the bundled model: words of a small vocabulary become embeddings."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .embeddings import TextEmbeddings
+from .embeddings import Conditioning
 
-CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
-START, UNKNOWN = 0, 1  # vocabulary indices with a meaning of their own
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+# The first indices of the vocabulary: the start of every prompt, and every unknown word.
+START, UNKNOWN, FIRST_WORD = range(3)
+POSITION_STD = 0.2  # of untrained position embeddings
 
 
 class TinyTextEncoder(nn.Module):
-    """Words of a closed vocabulary -> embeddings mixed by one transformer layer, small enough to be
-    bundled.
+    """Embeddings of a prompt's words, mixed by one transformer layer.
 
-    A sequence is a start token and the prompt's words in lower case, cut at `max_length` tokens.
-    Words outside the vocabulary become one learned unknown word; an empty prompt is the start token
-    alone, which training uses as the unconditional prompt. `aliases` maps further spellings to
-    words of the vocabulary.
+    A prompt becomes a start token and its words in lower case, cut at `max_length` tokens. Words
+    outside the vocabulary become one learned unknown word. An empty prompt is the start token
+    alone, which training uses as the unconditional prompt.
+
+    words: the vocabulary. aliases: further spellings, each with its word of the vocabulary.
+    dim, pooled_dim: channels of the embeddings and of the pooled vector.
     """
 
     def __init__(
@@ -38,27 +42,32 @@ class TinyTextEncoder(nn.Module):
         max_length: int = 24,
     ):
         super().__init__()
-        strangers = sorted(set((aliases or {}).values()) - set(words))
+        aliases = dict(aliases or {})
+        strangers = sorted(set(aliases.values()) - set(words))
         if strangers:
             raise ValueError(
                 f"aliases must lead to words of the vocabulary, got {strangers[:3]}; "
                 "add them to the words"
             )
-        self.config = {
+        self.config: dict[str, Any] = {
             "words": list(words),
-            "aliases": dict(aliases or {}),
+            "aliases": aliases,
             "dim": dim,
             "pooled_dim": pooled_dim,
             "max_length": max_length,
         }
-        self._index = {word: i + 2 for i, word in enumerate(words)}
-        self.word_embedding = nn.Embedding(len(words) + 2, dim)
+        self._index = {word: index for index, word in enumerate(words, FIRST_WORD)}
+        self.word_embedding = nn.Embedding(len(words) + FIRST_WORD, dim)
         self.position_embedding = nn.Embedding(max_length, dim)
-        self.attention_norm, self.feed_norm, self.out_norm = (nn.LayerNorm(dim) for _ in range(3))
-        self.attention_in, self.attention_out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.feed_in, self.feed_out = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.feed_norm = nn.LayerNorm(dim)
+        self.out_norm = nn.LayerNorm(dim)
+        self.attention_in = nn.Linear(dim, 3 * dim)
+        self.attention_out = nn.Linear(dim, dim)
+        self.feed_in = nn.Linear(dim, 4 * dim)
+        self.feed_out = nn.Linear(4 * dim, dim)
         self.pool = nn.Linear(dim, pooled_dim)
-        nn.init.normal_(self.position_embedding.weight, std=0.2)
+        nn.init.normal_(self.position_embedding.weight, std=POSITION_STD)
 
     def tokens(self, prompt: str) -> list[int]:
         """Vocabulary indices of a prompt, the start token first. Raises TypeError for anything but
@@ -67,29 +76,26 @@ class TinyTextEncoder(nn.Module):
             raise TypeError(
                 f"a prompt must be a str, got {type(prompt).__name__}; pass a list of str to encode"
             )
-        aliases = self.config["aliases"]
-        words = re.findall(r"\w+", prompt.lower())
-        return [START, *(self._index.get(aliases.get(word, word), UNKNOWN) for word in words)][
-            : self.config["max_length"]
-        ]
+        words = [word for _, word in self._words(prompt)]
+        tokens = [START, *(self._index.get(word, UNKNOWN) for word in words)]
+        return tokens[: self.config["max_length"]]
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """The words of a prompt that the vocabulary lacks; they all read as the same unknown
-        word."""
+        """The words of a prompt that the vocabulary lacks; all of them become the same token."""
+        return [written for written, word in self._words(prompt) if word not in self._index]
+
+    def _words(self, prompt: str) -> list[tuple[str, str]]:
+        """(as written, in lower case; as the vocabulary spells it) for every word of a prompt."""
         aliases = self.config["aliases"]
-        return [
-            word
-            for word in re.findall(r"\w+", prompt.lower())
-            if aliases.get(word, word) not in self._index
-        ]
+        return [(word, aliases.get(word, word)) for word in re.findall(r"\w+", prompt.lower())]
 
     def encode(
         self, prompts: list[str], kind: str = "video", images: list[Tensor] | None = None
-    ) -> TextEmbeddings:
-        """Embed prompts together; a prompt's rows do not depend on its neighbours. Raises
-        TypeError, or ValueError for an empty list.
+    ) -> Conditioning:
+        """Embed prompts together; a prompt's rows do not depend on its neighbours.
 
-        kind and images, which other encoders read, change nothing.
+        kind, images: for other encoders; they change nothing here. Raises TypeError for a single
+        str, ValueError for an empty list.
         """
         if isinstance(prompts, str):
             raise TypeError("encode needs a list of prompts, got one str; put it into a list")
@@ -100,57 +106,51 @@ class TinyTextEncoder(nn.Module):
         return self([self.tokens(prompt) for prompt in prompts])
 
     def expand(self, *_) -> str:
-        """There is no language model to write with: raises ValueError."""
+        """Raises ValueError, because there is no language model that could write."""
         raise ValueError(
             "a prompt is expanded by the language model of a released checkpoint, "
             "which tiny lacks; leave expand_prompt out"
         )
 
-    def forward(self, sequences: list[list[int]]) -> TextEmbeddings:
-        """Token indices, one non-empty list per prompt -> TextEmbeddings."""
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
-        longest, device = int(lengths.max()), self.word_embedding.weight.device
+    def forward(self, sequences: list[list[int]]) -> Conditioning:
+        """sequences: for each of B prompts its vocabulary indices, at least one."""
+        device = self.word_embedding.weight.device
+        lengths = torch.tensor([len(sequence) for sequence in sequences])  # [B]
+        longest = int(lengths.max())
         padded = [sequence + [START] * (longest - len(sequence)) for sequence in sequences]
-        there = (torch.arange(longest) < lengths[:, None]).to(device)  # [B, L]
-        # [B, L, Dt]
-        x = (
-            self.word_embedding(torch.tensor(padded, device=device))
-            + self.position_embedding.weight[:longest]
-        )
+        places = torch.arange(longest)
+        is_text = (places < lengths[:, None]).to(device)  # [B, L]
+        x = self.word_embedding(torch.tensor(padded, device=device))  # [B, L, Dt]
+        x = x + self.position_embedding.weight[:longest]
         query, key, value = self.attention_in(self.attention_norm(x)).chunk(3, dim=-1)
-        x = x + self.attention_out(
-            F.scaled_dot_product_attention(query, key, value, attn_mask=there[:, None])
-        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=is_text[:, None])
+        x = x + self.attention_out(attended)
         x = x + self.feed_out(F.gelu(self.feed_in(self.feed_norm(x))))
-        embeds = self.out_norm(x) * there[..., None]
-        pooled = self.pool(embeds.sum(1) / there.sum(1, keepdim=True))  # [B, Dp]
-        return TextEmbeddings(embeds, lengths, pooled)
+        embeds = self.out_norm(x) * is_text[..., None]
+        pooled = self.pool(embeds.sum(1) / is_text.sum(1, keepdim=True))  # [B, Dp]
+        return Conditioning(embeds, lengths, pooled)
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json and model.safetensors, weights stored as `dtype`."""
+        """Write config.json and model.safetensors, with weights stored as `dtype`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(
-            json.dumps(self.config, indent=2) + "\n", encoding="utf-8"
-        )
-        save_file(
-            {
-                name: tensor.detach().to(dtype).contiguous()
-                for name, tensor in self.state_dict().items()
-            },
-            folder / WEIGHTS_NAME,
-        )
+        config = json.dumps(self.config, indent=2) + "\n"
+        (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
+        weights = {
+            name: tensor.detach().to(dtype).contiguous()
+            for name, tensor in self.state_dict().items()
+        }
+        save_file(weights, folder / WEIGHTS_NAME)
 
     @classmethod
     def load(cls, folder: str | Path) -> TinyTextEncoder:
-        """Read what `save` wrote, strictly, into fp32. Raises ValueError naming the folder when it
-        is incomplete or does not fit."""
+        """Read what `save` wrote, strictly, into fp32. Raises ValueError, naming the folder, where
+        something is missing or does not fit."""
         folder = Path(folder)
         try:
             encoder = cls(**json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
-            encoder.load_state_dict(
-                {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS_NAME).items()}
-            )
+            weights = load_file(folder / WEIGHTS_NAME)
+            encoder.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
         # missing file, JSON, safetensors and state-dict errors share no base class
         except Exception as error:
             reason = " ".join(str(error).split())[:200]

@@ -1,94 +1,134 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask the tiny checkpoint for combinations it never saw, and measure what it drew."""
+"""How often a tiny model draws what its prompt says, for combinations of words that its training
+never showed."""
+
+from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor
 
 from .. import pipeline
 from ..checkpoints.locate import TINY
-from . import scenes as shapes
-from .judge import judge, marks
+from . import scenes
+from .judge import WORDS, judge, marks
+from .scenes import Combination
 
 logger = logging.getLogger(__name__)
-WORDS = ("color", "background", "shape", "motion")
 
 
-def draw(combinations, folder=TINY, seed=0, batch=8, quantize=None, lora=None, **settings):
-    """Yield (combination, prompt, video) for each; the i-th uses seed + i. `settings` as
-    `Kandinsky5.generate` takes them."""
+def draw(
+    combinations: Sequence[Combination],
+    folder: str | Path = TINY,
+    seed: int = 0,
+    batch: int = 8,
+    quantize: str | None = None,
+    lora: str | Path | None = None,
+    **settings,
+) -> Iterator[tuple]:
+    """Yield (combination, prompt, `Video`) for each combination, the i-th sampled with seed + i.
+
+    settings: further arguments of `Kandinsky5.generate`.
+    """
     model = pipeline.load(folder, quantize=quantize)
     if lora:
         model.lora.load(lora)
     for start in range(0, len(combinations), batch):
         wanted = combinations[start : start + batch]
-        prompts = [shapes.prompt(c) for c in wanted]
-        yield from zip(
-            wanted, prompts, model.generate(prompts, seed=seed + start, **settings), strict=True
-        )
+        prompts = [scenes.prompt(combination) for combination in wanted]
+        videos = model.generate(prompts, seed=seed + start, **settings)
+        assert isinstance(videos, list)  # as prompts are
+        yield from zip(wanted, prompts, videos, strict=True)
 
 
 def check_tiny(
-    folder=TINY, seed=0, steps=None, guidance=None, combinations=None, quantize=None, lora=None
-):
-    """Sample held-out prompts and judge them: {"prompts", "color", "background", "shape", "motion",
-    "samples"}; shares of 1.
+    folder: str | Path = TINY,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    combinations: Sequence[Combination] | None = None,
+    quantize: str | None = None,
+    lora: str | Path | None = None,
+) -> dict:
+    """Sample prompts and judge the clips; one line of the log for each.
 
-    combinations: all 48 held-out ones unless given; one that comes again is drawn from other noise.
-    A share counts clips whose word is right; "color_and_background" and "all" count clips where
-    those words are right together. Logs one line per clip. quantize: a mode of `QUANTIZATIONS`; the
-    model is then also run without, from the same noise: "unquantized" holds its shares, and "psnr"
-    of each sample how near its frames come, in dB. lora: an adapter to draw with.
+    combinations: what to draw; None: the 48 that are held out of training. One that comes again is
+        drawn from other noise.
+    quantize: a mode of `QUANTIZATIONS`. The model then also runs without it, from the same noise.
+    lora: an adapter to draw with.
+
+    The result has the number of "prompts", the seed, steps and guidance, the shares of clips in
+    0..1 that are right (see `shares`), and the verdicts, "samples". With `quantize`, "unquantized"
+    has the shares without it, and each sample the "psnr" between both clips, in dB.
     """
-    combinations = shapes.held_out() if combinations is None else combinations
-    settings = {"num_inference_steps": steps, "guidance_scale": guidance}
+    combinations = scenes.held_out() if combinations is None else combinations
+    settings: dict = {"num_inference_steps": steps, "guidance_scale": guidance}
     modes = [quantize, None] if quantize else [None]
     runs = [
-        draw(combinations, folder, seed, quantize=mode, lora=lora, **settings) for mode in modes
+        draw(
+            combinations,
+            folder,
+            seed,
+            quantize=mode,
+            lora=lora,
+            **settings,
+        )
+        for mode in modes
     ]
-    samples, plain = [], []
+    samples: list[dict] = []
+    plain: list[dict] = []
     for (combination, prompt, clip), *others in zip(*runs, strict=True):
         samples.append(judged(combination, prompt, clip))
-        for *_, other in others:
+        for _, _, other in others:
             plain.append(judged(combination, f"unquantised: {prompt}", other))
             samples[-1]["psnr"] = round(psnr(clip.frames, other.frames), 2)
-    used = {
+    result = {
+        "prompts": len(samples),
+        **shares(samples),
         "seed": seed,
         "steps": clip.settings.num_inference_steps,
         "guidance": clip.settings.guidance_scale,
     }
-    compared = {"quantize": quantize, "unquantized": shares(plain)} if quantize else {}
-    return {"prompts": len(samples), **shares(samples), **used, **compared, "samples": samples}
+    if quantize:
+        result["quantize"] = quantize
+        result["unquantized"] = shares(plain)
+    return {**result, "samples": samples}
 
 
-def judged(combination, prompt, clip):
-    """What a clip of a prompt shows and which of its words are right; logs a line."""
+def judged(
+    combination: Combination,
+    prompt: str,
+    clip,
+) -> dict:
+    """The verdict about a clip, a `Video`, and which words of its prompt are right."""
     verdict = judge(clip.frames)
     right = marks(verdict, combination)
     seen = {word: getattr(verdict, word) for word in WORDS}
-    logger.info(
-        "%s: %s",
-        prompt,
-        ", ".join(f"{word} {seen[word]}{'' if right[word] else ' (wrong)'}" for word in WORDS),
-    )
+    words = [f"{word} {seen[word]}{'' if right[word] else ' (wrong)'}" for word in WORDS]
+    logger.info("%s: %s", prompt, ", ".join(words))
+    travel = [round(x, 1) for x in verdict.travel]
+    return {"prompt": prompt, "seen": seen, "right": right, "travel": travel}
+
+
+def shares(samples: Sequence[dict]) -> dict[str, float]:
+    """The shares of samples in 0..1 of which a word is right, or those words together."""
+
+    def share(*words: str) -> float:
+        return sum(all(one["right"][word] for word in words) for one in samples) / len(samples)
+
     return {
-        "prompt": prompt,
-        "seen": seen,
-        "right": right,
-        "travel": [round(x, 1) for x in verdict.travel],
+        **{word: share(word) for word in WORDS},
+        "color_and_background": share("color", "background"),
+        "all": share(*WORDS),
     }
 
 
-def shares(samples):
-    """How many of the samples are right, in 0..1, by word."""
-    share = {word: sum(s["right"][word] for s in samples) / len(samples) for word in WORDS}
-    share["color_and_background"] = sum(
-        s["right"]["color"] and s["right"]["background"] for s in samples
-    ) / len(samples)
-    share["all"] = sum(all(s["right"].values()) for s in samples) / len(samples)
-    return share
-
-
-def psnr(frames, others):
-    """Of two uint8 videos, in dB; at most that of one pixel one level apart."""
-    error = (frames.double() - others.double()).square().sum().clamp_min(1.0) / frames.numel()
+def psnr(frames: Tensor, others: Tensor) -> float:
+    """The peak signal-to-noise ratio of two uint8 videos, in dB. For equal videos it is that of one
+    number that is one level off."""
+    squares = (frames.double() - others.double()).square().sum()
+    error = squares.clamp_min(1.0) / frames.numel()
     return 10 * math.log10(255**2 / error.item())

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every training here shares: the optimizer, the clock, the averaged copy of the weights, the
-choice of arithmetic."""
+"""What both stages of the tiny model's training share: the optimiser, the learning rate over time,
+the moving average of the weights, and the choice of a dtype."""
+
+from __future__ import annotations
 
 import contextlib
 import copy
@@ -8,6 +10,7 @@ import logging
 import math
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -62,30 +65,35 @@ class Optimizer:
 
 
 class Clock:
-    """Progress 0..1 of a stage: steps done, or minutes used where a limit is given, whichever is
-    further. Keeps the log of losses."""
+    """The progress of a stage, its learning rate, and its log of losses.
 
-    def __init__(self, steps, minutes=None):
-        self.steps, self.minutes, self.started, self.losses = steps, minutes, time.time(), []
+    minutes: a limit of time; the progress is that of the steps or of the time, whichever is
+    further.
+    """
+
+    def __init__(self, steps: int, minutes: float | None = None):
+        self.steps = steps
+        self.minutes = minutes
+        self.started = time.time()
+        self.losses: list[dict] = []
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         return time.time() - self.started
 
-    def progress(self, step):
+    def progress(self, step: int) -> float:
+        """In 0..1."""
         used = self.seconds / 60 / self.minutes if self.minutes else 0.0
         return min(1.0, max(step / self.steps, used))
 
-    def rate(self, step, peak, warmup=50):
-        """Linear warm-up, then a cosine to zero."""
-        return (
-            peak
-            * min(1.0, (step + 1) / warmup)
-            * 0.5
-            * (1 + math.cos(math.pi * self.progress(step)))
-        )
+    def rate(self, step: int, peak: float, warmup: int = 50) -> float:
+        """The learning rate: a linear warm-up, then a cosine to zero."""
+        warm = min(1.0, (step + 1) / warmup)
+        decayed = 0.5 * (1 + math.cos(math.pi * self.progress(step)))
+        return peak * warm * decayed
 
-    def record(self, step, **losses):
+    def record(self, step: int, **losses: float) -> None:
+        """Put an entry into the log of losses."""
         entry = {
             "step": step,
             "seconds": round(self.seconds, 1),
@@ -96,25 +104,27 @@ class Clock:
 
 
 class Average:
-    """Exponential moving average of a module's parameters, kept in a copy of it; short at first, so
-    that the start is forgotten."""
+    """The exponential moving average of a module's parameters, kept in a copy of it, `module`."""
 
-    def __init__(self, module, decay):
-        self.module, self.decay = copy.deepcopy(module).requires_grad_(False).eval(), decay
+    def __init__(self, module: nn.Module, decay: float):
+        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.decay = decay
 
-    def update(self, module, step):
-        for mine, theirs in zip(self.module.parameters(), module.parameters(), strict=True):
-            average_into(mine, theirs, self.decay, step)
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move the average towards the parameters after step number `step`, counted from 0."""
+        pairs = zip(self.module.parameters(), module.parameters(), strict=True)
+        for average, current in pairs:
+            average_into(average, current, self.decay, step)
 
 
 @contextlib.contextmanager
-def short_attention(device):
-    """On the CPU, dense attention as two matrix products: its fused kernel is slow backwards over a
-    few hundred tokens."""
+def short_attention(device: torch.device | str) -> Iterator[None]:
+    """While the body runs, dense attention on the CPU is two matrix products: the backward pass of
+    PyTorch's fused kernel is slow over a few hundred tokens."""
     if torch.device(device).type != "cpu":
         yield
         return
-    # governs the CPU's products too
+    # despite its name this setting governs products on the CPU too
     before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     try:
@@ -124,33 +134,32 @@ def short_attention(device):
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
-def training_dtype(device="cpu"):
-    """bf16 on a GPU, and where this CPU multiplies bf16 matrices faster than fp32 ones
-    (AVX512-BF16, AMX): measured, not looked up."""
+def training_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """bf16 on a GPU, and where this CPU multiplies bf16 matrices faster than fp32 ones, which those
+    with AVX512-BF16 or AMX do. It is measured, not looked up."""
     if torch.device(device).type != "cpu":
         return torch.bfloat16
-    seconds = {}
+    seconds: dict[torch.dtype, float] = {}
     for dtype in (torch.bfloat16, torch.float32):
-        a, b = torch.randn(2048, 256).to(dtype), torch.randn(256, 1024).to(dtype)
+        a = torch.randn(2048, 256).to(dtype)
+        b = torch.randn(256, 1024).to(dtype)
+        best = math.inf
         for _ in range(6):
             start = time.perf_counter()
             a @ b
-            seconds[dtype] = min(seconds.get(dtype, math.inf), time.perf_counter() - start)
-    return min(seconds, key=seconds.get)
+            best = min(best, time.perf_counter() - start)
+        seconds[dtype] = best
+    return min(seconds, key=seconds.__getitem__)
 
 
-def machine():
-    """The machine's record for the training log."""
-    model, info = platform.processor(), Path("/proc/cpuinfo")
+def machine() -> dict:
+    """A description of this machine for the log of a training."""
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
     if info.is_file():
-        model = next(
-            (
-                line.split(":", 1)[1].strip()
-                for line in info.read_text().splitlines()
-                if line.startswith("model name")
-            ),
-            model,
-        )
+        lines = info.read_text().splitlines()
+        names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        model = next(names, model)
     return {
         "cpu": model,
         "threads": torch.get_num_threads(),

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the bundled tiny checkpoint: VAE, text encoder and diffusion transformer, on clips drawn by
-`shapes`.
+"""Training of the bundled tiny model from nothing, on drawn clips.
 
-Stages: `vae` (reconstruct), `pool` (encode clips once), `flow` (flow matching over the pool). Each
-leaves a complete, loadable folder behind and one entry in training.json; a later run resumes after
-it.
+There are two stages, "vae" and "flow". Each leaves networks that load, and an entry in
+training.json; a later run can go on from there. Between them the clips are encoded once.
 """
+
+from __future__ import annotations
 
 import copy
 import json
@@ -15,123 +15,165 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from ..checkpoints.load import load_dit, load_vae, save_dit, save_vae
-from ..config import PRESETS
+from ..config import PRESETS, Preset
+from ..files import read_json, replacing
 from ..text.tiny import TinyTextEncoder
+from ..training.tensors import write_tensors
 from .optimizer import machine
-from .train_flow import FlowPlan, Pool, encode_pool, new_networks, pool_scenes, train_flow
-from .train_vae import VAEPlan, train_vae
+from .train_flow import FlowRecipe, Pool, encode_pool, new_networks, pool_scenes, train_flow
+from .train_vae import VAERecipe, train_vae
 
 logger = logging.getLogger(__name__)
 LOG_NAME, POOL_NAME = "training.json", "pool.safetensors"
 
 
-def save_networks(networks, folder, preset, dtype=torch.float16):
-    """Write transformer/ and text_encoder/ of a bundle, weights stored as `dtype`."""
-    save_dit(copy.deepcopy(networks["transformer"]).to(dtype), folder / "transformer", preset.nabla)
+def save_networks(
+    networks: nn.ModuleDict,
+    folder: Path,
+    preset: Preset,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write transformer/ and text_encoder/ of a model, their weights in `dtype`."""
+    dit = copy.deepcopy(networks["transformer"]).to(dtype)
+    save_dit(dit, folder / "transformer", preset.nabla)
     networks["text_encoder"].save(folder / "text_encoder", dtype)
 
 
-def load_networks(folder):
-    """The two networks of a bundle, in fp32 and trainable."""
-    dit = load_dit(folder / "transformer", dtype=torch.float32)
-    return (
-        nn.ModuleDict(
-            {"transformer": dit, "text_encoder": TinyTextEncoder.load(folder / "text_encoder")}
-        )
-        .train()
-        .requires_grad_(True)
+def load_networks(folder: Path) -> nn.ModuleDict:
+    """The networks that `save_networks` wrote, in fp32 and trainable."""
+    networks = {
+        "transformer": load_dit(folder / "transformer", dtype=torch.float32),
+        "text_encoder": TinyTextEncoder.load(folder / "text_encoder"),
+    }
+    return nn.ModuleDict(networks).train().requires_grad_(True)
+
+
+def write_log(folder: Path, entry: dict) -> None:
+    """Put the entry of a stage into training.json. It replaces the entry of the same run, with the
+    same stage and seed, or comes last."""
+    run = (entry["stage"], entry["seed"])
+    others = [old for old in read_log(folder) if (old["stage"], old["seed"]) != run]
+    text = json.dumps({"stages": [*others, entry]}, indent=1) + "\n"
+    with replacing(folder / LOG_NAME) as target:
+        target.write_text(text, encoding="utf-8")
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The entries of training.json in `folder`; none where it is missing. ValueError for a file of
+    another kind."""
+    path = folder / LOG_NAME
+    if not path.is_file():
+        return []
+    stages = read_json(path).get("stages")
+    if isinstance(stages, list):
+        entries = [one for one in stages if isinstance(one, dict) and {"stage", "seed"} <= set(one)]
+        if len(entries) == len(stages):
+            return entries
+    raise ValueError(
+        f"{path} must list the stages of a training with their seeds, but does not; "
+        "remove it, or train into another folder"
     )
 
 
-def write_log(folder, entry):
-    """Put a stage's entry into training.json: it replaces an earlier state of the same run (same
-    stage and seed), or comes last."""
-    stages = [
-        old
-        for old in read_log(folder)
-        if (old["stage"], old["seed"]) != (entry["stage"], entry["seed"])
-    ]
-    (folder / LOG_NAME).write_text(json.dumps({"stages": [*stages, entry]}, indent=1) + "\n")
+def train_tiny(
+    out_dir: str | Path,
+    seed: int = 2026,
+    vae_recipe: VAERecipe | None = None,
+    flow_recipe: FlowRecipe | None = None,
+    resume: bool = False,
+    device: str = "cpu",
+) -> Path:
+    """Train a model into `out_dir` and return the folder: vae/, transformer/, text_encoder/, and
+    training.json with seeds, recipes, losses and machine.
 
+    resume: keep an existing vae/, or train it further where a `vae_recipe` is given, and train
+        existing networks further. The optimiser starts anew, with other random numbers.
 
-def read_log(folder):
-    """The stages that training.json of `folder` tells of, none where it is missing."""
-    return (
-        json.loads((folder / LOG_NAME).read_text())["stages"]
-        if (folder / LOG_NAME).is_file()
-        else []
-    )
-
-
-def train_tiny(out_dir, seed=2026, vae_plan=None, flow_plan=None, resume=False, device="cpu"):
-    """Train the bundle into `out_dir`: vae/, transformer/, text_encoder/ and training.json with
-    seed, plans, losses and machine.
-
-    With `resume` an existing vae/ is kept, or trained further where a `vae_plan` is given, and
-    existing networks are trained further; each time with a fresh optimizer and other random
-    numbers. training.json gets one more entry per stage run, so that it tells how the weights came
-    about. Returns the folder. Encoded clips stay in out_dir/pool.safetensors, which is not part of
-    the bundle.
+    The encoded clips stay in out_dir/pool.safetensors, which is not part of the model.
     """
-    folder, preset = Path(out_dir), PRESETS["tiny"]
+    folder = Path(out_dir)
+    preset = PRESETS["tiny"]
     folder.mkdir(parents=True, exist_ok=True)
     if not resume:
         (folder / LOG_NAME).unlink(missing_ok=True)
-    vae_known = resume and (folder / "vae").is_dir()
-    if vae_plan or not vae_known:
-        entry, vae_plan = _entry(folder, "vae", seed, vae_known, vae_plan or VAEPlan())
-        start = load_vae(folder / "vae", dtype=torch.float32) if vae_known else None
-        vae, losses = train_vae(preset.vae, vae_plan, entry["seed"], device, start)
-        save_vae(vae.half(), folder / "vae")
-        (folder / POOL_NAME).unlink(missing_ok=True)
-        write_log(folder, {**entry, "seconds": losses[-1]["seconds"], "losses": losses})
-    flow_plan = flow_plan or FlowPlan()
-    pool = make_pool(folder, flow_plan.copies, seed, device)
+    has_vae = resume and (folder / "vae").is_dir()
+    if vae_recipe or not has_vae:
+        _vae_stage(folder, seed, device, vae_recipe or VAERecipe(), has_vae)
 
-    known = resume and (folder / "transformer").is_dir()
-    networks = (load_networks(folder) if known else new_networks(preset.dit, seed)).to(device)
-    entry, flow_plan = _entry(folder, "flow", seed, known, flow_plan)
+    recipe = flow_recipe or FlowRecipe()
+    pool = make_pool(folder, recipe.copies, seed, device)
+    has_networks = resume and (folder / "transformer").is_dir()
+    networks = load_networks(folder) if has_networks else new_networks(preset.dit, seed)
+    networks = networks.to(device)
+    entry = _entry(folder, "flow", seed, has_networks, recipe)
 
-    def keep(average, losses):
+    def keep(average: nn.ModuleDict, losses: list[dict]) -> None:
         save_networks(average, folder, preset)
         if losses:
-            write_log(
-                folder,
-                {
-                    **entry,
-                    "steps": losses[-1]["step"] + 1,
-                    "seconds": losses[-1]["seconds"],
-                    "losses": losses,
-                },
-            )
+            steps = losses[-1]["step"] + 1
+            seconds = losses[-1]["seconds"]
+            write_log(folder, {**entry, "steps": steps, "seconds": seconds, "losses": losses})
 
-    keep(*train_flow(networks, pool, flow_plan, preset, entry["seed"], keep))
+    average, losses = train_flow(networks, pool, recipe, preset, entry["seed"], keep)
+    keep(average, losses)
     return folder
 
 
-def _entry(folder, stage, seed, continued, plan):
-    """The head of a stage's log entry, and its plan. The seed grows by one with each earlier run of
+def _vae_stage(folder: Path, seed: int, device: str, recipe: VAERecipe, continued: bool) -> None:
+    entry = _entry(folder, "vae", seed, continued, recipe)
+    start = load_vae(folder / "vae", dtype=torch.float32) if continued else None
+    config = PRESETS["tiny"].vae
+    assert config is not None
+    vae, losses = train_vae(config, recipe, entry["seed"], device, start)
+    save_vae(vae.half(), folder / "vae")
+    (folder / POOL_NAME).unlink(missing_ok=True)
+    write_log(folder, {**entry, "seconds": losses[-1]["seconds"], "losses": losses})
+
+
+def _entry(
+    folder: Path,
+    stage: str,
+    seed: int,
+    continued: bool,
+    recipe: VAERecipe | FlowRecipe,
+) -> dict:
+    """The beginning of an entry of training.json. Its seed grows by one with each earlier run of
     the stage."""
-    seed += sum(old["stage"] == stage for old in read_log(folder))
     return {
         "stage": stage,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "seed": seed,
+        "seed": seed + sum(old["stage"] == stage for old in read_log(folder)),
         "machine": machine(),
         "continued": continued,
-        "plan": asdict(plan),
-    }, plan
+        "plan": asdict(recipe),  # under the name that the bundled file has
+    }
 
 
-def make_pool(folder, copies, seed, device):
-    """The pool of `folder`, from its file or encoded now."""
-    path, scenes = folder / POOL_NAME, pool_scenes(copies, seed)
-    if path.is_file() and len(latents := load_file(path)["latents"]) == len(scenes):
-        return Pool(latents, scenes)
-    pool = encode_pool(load_vae(folder / "vae", dtype=torch.float32, device=device), scenes)
-    save_file({"latents": pool.latents}, path)
+def make_pool(folder: Path, copies: int, seed: int, device: str) -> Pool:
+    """The pool of `folder`: read where its file is whole and has the same scenes, else encoded and
+    written."""
+    path = folder / POOL_NAME
+    scenes = pool_scenes(copies, seed)
+    about = {"seed": str(seed), "copies": str(copies)}
+    if path.is_file():
+        latents = _read_pool(path, about)
+        if latents is not None and len(latents) == len(scenes):
+            return Pool(latents, scenes)
+    vae = load_vae(folder / "vae", dtype=torch.float32, device=device)
+    pool = encode_pool(vae, scenes)
+    write_tensors(path, {"latents": pool.latents}, about)
     return pool
+
+
+def _read_pool(path: Path, about: dict[str, str]) -> Tensor | None:
+    """The latents of a pool's file; None where it is damaged or about other scenes."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            same = file.metadata() == about
+            return file.get_tensor("latents") if same else None
+    except (OSError, SafetensorError):
+        return None

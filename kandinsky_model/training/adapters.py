@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA adapters in training: matrices beside the frozen weights, and the files that hold them
-afterwards.
+"""LoRA adapters in training: matrices that are trained beside the frozen weights of linear layers.
 
-Names and files are the official ones: `lora.safetensors` with `<module>.lora_A.weight` [r, in] and
-`<module>.lora_B.weight` [out, r], and `config_lora.json` as PEFT writes it. The header repeats rank
-and alpha for diffusers, and has the trigger.
+Tensors are named as in the published adapters: `<layer>.lora_A.weight` [r, in] and
+`<layer>.lora_B.weight` [out, r].
 """
 
 from __future__ import annotations
@@ -18,58 +16,72 @@ from torch import nn
 from ..dit.linear import Additions, Linear
 from .config import TARGETS, LoRAConfig
 
-NAME = "trained"  # of the adapter among a layer's additions
+NAME = "trained"  # of the adapter in training among the additions of a layer
 
 
 def targeted(dit: nn.Module, targets: Sequence[str]) -> dict[str, Linear]:
-    """The linear layers whose names end in one of `targets`; ValueError where one of them names
-    none."""
+    """The linear layers of `dit` whose names end in one of `targets`, by name.
+
+    ValueError for a target that no name ends in.
+    """
     layers = {name: layer for name, layer in dit.named_modules() if isinstance(layer, Linear)}
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in layers):
+    ends = {target: f".{target}" for target in targets}
+    for target, end in ends.items():
+        if not any(f".{name}".endswith(end) for name in layers):
             raise ValueError(
-                "a target must be the end of a linear layer's name, such as "
-                f"{TARGETS[0]}, got {target!r}, which is none's; "
-                "correct it"
+                f"a target must be the end of a linear layer's name, such as {TARGETS[0]}, "
+                f"got {target!r}, which is none's; correct it"
             )
     return {
-        name: layer
-        for name, layer in layers.items()
-        if f".{name}".endswith(tuple(f".{target}" for target in targets))
+        name: layer for name, layer in layers.items() if f".{name}".endswith(tuple(ends.values()))
     }
 
 
-def attach(
-    dit: nn.Module, config: LoRAConfig, seed: int, device: torch.device
-) -> dict[str, nn.Parameter]:
-    """Put an adapter of fp32 matrices beside each targeted layer, on `device`, and return them by
-    their official names.
+def check_rank(dit: nn.Module, config: LoRAConfig) -> None:
+    """ValueError for a rank above what a change of some targeted layer's weight can have at all.
 
-    A is drawn uniformly from +-1 / sqrt(in), B is zero, as in PEFT: the network begins as it was.
-    The other weights are frozen.
+    `dit` may be on the meta device, so that this is known before any memory is taken.
+    """
+    for name, layer in targeted(dit, config.targets).items():
+        most = min(layer.in_features, layer.out_features)
+        if config.rank > most:
+            raise ValueError(
+                f"the rank of a LoRA must be at most {most}, the smaller side of {name}, "
+                f"got {config.rank}; 32 is usual"
+            )
+
+
+def attach(
+    dit: nn.Module,
+    config: LoRAConfig,
+    seed: int,
+    device: torch.device,
+) -> dict[str, nn.Parameter]:
+    """Freeze `dit`, put an fp32 adapter on `device` beside each targeted layer, and return the
+    adapter's parameters by their published names.
+
+    A is drawn uniformly from +-1 / sqrt(in) and B is zero, as in PEFT, so that the network computes
+    at first what it computed before.
     """
     dit.requires_grad_(False)
-    generator, parameters = torch.Generator().manual_seed(seed), {}
+    generator = torch.Generator().manual_seed(seed)
+    parameters: dict[str, nn.Parameter] = {}
     for name, layer in targeted(dit, config.targets).items():
         bound = layer.in_features**-0.5
-        down = (
-            torch.empty(config.rank, layer.in_features)
-            .uniform_(-bound, bound, generator=generator)
-            .to(device)
-        )
-        up = torch.zeros(layer.out_features, config.rank, device=device)
-        pair = nn.Parameter(down), nn.Parameter(up)
+        a = torch.empty(config.rank, layer.in_features)
+        a.uniform_(-bound, bound, generator=generator)
+        b = torch.zeros(layer.out_features, config.rank)
+        pair = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
         layer.additions = layer.additions or Additions()
-        layer.additions.matrices[NAME], layer.additions.scales[NAME] = pair, config.scale
-        parameters |= {
-            f"{name}.lora_{half}.weight": matrix for half, matrix in zip("AB", pair, strict=True)
-        }
+        layer.additions.matrices[NAME] = pair
+        layer.additions.scales[NAME] = config.scale
+        parameters[f"{name}.lora_A.weight"], parameters[f"{name}.lora_B.weight"] = pair
     return parameters
 
 
 @contextmanager
 def switched_off(dit: nn.Module) -> Iterator[None]:
-    """The network without the adapter in training, while the body runs."""
+    """While the body runs, the network computes without the adapter in training."""
     scales = [
         layer.additions.scales
         for layer in dit.modules()
@@ -80,4 +92,5 @@ def switched_off(dit: nn.Module) -> Iterator[None]:
         yield
     finally:
         for scale, value in zip(scales, kept, strict=True):
-            scale |= {} if value is None else {NAME: value}
+            if value is not None:
+                scale[NAME] = value

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training needs of a device, and the ways to make do with less of it: as `placement` plans
-runs, so this plans a step."""
+"""The device memory that a training step needs, and the ways to make do with less of it."""
 
 from __future__ import annotations
 
@@ -15,153 +14,191 @@ from ..dit.accounting import LIST_BYTES, SCRATCH_BYTES, WIDE, Job
 from .adapters import targeted
 from .config import TrainConfig
 from .network import Computation
+from .optimizers import moment_bytes
 
-TOKENS = (16384, 4096, 1024)  # of a block at a time, in everything but self-attention
-MOMENTS = 2  # of AdamW, beside gradient and average, all of them fp32
+TOKENS = (16384, 4096, 1024)  # that are computed at a time, in everything but self-attention
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What is trained. numbers: how many. full: they are the network's own weights. average: one is
-    kept of them. teacher: a second network, of distillation of all weights."""
+    """The parameters in training.
+
+    numbers: how many there are. moments: bytes that the optimiser keeps of them. full: they are the
+    network's own weights. average: a moving average is kept. teacher: a second network is kept,
+    which distillation of all weights learns from.
+    """
 
     numbers: int
+    moments: int
     full: bool = False
     average: bool = True
     teacher: bool = False
 
     @classmethod
     def of(cls, dit: nn.Module, config: TrainConfig) -> Trained:
-        full = config.lora is None
-        numbers = (
-            sum(parameter.numel() for parameter in dit.parameters())
-            if full
-            else sum(
-                config.lora.rank * (layer.in_features + layer.out_features)
-                for layer in targeted(dit, config.lora.targets).values()
-            )
+        """The parameters that `config` trains of `dit`, which may be on the meta device."""
+        lora = config.lora
+        full = lora is None
+        if lora is None:
+            sizes = [parameter.numel() for parameter in dit.parameters()]
+        else:
+            layers = targeted(dit, lora.targets).values()
+            sides = [side for one in layers for side in (one.in_features, one.out_features)]
+            sizes = [lora.rank * side for side in sides]
+        return cls(
+            numbers=sum(sizes),
+            moments=moment_bytes(sizes, config.optimizer),
+            full=full,
+            average=config.ema > 0,
+            teacher=full and config.distill is not None,
         )
-        return cls(numbers, full, config.ema > 0, full and config.distill is not None)
 
     @property
     def state(self) -> int:
-        """Bytes of adapters, gradients, moments and average."""
-        return WIDE * self.numbers * (1 + MOMENTS + self.average + (not self.full))
+        """Bytes of gradients, moments and average, and of an adapter's parameters, in fp32 but for
+        moments of 8 bits.
+
+        The network's own weights are counted with the network.
+        """
+        tensors = 1 + self.average + (not self.full)
+        return WIDE * self.numbers * tensors + self.moments
 
 
 @dataclass(frozen=True)
 class TrainingWay(Way):
-    """A `Way` and the way to compute it."""
+    """A `Way` of a training step, with the computation it stands for."""
 
     computation: Computation = Computation()
 
 
-def plan_training(job: Job, weights: Weights, trained: Trained, budget: int) -> Placement:
-    """How to train within `budget` bytes of the device, as the one stage "training"; ValueError
-    where that cannot be, naming the least."""
+def plan_training(
+    job: Job,
+    weights: Weights,
+    trained: Trained,
+    budget: int,
+) -> Placement:
+    """The fastest way to train within `budget` bytes of the device, as the one stage "training".
+
+    ValueError, naming the least that is needed, where no way fits.
+    """
+    networks = 1 + trained.teacher
     ways = {"training": ways_to_train(job, weights, trained)}
-    return choose_ways(ways, weights.total * (1 + trained.teacher), budget)
+    return choose_ways(ways, weights.total * networks, budget)
 
 
-def ways_to_train(job: Job, weights: Weights, trained: Trained) -> Iterator[TrainingWay]:
-    """Ways to train, fastest first: fewer tokens at a time cost next to nothing, inputs of blocks
-    in host memory little, streamed weights more; weights that are trained cannot be streamed."""
-    count = job.config.num_visual_blocks
-    ways = [
-        Computation(tokens=TOKENS[0]),
-        Computation(tokens=TOKENS[1]),
-        Computation(tokens=TOKENS[1], host=True),
-    ]
-    if not trained.full:
-        ways += [
-            Computation(tokens=TOKENS[1], host=True, resident=resident)
-            for resident in range(count - 1, -1, -1)
+def ways_to_train(
+    job: Job,
+    weights: Weights,
+    trained: Trained,
+) -> Iterator[TrainingWay]:
+    """The ways to train, fastest first.
+
+    Fewer tokens at a time cost next to nothing, inputs of blocks in host memory cost little, and
+    streamed weights cost more. Weights that are trained cannot be streamed.
+    """
+    blocks = job.config.num_visual_blocks
+    teacher = weights.total if trained.teacher else 0
+    # each product of trained weights reads them in the dtype of its activations
+    narrow = max(weights.layers) * job.dtype.itemsize // WIDE if trained.full else 0
+    for computation in _computations(blocks, trained.full):
+        resident = blocks if computation.resident is None else computation.resident
+        held = weights_on_device(weights, job.config.num_text_blocks, resident)
+        streamed = f"{blocks - resident} of {blocks} blocks streamed"
+        how = [
+            streamed if resident < blocks else "all weights resident",
+            *(["inputs of blocks in host memory"] if computation.host else []),
+            f"{computation.tokens} tokens at a time",
         ]
-    ways.append(Computation(tokens=TOKENS[2], host=True, resident=None if trained.full else 0))
-    for way in ways:
-        resident = count if way.resident is None else way.resident
-        how = (
-            f"{count - resident} of {count} blocks streamed"
-            if resident < count
-            else "all weights resident"
-        )
-        how += ", inputs of blocks in host memory" if way.host else ""
-        held = weights_on_device(weights, job.config.num_text_blocks, resident) + (
-            weights.total if trained.teacher else 0
-        )
-        # of a block, as its products read them
-        narrow = max(weights.layers) * job.dtype.itemsize // WIDE if trained.full else 0
         yield TrainingWay(
-            held,
-            trained.state + step_bytes(job, way) + narrow,
-            f"{how}, {way.tokens} tokens at a time",
-            resident,
-            computation=way,
+            weights=held + teacher,
+            working=trained.state + step_bytes(job, computation) + narrow,
+            how=", ".join(how),
+            resident=resident,
+            computation=computation,
         )
 
 
-def weights_on_device(weights: Weights, text_blocks: int, resident: int) -> int:
-    """With so many visual blocks that stay. Where some do not, there are two buffers for them, and
-    what runs once is in host memory."""
-    stay, blocks = weights.layers[:text_blocks], weights.layers[text_blocks:]
-    if resident >= len(blocks):
+def _computations(blocks: int, full: bool) -> Iterator[Computation]:
+    yield Computation(tokens=TOKENS[0])
+    yield Computation(tokens=TOKENS[1])
+    yield Computation(tokens=TOKENS[1], host=True)
+    if not full:
+        for resident in range(blocks - 1, -1, -1):
+            yield Computation(tokens=TOKENS[1], host=True, resident=resident)
+    yield Computation(tokens=TOKENS[2], host=True, resident=None if full else 0)
+
+
+def weights_on_device(
+    weights: Weights,
+    text_blocks: int,
+    resident: int,
+) -> int:
+    """Bytes of the network's weights on the device while `resident` visual blocks stay there.
+
+    Where some are streamed, there are two buffers for them, and the modulations, which run once a
+    pass, are in host memory. The layers of `weights` are text blocks, then visual blocks.
+    """
+    text = weights.layers[:text_blocks]
+    visual = weights.layers[text_blocks:]
+    if resident >= len(visual):
         return weights.total
-    return Weights(blocks, 0, weights.rest + sum(stay)).on_device(resident)
+    return Weights(visual, 0, weights.rest + sum(text)).on_device(resident)
 
 
-def step_bytes(job: Job, way: Computation) -> int:
-    """Bytes at the worst moment of a step, without weights and what is trained: in the backward of
-    the last visual block.
+def step_bytes(job: Job, computation: Computation) -> int:
+    """Bytes of tensors at the worst moment of a step, without weights and `Trained.state`: in the
+    backward pass of the last visual block.
 
-    With t for one tensor of the residual stream's size, and c for one of a part of its tokens,
-    there are then
+    With t for one tensor of the residual stream's size, there are then
 
-    - the inputs of all blocks, t each, or with `host` this block's alone, and the gradient of its
+    - the inputs of all blocks, t each, or with `host` of this block alone, and the gradient of its
       output, t;
     - of its self-attention the norm, queries, keys and values, queries and keys normalised, and the
-      result, 7 t;
+      result, 7 t, and the log-sum-exp of every row;
     - the gradients of the result and of the input, 2 t;
 
-    and then either the gradients of queries, keys and values, 3 t, with what a kernel for dense
-    attention adds up in, in fp32; or, of a part, ten tensors around cross-attention, and in the
-    feed-forward layers the wide ones before and after GELU, their gradients, and what an adapter's
-    sum passes through.
+    and then either the gradients of queries, keys and values, 3 t, with the fp32 sums of a kernel
+    for dense attention; or, of the tokens that are computed at a time, ten tensors around
+    cross-attention, and in the feed-forward layers the wide ones before and after GELU, their
+    gradients, and what the sum with an adapter's output passes through.
     """
-    config, size, batch = job.config, job.dtype.itemsize, job.batch
-    tokens, t = batch * job.grid.tokens, job.stream
-    part = min(tokens, max(1, way.tokens // batch) * batch)
-    held = (
-        (1 if way.host else config.num_visual_blocks) + 1 + 7 + 2
-    ) * t + WIDE * tokens * config.num_heads
-    attention = 3 * t + (0 if job.nabla or job.on_cpu else WIDE * tokens * config.model_dim)
+    config = job.config
+    t = job.stream
+    tokens = job.batch * job.grid.tokens
+    inputs = 1 if computation.host else config.num_visual_blocks
+    row_sums = WIDE * tokens * config.num_heads
+    held = (inputs + 1 + 7 + 2) * t + row_sums
+    attention = 3 * t
     if job.nabla:
-        blocks = batch * job.grid.blocks
-        attention += (
-            2 * WIDE * blocks * config.model_dim
-            + 2 * blocks * config.num_heads * WIDE * math.ceil(job.grid.blocks / 32)
-        )
-    rest = part * size * (10 * config.model_dim + 4 * config.ff_dim)
+        attention += _nabla_bytes(job)
+    elif not job.on_cpu:
+        attention += WIDE * tokens * config.model_dim
+    part = min(tokens, max(1, computation.tokens // job.batch) * job.batch)
+    rest = part * job.dtype.itemsize * (10 * config.model_dim + 4 * config.ff_dim)
     scratch = 0 if job.on_cpu else max(SCRATCH_BYTES, LIST_BYTES * job.grid.blocks**2)
     return held + max(attention, rest) + _small_bytes(job) + scratch
 
 
+def _nabla_bytes(job: Job) -> int:
+    """Bytes of the block means of queries and keys, and of the selection and its transpose, which
+    have a bit for every pair of blocks."""
+    config = job.config
+    blocks = job.batch * job.grid.blocks
+    means = 2 * WIDE * blocks * config.model_dim
+    words = math.ceil(job.grid.blocks / 32)
+    return means + 2 * blocks * config.num_heads * WIDE * words
+
+
 def _small_bytes(job: Job) -> int:
-    """Latents and velocities, the plan, texts with all that their blocks keep, and modulations."""
-    config, size = job.config, job.dtype.itemsize
+    """Bytes of latents and velocities, of the layout, of texts with all that their blocks keep, and
+    of modulations."""
+    config = job.config
+    # per token: seven tensors of latents' size and one model input, fp32
     latents = math.prod(config.patch_size) * (7 * config.in_visual_dim + config.in_channels) * WIDE
-    kept = (
-        config.num_text_blocks * (12 * config.model_dim + 2 * config.ff_dim)
-        + 4 * config.model_dim
-        + config.in_text_dim
-    )
-    vectors = (
-        (6 * config.num_text_blocks + 9 * config.num_visual_blocks + 2)
-        * config.model_dim
-        * WIDE
-        * job.batch
-    )
-    return (
-        job.batch * (job.grid.tokens * latents + job.text_tokens * kept * size)
-        + 28 * job.grid.tokens
-        + 3 * vectors
-    )
+    per_text_block = 12 * config.model_dim + 2 * config.ff_dim
+    text = config.num_text_blocks * per_text_block + 4 * config.model_dim + config.in_text_dim
+    per_sample = job.grid.tokens * latents + job.text_tokens * text * job.dtype.itemsize
+    vectors = 6 * config.num_text_blocks + 9 * config.num_visual_blocks + 2
+    modulations = vectors * config.model_dim * WIDE * job.batch
+    layout = 28 * job.grid.tokens  # order, its inverse and angles
+    return job.batch * per_sample + layout + 3 * modulations

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transformer as training runs it: visual blocks are computed again for their gradients, and
-their weights may be streamed.
+their weights may be streamed from host memory.
 
-Between the forward and the backward pass a block keeps nothing but its input, on the device or in
-host memory. Its backward computes self-attention again for all tokens, and all else for some tokens
-at a time, so that the wide activations never exist together. While it lasts the block's weights
-stay where they are: that is why this is no job for PyTorch's checkpointing, which would have let
-them go.
+Between the forward and the backward pass a block keeps only its input, on the device or in host
+memory. Its backward pass computes self-attention again for all tokens at once, and everything else
+for some tokens at a time, so that the wide activations never exist for all tokens together.
+PyTorch's own checkpointing does not serve here: it computes a whole block again at once, and it has
+no moment at which streamed weights could leave the device, since a block needs them from its second
+forward pass to the end of its backward pass.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..config import DiTConfig
 from ..devices.host import Store
 from ..devices.offload import LayerStream, streamed_layers
 from ..dit.layout import Layout
@@ -27,9 +29,13 @@ from ..dit.transformer import DiffusionTransformer3D
 
 @dataclass(frozen=True)
 class Computation:
-    """How a pass is computed. checkpoint: blocks are computed again, else everything is kept. host:
-    what they begin with waits in host memory. resident: how many visual blocks stay on the device,
-    the others being streamed; None: all. tokens: at a time, of all samples together."""
+    """How a forward and backward pass is computed.
+
+    checkpoint: keep only the inputs of blocks and compute the rest again; else keep everything.
+    host: keep the inputs in host memory.
+    resident: how many visual blocks stay on the device, the others being streamed; None: all.
+    tokens: how many are computed at a time, over all samples of the batch.
+    """
 
     checkpoint: bool = True
     host: bool = False
@@ -37,12 +43,21 @@ class Computation:
     tokens: int = 16384
 
 
-class TrainNetwork:
-    """Called as the transformer is, with the same result: see `DiffusionTransformer3D.forward`. The
-    transformer moves to `device`.
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """What all blocks of one forward and backward pass share. recorded: a backward will follow."""
 
-    Streamed weights are frozen ones. Adapters that are trained are on the device before and stay
-    there.
+    network: TrainNetwork
+    layout: Layout
+    key_mask: Tensor | None
+    recorded: bool
+
+
+class TrainNetwork:
+    """Called as `DiffusionTransformer3D` is, with the same result. `dit` moves to `device`.
+
+    Only frozen weights can be streamed. The parameters of an adapter must be on the device before,
+    and stay there.
     """
 
     def __init__(
@@ -51,27 +66,31 @@ class TrainNetwork:
         device: torch.device,
         computation: Computation = Computation(),
     ):
-        self.dit, self.device, self.computation = dit, device, computation
+        self.dit = dit
+        self.device = device
+        self.computation = computation
         self.blocks = list(dit.visual_transformer_blocks)
-        # lets autograd record blocks whose inputs need no gradient
+        # Autograd records a function only where some input needs a gradient. Neither the first
+        # block's input nor its text does while an adapter trains, so this tensor stands in.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.inputs: dict[int, Tensor] = {}  # of blocks, in host memory
-        self.streamed, self.stream = {}, None
+        self.inputs: dict[int, Tensor] = {}  # of blocks, in host memory, used again in every pass
+        self.streamed: dict[int, int] = {}  # a streamed block's index -> its place in the stream
+        self.stream: LayerStream | None = None
         if computation.resident is None or computation.resident >= len(self.blocks):
             dit.to(device)
         else:
             self._stream(computation.resident)
 
     @property
-    def config(self):
+    def config(self) -> DiTConfig:
         return self.dit.config
 
     def modulate(self, time: Tensor, pooled: Tensor) -> ModulationTable:
         return self.dit.modulate(time, pooled)
 
     def _stream(self, resident: int) -> None:
-        """Bring to the device what stays there, and let the other blocks take turns. Modulations
-        are computed in host memory."""
+        """Keep `resident` blocks and everything outside the blocks on the device, and let the other
+        blocks take turns. Modulations, which run once a pass, stay in host memory."""
         pinned = self.device.type == "cuda"
         chosen = streamed_layers(len(self.blocks), resident)
         self.streamed = {i: place for place, i in enumerate(chosen)}
@@ -88,13 +107,14 @@ class TrainNetwork:
 
     @contextmanager
     def placed(self, i: int, step: int) -> Iterator[nn.Module]:
-        """Block i with its weights on the device; meanwhile the next streamed one in the direction
-        of `step` is fetched."""
-        if i not in self.streamed:
+        """Block i with its weights on the device. Meanwhile the next streamed block is fetched;
+        step: 1 where blocks run forwards, -1 where they run backwards."""
+        if self.stream is None or i not in self.streamed:
             yield self.blocks[i]
             return
         place = self.streamed[i]
-        self.stream.enter(place, place + step if 0 <= place + step < len(self.streamed) else None)
+        following = place + step
+        self.stream.enter(place, following if 0 <= following < len(self.streamed) else None)
         try:
             yield self.blocks[i]
         finally:
@@ -112,46 +132,48 @@ class TrainNetwork:
     ) -> Tensor:
         if not self.computation.checkpoint:
             return self.dit(x, text, pooled, time, layout, text_lengths, modulations)
-        modulations = (
-            self.dit.modulate(time[None], pooled).step(0) if modulations is None else modulations
-        )
+        if modulations is None:
+            modulations = self.dit.modulate(time[None], pooled).step(0)
         x, context = self.dit.begin(x, text, layout, text_lengths, modulations)
-        shared = (layout, context.key_mask, torch.is_grad_enabled())
+        shared = _Pass(self, layout, context.key_mask, torch.is_grad_enabled())
         for i, modulation in enumerate(modulations.visual):
             vectors = [v for one in modulation for v in (one.shift, one.scale, one.gate)]
-            x = _Block.apply(self.anchor, self, i, shared, x, context.text, *vectors)
+            x = _Block.apply(self.anchor, shared, i, x, context.text, *vectors)
         return self.dit.finish(modulations.out.norm(x), layout)
 
     def parts(self, x: Tensor) -> list[slice]:
-        """The tokens of x [B, S, C] that are done together."""
+        """The tokens of x [B, S, C], in parts that are computed one after another."""
         size = max(1, self.computation.tokens // x.shape[0])
         return [slice(start, start + size) for start in range(0, x.shape[1], size)]
 
     def keep(self, i: int, x: Tensor) -> Tensor:
-        """x, or with `host` a copy of it in memory that is used for this block again and again."""
+        """x, the input of block i, or with `host` its copy in host memory."""
         if not self.computation.host:
             return x
         if i not in self.inputs or self.inputs[i].shape != x.shape:
-            self.inputs[i] = torch.empty(
-                x.shape, dtype=x.dtype, pin_memory=self.device.type == "cuda"
-            )
+            pinned = self.device.type == "cuda"
+            self.inputs[i] = torch.empty(x.shape, dtype=x.dtype, pin_memory=pinned)
         return self.inputs[i].copy_(x, non_blocking=True)
 
 
 class _Block(torch.autograd.Function):
-    """A visual block from x [B, S, C] to the next x."""
+    """A visual block, from x [B, S, C] to the next x, with the backward pass described above.
+
+    vectors: of its modulation, shift, scale and gate of each sub-layer.
+    """
 
     @staticmethod
-    def forward(ctx, anchor, network, i, context, x, text, *vectors):
-        ctx.network, ctx.i, ctx.context = network, i, context
-        layout, key_mask, recorded = context
-        if recorded:
+    def forward(ctx, anchor, shared, i, x, text, *vectors):
+        network = shared.network
+        ctx.shared = shared
+        ctx.i = i
+        if shared.recorded:
             ctx.save_for_backward(network.keep(i, x), text, *vectors)
         modulation = triples(iter(vectors), VISUAL_SUBLAYERS)
         out = torch.empty_like(x)
         with network.placed(i, 1) as block:
-            attended = block.self_attention.attend(modulation[0].norm(x), layout)
-            keys = block.cross_attention.read(text, key_mask)
+            attended = block.self_attention.attend(modulation[0].norm(x), shared.layout)
+            keys = block.cross_attention.read(text, shared.key_mask)
             for part in network.parts(x):
                 out[:, part] = block.after_attention_without_norm(
                     x[:, part], attended[:, part], keys, modulation
@@ -160,39 +182,50 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        network, (layout, key_mask, _) = ctx.network, ctx.context
+        shared = ctx.shared
+        network = shared.network
         saved = [tensor.to(network.device, non_blocking=True) for tensor in ctx.saved_tensors]
-        x, text, *vectors = leaves = [
-            x.detach().requires_grad_(need)
-            for x, need in zip(saved, ctx.needs_input_grad[4:], strict=True)
+        leaves = [
+            tensor.detach().requires_grad_(needed)
+            for tensor, needed in zip(saved, ctx.needs_input_grad[3:], strict=True)
         ]
+        x, text, *vectors = leaves
         modulation = triples(iter(vectors), VISUAL_SUBLAYERS)
         with network.placed(ctx.i, -1) as block, torch.enable_grad():
-            attended = block.self_attention.attend(modulation[0].norm(x), layout)
-            keys = block.cross_attention.read(text, key_mask)
+            attended = block.self_attention.attend(modulation[0].norm(x), shared.layout)
+            keys = block.cross_attention.read(text, shared.key_mask)
+
+            # Everything behind self-attention, part by part. Each part is a graph of its own that
+            # ends at these leaves; `through` collects the gradient of `attended`, `direct` that of
+            # x along the residual path.
             read = replace(keys, key=_leaf(keys.key), value=_leaf(keys.value))
-            through, direct = torch.empty_like(attended), torch.empty_like(x)
+            through = torch.empty_like(attended)
+            direct = torch.empty_like(x)
             for part in network.parts(x):
-                own, seen = _leaf(x[:, part]), _leaf(attended[:, part])
+                own = _leaf(x[:, part])
+                seen = _leaf(attended[:, part])
                 out = block.after_attention_without_norm(own, seen, read, modulation)
                 if out.requires_grad:
                     out.backward(grad[:, part])
-                through[:, part], direct[:, part] = _gradient(seen), _gradient(own)
+                through[:, part] = _gradient(seen)
+                direct[:, part] = _gradient(own)
+
+            # Then self-attention, and the keys and values that were read from the text.
             pairs = (
                 (attended, through),
                 (keys.key, _gradient(read.key)),
                 (keys.value, _gradient(read.value)),
             )
-            roots = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
+            roots = [(root, gradient) for root, gradient in pairs if root.requires_grad]
             if roots:
                 torch.autograd.backward(*map(list, zip(*roots, strict=True)))
         if x.requires_grad:
             x.grad = direct if x.grad is None else x.grad.add_(direct)
-        return None, None, None, None, *(leaf.grad for leaf in leaves)
+        return None, None, None, *(leaf.grad for leaf in leaves)
 
 
 def _leaf(x: Tensor) -> Tensor:
-    """The same numbers as the beginning of a graph of its own, for a gradient where x has one."""
+    """The same numbers as a leaf of the graph, which gets a gradient where x needs one."""
     return x.detach().requires_grad_(x.requires_grad)
 
 

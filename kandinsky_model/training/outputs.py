@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training of all weights leaves: a model's folder, its transformer written, its other parts
-links to those it was trained with."""
+"""The results of a training as other programs load them: a LoRA's two files, or the folder of a
+whole model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoints.configs import dit_config_json
@@ -20,10 +19,46 @@ from ..checkpoints.locate import PRESET_KEY, Sources
 from ..dit.transformer import DiffusionTransformer3D
 from ..files import replacing
 from .config import LoRAConfig
+from .tensors import write_tensors
 
+LORA_WEIGHTS, LORA_CONFIG = "lora.safetensors", "config_lora.json"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 _log = logging.getLogger(__name__)
+
+
+def save_lora(
+    folder: Path,
+    parameters: Mapping[str, Tensor],
+    config: LoRAConfig,
+    dtype: torch.dtype,
+    base: str,
+) -> None:
+    """Write `lora.safetensors` and `config_lora.json`, each whole or not at all.
+
+    base: the model that was trained on. The configuration is in PEFT's form. The header of the
+    weights repeats rank and alpha, where diffusers looks for them, and has the trigger.
+    """
+    peft = {
+        "r": config.rank,
+        "lora_alpha": config.alpha or config.rank,
+        "target_modules": list(config.targets),
+    }
+    about = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+        **peft,
+    }
+    with replacing(folder / LORA_CONFIG) as target:
+        target.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(peft)}
+    if config.trigger:
+        metadata["trigger"] = config.trigger
+    tensors = {name: tensor.detach().to(dtype) for name, tensor in parameters.items()}
+    write_tensors(folder / LORA_WEIGHTS, tensors, metadata)
 
 
 def save_model(
@@ -33,18 +68,18 @@ def save_model(
     sources: Sources,
     dtype: torch.dtype,
 ) -> None:
-    """Write `weights`, in the dtypes of a released checkpoint, as a folder that loads like one.
-    Parts that exist there stay."""
+    """Write `weights` of `dit` as a folder that loads like a published one, in the dtypes of a
+    published checkpoint. The other parts become links to those of `sources`, where they are absent.
+    """
     tensors = {
         name: cast(name, tensor.detach(), dtype).cpu().contiguous()
         for name, tensor in weights.items()
     }
-    config = dit_config_json(dit.config, sources.preset.nabla, None) | {
-        PRESET_KEY: sources.preset.name
-    }
-    save_tensors(tensors, folder / "transformer", config)
+    config = dit_config_json(dit.config, sources.preset.nabla, None)
+    save_tensors(tensors, folder / "transformer", config | {PRESET_KEY: sources.preset.name})
     for name in PARTS:
-        source, place = getattr(sources, name), folder / name
+        source = getattr(sources, name)
+        place = folder / name
         if source is None or place.exists():
             continue
         try:
@@ -57,38 +92,3 @@ def save_model(
                 error,
                 place,
             )
-
-
-WEIGHTS_NAME, CONFIG_NAME = "lora.safetensors", "config_lora.json"
-
-
-def save_lora(
-    folder: Path, matrices: Mapping[str, Tensor], config: LoRAConfig, dtype: torch.dtype, model: str
-) -> Path:
-    """Write both files, each whole or not at all, and return the path of the weights. model: what
-    it was trained on."""
-    alpha = config.alpha or config.rank
-    peft = {"r": config.rank, "lora_alpha": alpha, "target_modules": list(config.targets)}
-    about = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": model,
-        "bias": "none",
-        "lora_dropout": 0.0,
-        "inference_mode": True,
-        **peft,
-    }
-    with replacing(folder / CONFIG_NAME) as target:
-        target.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(peft)} | (
-        {"trigger": config.trigger} if config.trigger else {}
-    )
-    with replacing(folder / WEIGHTS_NAME) as target:
-        save_file(
-            {
-                name: matrix.detach().to("cpu", dtype).contiguous()
-                for name, matrix in matrices.items()
-            },
-            target,
-            metadata,
-        )
-    return folder / WEIGHTS_NAME

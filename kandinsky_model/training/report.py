@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training shows of itself: a curve of its losses, and what the weights would make of some
-prompts, always from the same noise."""
+"""What a training shows of itself: a curve of its losses, and samples of some captions, always from
+the same noise."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from ..sampling.result import Video
 from ..sampling.sampler import Sampling, noise, sample
 from ..sampling.settings import Settings
 from .batches import conditioning, given
-from .cache import Sample, load
+from .cache import VAE_STRIDE, Sample, load
+from .config import FRAMES_PER_LATENT, TrainConfig
+from .network import TrainNetwork
 
-SMOOTHING = 0.05  # of the steps so far that the mean is taken over
+SMOOTHING = 0.05  # the mean of the curve is taken over this share of the steps
 
 
 def save_curve(losses: Sequence[float], path: Path) -> None:
-    """Write a picture of the losses over the steps, each and the mean of those before it, which
-    tells where they go.
+    """Write a picture of the losses: each step's, and the mean over some steps before it.
 
-    The loss of a step depends above all on the times that were drawn for it, so that single ones
-    say little. RuntimeError without matplotlib.
+    The loss of a step depends above all on the timesteps that were drawn for it, so that only the
+    mean shows where the losses go. RuntimeError without matplotlib.
     """
     reach = max(1, round(SMOOTHING * len(losses)))
     sums = list(accumulate(losses, initial=0.0))
@@ -49,11 +50,8 @@ def save_curve(losses: Sequence[float], path: Path) -> None:
 
 
 class Gallery:
-    """What the weights make of the captions of `samples`, at their sizes, written to `folder`: the
-    i-th always from the noise of seed + i.
-
-    steps: of sampling, None: as many as the preset has.
-    """
+    """Samples of the captions of `samples` at their sizes, written to `folder`. Number i always
+    begins from the noise of seed + i."""
 
     def __init__(
         self,
@@ -61,78 +59,84 @@ class Gallery:
         sources: Sources,
         samples: Sequence[Sample],
         device: torch.device,
-        steps: int | None,
-        seed: int,
+        config: TrainConfig,
     ):
-        self.folder, self.sources, self.samples, self.device, self.seed = (
-            folder,
-            sources,
-            samples,
-            device,
-            seed,
-        )
-        self.steps = steps or sources.preset.steps
+        self.folder = folder
+        self.sources = sources
+        self.samples = samples
+        self.device = device
+        self.seed = config.seed
+        self.steps = config.sample_steps or sources.preset.steps
 
     @cached_property
     def decoder(self) -> Kandinsky5:
-        """The VAE alone; it is on a GPU only while it works."""
+        """The VAE alone. It is on a GPU only while it works."""
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        model = Kandinsky5.from_sources(
-            replace(self.sources, dit=None, text_encoder=None), self.device, dtype
-        )
+        sources = replace(self.sources, dit=None, text_encoder=None)
+        model = Kandinsky5.from_sources(sources, self.device, dtype)
         if self.device.type != "cpu":
             model.enable_model_cpu_offload()
         return model
 
     def show(
         self,
-        network,
+        network: TrainNetwork,
         layout_of: Callable[[tuple[int, int, int]], Layout],
         step: int,
         memory_budget: int | None = None,
     ) -> list[Path]:
-        """Sample with `network` as it is after `step` steps, and return the files written. layout_of:
-        for latents of T, h, w."""
+        """Sample with `network` as it is after `step` steps, and return the files written.
+
+        layout_of: gives the layout for latents of (T, h, w). memory_budget: of decoding.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        decode = partial(self.decoder.decode, memory_budget=memory_budget)
         written = []
-        for i, one in enumerate(self.samples):
+        for i, (one, path) in enumerate(zip(self.samples, self.paths(step), strict=True)):
             settings = self._settings(one, self.seed + i)
             latents = self._sampled(network, one, settings, layout_of(one.shape))
-            video = Video(
-                latents, settings, partial(self.decoder.decode, memory_budget=memory_budget)
-            )
-            written += video.save(
-                self.folder / f"step_{step:06}_{i}{'.mp4' if settings.num_frames > 1 else '.png'}",
-                latents=False,
-            )
+            written += Video(latents, settings, decode).save(path, latents=False)
         return written
 
+    def paths(self, step: int) -> list[Path]:
+        """The files of the samples after `step` steps."""
+        return [
+            self.folder / f"step_{step:06}_{i}{'.mp4' if one.shape[0] > 1 else '.png'}"
+            for i, one in enumerate(self.samples)
+        ]
+
     def _settings(self, one: Sample, seed: int) -> Settings:
-        preset, (T, h, w) = self.sources.preset, one.shape
+        preset = self.sources.preset
+        T, h, w = one.shape
         return Settings(
-            one.caption,
-            "",
-            seed,
-            8 * h,
-            8 * w,
-            4 * (T - 1) + 1,
-            self.steps,
-            preset.guidance,
-            preset.scheduler_scale,
-            "nabla" if preset.nabla else "dense",
+            prompt=one.caption,
+            negative_prompt="",
+            seed=seed,
+            height=VAE_STRIDE * h,
+            width=VAE_STRIDE * w,
+            num_frames=FRAMES_PER_LATENT * (T - 1) + 1,
+            num_inference_steps=self.steps,
+            guidance_scale=preset.guidance,
+            scheduler_scale=preset.scheduler_scale,
+            attention="nabla" if preset.nabla else "dense",
             model=self.sources.name,
         )
 
-    def _sampled(self, network, one: Sample, settings: Settings, layout: Layout) -> Tensor:
+    def _sampled(
+        self,
+        network: TrainNetwork,
+        one: Sample,
+        settings: Settings,
+        layout: Layout,
+    ) -> Tensor:
         """Latents [1, T, h, w, C]."""
-        cond, uncond = (
-            conditioning([text["embeds"]], [text["pooled"]], self.device)
-            for text in (load(one.text), load(one.null))
-        )
-        tensors, preset = load(one.latents), self.sources.preset
-        clean = tensors["latents"][None].float().to(self.device)
+        preset = self.sources.preset
+        cond, uncond = (conditioning([load(path)], self.device) for path in (one.text, one.null))
+        tensors = load(one.latents)
+        clean = tensors["latents"][None].float().to(self.device)  # [1, T, h, w, C]
         start = noise(settings.seed, clean.shape, self.device)
         sampling = Sampling(self.steps, preset.scheduler_scale, preset.guidance)
+        shown = given(clean, [tensors.get("source")], preset.task)
         *_, (_, latents) = sample(
             network,
             start,
@@ -140,6 +144,6 @@ class Gallery:
             layout,
             sampling,
             uncond,
-            given(clean, [tensors.get("source")], preset.task),
+            shown,
         )
         return latents

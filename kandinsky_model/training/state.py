@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training has come to: weights, optimizer, average and losses, in one file that is whole or
-absent, to go on from bit by bit."""
+"""The state of a training in one file that is whole or absent: weights, moments of the optimiser,
+moving average and losses. A training that goes on from it reaches the same bits."""
 
 from __future__ import annotations
 
@@ -10,128 +10,148 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checkpoints.headers import read_headers
-from ..files import replacing
+from ..checkpoints.headers import opened, read_headers
+from .config import TrainConfig
+from .optimizers import MOMENTS, SCALES, learning_rate, make_optimizer
+from .tensors import write_tensors
 
-ABOUT = "kandinsky_training"  # the key of the header's metadata with what the run is of, as JSON
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names for them
+ABOUT = "kandinsky_training"  # the key in the header under which `about` of `State.save` is kept
 
 
 class State:
-    """parameters: fp32, by name, changed in place. decay: of their moving average; 0: none is kept.
-    losses: of every step so far."""
+    """Parameters in training, fp32 and by name, with everything that their next step depends on.
 
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        rate: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-        decay: float,
-    ):
-        self.parameters, self.decay, self.losses = dict(parameters), decay, []
-        # which needs no memory beside
-        self.fused = all(parameter.is_cuda for parameter in self.parameters.values())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), rate, betas, weight_decay=weight_decay, fused=self.fused
-        )
-        self.average = (
-            {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-            if decay
-            else {}
-        )
+    The parameters are changed in place. losses: of every step so far. average: the moving average
+    of the parameters, empty where `config.ema` is 0.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig):
+        self.parameters = dict(parameters)
+        self.config = config
+        self.losses: list[float] = []
+        self.optimizer = make_optimizer(self.parameters.values(), config)
+        self.average: dict[str, Tensor] = {}
+        if config.ema:
+            self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @property
     def step(self) -> int:
-        """How many have been done."""
+        """The number of steps so far."""
         return len(self.losses)
 
     @property
     def result(self) -> dict[str, Tensor]:
-        """The weights to use: their average, or where none is kept they themselves."""
-        return self.average or {
-            name: parameter.detach() for name, parameter in self.parameters.items()
-        }
+        """The weights to use: the moving average, or where there is none the parameters."""
+        return self.average or {name: p.detach() for name, p in self.parameters.items()}
 
-    def update(self, rate: float, clip: float, loss: float) -> None:
-        """One step down the gradients, clipped to norm `clip` together, which are then
-        forgotten."""
-        nn.utils.clip_grad_norm_(self.parameters.values(), clip)
+    def update(self, loss: float) -> None:
+        """Take one step along the gradients, which are cut to the norm `config.clip` and cleared
+        afterwards."""
+        nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(self.config, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for name, mine in self.average.items():
-            average_into(mine, self.parameters[name], self.decay, self.step)
+        for name, average in self.average.items():
+            average_into(average, self.parameters[name], self.config.ema, self.step)
         self.losses.append(loss)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The network with its result for weights, while the body runs."""
-        pairs = [(self.parameters[name], mine) for name, mine in self.average.items()]
-        kept = [parameter.data for parameter, _ in pairs]
+        """While the body runs, the network computes with its moving average."""
+        own = {name: self.parameters[name].data for name in self.average}
         try:
-            for parameter, mine in pairs:
-                parameter.data = mine
+            for name, average in self.average.items():
+                self.parameters[name].data = average
             yield
         finally:
-            for (parameter, _), own in zip(pairs, kept, strict=True):
-                parameter.data = own
+            for name, data in own.items():
+                self.parameters[name].data = data
 
-    def save(self, path: Path, about: dict) -> None:
-        """Write everything. about: what the run is of, for `load` to compare."""
+    def save(self, path: Path, about: Mapping) -> None:
+        """Write the state after at least one step. about: what was trained, as JSON takes it."""
         tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        kept = (*MOMENTS[self.config.optimizer], *SCALES)
         for name, parameter in self.parameters.items():
-            tensors[f"parameter.{name}"] = parameter.detach()
-            # once there was a step
-            tensors |= {
-                f"{moment}.{name}": self.optimizer.state[parameter][moment] for moment in MOMENTS
-            }
-        tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
-        with replacing(path) as target:
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-                target,
-                {ABOUT: json.dumps(about)},
-            )
+            tensors[f"parameter.{name}"] = parameter
+            moments = self.optimizer.state[parameter]
+            # copied, because a file cannot hold the tables of values that parameters share
+            tensors |= {f"{key}.{name}": moments[key].clone() for key in kept if key in moments}
+        for name, average in self.average.items():
+            tensors[f"average.{name}"] = average
+        write_tensors(path, tensors, {ABOUT: json.dumps(about)})
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Go on from what `save` wrote of a run with the same parameters."""
-        with safe_open(path, framework="pt") as file:
+        """Go on from what `save` wrote of a training of the same parameters. ValueError for the
+        state of anything else."""
+        self._check(path)
+        with opened(path) as file:
+            names = set(file.keys())
             self.losses = file.get_tensor("losses").tolist()
             for name, parameter in self.parameters.items():
                 parameter.copy_(file.get_tensor(f"parameter.{name}"))
                 moments = {
-                    moment: file.get_tensor(f"{moment}.{name}").to(parameter.device, copy=True)
-                    for moment in MOMENTS
+                    key: file.get_tensor(f"{key}.{name}").to(parameter.device, copy=True)
+                    for key in (*MOMENTS[self.config.optimizer], *SCALES)
+                    if f"{key}.{name}" in names
                 }
-                count = torch.tensor(
-                    float(self.step), device=parameter.device if self.fused else "cpu"
-                )
-                self.optimizer.state[parameter] = {"step": count, **moments}
-            for name, mine in self.average.items():
-                mine.copy_(file.get_tensor(f"average.{name}"))
+                self.optimizer.state[parameter] = {"step": self._count(parameter), **moments}
+            for name, average in self.average.items():
+                average.copy_(file.get_tensor(f"average.{name}"))
+
+    def _count(self, parameter: nn.Parameter) -> int | Tensor:
+        """The number of steps, in the form in which the optimiser keeps it for a parameter."""
+        if self.config.optimizer == "adamw8bit":
+            return self.step
+        fused = self.optimizer.defaults["fused"]
+        return torch.tensor(float(self.step), device=parameter.device if fused else "cpu")
+
+    def _check(self, path: Path) -> None:
+        """ValueError unless the file has the losses of some steps, and every tensor that `load`
+        reads in its shape."""
+        shapes = {name: tuple(entry.shape) for name, entry in read_headers([path]).items()}
+        wanted = {}
+        for name, parameter in self.parameters.items():
+            for key in ("parameter", *MOMENTS[self.config.optimizer]):
+                wanted[f"{key}.{name}"] = tuple(parameter.shape)
+        for name, average in self.average.items():
+            wanted[f"average.{name}"] = tuple(average.shape)
+        wrong = [name for name, shape in wanted.items() if shapes.get(name) != shape]
+        losses = shapes.get("losses", ())
+        if len(losses) != 1 or losses[0] < 1:
+            wrong.insert(0, "losses")
+        if wrong:
+            raise ValueError(
+                f"{path} must hold the state of this training, but {len(wrong)} tensors are "
+                f"missing or of another shape, {wrong[0]} first; begin anew in another folder"
+            )
 
 
 def read_about(path: Path) -> dict:
-    """What the run in a file of `State.save` is of. ValueError or OSError for any other file."""
+    """What was trained, according to a file of `State.save`. ValueError or OSError for any other
+    file."""
     read_headers([path])
-    with safe_open(path, framework="pt") as file:
-        about = (file.metadata() or {}).get(ABOUT)
-    if about is None:
+    with opened(path) as file:
+        text = (file.metadata() or {}).get(ABOUT, "")
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError):
+        about = None
+    if not isinstance(about, dict):
         raise ValueError(
             f"{path} must hold the state of a training, but does not say of which; "
             "choose another folder"
         )
-    return json.loads(about)
+    return about
 
 
 @torch.no_grad()
-def average_into(mine, theirs, decay, step):
-    """Move the average `mine` towards `theirs` at the `step`-th time, from 0 on."""
-    mine.lerp_(theirs, 1 - min(decay, (step + 1) / (step + 10)))
+def average_into(average: Tensor, current: Tensor, decay: float, step: int) -> None:
+    """Move `average` towards `current` after `step` earlier moves.
+
+    The decay is smaller at first, (step + 1) / (step + 10), so that the start is forgotten.
+    """
+    average.lerp_(current, 1 - min(decay, (step + 1) / (step + 10)))

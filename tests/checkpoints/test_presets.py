@@ -115,7 +115,7 @@ def test_where_several_fit_the_user_is_told_which_is_taken(home, headers, caplog
     assert "distilled16steps-5s" in note
     name, (note,) = chosen(path, caplog, "t2v-lite-nocfg-5s")
     assert name == "t2v-lite-nocfg-5s"
-    assert "as asked for by the class" in note
+    assert "the default of the class" in note
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,13 @@ def test_the_folder_of_the_hubs_cache_names_it(home, headers, caplog):
     path = home / repo / "snapshots" / "0123" / "model" / "weights.safetensors"
     write(path, headers["t2v-lite-sft-5s"])
     assert chosen(path, caplog) == ("t2v-lite-distilled16steps-10s", [])
+
+
+def test_a_hard_disk_is_no_high_definition(home, headers, caplog):
+    path = write(home / "hd" / "kandinsky5pro_t2v_sft_5s.safetensors", headers["t2v-pro-sft-5s"])
+    assert chosen(path, caplog)[0] == "t2v-pro-sft-5s"
+    path = path.rename(path.with_name("k5_pro_t2v_sft_5s_hd.safetensors"))
+    assert chosen(path, caplog)[0] == "t2v-pro-sft-5s-hd"
 
 
 def test_sizes_of_no_checkpoint_are_said_to_be_that(home, caplog, headers):

@@ -3,6 +3,7 @@
 cannot be read are refused by their names."""
 
 import json
+import shutil
 import sys
 
 import numpy
@@ -10,16 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kandinsky_model.checkpoints.headers import CONFIG_NAME
-from kandinsky_model.checkpoints.load import load_dit, load_vae, save_dit
+from kandinsky_model.__main__ import main
+from kandinsky_model.checkpoints.headers import CONFIG_NAME, WEIGHTS_NAME
+from kandinsky_model.checkpoints.load import load_any_vae, load_dit, load_vae, save_dit
+from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.checkpoints.quantize import quantize_file
 from kandinsky_model.checkpoints.verify import verify
-from kandinsky_model.config import DiTConfig
+from kandinsky_model.config import DiTConfig, VAEConfig
 from kandinsky_model.dit.quantized import kind_of, quantize
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
+from kandinsky_model.media.picture import read_image
+from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 
 from ..support.plain_dit import random_state
 from ..support.tiny_models import random_vae
+from ..vae.test_names import original, picture_vae
 
 CONFIG = DiTConfig(
     in_text_dim=32,
@@ -120,6 +126,58 @@ def test_shards_that_repeat_a_tensor(state, tmp_path):
     save_file({**second, name: first[name]}, tmp_path / "model-00002-of-00002.safetensors")
     with pytest.raises(ValueError, match=f"must hold different tensors, but .* repeats {name}"):
         load_dit(tmp_path)
+
+
+# VAEs in one file
+
+
+@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+@pytest.mark.parametrize("kind", ["video", "pictures"])
+def test_a_vae_in_one_file(tmp_path, prefix, layout, kind):
+    if kind == "video":
+        config = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1)
+        state = HunyuanVideoVAE(config).state_dict()
+    else:
+        state = picture_vae(block_out_channels=(32, 32, 64, 64), layers_per_block=1).state_dict()
+    state = {name: x.contiguous() for name, x in state.items()}
+    dimensions = 3 if kind == "video" else 2
+    stored = original(state, dimensions) if layout == "original" else state
+    path = tmp_path / "vae.safetensors"
+    others = {"model.diffusion_model.x": torch.zeros(1)} if prefix else {}
+    save_file({prefix + name: x.contiguous() for name, x in stored.items()} | others, path)
+    loaded = load_any_vae(path, torch.float32)
+    assert_equal(loaded if kind == "video" else loaded.vae, state)
+    first = next(iter(stored))
+    del stored[first]
+    save_file({prefix + name: x.contiguous() for name, x in stored.items()} | others, path)
+    with pytest.raises(ValueError, match="VAE must have") as caught:
+        load_any_vae(path, torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_takes_a_vae(tmp_path, capsys):
+    """One that decodes to other colours shows that it is used; a file's configuration may lie
+    beside it."""
+    frames = {}
+    weights = tmp_path / "vae" / WEIGHTS_NAME
+    shutil.copytree(TINY / "vae", weights.parent)
+    state = load_file(weights)
+    state["decoder.conv_out.conv.bias"] += 0.5
+    save_file(state, weights)
+    arguments = ["--frames", "1", "--size", "64x64", "--steps", "1", "--seed", "1"]
+    for name, vae in (("own", []), ("file", [weights]), ("folder", [weights.parent])):
+        output = tmp_path / f"{name}.png"
+        chosen = ["--vae", str(vae[0])] if vae else []
+        command = ["generate", "a", *arguments, "--device", "cpu", *chosen, "-o", str(output)]
+        assert main(command) == 0, capsys.readouterr().err
+        frames[name] = read_image(output)
+    assert torch.equal(frames["file"], frames["folder"])
+    assert not torch.equal(frames["file"], frames["own"])
+    again = tmp_path / "again.png"
+    latents = str(tmp_path / "own.latents.safetensors")
+    assert main(["decode", latents, "--vae", str(weights), "-o", str(again)]) == 0
+    assert torch.equal(read_image(again), frames["file"])
 
 
 # 8 bits

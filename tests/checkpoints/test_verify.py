@@ -31,6 +31,7 @@ def test_bundled_model(capsys):
     assert lines[3].startswith("vae/: VAE, complete: ")
     assert lines[5].startswith("text_encoder/: ")
     assert len(lines) == 7
+    assert verify(TINY / "text_encoder")[0] == lines[5].removeprefix("text_encoder/: ")
     assert verify(TINY / "vae")[0].startswith("VAE, complete: ")
     assert len(verify(TINY / "vae")) == 2
 

@@ -181,7 +181,8 @@ def test_every_widget_of_the_sampler_arrives(model):
         precision="reference",
     )
     assert torch.equal(
-        model.model.from_comfy(latent), model.model.from_comfy(model.model.to_comfy(video.latents))
+        model.staged.from_comfy(latent),
+        model.staged.from_comfy(model.staged.to_comfy(video.latents)),
     )
 
 
@@ -234,7 +235,7 @@ def test_a_video_from_pictures(from_image):
             image=levels(first) if "image_latent" in given else None,
         )
         torch.testing.assert_close(
-            from_image.model.from_comfy(made), video.latents, rtol=0, atol=1e-5
+            from_image.staged.from_comfy(made), video.latents, rtol=0, atol=1e-5
         )
 
 
@@ -286,7 +287,7 @@ def test_an_edited_picture_is_seen_by_the_text_encoder_and_the_transformer(pictu
     wanted = model.model.generate(
         "make it night", seed=5, num_inference_steps=2, image=levels(white)
     )
-    torch.testing.assert_close(model.model.from_comfy(made), wanted.latents, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.staged.from_comfy(made), wanted.latents, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="reads the picture"):
         call("EncodeText", model=model, prompt="make it night")
 

@@ -31,7 +31,7 @@ MODEL = {
     "acceleration": "kernels config dit vae",
     "comfyui": "config media sampling text.embeddings pipeline acceleration",
     "training": "kernels config files devices dit vae media checkpoints text sampling pipeline",
-    "tiny": "config dit vae text checkpoints pipeline training",
+    "tiny": "config files dit vae text checkpoints pipeline training",
     "cli": "kernels config devices media checkpoints sampling inspection pipeline comfyui training"
     " tiny",
     "__main__": "cli",
@@ -54,7 +54,7 @@ KERNELS = {
 }
 PACKAGES = {"kandinsky_model": MODEL, "kandinsky_kernels": KERNELS}
 # packages that are slow to import or may be absent: only inside functions
-HEAVY = {"transformers", "diffusers", "av", "huggingface_hub", "matplotlib", "peft"}
+HEAVY = {"transformers", "diffusers", "av", "huggingface_hub", "matplotlib", "peft", "gguf"}
 FILES = sorted(path for package in PACKAGES for path in ROOT.joinpath(package).rglob("*.py"))
 
 

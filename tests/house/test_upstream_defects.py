@@ -206,7 +206,8 @@ def test_15_what_is_offloaded_stays_offloaded(model, monkeypatch):
             "to",
             lambda device, *_, name=name, part=part: moves.append((name, str(device))) or part,
         )
-    model._offload, model.device = True, torch.device("cpu:0")
+    model.parts.one_at_a_time = True
+    model.device = torch.device("cpu:0")
     assert model.generate(PROMPT, seed=0, **SMALL).frames is not None
     assert {name: device for name, device in moves if device in ("cpu", "cpu:0")} == dict.fromkeys(
         ("text", "dit", "vae"), "cpu"

@@ -62,9 +62,17 @@ def least_budget(model, settings):
 
 
 def test_frames_go_to_the_file_while_decoding_goes_on(model, tmp_path, monkeypatch):
-    settings = dict(height=160, width=160, num_frames=9, num_inference_steps=1, guidance_scale=1.0)
-    video, events = model.generate(PROMPT, seed=5, **settings), []
-    decode, reformat = model.vae.decode_frames, files._checked
+    settings = dict(
+        height=160,
+        width=160,
+        num_frames=9,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+    )
+    video = model.generate(PROMPT, seed=5, **settings)
+    events = []
+    decode = model.vae.decode_frames
+    reformat = files._checked
 
     def watched(*args):
         for piece in decode(*args):
@@ -90,24 +98,28 @@ def test_a_memory_budget_changes_nothing_and_is_checked_before_the_work(model, t
     """One budget for all stages: the least, one between, one for all parts together; and a second
     run under another plan."""
     settings = dict(seed=5, **SMALL | {"num_frames": 17})
-    free, told, plans = model.generate(PROMPT, **settings), [], []
+    free = model.generate(PROMPT, **settings)
+    told = []
+    plans = []
     least = least_budget(model, settings)
     for budget in (least, 10**9, least):
         with caplog.at_level(logging.INFO, "kandinsky_model.pipeline"):
             video = model.generate(PROMPT, memory_budget=budget, **settings)
         plans.append([line for line in caplog.messages if " GB" in line])
         caplog.clear()
-        assert torch.equal(video.latents, free.latents) and video.settings == free.settings
+        assert torch.equal(video.latents, free.latents)
+        assert video.settings == free.settings
         video.save(tmp_path / "a.mp4", notify=told.append)
         assert torch.equal(video.frames, free.frames)
     assert [[line.split(":")[0] for line in plan] for plan in plans] == [
         ["text", "sampling", "decoding"]
     ] * 3
-    assert plans[0] == plans[2] and "all weights stay" in plans[1][1] and "scheme" in plans[0][2]
+    assert plans[0] == plans[2]
+    assert "all weights stay" in plans[1][1]
+    assert "scheme" in plans[0][2]
     schemes = [line.split()[3].rstrip(",") for line in told if line.startswith("decoding in")]
-    assert (
-        schemes[1] == "KKKK" != schemes[0] == schemes[2] and f"scheme {schemes[0]}" in plans[0][2]
-    )
+    assert schemes[1] == "KKKK" != schemes[0] == schemes[2]
+    assert f"scheme {schemes[0]}" in plans[0][2]
     again = model.open(tmp_path / "a.latents.safetensors", memory_budget=least)
     assert torch.equal(again.frames, free.frames)
     for wrong, kind in ((1000, ValueError), ("10GB", TypeError)):
@@ -115,7 +127,7 @@ def test_a_memory_budget_changes_nothing_and_is_checked_before_the_work(model, t
             with pytest.raises(kind, match="memory budget"):
                 model.generate(PROMPT, memory_budget=wrong, vae_policy=policy, **settings)
         with pytest.raises(kind, match="memory budget"):
-            model.resume(Run([free.settings], free.latents, None, None, None), memory_budget=wrong)
+            model.sample(Run([free.settings], free.latents, None, None, None), memory_budget=wrong)
         with pytest.raises(kind, match="memory budget"):
             list(model.decode(free.latents, free.settings, memory_budget=wrong))
     preview = model.generate(PROMPT, memory_budget=10**8, vae_policy="preview", **settings)
@@ -126,7 +138,8 @@ def test_a_memory_budget_changes_nothing_and_is_checked_before_the_work(model, t
 
 def test_stopped_within_a_budget_the_model_goes_on_without_one(model):
     settings = dict(seed=5, **SMALL)
-    free, least = model.generate(PROMPT, **settings), least_budget(model, settings)
+    free = model.generate(PROMPT, **settings)
+    least = least_budget(model, settings)
 
     def stop(error, step):
         if step == 1:
@@ -143,12 +156,14 @@ def test_stopped_within_a_budget_the_model_goes_on_without_one(model):
         assert torch.equal(model.generate(PROMPT, **settings).latents, free.latents)
     for budget in (None, least):
         (video,) = model.resume(caught.value.run, memory_budget=budget)
-        assert torch.equal(video.latents, free.latents) and torch.equal(video.frames, free.frames)
+        assert torch.equal(video.latents, free.latents)
+        assert torch.equal(video.frames, free.frames)
 
 
 def test_adapters_within_a_budget(model, tmp_path):
     settings = dict(seed=5, **SMALL)
-    free, least = model.generate(PROMPT, **settings), least_budget(model, settings)
+    free = model.generate(PROMPT, **settings)
+    least = least_budget(model, settings)
     path = write(tmp_path / "a.safetensors", matrices_of(model.dit))
     try:
         assert torch.equal(
@@ -167,7 +182,11 @@ def test_adapters_within_a_budget(model, tmp_path):
 
 @pytest.mark.parametrize("policy", ["global", "official"])
 def test_the_whole_run_keeps_within_the_least_budget(model, policy):
-    settings = dict(seed=5, vae_policy=policy, **SMALL | {"num_frames": 33, "height": 128})
+    settings = dict(
+        seed=5,
+        vae_policy=policy,
+        **SMALL | {"num_frames": 33, "height": 128},
+    )
     least = least_budget(model, settings)
     # brings the weights to where they stay
     model.generate(PROMPT, memory_budget=least, **settings).frames.sum()

@@ -22,7 +22,10 @@ from kandinsky_model.vae.flux import ImageVAE
 from ..support import tiny_models
 from ..support.diffusers_dit import diffusers_of
 
-STEPS, GUIDANCE, SCALE, SEED = 10, 4.0, 5.0, 3
+STEPS = 10
+GUIDANCE = 4.0
+SCALE = 5.0
+SEED = 3
 NAMES = {
     "t2v": "Kandinsky5T2VPipeline",
     "i2v": "Kandinsky5I2VPipeline",
@@ -40,7 +43,13 @@ NABLA = NablaConfig(0.5, (3, 1, 1))
 
 def picture(height, width):
     """Smooth, as pictures are."""
-    small = torch.rand(1, 3, 4, 5, generator=torch.Generator().manual_seed(1))
+    small = torch.rand(
+        1,
+        3,
+        4,
+        5,
+        generator=torch.Generator().manual_seed(1),
+    )
     large = torch.nn.functional.interpolate(small, (height, width), mode="bicubic").clamp(0, 1)
     return (large[0].permute(1, 2, 0) * 255).byte()
 
@@ -74,7 +83,12 @@ def our_model(task, size, nabla):
         if video
         else ImageVAE(tiny_models.random_image_vae().requires_grad_(False))
     )
-    preset = replace(get_preset(PRESETS[task]), dit=dit.config, sizes=(size,), nabla=nabla)
+    preset = replace(
+        get_preset(PRESETS[task]),
+        dit=dit.config,
+        sizes=(size,),
+        nabla=nabla,
+    )
     return pipeline.Kandinsky5(Fixed(), dit.prepare(), vae, preset)
 
 
@@ -83,7 +97,8 @@ def their_pipeline(task, model, monkeypatch):
 
     vae = model.vae.vae if task in ("t2i", "i2i") else tiny_models.diffusers_video_vae(model.vae)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=SCALE)
-    grid, set_timesteps = torch.linspace(1, 0, STEPS + 1)[:-1].numpy(), scheduler.set_timesteps
+    grid = torch.linspace(1, 0, STEPS + 1)[:-1].numpy()
+    set_timesteps = scheduler.set_timesteps
     monkeypatch.setattr(
         scheduler, "set_timesteps", lambda count, device: set_timesteps(sigmas=grid, device=device)
     )
@@ -121,7 +136,8 @@ def per_frame(source, reference):
     """As the official code: every frame by its own statistics, not all four by theirs together."""
     frames = []
     for frame in source.unbind(1):
-        mean, std = frame.mean(), frame.std()
+        mean = frame.mean()
+        std = frame.std()
         wanted = (
             reference.mean().clamp(mean - 0.05, mean + 0.1),
             reference.std().clamp(std - 0.1, std + 0.25),
@@ -137,14 +153,17 @@ def their_input(task, model, size, frames, image):
     x = noise(SEED, shape)
     if task == "t2i":
         return x
-    condition, mask = torch.zeros(shape), torch.zeros(*shape[:-1], 1)
+    condition = torch.zeros(shape)
+    mask = torch.zeros(*shape[:-1], 1)
     if task in ("i2v", "i2i"):
         with torch.no_grad():
             clean = latent_of(resize(read_image(image), *size), model.vae, SEED)
         if task == "i2v":
-            x[:, :1], mask[:, 0] = clean, 1
+            x[:, :1] = clean
+            mask[:, 0] = 1
         else:
-            condition, mask = clean, torch.ones(*shape[:-1], 1)
+            condition = clean
+            mask = torch.ones(*shape[:-1], 1)
     return torch.cat([x, condition, mask], -1)
 
 
@@ -161,7 +180,8 @@ CASES = {
 @pytest.mark.parametrize(("task", "size", "frames", "nabla"), CASES.values(), ids=CASES)
 def test_equals_diffusers(task, size, frames, nabla, monkeypatch):
     pytest.importorskip("diffusers")
-    model, image = our_model(task, size, nabla), picture(*size) if task in ("i2v", "i2i") else None
+    model = our_model(task, size, nabla)
+    image = picture(*size) if task in ("i2v", "i2i") else None
     settings = dict(
         height=size[0],
         width=size[1],
@@ -188,9 +208,19 @@ def test_equals_diffusers(task, size, frames, nabla, monkeypatch):
     if task in ("t2v", "i2v"):
         arguments["num_frames"] = frames
     start = their_input(task, model, size, frames, image)
-    theirs = pipe(**arguments, latents=start.clone(), output_type="latent", return_dict=False)[0]
+    theirs = pipe(
+        **arguments,
+        latents=start.clone(),
+        output_type="latent",
+        return_dict=False,
+    )[0]
     error = ((made.latents - theirs).norm() / theirs.norm()).item()
-    pixels = pipe(**arguments, latents=start.clone(), output_type="np", return_dict=False)[0]
+    pixels = pipe(
+        **arguments,
+        latents=start.clone(),
+        output_type="np",
+        return_dict=False,
+    )[0]
     pixels = torch.from_numpy(pixels).reshape(made.frames.shape)
     off = (made.frames / 255 - pixels).abs().max().item()
     print(f"latents: rel_l2 {error:.2g}; frames: {255 * off:.3g} levels")

@@ -38,10 +38,8 @@ def picture(height=60, width=100):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, text_parts):
-    root, names = (
-        tmp_path_factory.mktemp("pictures"),
-        {task: f"Kandinsky-5.0-{task.upper()}-Lite-Diffusers" for task in ("t2i", "i2i")},
-    )
+    root = tmp_path_factory.mktemp("pictures")
+    names = {task: f"Kandinsky-5.0-{task.upper()}-Lite-Diffusers" for task in ("t2i", "i2i")}
     return {
         task: tiny_models.diffusers_folder(root / name, text_parts, task)
         for task, name in names.items()
@@ -74,18 +72,20 @@ class Listener:
 
 @pytest.fixture
 def editor(folders):
-    model = pipeline.load(folders["i2i"], device="cpu", parts=("dit", "vae"))
+    model = pipeline.load(
+        folders["i2i"],
+        device="cpu",
+        parts=("dit", "vae"),
+    )
     model.text = Listener()
     return model
 
 
 def test_text_to_image(text_to_image, folders):
     made = text_to_image.generate(PROMPT, seed=3, **SHORT)
-    assert (
-        made.frames.shape == (1, 64, 96, 3)
-        and made.settings.num_frames == 1
-        and made.settings.negative_prompt == ""
-    )
+    assert made.frames.shape == (1, 64, 96, 3)
+    assert made.settings.num_frames == 1
+    assert made.settings.negative_prompt == ""
     assert torch.equal(made.frames, text_to_image.generate(PROMPT, seed=3, **SHORT).frames)
     vae = load_image_vae(folders["t2i"] / "vae", torch.float32).vae
     with torch.no_grad():  # the scale alone: the checkpoints were trained without FLUX.1's shift
@@ -95,7 +95,8 @@ def test_text_to_image(text_to_image, folders):
 
 
 def test_prompts_are_read_as_for_images(text_to_image, monkeypatch):
-    seen, encode = [], text_to_image.text.encode
+    seen = []
+    encode = text_to_image.text.encode
     monkeypatch.setattr(
         text_to_image.text,
         "encode",
@@ -125,28 +126,38 @@ def test_defaults_of_pictures(folders):
 
 
 def test_editing(editor, folders, monkeypatch):
-    seen, real = [], sample
+    seen = []
+    real = sample
     monkeypatch.setattr(pipeline, "sample", lambda *args: seen.append(args) or real(*args))
-    made = editor.generate(["make it blue", "greener"], seed=7, image=picture(), **SHORT)
-    shown = resize(crop(picture().permute(2, 0, 1), 64, 96), 64, 96)
+    made = editor.generate(
+        ["make it blue", "greener"],
+        seed=7,
+        image=picture(),
+        **SHORT,
+    )
+    shown = resize(
+        crop(picture().permute(2, 0, 1), 64, 96),
+        64,
+        96,
+    )
     for (prompts, kind, images), count in zip(editor.text.calls, (2, 1), strict=True):
-        assert (
-            kind == "image_edit"
-            and len(prompts) == len(images) == count
-            and all(torch.equal(image, shown) for image in images)
-        )
+        assert kind == "image_edit"
+        assert len(prompts) == len(images) == count
+        assert all(torch.equal(image, shown) for image in images)
     source = seen[0][6].source
     with torch.no_grad():
         wanted = torch.cat([latent_of(shown, editor.vae, seed) for seed in (7, 8)])
-    assert torch.equal(source, wanted) and torch.equal(
-        seen[0][1], torch.cat([noise(seed, (1, 1, 8, 12, 16)) for seed in (7, 8)])
+    assert torch.equal(source, wanted)
+    assert torch.equal(seen[0][1], torch.cat([noise(seed, (1, 1, 8, 12, 16)) for seed in (7, 8)]))
+    assert len(made) == 2
+    assert made[0].settings.image == "given"
+    assert made[0].frames.shape == (1, 64, 96, 3)
+    other = editor.generate(
+        "make it blue",
+        seed=7,
+        image=255 - picture(),
+        **SHORT,
     )
-    assert (
-        len(made) == 2
-        and made[0].settings.image == "given"
-        and made[0].frames.shape == (1, 64, 96, 3)
-    )
-    other = editor.generate("make it blue", seed=7, image=255 - picture(), **SHORT)
     assert not torch.allclose(other.latents, made[0].latents, atol=1e-3)
 
 
@@ -156,7 +167,8 @@ def test_editing_with_an_encoder_that_sees_the_picture(folders):
         model.generate("make it blue", seed=7, image=image, **SHORT).latents
         for image in (picture(), picture(), 255 - picture())
     )
-    assert torch.equal(one, again) and not torch.allclose(one, other, atol=1e-3)
+    assert torch.equal(one, again)
+    assert not torch.allclose(one, other, atol=1e-3)
     assert dict(model.text.named_children()).keys() == {"language", "vision", "clip"}
 
 
@@ -177,15 +189,28 @@ def test_editing_takes_pictures_of_every_mode(editor, mode, tmp_path):
     )
     image.save(tmp_path / "a.png")
     made = editor.generate("x", seed=0, image=tmp_path / "a.png", **SHORT)
-    assert made.settings.image == str(tmp_path / "a.png") and made.latents.isfinite().all()
+    assert made.settings.image == str(tmp_path / "a.png")
+    assert made.latents.isfinite().all()
 
 
 def test_pictures_within_a_budget(editor):
     free = editor.generate(PROMPT, seed=0, image=picture(), **SHORT)
     with pytest.raises(ValueError, match="at least") as caught:
-        editor.generate(PROMPT, seed=0, image=picture(), memory_budget=1, **SHORT)
+        editor.generate(
+            PROMPT,
+            seed=0,
+            image=picture(),
+            memory_budget=1,
+            **SHORT,
+        )
     least = int(re.search(r"at least (\d+)", str(caught.value))[1])
-    tight = editor.generate(PROMPT, seed=0, image=picture(), memory_budget=least, **SHORT)
+    tight = editor.generate(
+        PROMPT,
+        seed=0,
+        image=picture(),
+        memory_budget=least,
+        **SHORT,
+    )
     torch.testing.assert_close(tight.latents, free.latents, rtol=0, atol=1e-5)
     assert (tight.frames.int() - free.frames.int()).abs().max() <= 1
 
@@ -247,7 +272,8 @@ def test_official_layout_and_sizes_tell_what_a_file_is(folders, tmp_path):
     file = root / "model" / "kandinsky5lite_t2i.safetensors"
     shutil.copy(folders["t2i"] / "transformer" / "diffusion_pytorch_model.safetensors", file)
     found = locate(file)
-    assert found.preset == get_preset("t2i-lite-sft") and found.vae == root / "flux" / "vae"
+    assert found.preset == get_preset("t2i-lite-sft")
+    assert found.vae == root / "flux" / "vae"
     for name in ("t2i-lite-sft", "i2i-lite-sft", "t2v-lite-sft-5s", "t2v-pro-sft-5s"):
         folder = tmp_path / name / "transformer"
         folder.mkdir(parents=True)
@@ -263,7 +289,8 @@ def test_official_layout_and_sizes_tell_what_a_file_is(folders, tmp_path):
 
 def write_header(tensors, path):
     """A sparse file that claims these tensors: only its header is read."""
-    header, end = {}, 0
+    header = {}
+    end = 0
     for name, tensor in tensors.items():
         header[name] = {
             "dtype": "U8",

@@ -36,7 +36,9 @@ class Formula:
     was given."""
 
     def __init__(self, rule, visual_cond=True):
-        self.rule, self.calls, self.config = rule, [], DiTConfig(visual_cond=visual_cond)
+        self.rule = rule
+        self.calls = []
+        self.config = DiTConfig(visual_cond=visual_cond)
 
     def modulate(self, time, pooled):
         return SimpleNamespace(step=lambda i: Modulations([], [], ShiftScale(time[i], pooled)))
@@ -65,7 +67,9 @@ def last(steps):
 )
 def test_schedule_check_values(scale, steps, first, final):
     times = schedule(steps, scale)
-    assert times.shape == (steps + 1,) and times.dtype == torch.float32 and (times.diff() < 0).all()
+    assert times.shape == (steps + 1,)
+    assert times.dtype == torch.float32
+    assert (times.diff() < 0).all()
     assert times[: len(first)].tolist() == pytest.approx(first, abs=5e-5)
     assert times[-len(final) :].tolist() == pytest.approx(final, abs=5e-5)
 
@@ -75,7 +79,8 @@ def test_schedule_with_scale_one_is_even():
 
 
 def test_exact_velocity_leads_from_noise_to_the_clean_latent():
-    clean, start = torch.randn(SHAPE), noise(0, SHAPE)
+    clean = torch.randn(SHAPE)
+    start = noise(0, SHAPE)
     dit = Formula(lambda x, time, text: start - clean)
     steps = list(sample(dit, start, WORDS, None, Sampling(7, 5.0, 1.0)))
     assert [index for index, _ in steps] == list(range(7))
@@ -90,15 +95,32 @@ def test_exact_velocity_leads_from_noise_to_the_clean_latent():
 
 def test_model_receives_1000_t_in_fp32_and_its_channels():
     dit = Formula(lambda x, time, text: x)
-    list(sample(dit, noise(0, SHAPE), WORDS, None, Sampling(3, 10.0, 1.0)))
+    list(
+        sample(
+            dit,
+            noise(0, SHAPE),
+            WORDS,
+            None,
+            Sampling(3, 10.0, 1.0),
+        )
+    )
     assert torch.equal(
         torch.stack([call[3] for call in dit.calls]),
         (1000 * schedule(3, 10.0)[:3])[:, None].expand(3, 2),
     )
     assert all(call[3].dtype == torch.float32 for call in dit.calls)
-    assert dit.calls[0][0].shape[-1] == 33 and not dit.calls[0][0][..., 16:].any()
+    assert dit.calls[0][0].shape[-1] == 33
+    assert not dit.calls[0][0][..., 16:].any()
     plain = Formula(lambda x, time, text: x, visual_cond=False)
-    list(sample(plain, noise(0, SHAPE), WORDS, None, Sampling(1, 3.0, 1.0)))
+    list(
+        sample(
+            plain,
+            noise(0, SHAPE),
+            WORDS,
+            None,
+            Sampling(1, 3.0, 1.0),
+        )
+    )
     assert plain.calls[0][0].shape[-1] == 16
 
 
@@ -111,7 +133,8 @@ def test_guidance(guidance, calls):
     out = last(sample(dit, start, WORDS, None, Sampling(1, 1.0, guidance), NOTHING))
     assert len(dit.calls) == calls
     assert torch.allclose(out, start - (-1 + guidance * 2 if calls == 2 else 1), atol=1e-5)
-    assert dit.calls[0][1] is WORDS.embeds and dit.calls[0][4] is WORDS.lengths
+    assert dit.calls[0][1] is WORDS.embeds
+    assert dit.calls[0][4] is WORDS.lengths
     assert (
         calls == 1
         or dit.calls[1][1] is NOTHING.embeds
@@ -124,14 +147,24 @@ def test_reference_precision_rounds_everything_to_bf16():
     rule = lambda x, time, text: 0.3 * x.float() + 0.01 * text[0, 0, 0]  # noqa: E731
     settings = {name: Sampling(6, 10.0, 5.0, name) for name in ("fp32", "reference")}
     outs = {
-        name: last(sample(Formula(rule), noise(3, SHAPE), WORDS, None, s, NOTHING))
+        name: last(
+            sample(
+                Formula(rule),
+                noise(3, SHAPE),
+                WORDS,
+                None,
+                s,
+                NOTHING,
+            )
+        )
         for name, s in settings.items()
     }
     assert {name: out.dtype for name, out in outs.items()} == {
         "fp32": torch.float32,
         "reference": torch.bfloat16,
     }
-    times, x = schedule(6, 10.0), noise(3, SHAPE).bfloat16()
+    times = schedule(6, 10.0)
+    x = noise(3, SHAPE).bfloat16()
     for step in range(6):
         conditional, unconditional = (
             (0.3 * x.float() + sign * 0.01).bfloat16() for sign in (1, -1)
@@ -149,17 +182,28 @@ def test_fp32_keeps_the_small_early_steps_that_reference_loses():
     start = torch.full(SHAPE, 4.0)
     rule = lambda x, time, text: torch.full_like(x, 0.5)  # noqa: E731
     moved = {
-        name: next(sample(Formula(rule), start, WORDS, None, Sampling(50, 10.0, 1.0, name)))[1]
+        name: next(
+            sample(
+                Formula(rule),
+                start,
+                WORDS,
+                None,
+                Sampling(50, 10.0, 1.0, name),
+            )
+        )[1]
         for name in ("fp32", "reference")
     }
-    assert (moved["fp32"] < 4.0).all() and (moved["reference"] == 4.0).all()
+    assert (moved["fp32"] < 4.0).all()
+    assert (moved["reference"] == 4.0).all()
 
 
 def test_noise_is_seeded_and_the_same_on_every_device():
-    first, again, other = noise(5, SHAPE), noise(5, SHAPE), noise(6, SHAPE)
-    assert (
-        torch.equal(first, again) and not torch.equal(first, other) and first.dtype == torch.float32
-    )
+    first = noise(5, SHAPE)
+    again = noise(5, SHAPE)
+    other = noise(6, SHAPE)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.dtype == torch.float32
     torch.manual_seed(0)
     state = torch.get_rng_state()
     noise(5, SHAPE)
@@ -171,9 +215,17 @@ def test_noise_is_seeded_and_the_same_on_every_device():
 @pytest.mark.parametrize("frames", [1, 3, 7])
 def test_first_frame(frames):
     shape = (2, frames, 4, 6, 16)
-    given, dit = torch.randn(1, 1, *shape[2:]), Formula(lambda x, time, text: 0.5 * x)
+    given = torch.randn(1, 1, *shape[2:])
+    dit = Formula(lambda x, time, text: 0.5 * x)
     out = last(
-        sample(dit, noise(1, shape), WORDS, None, Sampling(4, 5.0, 1.0), given=Given({0: given}))
+        sample(
+            dit,
+            noise(1, shape),
+            WORDS,
+            None,
+            Sampling(4, 5.0, 1.0),
+            given=Given({0: given}),
+        )
     )
     for x, *_ in dit.calls:
         # clean latent in the latent channels
@@ -196,7 +248,8 @@ def test_first_frame(frames):
 
 def test_first_and_last_frame():
     shape = (2, 6, 4, 6, 16)
-    first, last_one = torch.randn(1, 1, *shape[2:]), torch.randn(2, 1, *shape[2:])
+    first = torch.randn(1, 1, *shape[2:])
+    last_one = torch.randn(2, 1, *shape[2:])
     dit = Formula(lambda x, time, text: 0.5 * x)
     out = last(
         sample(
@@ -209,29 +262,55 @@ def test_first_and_last_frame():
         )
     )
     for x, *_ in dit.calls:
-        assert torch.equal(x[:, :1, ..., :16], first.expand(2, -1, -1, -1, -1)) and torch.equal(
-            x[:, 5:, ..., :16], last_one
-        )
-        assert not x[..., 16:32].any() and x[:, :, 0, 0, 32].tolist() == [[1, 0, 0, 0, 0, 1]] * 2
+        assert torch.equal(x[:, :1, ..., :16], first.expand(2, -1, -1, -1, -1))
+        assert torch.equal(x[:, 5:, ..., :16], last_one)
+        assert not x[..., 16:32].any()
+        assert x[:, :, 0, 0, 32].tolist() == [[1, 0, 0, 0, 0, 1]] * 2
     # normalised
-    assert torch.equal(out[:, 5:], last_one) and not torch.equal(
-        out[:, :1], first.expand(2, -1, -1, -1, -1)
-    )
+    assert torch.equal(out[:, 5:], last_one)
+    assert not torch.equal(out[:, :1], first.expand(2, -1, -1, -1, -1))
     out = last(
-        sample(dit, noise(1, shape), WORDS, None, Sampling(4, 5.0, 1.0), given=Given({5: last_one}))
+        sample(
+            dit,
+            noise(1, shape),
+            WORDS,
+            None,
+            Sampling(4, 5.0, 1.0),
+            given=Given({5: last_one}),
+        )
     )
-    free = last(sample(dit, noise(1, shape), WORDS, None, Sampling(4, 5.0, 1.0)))
+    free = last(
+        sample(
+            dit,
+            noise(1, shape),
+            WORDS,
+            None,
+            Sampling(4, 5.0, 1.0),
+        )
+    )
     # without a first frame nothing is normalised
-    assert torch.equal(out[:, 5:], last_one) and torch.equal(out[:, :5], free[:, :5])
+    assert torch.equal(out[:, 5:], last_one)
+    assert torch.equal(out[:, :5], free[:, :5])
 
 
 def test_the_picture_to_edit_is_the_condition():
     shape = (2, 1, 4, 6, 16)
-    source, dit = torch.randn(1, *shape[1:]), Formula(lambda x, time, text: 0.5 * x)
+    source = torch.randn(1, *shape[1:])
+    dit = Formula(lambda x, time, text: 0.5 * x)
     start = noise(1, shape)
-    out = last(sample(dit, start, WORDS, None, Sampling(4, 3.0, 1.0), given=Given(source=source)))
+    out = last(
+        sample(
+            dit,
+            start,
+            WORDS,
+            None,
+            Sampling(4, 3.0, 1.0),
+            given=Given(source=source),
+        )
+    )
     for x, *_ in dit.calls:
-        assert torch.equal(x[..., 16:32], source.expand(shape)) and (x[..., 32] == 1).all()
+        assert torch.equal(x[..., 16:32], source.expand(shape))
+        assert (x[..., 32] == 1).all()
     assert torch.equal(dit.calls[0][0][..., :16], start)
     # this formula does not look at it
     assert torch.equal(out, last(sample(dit, start, WORDS, None, Sampling(4, 3.0, 1.0))))
@@ -240,8 +319,19 @@ def test_the_picture_to_edit_is_the_condition():
 @pytest.mark.parametrize("stopped", [0, 1, 3, 4])
 def test_a_run_goes_on_where_it_was_stopped(stopped):
     rule = lambda x, time, text: 0.3 * x + time.view(-1, 1, 1, 1, 1) / 1000 + text[0, 0, 0]  # noqa: E731
-    start, given = noise(3, (2, 6, 4, 6, 16)), Given({0: torch.randn(1, 1, 4, 6, 16)})
-    steps = list(sample(Formula(rule), start, WORDS, None, Sampling(4, 5.0, 3.0), NOTHING, given))
+    start = noise(3, (2, 6, 4, 6, 16))
+    given = Given({0: torch.randn(1, 1, 4, 6, 16)})
+    steps = list(
+        sample(
+            Formula(rule),
+            start,
+            WORDS,
+            None,
+            Sampling(4, 5.0, 3.0),
+            NOTHING,
+            given,
+        )
+    )
     reached = steps[stopped - 1][1] if stopped else start
     rest = list(
         sample(
@@ -262,9 +352,11 @@ def test_normalisation_by_definition():
     x = torch.randn(1, 9, 3, 4, 16)
     x[:, 0] = x[:, 0] * 3 + 2
     x[:, 1] = x[:, 1] * 0.2 - 1
-    out, later = normalize_first_frame(x), x[0, 4:9]
+    out = normalize_first_frame(x)
+    later = x[0, 4:9]
     for frame in range(4):
-        mean, std = x[0, frame].mean(), x[0, frame].std()
+        mean = x[0, frame].mean()
+        std = x[0, frame].std()
         target_mean = min(max(later.mean(), mean - 0.05), mean + 0.1)
         target_std = min(max(later.std(), std - 0.1), std + 0.25)
         assert torch.allclose(
@@ -276,14 +368,23 @@ def test_normalisation_by_definition():
 def test_non_finite_latents_name_the_step():
     dit = Formula(lambda x, time, text: x * (float("nan") if len(dit.calls) == 3 else 1))
     with pytest.raises(RuntimeError, match="step 3 of 5 produced NaN or Inf"):
-        list(sample(dit, noise(0, SHAPE), WORDS, None, Sampling(5, 5.0, 1.0)))
+        list(
+            sample(
+                dit,
+                noise(0, SHAPE),
+                WORDS,
+                None,
+                Sampling(5, 5.0, 1.0),
+            )
+        )
 
 
 def test_misuse():
     dit, text_only = (
         Formula(lambda x, time, text: x, visual_cond) for visual_cond in (True, False)
     )
-    start, alone = noise(0, SHAPE), Sampling(guidance=1.0)
+    start = noise(0, SHAPE)
+    alone = Sampling(guidance=1.0)
     for call, text in (
         (lambda: schedule(0, 5.0), "steps must be at least 1"),
         (lambda: schedule(5, 0.0), "scale must be positive"),
@@ -336,13 +437,15 @@ def test_a_batch_of_prompts_equals_single_runs():
     dit = DiffusionTransformer3D(config).requires_grad_(False)
     dit.load_state_dict(random_state(config))
     grid = Grid(3, 2, 3)
-    plan, start, settings = (
-        make_layout(config, grid, (1.0, 1.0, 1.0)),
-        noise(0, SHAPE),
-        Sampling(3, 5.0, 3.0),
-    )
+    plan = make_layout(config, grid, (1.0, 1.0, 1.0))
+    start = noise(0, SHAPE)
+    settings = Sampling(3, 5.0, 3.0)
     words, nothing = (
-        Conditioning(torch.randn(2, length, 8), torch.tensor([length, 2]), torch.randn(2, 4))
+        Conditioning(
+            torch.randn(2, length, 8),
+            torch.tensor([length, 2]),
+            torch.randn(2, 4),
+        )
         for length in (5, 3)
     )
     together = last(sample(dit, start, words, plan, settings, nothing))
@@ -367,10 +470,8 @@ def test_golden_latents(conditioned, monkeypatch):
     normalising came later, so they wait here."""
     monkeypatch.setattr(sampler, "finish", lambda latents, frames: latents)
     folder = shared_data() / "golden"
-    settings, golden = (
-        json.loads((folder / "config.json").read_text()),
-        load_file(folder / "sampler.safetensors"),
-    )
+    settings = json.loads((folder / "config.json").read_text())
+    golden = load_file(folder / "sampler.safetensors")
     config = DiTConfig(
         **{
             key: tuple(value) if isinstance(value, list) else value
@@ -379,7 +480,9 @@ def test_golden_latents(conditioned, monkeypatch):
     )
     dit = DiffusionTransformer3D(config).requires_grad_(False)
     dit.load_state_dict(load_file(folder / "dit.safetensors"))
-    size, window, how = settings["grid"], settings["nabla"], settings["sampler"]
+    size = settings["grid"]
+    window = settings["nabla"]
+    how = settings["sampler"]
     plan = make_layout(
         config,
         Grid(size["latent_T"], size["latent_H"] // 2, size["latent_W"] // 2),

@@ -30,10 +30,8 @@ def run(cache, guidance=3.0, steps=6, stop=None, tokens=10**6):
         )
         for n in (5, 3)
     )
-    plan, start = (
-        make_layout(CONFIG, GRID, SCALE, NABLA, chunks=Chunks(None, tokens)),
-        noise(1, (1, GRID.T, 2 * GRID.Y, 2 * GRID.X, 16)),
-    )
+    plan = make_layout(CONFIG, GRID, SCALE, NABLA, chunks=Chunks(None, tokens))
+    start = noise(1, (1, GRID.T, 2 * GRID.Y, 2 * GRID.X, 16))
     sampling = Sampling(steps, 5.0, guidance, cache=cache)
     steps = sample(build(), start, cond, plan, sampling, uncond if sampling.guided else None)
     *_, (_, latents) = itertools.islice(steps, stop)
@@ -57,7 +55,8 @@ def test_published_schedules(preset, branches, computed):
     description."""
     cache = make_cache("mag", preset)
     assert sum(sum(cache.schedule(50, branch)) for branch in range(branches)) == computed
-    assert all(cache.schedule(50, 0)[:10]) and not all(cache.schedule(50, 0)[10:])
+    assert all(cache.schedule(50, 0)[:10])
+    assert not all(cache.schedule(50, 0)[10:])
 
 
 def test_published_pattern():
@@ -71,7 +70,9 @@ def test_published_pattern():
 @pytest.mark.parametrize("steps", [1, 2, 16, 25, 100])
 def test_schedule_belongs_to_the_steps_of_the_run(steps):
     runs = make_cache("mag", "t2v-pro-sft-5s").schedule(steps, 1)
-    assert len(runs) == steps and runs[0] and all(runs[: steps // 5])
+    assert len(runs) == steps
+    assert runs[0]
+    assert all(runs[: steps // 5])
     # two in a row at most
     assert not any(
         not a and not b and not c for a, b, c in zip(runs, runs[1:], runs[2:], strict=False)
@@ -99,17 +100,14 @@ def test_branches_never_mix(caplog):
     with caplog.at_level(logging.INFO, "kandinsky_model"):
         run(Watched(((1.0,) * 6,) * 2, retention=0.0))
     assert "4 of 12 passes were computed, 8 reused" in caplog.text  # steps 0 and 3 of each branch
-    assert changes[0].computed == changes[1].computed == 2 and not torch.equal(
-        changes[0].change, changes[1].change
-    )
+    assert changes[0].computed == changes[1].computed == 2
+    assert not torch.equal(changes[0].change, changes[1].change)
 
 
 def test_first_block_cache_skips_by_what_it_sees(caplog):
     with caplog.at_level(logging.INFO, "kandinsky_model"):
-        cached, plain = (
-            run(FirstBlockCache(threshold=1e9, most_skipped=2), guidance=1.0),
-            run(None, guidance=1.0),
-        )
+        cached = run(FirstBlockCache(threshold=1e9, most_skipped=2), guidance=1.0)
+        plain = run(None, guidance=1.0)
     assert "2 of 6 passes were computed, 4 reused" in caplog.text
     assert 0 < (cached - plain).norm() / plain.norm() < 0.5
 
@@ -139,4 +137,4 @@ def test_refusals():
         make_cache("big", "tiny")
     with pytest.raises(ValueError, match="calibrated without guidance"):
         run(make_cache("mag", "t2v-lite-nocfg-5s"))
-    assert all(make_cache("mag", name) for name in PRESETS if name.startswith("t2v-pro"))
+    assert all(make_cache("mag", name) for name in PRESETS if name.startswith("t2v-pro-sft"))

@@ -44,7 +44,8 @@ def networks(encoder):
 
 def test_parts_are_read_when_they_are_needed(diffusers_folder):
     text = loaded(diffusers_folder)
-    assert not networks(text) and not list(text.parameters())
+    assert not networks(text)
+    assert not list(text.parameters())
     text.encode(["a"])
     assert networks(text) == {"language", "clip"} == {name for name, _ in text.named_children()}
     assert not any("visual" in name or "lm_head" in name for name in text.state_dict())
@@ -56,7 +57,8 @@ def test_parts_are_read_when_they_are_needed(diffusers_folder):
 
 
 def test_what_is_read_is_what_was_saved(diffusers_folder, text_parts):
-    text, encoder = loaded(diffusers_folder), QwenClipEncoder(tiny_models.encoder_parts(text_parts))
+    text = loaded(diffusers_folder)
+    encoder = QwenClipEncoder(tiny_models.encoder_parts(text_parts))
     for arguments in ((["a"],), (["a"], "image_edit", [picture()])):
         assert torch.equal(text.encode(*arguments).embeds, encoder.encode(*arguments).embeds)
     assert text.expand("a") == encoder.expand("a")
@@ -67,9 +69,12 @@ def test_networks_move_when_they_are_needed(diffusers_folder):
     """The layers can be had before that, for someone who streams them. "meta" stands for an
     accelerator."""
     text = loaded(diffusers_folder)
-    assert len(text.layers) == 2 and networks(text) == {"language"}
+    assert len(text.layers) == 2
+    assert networks(text) == {"language"}
     text.encode(["b"])
-    assert text.to("meta") is text and text.device.type == "meta" and len(text.layers) == 2
+    assert text.to("meta") is text
+    assert text.device.type == "meta"
+    assert len(text.layers) == 2
     assert not any(parameter.is_meta for parameter in text.parameters())
     with pytest.raises(RuntimeError):  # of several kinds: there is no data
         text.encode(["a"])
@@ -229,7 +234,8 @@ def test_networks_come_layer_by_layer(diffusers_folder, monkeypatch, resident):
         QwenClipEncoder.load(locate(diffusers_folder, parts=("text",)), cache=False)
         for _ in range(2)
     )
-    hosted, streams = LateOffload(text, torch.device("cpu")), []
+    hosted = LateOffload(text, torch.device("cpu"))
+    streams = []
     monkeypatch.setattr(
         offload,
         "LayerStream",
@@ -252,7 +258,8 @@ def test_networks_come_layer_by_layer(diffusers_folder, monkeypatch, resident):
             for piece in store.pieces
             for tensor in piece.tensors
         )
-    assert placed is text and streams == ([2 - resident] if resident < 2 else [])
+    assert placed is text
+    assert streams == ([2 - resident] if resident < 2 else [])
     with hosted.on_device(resident):
         assert text.expand("a") == plain.expand("a")
     torch.testing.assert_close(
@@ -263,13 +270,14 @@ def test_networks_come_layer_by_layer(diffusers_folder, monkeypatch, resident):
 
 def test_networks_are_weighed_before_they_are_read(diffusers_folder):
     encoder = loaded(diffusers_folder)
-    plain, more = encoder.weigh(), encoder.weigh(vision=True, head=True)
+    plain = encoder.weigh()
+    more = encoder.weigh(vision=True, head=True)
     assert not networks(encoder)
     language, clip, vision, head = (
         Weights.of(getattr(encoder.parts, name)) for name in ("language", "clip", "vision", "head")
     )
     near = lambda size: pytest.approx(size, abs=100 * 256)  # noqa: E731 - the gaps between tensors
-    assert plain.layers == near(language.layers) and plain.once == near(language.once)
-    assert plain.rest == near(language.rest + clip.total) and more.rest == near(
-        language.rest + clip.total + vision.total + head.total
-    )
+    assert plain.layers == near(language.layers)
+    assert plain.once == near(language.once)
+    assert plain.rest == near(language.rest + clip.total)
+    assert more.rest == near(language.rest + clip.total + vision.total + head.total)

@@ -51,7 +51,8 @@ def test_embeddings_are_those_of_diffusers(encoder, text_parts, kind, name, prom
     ours = encoder.encode([prompt], kind)
     reference = reference_pipeline(text_parts, name, official_template(kind), encoder.crop(kind))
     embeds, pooled, ends = reference.encode_prompt(prompt, device=torch.device("cpu"))
-    assert ours.lengths.tolist() == [int(ends[-1])] and ours.embeds.shape == embeds.shape
+    assert ours.lengths.tolist() == [int(ends[-1])]
+    assert ours.embeds.shape == embeds.shape
     torch.testing.assert_close(ours.embeds, embeds, rtol=0, atol=1e-6)
     torch.testing.assert_close(ours.pooled, pooled, rtol=0, atol=1e-6)
 
@@ -69,7 +70,8 @@ def test_edits_are_those_of_diffusers_with_the_official_text(encoder, text_parts
     embeds, pooled, ends = reference.encode_prompt(
         prompt, image=[pil(picture())], device=torch.device("cpu")
     )
-    assert ours.lengths.tolist() == [int(ends[-1])] and ours.embeds.shape == embeds.shape
+    assert ours.lengths.tolist() == [int(ends[-1])]
+    assert ours.embeds.shape == embeds.shape
     torch.testing.assert_close(ours.embeds, embeds, rtol=0, atol=1e-6)
     torch.testing.assert_close(ours.pooled, pooled, rtol=0, atol=1e-6)
 
@@ -106,24 +108,26 @@ def test_a_prompt_of_one_token_less_than_fits_keeps_its_end(text_parts, caplog, 
         text_parts, text_parts[1](TEMPLATE.replace("{}", prompt[: max_length - 1]))["input_ids"]
     )
     fits = encoder.encode([prompt[: max_length - 1]])
-    assert fits.lengths.tolist() == [max_length] and not caplog.text
+    assert fits.lengths.tolist() == [max_length]
+    assert not caplog.text
     torch.testing.assert_close(fits.embeds[0], whole[6:], rtol=0, atol=1e-6)
     cut = encoder.encode([prompt[: max_length + 3]])
-    assert cut.lengths.tolist() == [max_length] and len(caplog.records) == 1
+    assert cut.lengths.tolist() == [max_length]
+    assert len(caplog.records) == 1
     assert (
         "too long by 4 tokens, which are not read: " + prompt[max_length : max_length + 3]
         in caplog.text
     )
-    assert torch.equal(cut.embeds[0, :-1], fits.embeds[0, :-1]) and not torch.allclose(
-        cut.embeds[0, -1], fits.embeds[0, -1], atol=0.01
-    )
+    assert torch.equal(cut.embeds[0, :-1], fits.embeds[0, :-1])
+    assert not torch.allclose(cut.embeds[0, -1], fits.embeds[0, -1], atol=0.01)
 
 
 def test_prompts_of_a_batch_do_not_see_each_other(short):
     prompts = ["a {} cat", "a much longer prompt", "b", ""]
     batch = short.encode(prompts)
     # bytes of the prompt and the end-of-turn token
-    assert short.crop("video") == 6 and batch.lengths.tolist() == [9, 21, 2, 1]
+    assert short.crop("video") == 6
+    assert batch.lengths.tolist() == [9, 21, 2, 1]
     for i, prompt in enumerate(prompts):
         alone = short.encode([prompt])
         assert torch.equal(batch.embeds[i, : batch.lengths[i]], alone.embeds[0])
@@ -177,7 +181,8 @@ def test_the_exact_crop_drops_the_instruction_and_nothing_else(encoder):
     official = encoder.encode(["redder"], "image_edit", [picture()])
     encoder.edit_crop = "exact"
     exact = encoder.encode(["redder"], "image_edit", [picture()])
-    assert exact.lengths.tolist() == [len("redder") + 2 * 4 + 3] and OFFICIAL_EDIT_CROP == 55
+    assert exact.lengths.tolist() == [len("redder") + 2 * 4 + 3]
+    assert OFFICIAL_EDIT_CROP == 55
     instruction = len(
         encoder.parts.tokenizer(official_template("image_edit").removesuffix("{}"))["input_ids"]
     )
@@ -224,7 +229,11 @@ def generated(parts, text, image, shrink):
     images = None
     if image is not None:
         images = [pil(image).resize((image.shape[2] // shrink, image.shape[1] // shrink))]
-    inputs = Processor(*parts[:2])(text=[text], images=images, return_tensors="pt")
+    inputs = Processor(*parts[:2])(
+        text=[text],
+        images=images,
+        return_tensors="pt",
+    )
     with torch.no_grad():
         ids = parts[0].generate(
             **inputs,
@@ -248,9 +257,9 @@ def generated(parts, text, image, shrink):
 def test_expansion_is_greedy_generation(talkative, few_tokens, caplog, kind, image):
     encoder = QwenClipEncoder(tiny_models.encoder_parts(talkative))
     text, shrink = request("Кот", kind, image)
-    assert (
-        text.count("Кот") == 1 and text.count(PICTURE) == (image is not None) and "{}" not in text
-    )
+    assert text.count("Кот") == 1
+    assert text.count(PICTURE) == (image is not None)
+    assert "{}" not in text
     assert shrink == (4 if kind == "image_edit" else 1)
     with caplog.at_level(logging.INFO, "kandinsky_model.text.qwen_clip"):
         written = encoder.expand("Кот", kind, image)
@@ -260,7 +269,8 @@ def test_expansion_is_greedy_generation(talkative, few_tokens, caplog, kind, ima
 
 
 def test_expansion_ends_where_the_model_ends_it(encoder, few_tokens, monkeypatch):
-    language, head = encoder.parts.language, encoder.parts.head
+    language = encoder.parts.language
+    head = encoder.parts.head
     start = torch.randn(1, 5, 64), positions(5)
     with torch.no_grad():
         whole = continue_greedily(language, head, *start, ())
@@ -281,10 +291,8 @@ def test_instructions_ask_for_what_was_published():
     """Facts of the published instructions, whose words are not kept here: language, length, upper
     case of text in pictures, motion."""
     assert all("English" in text and text.count("{}") == 1 for text in INSTRUCTIONS.values())
-    assert (
-        "70 to 110 words" in INSTRUCTIONS["video", False]
-        and '"FRESH BREAD"' in INSTRUCTIONS["image", False]
-    )
+    assert "70 to 110 words" in INSTRUCTIONS["video", False]
+    assert '"FRESH BREAD"' in INSTRUCTIONS["image", False]
     assert "motion" in INSTRUCTIONS["video", True]
     assert all(
         word in INSTRUCTIONS["image_edit", True]
@@ -304,15 +312,24 @@ def test_a_video_is_made_from_the_expanded_prompt(diffusers_folder, few_tokens, 
     assert (video.settings.prompt, video.settings.expanded_prompt) == (
         "a cat",
         written,
-    ) and written != "a cat"
+    )
+    assert written != "a cat"
     plain = model.generate(written, seed=1, **tiny_models.SMALL)
-    assert torch.equal(video.latents, plain.latents) and plain.settings.expanded_prompt == ""
-    read, encode = [], model.text.encode
+    assert torch.equal(video.latents, plain.latents)
+    assert plain.settings.expanded_prompt == ""
+    read = []
+    encode = model.text.encode
     monkeypatch.setattr(
         model.text, "encode", lambda prompts, kind: read.append(prompts) or encode(prompts, kind)
     )
     monkeypatch.setattr(model.lora, "prompt", lambda prompt: f"trigger {prompt}")
-    model.generate(["a cat", "b"], "", seed=1, expand_prompt=True, **tiny_models.SMALL)
+    model.generate(
+        ["a cat", "b"],
+        "",
+        seed=1,
+        expand_prompt=True,
+        **tiny_models.SMALL,
+    )
     assert read == [[f"trigger {written}", f"trigger {model.text.expand('b')}"], [""]]
 
 
@@ -333,8 +350,7 @@ def test_the_command_line_expands_and_says_how(
     ]
     assert main([*arguments, "--model", str(diffusers_folder), "--no-text-cache"]) == 0
     settings = load_latents(tmp_path / "a.latents.safetensors")[1]
-    assert (
-        settings.prompt == "a cat" and f"expanded prompt: {settings.expanded_prompt}" in caplog.text
-    )
+    assert settings.prompt == "a cat"
+    assert f"expanded prompt: {settings.expanded_prompt}" in caplog.text
     assert main([*arguments, "--model", "tiny"]) == 2
     assert "tiny lacks; leave expand_prompt out" in capsys.readouterr().err

@@ -32,8 +32,10 @@ def test_patches_are_what_their_order_says():
     that needs no resizing."""
     image = picture(112, 168)
     patches, rows, columns = Preprocessor(min_pixels=1).patches(image)
-    assert (rows, columns) == (8, 12) and patches.shape == (96, 3 * 2 * 14 * 14)
-    mean, std = torch.tensor(Preprocessor.image_mean), torch.tensor(Preprocessor.image_std)
+    assert (rows, columns) == (8, 12)
+    assert patches.shape == (96, 3 * 2 * 14 * 14)
+    mean = torch.tensor(Preprocessor.image_mean)
+    std = torch.tensor(Preprocessor.image_std)
     exact = (image.double() / 255 - mean.double()[:, None, None]) / std.double()[:, None, None]
     expected = []
     for y in range(0, 8, 2):
@@ -54,9 +56,11 @@ def test_a_picture_to_edit_is_halved_first():
 
 def test_settings_come_from_the_folder_that_has_them(tmp_path):
     assert Preprocessor.read(tmp_path) == Preprocessor()
-    image_processor(min_pixels=784, max_pixels=7840, image_mean=[0.1, 0.2, 0.3]).save_pretrained(
-        tmp_path / "a"
-    )
+    image_processor(
+        min_pixels=784,
+        max_pixels=7840,
+        image_mean=[0.1, 0.2, 0.3],
+    ).save_pretrained(tmp_path / "a")
     assert Preprocessor.read(tmp_path, tmp_path / "a") == Preprocessor(
         784, 7840, image_mean=(0.1, 0.2, 0.3)
     )

@@ -14,13 +14,14 @@ from kandinsky_model.checkpoints.load import load_dit, load_vae
 from kandinsky_model.checkpoints.locate import TINY as BUNDLE
 from kandinsky_model.config import PRESETS, DiTConfig, VAEConfig
 from kandinsky_model.text.tiny import START, UNKNOWN, TinyTextEncoder
-from kandinsky_model.tiny import recipe as train_tiny
-from kandinsky_model.tiny import scenes as shapes
+from kandinsky_model.tiny import recipe as recipe_module
+from kandinsky_model.tiny import scenes
 from kandinsky_model.tiny.check import check_tiny
 from kandinsky_model.tiny.judge import judge, marks
 from kandinsky_model.tiny.optimizer import Optimizer
+from kandinsky_model.tiny.recipe import train_tiny
 from kandinsky_model.tiny.train_flow import (
-    FlowPlan,
+    FlowRecipe,
     Pool,
     new_networks,
     pool_scenes,
@@ -28,7 +29,7 @@ from kandinsky_model.tiny.train_flow import (
     train_flow,
     vocabulary,
 )
-from kandinsky_model.tiny.train_vae import VAEPlan, center_latents, crop_batch, fold_time
+from kandinsky_model.tiny.train_vae import VAERecipe, center_latents, crop_batch, fold_time
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 
 LARGEST_BUNDLE = 16_000_000
@@ -45,71 +46,75 @@ SMALL = replace(
         visual_cond=True,
     ),
     vae=VAEConfig(
-        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=1, scaling_factor=1.0
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=1,
+        scaling_factor=1.0,
     ),
 )
 
 
 def clip(color="red", shape="circle", motion="right", background="blue", seed=0):
-    return shapes.draw(
-        shapes.random_scene(
-            shapes.Combination(color, shape, motion, background), random.Random(seed)
-        )
-    )
+    combination = scenes.Combination(color, shape, motion, background)
+    return scenes.draw(scenes.random_scene(combination, random.Random(seed)))
 
 
 # ---- data
 
 
 def test_enough_words_and_nothing_drawn_in_its_own_color():
-    assert (
-        len(shapes.OBJECT_COLORS) >= 6
-        and len(shapes.SHAPES) >= 4
-        and len(shapes.MOTIONS) >= 5
-        and len(shapes.BACKGROUNDS) >= 4
-    )
-    assert all(c.color != c.background for c in shapes.combinations())
-    assert len(set(shapes.combinations())) == len(shapes.combinations())
+    assert len(scenes.OBJECT_COLORS) >= 6
+    assert len(scenes.SHAPES) >= 4
+    assert len(scenes.MOTIONS) >= 5
+    assert len(scenes.BACKGROUNDS) >= 4
+    assert all(one.color != one.background for one in scenes.combinations())
+    assert len(set(scenes.combinations())) == len(scenes.combinations())
 
 
 def test_held_out_is_disjoint_from_training_and_every_pair_of_words_is_seen():
-    hidden, seen = set(shapes.held_out()), set(shapes.training_combinations())
-    assert len(hidden) == 48 and not hidden & seen and hidden | seen == set(shapes.combinations())
-    for pair in (
+    hidden = set(scenes.held_out())
+    seen = set(scenes.training_combinations())
+    assert len(hidden) == 48
+    assert not hidden & seen
+    assert hidden | seen == set(scenes.combinations())
+    for first, second in (
         ("color", "shape"),
         ("color", "motion"),
         ("color", "background"),
         ("shape", "motion"),
         ("shape", "background"),
     ):
-        pairs = {tuple(getattr(c, word) for word in pair) for c in shapes.combinations()}
-        assert {tuple(getattr(c, word) for word in pair) for c in seen} == pairs
+
+        def pairs(combinations, first=first, second=second):
+            return {(getattr(one, first), getattr(one, second)) for one in combinations}
+
+        assert pairs(seen) == pairs(scenes.combinations())
 
 
 def test_training_scenes_never_show_a_held_out_combination():
     generator = random.Random(0)
     drawn = {
-        shapes.training_scene(generator.randrange(10**6), generator).combination
+        scenes.training_scene(generator.randrange(10**6), generator).combination
         for _ in range(4000)
     }
-    assert not drawn & set(shapes.held_out()) and len(drawn) > 400
+    assert not drawn & set(scenes.held_out())
+    assert len(drawn) > 400
 
 
 def test_prompts_name_the_words():
-    combination = shapes.Combination("orange", "star", "up", "gray")
-    assert shapes.prompt(combination) == "an orange star moving up on a gray background"
-    for template in range(4):
-        assert all(
-            word in shapes.prompt(combination, template)
-            for word in ("orange", "star", "up", "gray")
-        )
-    assert "gray" not in shapes.prompt(combination, 4) and "up" not in shapes.prompt(combination, 5)
+    combination = scenes.Combination("orange", "star", "up", "gray")
+    assert scenes.prompt(combination) == "an orange star moving up on a gray background"
+    for wording in range(scenes.FULL):
+        prompt = scenes.prompt(combination, wording)
+        assert all(word in prompt for word in ("orange", "star", "up", "gray"))
+    assert "gray" not in scenes.prompt(combination, 4)
+    assert "up" not in scenes.prompt(combination, 5)
 
 
 def test_a_window_is_a_cut_of_the_whole_frame():
-    scene = shapes.random_scene(shapes.combinations()[7], random.Random(3))
-    whole = shapes.draw(scene, (5, 6))
-    assert torch.equal(shapes.draw(scene, (5, 6), (40, 48, 64, 96)), whole[:, 40:104, 48:144])
+    scene = scenes.random_scene(scenes.combinations()[7], random.Random(3))
+    whole = scenes.draw(scene, (5, 6))
+    assert torch.equal(scenes.draw(scene, (5, 6), (40, 48, 64, 96)), whole[:, 40:104, 48:144])
 
 
 # ---- judge
@@ -117,8 +122,8 @@ def test_a_window_is_a_cut_of_the_whole_frame():
 
 def test_judge_is_right_about_drawn_clips():
     generator = random.Random(1)
-    for combination in shapes.combinations()[::19]:
-        verdict = judge(shapes.draw(shapes.random_scene(combination, generator)))
+    for combination in scenes.combinations()[::19]:
+        verdict = judge(scenes.draw(scenes.random_scene(combination, generator)))
         assert all(marks(verdict, combination).values()), (combination, verdict)
 
 
@@ -127,16 +132,22 @@ def test_judge_is_right_about_drawn_clips():
     [("color", "green"), ("shape", "square"), ("motion", "left"), ("background", "black")],
 )
 def test_judge_sees_one_wrong_word(word, other):
-    wanted = shapes.Combination("red", "circle", "right", "blue")
+    wanted = scenes.Combination("red", "circle", "right", "blue")
     found = marks(judge(clip(**{word: other})), wanted)
     assert found == {name: name != word for name in found}
 
 
 def test_judge_finds_nothing_in_noise_emptiness_and_smears():
     flat = torch.full((17, 160, 160, 3), 20, dtype=torch.uint8)
-    assert judge(flat).color == "none" and judge(flat).background == "black"
+    assert judge(flat).color == "none"
+    assert judge(flat).background == "black"
+    generator = torch.Generator().manual_seed(0)
     noise = torch.randint(
-        0, 256, flat.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        0,
+        256,
+        flat.shape,
+        dtype=torch.uint8,
+        generator=generator,
     )
     assert judge(noise).shape == "none"
     smear = flat.clone()
@@ -162,16 +173,19 @@ def test_judge_rejects_other_layouts():
 @pytest.fixture
 def encoder():
     torch.manual_seed(0)
-    return TinyTextEncoder(vocabulary(), {"grey": "gray"}, dim=64, pooled_dim=32).eval()
+    return TinyTextEncoder(
+        vocabulary(),
+        {"grey": "gray"},
+        dim=64,
+        pooled_dim=32,
+    ).eval()
 
 
 def test_encode_shapes_and_independence_of_neighbours(encoder):
     both = encoder.encode(["a red circle moving right on a blue background", "star"])
-    assert (
-        both.embeds.shape == (2, 10, 64)
-        and both.pooled.shape == (2, 32)
-        and both.lengths.tolist() == [10, 2]
-    )
+    assert both.embeds.shape == (2, 10, 64)
+    assert both.pooled.shape == (2, 32)
+    assert both.lengths.tolist() == [10, 2]
     alone = encoder.encode(["star"])
     torch.testing.assert_close(both.embeds[1, :2], alone.embeds[0])
     torch.testing.assert_close(both.pooled[1], alone.pooled[0])
@@ -180,15 +194,13 @@ def test_encode_shapes_and_independence_of_neighbours(encoder):
 
 def test_words_case_aliases_unknown_and_empty(encoder):
     assert encoder.tokens("Grey, STAR!") == encoder.tokens("gray star")
-    assert encoder.tokens("") == [START] and encoder.tokens("zebra") == [START, UNKNOWN]
+    assert encoder.tokens("") == [START]
+    assert encoder.tokens("zebra") == [START, UNKNOWN]
     assert encoder.encode([""]).lengths.tolist() == [1]
     assert len(encoder.tokens("star " * 100)) == encoder.config["max_length"]
-    assert UNKNOWN not in {
-        i
-        for c in shapes.combinations()
-        for t in range(7)
-        for i in encoder.tokens(shapes.prompt(c, t))
-    }
+    for combination in scenes.combinations():
+        for wording in range(len(scenes.WORDINGS)):
+            assert UNKNOWN not in encoder.tokens(scenes.prompt(combination, wording))
 
 
 def test_encode_errors(encoder):
@@ -202,9 +214,8 @@ def test_encode_errors(encoder):
 
 def test_text_encoder_round_trip_and_damage(encoder, tmp_path):
     encoder.save(tmp_path)
-    torch.testing.assert_close(
-        TinyTextEncoder.load(tmp_path).encode(["star"]).embeds, encoder.encode(["star"]).embeds
-    )
+    again = TinyTextEncoder.load(tmp_path).encode(["star"])
+    torch.testing.assert_close(again.embeds, encoder.encode(["star"]).embeds)
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="text encoder"):
         TinyTextEncoder.load(tmp_path)
@@ -222,15 +233,18 @@ def test_optimizer_moves_every_direction_of_a_kernel_alike():
     Optimizer(layer, decay=0.0, boost=2.0).step((layer(x) - 1).square().mean(), 0.01)
     change = (layer.weight.detach() - weight).flatten(1) / (2.0 * 0.01)  # [24, 64]
     values = torch.linalg.svdvals(change) / (0.2 * 64**0.5)
-    assert values.min() > 0.5 and values.max() < 1.4
+    assert values.min() > 0.5
+    assert values.max() < 1.4
     assert change.square().mean().sqrt() == pytest.approx(0.2, rel=0.25)
     torch.testing.assert_close((layer.bias.detach() - bias).abs(), torch.full((24,), 0.01))
 
 
 def test_optimizer_moves_matrices_and_vectors_downhill():
     torch.manual_seed(0)
-    layer, x = torch.nn.Linear(8, 8), torch.randn(64, 8)
-    optimizer, losses = Optimizer(layer), []
+    layer = torch.nn.Linear(8, 8)
+    x = torch.randn(64, 8)
+    optimizer = Optimizer(layer)
+    losses = []
     for _ in range(60):
         loss = (layer(x) - x.flip(1) - 1).square().mean()
         losses.append(loss.item())
@@ -253,7 +267,8 @@ def test_centred_latents_decode_to_the_same_picture():
     with torch.no_grad():
         before = vae.decode(vae.encode(video)[0])
         center_latents(vae, random.Random(0), clips=1)
-        torch.testing.assert_close(vae.decode(vae.encode(video)[0]), before, rtol=1e-3, atol=1e-4)
+        after = vae.decode(vae.encode(video)[0])
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
 
 
 def test_folding_time_keeps_stills_and_undoes_delay():
@@ -263,77 +278,114 @@ def test_folding_time_keeps_stills_and_undoes_delay():
     with torch.no_grad():
         before = vae.encode(still)[0]
         fold_time(vae)
-        torch.testing.assert_close(vae.encode(still)[0], before, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            vae.encode(still)[0],
+            before,
+            rtol=1e-4,
+            atol=1e-5,
+        )
         video = crop_batch(1, 5, 64, random.Random(1))
         conv = vae.encoder.conv_in
-        torch.testing.assert_close(
-            conv(video)[:, :, 3], conv(video[:, :, 3:4])[:, :, 0], rtol=1e-4, atol=1e-5
-        )
+        within = conv(video)[:, :, 3]
+        alone = conv(video[:, :, 3:4])[:, :, 0]
+    torch.testing.assert_close(within, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_stars_are_shown_as_often_as_asked():
-    scenes = pool_scenes(1, 0)
-    pool = Pool(torch.arange(len(scenes) * 2.0).view(-1, 2, 1, 1, 1), scenes)
+    pool = pool_scenes(1, 0)
+    rows = torch.arange(len(pool) * 2.0).view(-1, 2, 1, 1, 1)
+    starry = sum(scene.combination.shape == "star" for scene in pool)
+    others = len(pool) - starry
     for stars in (1.0, 3.0):
-        latents, shown = pool.batch(3000, 1, random.Random(0), stars)
-        assert [scenes[int(row) // 2].combination for row in latents.flatten()] == shown
-        share = sum(combination.shape == "star" for combination in shown) / len(shown)
-        expected = sum(stars for scene in scenes if scene.combination.shape == "star")
-        assert (
-            abs(
-                share
-                - expected / (expected + sum(scene.combination.shape != "star" for scene in scenes))
-            )
-            < 0.03
+        latents, shown = Pool(rows, pool).batch(
+            3000,
+            1,
+            random.Random(0),
+            stars,
         )
+        assert [pool[int(row) // 2].combination for row in latents.flatten()] == shown
+        share = sum(combination.shape == "star" for combination in shown) / len(shown)
+        assert abs(share - stars * starry / (stars * starry + others)) < 0.03
 
 
 def test_sample_times_cover_the_schedule():
     times = sample_times(64, 3.0)
-    assert times.min() > 0 and times.max() < 1 and abs(times.median() - 0.75) < 0.05
+    assert times.min() > 0
+    assert times.max() < 1
+    assert abs(times.median() - 0.75) < 0.05
 
 
 def test_training_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", SMALL)
-    monkeypatch.setattr(shapes, "training_combinations", lambda: shapes.combinations()[:4])
-    monkeypatch.setattr(shapes, "HEIGHT", 64)
-    monkeypatch.setattr(shapes, "WIDTH", 64)
-    vae_plan = VAEPlan(phases=((12, 2, 1, 32), (1, 1, 5, 32)))
-    flow_plan = FlowPlan(
-        phases=((12, 4, 1, False), (2, 2, 5, False), (1, 1, 5, True)), copies=1, compile=False
-    )
-    train_tiny.train_tiny(tmp_path, 1, vae_plan, flow_plan)
-    train_tiny.train_tiny(
-        tmp_path,
-        1,
-        None,
-        FlowPlan(phases=((2, 1, 1, False),), copies=1, compile=False),
-        resume=True,
-    )
+    monkeypatch.setattr(scenes, "training_combinations", lambda: scenes.combinations()[:4])
+    monkeypatch.setattr(scenes, "HEIGHT", 64)
+    monkeypatch.setattr(scenes, "WIDTH", 64)
+    vae_recipe = VAERecipe(phases=((12, 2, 1, 32), (1, 1, 5, 32)))
+    phases = ((12, 4, 1, False), (2, 2, 5, False), (1, 1, 5, True))
+    flow_recipe = FlowRecipe(phases=phases, copies=1, compile=False)
+    train_tiny(tmp_path, 1, vae_recipe, flow_recipe)
+    more = replace(flow_recipe, phases=((2, 1, 1, False),))
+    train_tiny(tmp_path, 1, None, more, resume=True)
+
     stages = json.loads((tmp_path / "training.json").read_text())["stages"]
-    assert [s["stage"] for s in stages] == ["vae", "flow", "flow"] and [
-        s["continued"] for s in stages
-    ] == [False, False, True]
-    assert [s["seed"] for s in stages] == [1, 1, 2]
-    assert stages[0]["losses"] and stages[1]["steps"] == 15 and stages[2]["steps"] == 2
-    dit, vae = load_dit(tmp_path / "transformer"), load_vae(tmp_path / "vae")
-    assert dit.config == SMALL.dit and vae.config == SMALL.vae
-    assert TinyTextEncoder.load(tmp_path / "text_encoder").encode(["a star"]).embeds.shape == (
-        1,
-        3,
-        16,
-    )
+    assert [stage["stage"] for stage in stages] == ["vae", "flow", "flow"]
+    assert [stage["continued"] for stage in stages] == [False, False, True]
+    assert [stage["seed"] for stage in stages] == [1, 1, 2]
+    assert stages[0]["losses"]
+    assert stages[1]["steps"] == 15
+    assert stages[2]["steps"] == 2
+    assert load_dit(tmp_path / "transformer").config == SMALL.dit
+    assert load_vae(tmp_path / "vae").config == SMALL.vae
+    text = TinyTextEncoder.load(tmp_path / "text_encoder").encode(["a star"])
+    assert text.embeds.shape == (1, 3, 16)
+
+
+def test_a_pool_belongs_to_its_scenes(tmp_path, monkeypatch):
+    """As many clips of another seed show other scenes; a damaged file shows none."""
+    made = []
+
+    def encode(vae, scenes):
+        made.append(scenes)
+        return Pool(torch.full((len(scenes), 1, 1, 1, 16), float(len(made))).half(), scenes)
+
+    monkeypatch.setattr(recipe_module, "encode_pool", encode)
+    monkeypatch.setattr(recipe_module, "load_vae", lambda *_, **__: None)
+
+    def pool(seed):
+        return recipe_module.make_pool(tmp_path, 1, seed, "cpu")
+
+    first = pool(1)
+    again = pool(1)
+    other = pool(2)
+    assert torch.equal(first.latents, again.latents)
+    assert len(made) == 2
+    assert other.scenes == pool_scenes(1, 2)
+    (tmp_path / "pool.safetensors").write_bytes(b"damaged")
+    assert torch.equal(pool(2).latents, torch.full_like(first.latents, 3.0))
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"stages": [1]}', '{"stages": [{"stage": "vae"}]}', "{}"])
+def test_a_log_of_another_kind_is_refused(tmp_path, text):
+    (tmp_path / "training.json").write_text(text)
+    with pytest.raises(ValueError, match="must (list the stages|hold a JSON object)"):
+        recipe_module.read_log(tmp_path)
 
 
 def test_flow_training_learns():
     torch.manual_seed(0)
     networks = new_networks(SMALL.dit, 0)
-    pool = Pool(torch.randn(2, 1, 1, 1, 16).half().expand(2, 1, 4, 4, 16), pool_scenes(1, 0)[:2])
-    plan = FlowPlan(rate=1e-2, boost=1.0, phases=((120, 16, 1, False),), compile=False)
+    latents = torch.randn(2, 1, 1, 1, 16).half().expand(2, 1, 4, 4, 16)
+    pool = Pool(latents, pool_scenes(1, 0)[:2])
+    recipe = FlowRecipe(
+        rate=1e-2,
+        boost=1.0,
+        phases=((120, 16, 1, False),),
+        compile=False,
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shapes, "HEIGHT", 32)
-        patch.setattr(shapes, "WIDTH", 32)
-        _, losses = train_flow(networks, pool, plan, SMALL, 0)
+        patch.setattr(scenes, "HEIGHT", 32)
+        patch.setattr(scenes, "WIDTH", 32)
+        _, losses = train_flow(networks, pool, recipe, SMALL, 0)
     assert losses[-1]["loss"] < 0.6 * losses[0]["loss"], losses
 
 
@@ -351,30 +403,35 @@ def test_bundle_is_small_and_says_where_it_came_from():
 
 def test_bundle_loads_strictly_and_equals_the_preset():
     preset = PRESETS["tiny"]
-    assert (
-        load_dit(BUNDLE / "transformer").config == preset.dit
-        and load_vae(BUNDLE / "vae").config == preset.vae
-    )
+    assert load_dit(BUNDLE / "transformer").config == preset.dit
+    assert load_vae(BUNDLE / "vae").config == preset.vae
     TinyTextEncoder.load(BUNDLE / "text_encoder")
 
 
 def test_bundle_draws_a_held_out_prompt():
-    report = check_tiny(steps=8, combinations=shapes.held_out()[:1])
+    report = check_tiny(steps=8, combinations=scenes.held_out()[:1])
     assert report["color_and_background"] == 1, report
 
 
 def test_bundled_adapter_stands_for_guidance():
     """One pass with it ends nearer to what guidance makes in two than one pass without it, from the
     same noise."""
-    model, asked = (
-        pipeline.load(BUNDLE, device="cpu", parts=("text", "dit")),
-        dict(num_inference_steps=6, seed=3),
-    )
-    prompt = shapes.prompt(shapes.held_out()[1])
-    guided, plain = (
-        model.generate(prompt, guidance_scale=scale, **asked).latents for scale in (3.0, 1.0)
-    )
+    model = pipeline.load(BUNDLE, device="cpu", parts=("text", "dit"))
+    prompt = scenes.prompt(scenes.held_out()[1])
+
+    def latents(guidance):
+        video = model.generate(
+            prompt,
+            guidance_scale=guidance,
+            num_inference_steps=6,
+            seed=3,
+        )
+        return video.latents
+
+    guided = latents(3.0)
+    plain = latents(1.0)
     model.lora.load(BUNDLE / "nocfg")
-    adapted = model.generate(prompt, guidance_scale=1.0, **asked).latents
-    distances = [(latents - guided).norm().item() for latents in (adapted, plain)]
-    assert distances[0] < 0.8 * distances[1], distances
+    adapted = latents(1.0)
+    distance = (adapted - guided).norm().item()
+    without = (plain - guided).norm().item()
+    assert distance < 0.8 * without, (distance, without)
