@@ -15,6 +15,7 @@ import torch
 import kandinsky_kernels
 
 from ..checkpoints.locate import TINY
+from ..devices.available import cpu_name
 from ..media.video import CONTAINERS, encoder
 
 SWITCH = "KANDINSKY_KERNELS"
@@ -110,7 +111,7 @@ def _devices() -> Iterator[tuple[str, str]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     simd = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
-    yield "cpu", f"{_cpu_name()}, {cores} cores, {threads} threads, torch uses {simd}"
+    yield "cpu", f"{cpu_name()}, {cores} cores, {threads} threads, torch uses {simd}"
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         yield "cuda", "no device is visible" if built else "torch is built without it"
@@ -122,15 +123,6 @@ def _devices() -> Iterator[tuple[str, str]]:
             f"{card.name}, compute capability {card.major}.{card.minor}, "
             f"{card.total_memory / 2**30:.1f} GiB",
         )
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = (line for line in file if line.startswith("model name"))
-            return next(names).partition(":")[2].strip()
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _files() -> Iterator[tuple[str, str]]:

@@ -398,7 +398,7 @@ def resume(args: Namespace) -> None:
         device=args.device,
         parts=PARTS if rest else ("dit", "vae"),
         quantize=settings.quantization or None,
-        preset=args.preset,
+        preset=args.preset or settings.preset or None,
     )
     for path, scale in args.lora or map(scaled_path, settings.lora):
         model.lora.load(path, scale=scale)

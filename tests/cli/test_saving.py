@@ -234,7 +234,10 @@ def test_decode_and_resume_do_not_write_over_their_inputs(run, tmp_path, monkeyp
         (["generate", "caf\udce9"], "the prompt must be UTF-8, but its character 4"),
         (["generate", "x", "--negative", "\udcff"], "the negative prompt must be UTF-8"),
         (["generate", "--prompts=latin.txt"], "line 2 of latin.txt is not"),
-        (["generate", "x", "--lora", "absent.safetensors"], "absent.safetensors with 0; name the file"),
+        (
+            ["generate", "x", "--lora", "absent.safetensors"],
+            "absent.safetensors with 0; name",
+        ),
         (["generate", "x", "--image", "absent.png"], "absent.png"),
         (["generate", "x", "--cache", "mag"], "mag"),
         (["generate", "x", "--seeds", "1,2", "--seed", "3"], "leave one of them out"),
