@@ -64,6 +64,7 @@ format: $(VENV)/.lint
 fuzz: $(VENV)/.built $(VENV)/.test
 	OMP_WAIT_POLICY=passive $(PY) -m tests.fuzz.operators --minutes $(MINUTES)
 	OMP_WAIT_POLICY=passive $(PY) -m tests.fuzz.files --minutes $(MINUTES)
+	OMP_WAIT_POLICY=passive $(PY) -m tests.fuzz.faults_cli
 
 # A copy of the tree with an extension that watches every access and every overflow. Python itself is not built so:
 # the sanitizer is loaded before it, and what Python never frees is no leak of ours.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .pipeline import load as load
     from .sampling.result import Video as Video
 
+__version__ = "0.1.0"
 _HOMES = {
     "Kandinsky5": "pipeline",
     "Kandinsky5VideoLite": "pipeline",

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine offers: versions, devices, what runs for each operator and why, optional
-packages, hub cache."""
+"""The report of `kandinsky doctor`: versions, devices, what runs for each operator and why, and
+where files are read from."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 
 import torch
@@ -15,7 +16,11 @@ import kandinsky_kernels
 
 from ..checkpoints.locate import TINY
 from ..devices.available import cpu_name
-from ..media.video import h264_encoder
+from ..media.video import CONTAINERS, encoder
+
+SWITCH = "KANDINSKY_KERNELS"
+SWITCHES = ("", "reference")  # the values of this variable that mean something
+HUB_SECONDS = 5.0  # how long the hub may take to answer
 
 # Package -> what it is for. Those with "always" come with the installation.
 PACKAGES = {
@@ -33,75 +38,119 @@ PACKAGES = {
 }
 
 
+Facts = Mapping[str, "str | Facts"]  # by name
+
+
 def report() -> Iterator[str]:
-    """The report, line by line."""
-    for title, lines in (
-        ("Versions", _versions()),
-        ("Devices", _devices()),
-        ("Operators", _operators()),
-        ("Files", _files()),
-    ):
-        yield title
-        yield from (f"  {line}" for line in lines)
+    """The facts, line by line."""
+    for title, section in facts().items():
+        yield title.capitalize()
+        rows = list(_rows(section))
+        widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
+        for *names, fact in rows:
+            padded = [f"{name:{width}}" for name, width in zip(names, widths, strict=True)]
+            yield "  " + "  ".join([*padded, fact])
 
 
-def _versions() -> Iterator[str]:
-    yield f"{'python':16} {platform.python_version()} on {platform.platform()}"
-    yield f"{'kandinsky':16} {kandinsky_kernels.__version__}"
+def _rows(section: Facts) -> Iterator[tuple[str, ...]]:
+    """The names that lead to each fact, and the fact."""
+    for name, value in section.items():
+        if isinstance(value, str):
+            yield name, value
+        else:
+            yield from ((name, *row) for row in _rows(value))
+
+
+def facts() -> dict[str, Facts]:
+    """What this machine offers, by section and name."""
+    return {
+        "versions": dict(_versions()),
+        "devices": dict(_devices()),
+        "operators": kandinsky_kernels.kernels(),
+        "files": dict(_files()),
+    }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    yield "kandinsky", kandinsky_kernels.__version__
     for name, purpose in PACKAGES.items():
         try:
-            yield f"{name:16} {metadata.version(name)}"
+            yield name, _torch_version() if name == "torch" else metadata.version(name)
         except metadata.PackageNotFoundError:
-            yield f"{name:16} absent; needed for {purpose}"
+            yield name, f"absent; needed for {purpose}"
+    yield "compiled kernels", _compiled()
+    value = os.environ.get(SWITCH, "")
+    if value not in SWITCHES:
+        yield SWITCH, f"{value!r} means nothing; set it to reference, or remove it"
+    elif value:
+        yield SWITCH, value
 
 
-def _devices() -> Iterator[str]:
+def _torch_version() -> str:
+    """The version with its local part, such as +cu130, which package managers leave out."""
+    if torch.version.cuda:
+        return f"{torch.__version__}, built for CUDA {torch.version.cuda}"
+    if torch.version.hip:
+        return f"{torch.__version__}, built for ROCm {torch.version.hip}"
+    return f"{torch.__version__}, built without CUDA"
+
+
+def _compiled() -> str:
+    """What the extension was built with."""
+    try:
+        extension = importlib.import_module("kandinsky_kernels._C")
+    except ImportError as error:
+        return f"absent ({error})"
+    info = extension.build_info()
+    cuda = "with" if info["cuda"] else "without"
+    return f"{cuda} CUDA C++ kernels, by {info['compiler']} against torch {info['torch']}"
+
+
+def _devices() -> Iterator[tuple[str, str]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield (
-        f"cpu: {cpu_name()}, {cores} cores, {torch.get_num_threads()} threads, torch uses "
-        f"{torch.backends.cpu.get_cpu_capability()}"
-    )
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            card = torch.cuda.get_device_properties(index)
-            yield (
-                f"cuda:{index}: {card.name}, compute capability {card.major}.{card.minor}, "
-                f"{card.total_memory / 2**30:.1f} GiB"
-            )
-    else:
-        yield "cuda: " + (
-            "no device is visible"
-            if torch.version.cuda
-            else f"torch {torch.__version__} is built without it"
+    simd = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    yield "cpu", f"{cpu_name()}, {cores} cores, {threads} threads, torch uses {simd}"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        yield "cuda", "no device is visible" if built else "torch is built without it"
+        return
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        yield (
+            f"cuda:{index}",
+            f"{card.name}, compute capability {card.major}.{card.minor}, "
+            f"{card.total_memory / 2**30:.1f} GiB",
         )
 
 
-def _operators() -> Iterator[str]:
-    table = kandinsky_kernels.kernels()
-    width = max(map(len, table))
-    for op, row in table.items():
-        for device, what in row.items():
-            yield f"{op:{width}}  {device:4}  {what}"
-
-
-def _files() -> Iterator[str]:
-    try:
-        yield f"mp4: encoder {h264_encoder()}"
-    except RuntimeError as error:
-        yield f"mp4: {error}"
+def _files() -> Iterator[tuple[str, str]]:
+    for suffix in CONTAINERS:
+        try:
+            yield suffix[1:], f"encoder {encoder(suffix)}"
+        except RuntimeError as error:
+            yield suffix[1:], str(error)
     weights = list(TINY.glob("**/*.safetensors"))
-    size = sum(file.stat().st_size for file in weights)
-    yield (
-        f"bundled model: {len(weights)} files, {size / 2**20:.1f} MiB in {TINY}"
-        if weights
-        else f"bundled model: absent from {TINY}"
-    )
+    size = sum(file.stat().st_size for file in weights) / 2**20
+    is_there = f"{len(weights)} files, {size:.1f} MiB in {TINY}"
+    yield "bundled model", is_there if weights else f"absent from {TINY}"
     try:
         from huggingface_hub import constants
     except ImportError:
-        yield "hub: huggingface_hub is absent, so models come from local paths only"
+        yield "hub", "huggingface_hub is absent, so models come from local paths only"
         return
-    yield (
-        f"hub: cache {constants.HF_HUB_CACHE}, "
-        f"{'offline (HF_HUB_OFFLINE)' if constants.HF_HUB_OFFLINE else 'online'}"
-    )
+    yield "hub", f"cache {constants.HF_HUB_CACHE}, {_hub_state()}"
+
+
+def _hub_state() -> str:
+    """Whether the hub answers. Any answer will do: a repository may still be closed to the user."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "offline (HF_HUB_OFFLINE)"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # of whichever library the hub's client uses
+        return f"no answer from {constants.ENDPOINT} ({type(error).__name__})"
+    return f"online ({constants.ENDPOINT} answers)"

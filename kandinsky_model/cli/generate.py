@@ -1,17 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each command of the command line does with its parsed arguments; `__main__` has the
-grammar."""
+"""Commands that make videos and pictures: generate, resume, decode and inspect."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ..config import PRESETS
+from .interrupts import INTERRUPTS
 from .progress import Progress
+from .saving import check_not_inputs, save_somewhere
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoints.locate import Sources
+    from ..config import Preset
+    from ..pipeline import Kandinsky5
+    from ..sampling.result import Video
+    from ..sampling.settings import Settings
 
 # The loggers that say what an option does: how many steps a cache saved, what an expanded prompt
 # says, what lies where within a memory budget.
@@ -20,50 +34,82 @@ SPOKEN_FOR = {
     "expand": "kandinsky_model.text.qwen_clip",
     "memory": "kandinsky_model.pipeline",
 }
+_log = logging.getLogger(__name__)
 
 
-def generate(args) -> None:
+@dataclass(frozen=True)
+class Job:
+    """One video to make. arguments: of `Kandinsky5.generate`, as JSON values. strip: where some of
+    its frames go side by side."""
+
+    output: Path
+    strip: Path | None
+    arguments: Mapping[str, Any]
+
+    def stored(self) -> dict[str, Any]:
+        """What a run file keeps of a job that is still to be done."""
+        strip = self.strip and self.strip.name
+        return {"output": self.output.name, "strip": strip, "arguments": dict(self.arguments)}
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any], beside: Path) -> Job:
+        """The job that was stored, with its files beside another. Of their paths only the names
+        count, so that a run file that somebody else wrote cannot choose a folder."""
+        output = beside.with_name(Path(stored["output"]).name)
+        strip = stored["strip"] and beside.with_name(Path(stored["strip"]).name)
+        return cls(output, strip or None, stored["arguments"])
+
+
+# generate
+
+
+def generate(args: Namespace) -> None:
     from ..devices import parallel
 
-    settings, prompts = _settings(args), _prompts(args)
+    wanted = _wanted(args, _prompts(args))
     with parallel.processes(args.device) as (rank, world, device):
-        # all processes share the run of one prompt, or each has prompts of its own
-        together = world > 1 and not args.prompts
-        model, outputs = _generator(
-            args, len(prompts), device, ("dit",) if together and rank else None
-        )
+        # All processes share the run of one video, or each makes videos of its own.
+        together = world > 1 and len(wanted) == 1 and not args.prompts
+        writes = rank == 0 or not together
+        model, jobs = _prepared(args, wanted, device, is_helper=not writes)
         model.together = together
-        shared = settings | {
-            "image": args.image and str(Path(args.image).absolute()),
-            "last_image": args.last_image and str(Path(args.last_image).absolute()),
-            "expand_prompt": args.expand,
-        }
-        jobs = [
-            {
-                "output": output.name,
-                "strip": strip and strip.name,
-                "arguments": shared
-                | {"prompt": prompt, "seed": None if args.seed is None else args.seed + i},
-            }
-            for i, (prompt, (output, strip)) in enumerate(zip(prompts, outputs, strict=True))
-        ]
-        own = range(0 if together else rank, len(prompts), 1 if together else world)
-        for i in own:
-            output, strip = outputs[i]
-            writes = rank == 0 or not together
-            rest = [jobs[j] for j in own if j > i]
-            with Progress(writes) as progress, _kept(output if writes else None, rest):
-                result = model.generate(
-                    **jobs[i]["arguments"], callback=progress, memory_budget=args.memory_budget
-                )
-                if writes:
-                    _keep(result, output, strip, progress)
+        own = jobs if together else jobs[rank::world]
+        for i, job in enumerate(own):
+            _generate(model, job, own[i + 1 :], args.memory_budget, writes)
 
 
-def _settings(args) -> dict:
+def _generate(
+    model: Kandinsky5, job: Job, rest: Sequence[Job], memory_budget: int | None, writes: bool = True
+) -> None:
+    """Make one video. rest: the jobs to come. writes: whether this process is the one that writes
+    it and shows progress."""
+    with Progress(writes) as progress:
+        with INTERRUPTS.guarded(), _interrupted_run_is_kept(job.output if writes else None, rest):
+            callback = _holding_at_the_end(progress)
+            result = model.generate(**job.arguments, callback=callback, memory_budget=memory_budget)
+            assert not isinstance(result, list), "one prompt gives one video"
+            latents = _save_latents(result, job.output) if writes else None
+        if latents is not None:
+            _finish(result, job, latents, progress)
+
+
+def _holding_at_the_end(progress: Progress):
+    """`progress`, which lets interruptions wait once the last step is done: latents come next."""
+
+    def callback(stage, step, steps, latents) -> None:
+        if stage == "sampling" and step == steps:
+            INTERRUPTS.hold()
+        progress(stage, step, steps, latents)
+
+    return callback
+
+
+def _settings(args: Namespace) -> dict[str, Any]:
+    """The settings of `Kandinsky5.generate`; None where the command line says nothing."""
     width, height = args.size or (None, None)
-    # 24 frames per second, four to a latent frame.
-    frames = args.frames if args.seconds is None else 4 * round(6 * args.seconds) + 1
+    frames = args.frames
+    if args.seconds is not None:
+        frames = 4 * round(6 * args.seconds) + 1  # 24 frames per second, four to a latent frame
     return dict(
         negative_prompt=args.negative,
         seed=args.seed,
@@ -80,35 +126,107 @@ def _settings(args) -> dict:
     )
 
 
-def _prompts(args) -> list[str]:
-    """The prompt, or those of the file, with settings that fit."""
-    from ..sampling.settings import check_settings
-
+def _prompts(args: Namespace) -> list[str]:
+    """The prompt, or those of the file."""
     if (args.prompt is None) == (args.prompts is None):
         what = "neither" if args.prompt is None else "both"
         raise ValueError(
             f"generate takes a prompt or a file of prompts, got {what}; give one of them"
         )
-    lines = (
-        [args.prompt]
-        if args.prompts is None
-        else Path(args.prompts).read_text(encoding="utf-8").splitlines()
-    )
-    prompts = lines if args.prompts is None else [line.strip() for line in lines if line.strip()]
+    prompts = [args.prompt] if args.prompts is None else _lines(args.prompts)
     if not prompts:
         raise ValueError(
             f"a file of prompts has one on each line, got none in {args.prompts}; write some"
         )
     for prompt in prompts:
-        check_settings(prompt, **_settings(args))
+        _check_text("prompt", prompt)
+    _check_text("negative prompt", args.negative)
     return prompts
 
 
-def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | None):
-    """The model, and where its results go: one (output, strip) for each prompt."""
+def _lines(path: str) -> list[str]:
+    """The lines of a file in UTF-8 that say something; of stdin for "-"."""
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    lines = []
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"a file of prompts must be UTF-8, but line {number} of {path} is not "
+                f"({error.reason}); convert it, for example with iconv"
+            ) from None
+    return [line for line in lines if line]
+
+
+def _check_text(name: str, text: str | None) -> None:
+    """Raise ValueError for bytes of the command line that were no UTF-8."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the {name} must be UTF-8, but its character {error.start + 1} is not; set the "
+            "terminal to UTF-8"
+        ) from None
+
+
+def _wanted(args: Namespace, prompts: Sequence[str]) -> list[tuple[str, int | None]]:
+    """Prompt and seed of every video, with settings that fit: each prompt with each of the seeds,
+    or with --seed plus its own number."""
+    from ..sampling.settings import check_settings
+
+    if args.seeds is None:
+        first = args.seed
+        wanted = [(one, None if first is None else first + i) for i, one in enumerate(prompts)]
+    else:
+        wanted = [(prompt, seed) for prompt in prompts for seed in _seeds(args)]
+    for prompt, seed in wanted:
+        check_settings(prompt, **_settings(args) | {"seed": seed})
+    return wanted
+
+
+def _seeds(args: Namespace) -> Sequence[int]:
+    if isinstance(args.seeds, int):
+        first = args.seed or 0
+        return range(first, first + args.seeds)
+    if args.seed is not None:
+        raise ValueError(
+            "a list of seeds needs no other seed, got --seeds and --seed; leave one of them out"
+        )
+    return args.seeds
+
+
+def _prepared(
+    args: Namespace,
+    wanted: Sequence[tuple[str, int | None]],
+    device_name: str | None,
+    is_helper: bool,
+) -> tuple[Kandinsky5, list[Job]]:
+    """The model, and what it is to make. All that can be checked without weights is checked first.
+
+    is_helper: whether another process reads prompts, decodes and writes.
+    """
     from ..checkpoints.locate import PARTS, locate
     from ..devices.available import choose_device
 
+    _speak_for(args)
+    jobs = _jobs(args, wanted) if args.output else None
+    _check_files(args)
+    if args.model in PRESETS:
+        _check_preset(args, PRESETS[args.model])  # before anything is downloaded
+    device = choose_device(device_name)
+    parts = ("dit",) if is_helper else PARTS
+    places = {"vae": args.vae} if args.vae else None
+    sources = locate(args.model, args.revision, places=places, parts=parts, preset=args.preset)
+    _check_preset(args, sources.preset)
+    if jobs is None:
+        args.output = "out.png" if sources.preset.vae is None else "out.mp4"
+        jobs = _jobs(args, wanted)
+    return _loaded(args, sources, device), jobs
+
+
+def _speak_for(args: Namespace) -> None:
+    """Let the loggers of the chosen options speak."""
     chosen = {
         "cache": args.cache not in (None, "none"),
         "expand": args.expand,
@@ -117,32 +235,70 @@ def _generator(args, count: int, device: str | None, parts: tuple[str, ...] | No
     for option, name in SPOKEN_FOR.items():
         if chosen[option]:
             logging.getLogger(name).setLevel(logging.INFO)
-    outputs = _outputs(args, count) if args.output else None
-    device, sources = (
-        choose_device(device),
-        locate(
-            args.model,
-            args.revision,
-            places={"vae": args.vae} if args.vae else None,
-            parts=parts or PARTS,
-            preset=args.preset,
-        ),
-    )
-    if outputs is None:
-        args.output = "out.png" if sources.preset.vae is None else "out.mp4"
-        outputs = _outputs(args, count)
-    return _loaded(args, sources, device), outputs
 
 
-def _loaded(args, sources, device):
-    """The model with its LoRAs. What can be known to be wrong is said before anything is read."""
-    from .. import pipeline
+def _jobs(args: Namespace, wanted: Sequence[tuple[str, int | None]]) -> list[Job]:
+    """Where each video goes, if it could be written now. Several have numbers."""
+    from ..media import video
+    from ..sampling.result import latents_path
+
+    is_single = len(wanted) == 1 and args.prompts is None
+
+    def named(name: str, i: int) -> Path:
+        path = Path(name)
+        return path if is_single else path.with_name(f"{path.stem}_{i:03}{path.suffix}")
+
+    jobs = []
+    for i, (prompt, seed) in enumerate(wanted):
+        output = video.check_output(named(args.output, i))
+        latents = video.check_output(latents_path(output), (".safetensors",))
+        strip = video.check_output(named(args.strip, i), (".png",)) if args.strip else None
+        written = [output, latents, *([strip] if strip else [])]
+        check_not_inputs(written, _inputs(args))
+        arguments = _arguments(args) | {"prompt": prompt, "seed": seed}
+        jobs.append(Job(output, strip, arguments))
+    return jobs
+
+
+def _arguments(args: Namespace) -> dict[str, Any]:
+    """What all videos of a command have in common. Paths are absolute, because a run file may be
+    gone on with from another folder."""
+    return _settings(args) | {
+        "image": args.image and str(Path(args.image).absolute()),
+        "last_image": args.last_image and str(Path(args.last_image).absolute()),
+        "expand_prompt": args.expand,
+    }
+
+
+def _inputs(args: Namespace) -> list[str | None]:
+    """The files that `generate` reads."""
+    adapters = [path for path, _ in args.lora]
+    files = [args.image, args.last_image, args.prompts, args.config, args.model, args.vae]
+    return [*files, *adapters]
+
+
+def _check_files(args: Namespace) -> None:
+    """Raise for pictures that cannot be read and adapters that are not there."""
     from ..checkpoints.lora import find_adapter
-    from ..sampling.step_cache import make_cache
+    from ..media.picture import read_image
 
-    make_cache(args.cache or "none", sources.preset.name)
+    for path in (args.image, args.last_image):
+        if path is not None:
+            read_image(path)
     for path, _ in args.lora:
         find_adapter(path)
+
+
+def _check_preset(args: Namespace, preset: Preset) -> None:
+    """Raise ValueError for a cache that the preset lacks."""
+    from ..sampling.step_cache import make_cache
+
+    make_cache(args.cache or "none", preset.name)
+
+
+def _loaded(args: Namespace, sources: Sources, device: torch.device) -> Kandinsky5:
+    from .. import pipeline
+
     model = pipeline.Kandinsky5.from_sources(
         sources, device, text_cache=args.text_cache, quantize=args.quantize
     )
@@ -153,25 +309,153 @@ def _loaded(args, sources, device):
     return model
 
 
-def inspect(args) -> None:
+# What is kept and written
+
+
+@contextmanager
+def _interrupted_run_is_kept(output: Path | None, rest: Sequence[Job] = ()) -> Iterator[None]:
+    """Save the run that was interrupted inside, and say how to go on. output: what it was to
+    become; None where another process saves it. rest: the jobs that were to come."""
+    from ..sampling.run import Interrupted
+
+    try:
+        yield
+    except Interrupted as stop:
+        if output is None:
+            raise
+        wanted = output.with_name(f"{output.stem}.run.safetensors")
+        run = replace(stop.run, rest=tuple(job.stored() for job in rest))
+        path = save_somewhere(run.save, wanted, "the run")
+        raise KeyboardInterrupt(f"{stop}; go on with: kandinsky resume {path}") from None
+
+
+def _save_latents(result: Video, output: Path) -> Path:
+    from ..sampling.result import latents_path
+
+    return save_somewhere(result.save_latents, latents_path(output), "the latents")
+
+
+def _finish(result: Video, job: Job, latents: Path, progress: Progress) -> None:
+    """Decode, write and report. The latents are saved already, so nothing that fails or stops here
+    costs the sampling."""
+    from ..media import video
+
+    try:
+        written = _decoded(result, job.output, progress)
+        if job.strip:
+            comment = result.settings.to_json()
+            written += video.save(video.strip(result.frames), job.strip, comment=comment)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"; go on with: kandinsky decode {latents}") from None
+    except Exception:
+        _log.warning("the latents are in %s; go on with: kandinsky decode %s", latents, latents)
+        raise
+    _report(written, result.settings, latents, progress)
+
+
+def _decoded(result: Video, output: Path, progress: Progress) -> list[Path]:
+    progress("decoding")
+    return result.save(output, latents=False, notify=progress.tell)
+
+
+def _report(
+    written: Sequence[Path], settings: Settings, latents: Path | str, progress: Progress
+) -> None:
+    for path in written:
+        progress.print(path)
+    frames = "1 frame" if settings.num_frames == 1 else f"{settings.num_frames} frames"
+    progress.print(
+        f"seed {settings.seed}, {frames} of {settings.width}x{settings.height}, "
+        f"{settings.vae_policy} decoding, latents in {latents}"
+    )
+
+
+# resume, decode, inspect
+
+
+def resume(args: Namespace) -> None:
+    """An interruption replaces the run file by one that is further on, unless the output has
+    another name."""
+    from ..config import PARTS
+    from ..media import video
+    from ..sampling.result import latents_path
+    from ..sampling.run import Run
+
+    run = Run.load(args.run_file)
+    settings = run.settings[0]
+    stem = re.sub(r"(\.run)?\.safetensors$", "", args.run_file)
+    suffix = ".mp4" if settings.num_frames > 1 else ".png"
+    output = video.check_output(args.output or f"{stem}{suffix}")
+    rest = [Job.of(stored, output) for stored in run.rest]
+    inputs = [args.run_file, args.model, settings.image, settings.last_image]
+    inputs += [path for path, _ in args.lora]
+    for path in (output, *(job.output for job in rest)):
+        check_not_inputs([video.check_output(path), latents_path(path)], inputs)
+    check_not_inputs([job.strip for job in rest if job.strip], inputs)
+    model = _named(
+        args.model,
+        settings,
+        device=args.device,
+        parts=PARTS if rest else ("dit", "vae"),
+        quantize=settings.quantization or None,
+        preset=args.preset or settings.preset or None,
+    )
+    for path, scale in args.lora or map(scaled_path, settings.lora):
+        model.lora.load(path, scale=scale)
+    if args.memory_budget:
+        logging.getLogger(SPOKEN_FOR["memory"]).setLevel(logging.INFO)
+    with Progress() as progress:
+        with INTERRUPTS.guarded(), _interrupted_run_is_kept(output, rest):
+            callback = _holding_at_the_end(progress)
+            (result,) = model.resume(run, callback, args.memory_budget)
+            latents = _save_latents(result, output)
+        _finish(result, Job(output, None, {}), latents, progress)
+    for i, job in enumerate(rest):
+        _generate(model, job, rest[i + 1 :], args.memory_budget)
+
+
+def _named(model: str | None, settings: Settings, **options: Any) -> Kandinsky5:
+    """The model that the user names, or the one that the file names, for which nothing is
+    downloaded."""
+    from .. import pipeline
+
+    if model:
+        return pipeline.load(model, **options)
+    return pipeline.load_again(settings, **options)
+
+
+def decode(args: Namespace) -> None:
+    from ..media import video
+    from ..sampling.result import load_latents
+
+    _, settings = load_latents(args.latents)
+    default = re.sub(r"(\.latents)?\.safetensors$", ".mp4", args.latents)
+    output = video.check_output(args.output or default)
+    check_not_inputs([output], [args.latents, args.model, args.vae])
+    places = {"vae": args.vae} if args.vae else {}
+    model = _named(args.model, settings, device=args.device, parts=("vae",), **places)
+    changes = {"vae_policy": args.vae_policy} if args.vae_policy else {}
+    with Progress() as progress:
+        result = model.open(args.latents, args.memory_budget, **changes)
+        written = _decoded(result, output, progress)
+        _report(written, result.settings, args.latents, progress)
+
+
+def inspect(args: Namespace) -> None:
     from ..checkpoints.locate import locate
     from ..devices.available import choose_device
     from ..inspection import inspect
     from ..sampling.settings import check_settings
 
     settings = _settings(args)
+    _check_text("prompt", args.prompt)
+    _check_text("negative prompt", args.negative)
     check_settings(args.prompt, **settings)
+    _check_files(args)
     device = choose_device(args.device)
-    model = _loaded(
-        args,
-        locate(
-            args.model,
-            args.revision,
-            parts=("text", "dit", "vae") if args.image else ("text", "dit"),
-            preset=args.preset,
-        ),
-        device,
-    )
+    parts = ("text", "dit", "vae") if args.image else ("text", "dit")
+    sources = locate(args.model, args.revision, parts=parts, preset=args.preset)
+    model = _loaded(args, sources, device)
     del settings["attention"]
     with Progress() as progress:
         watch = inspect(
@@ -187,141 +471,11 @@ def inspect(args) -> None:
             expand_prompt=args.expand,
             **settings,
         )
-    for layer, (density, mass) in enumerate(
-        zip(watch.density.mean((1, 2, 3)), watch.mass.mean((1, 2, 3)), strict=True)
-    ):
+    densities = watch.density.mean((1, 2, 3))
+    masses = watch.mass.mean((1, 2, 3))
+    for layer, (density, mass) in enumerate(zip(densities, masses, strict=True)):
         print(f"layer {layer:2}: {density:6.1%} of the blocks hold {mass:6.1%} of the probability")
     print(f"all layers: {watch.density.mean():.1%} of the blocks; pictures in {args.output}")
-
-
-def resume(args) -> None:
-    from ..config import PARTS
-    from ..media import video
-    from ..sampling.run import Run
-
-    run = Run.load(args.run_file)
-    settings = run.settings[0]
-    stem = re.sub(r"(\.run)?\.safetensors$", "", args.run_file)
-    output = video.check_output(
-        args.output or f"{stem}{'.mp4' if settings.num_frames > 1 else '.png'}"
-    )
-    model = _named(
-        args.model,
-        settings,
-        device=args.device,
-        parts=PARTS if run.rest else ("dit", "vae"),
-        quantize=settings.quantization or None,
-        preset=args.preset or settings.preset or None,
-    )
-    for path, scale in args.lora or map(scaled_path, settings.lora):
-        model.lora.load(path, scale=scale)
-    if args.memory_budget:
-        logging.getLogger(SPOKEN_FOR["memory"]).setLevel(logging.INFO)
-    with Progress() as progress, _kept(output, run.rest):
-        (result,) = model.resume(run, progress, args.memory_budget)
-        _keep(result, output, None, progress)
-    for i, job in enumerate(run.rest):
-        # Names alone: a file that somebody else wrote cannot choose a folder.
-        output = video.check_output(output.with_name(Path(job["output"]).name))
-        strip = job["strip"] and output.with_name(Path(job["strip"]).name)
-        with Progress() as progress, _kept(output, run.rest[i + 1 :]):
-            result = model.generate(
-                **job["arguments"], callback=progress, memory_budget=args.memory_budget
-            )
-            _keep(result, output, strip, progress)
-
-
-def _named(model: str | None, settings, **options):
-    """The model that the user names, or the one that the file names, for which nothing is
-    downloaded."""
-    from .. import pipeline
-
-    if model:
-        return pipeline.load(model, **options)
-    return pipeline.load_again(settings, **options)
-
-
-def _outputs(args, count: int) -> list[tuple[Path, Path | None]]:
-    """Where videos and strips go, if they could be written now; several are numbered."""
-    from ..media import video
-    from ..sampling import result as clip
-
-    def named(name: str, i: int) -> Path:
-        path = Path(name)
-        return path if args.prompts is None else path.with_name(f"{path.stem}_{i:03}{path.suffix}")
-
-    outputs = []
-    for i in range(count):
-        output = video.check_output(named(args.output, i))
-        video.check_output(clip.latents_path(output), (".safetensors",))
-        outputs.append(
-            (output, video.check_output(named(args.strip, i), (".png",)) if args.strip else None)
-        )
-    return outputs
-
-
-@contextmanager
-def _kept(output: Path | None, rest: Sequence[Mapping] = ()):
-    """An interruption of what is sampled inside leaves a file, and says how to go on; without an
-    output another process does that. rest: the jobs of a file of prompts that were to come."""
-    from ..sampling.run import Interrupted
-
-    try:
-        yield
-    except Interrupted as stop:
-        if output is None:
-            raise
-        run = replace(stop.run, rest=tuple(rest))
-        path = run.save(output.with_name(f"{output.stem}.run.safetensors"))
-        raise KeyboardInterrupt(f"{stop}; go on with: kandinsky resume {path}") from None
-
-
-def _keep(result, output: Path, strip: Path | None, progress: Progress) -> None:
-    from ..media import video
-    from ..sampling import result as clip
-
-    # first: from here on nothing that fails can cost the sampling
-    latents = result.save_latents(clip.latents_path(output))
-    written = _finish(result, output, progress)
-    if strip:
-        written += video.save(video.strip(result.frames), strip, comment=result.settings.to_json())
-    _tell(written, result.settings, latents)
-
-
-def decode(args) -> None:
-    from ..media import video
-    from ..sampling import result as clip
-
-    _, settings = clip.load_latents(args.latents)
-    output = video.check_output(
-        args.output or re.sub(r"(\.latents)?\.safetensors$", ".mp4", args.latents)
-    )
-    places = {"vae": args.vae} if args.vae else {}
-    model = _named(args.model, settings, device=args.device, parts=("vae",), **places)
-    with Progress() as progress:
-        result = model.open(
-            args.latents,
-            args.memory_budget,
-            **({"vae_policy": args.vae_policy} if args.vae_policy else {}),
-        )
-        written = _finish(result, output, progress)
-    _tell(written, result.settings, args.latents)
-
-
-def _finish(result, output: Path, progress: Progress) -> list[Path]:
-    progress("decoding")
-    return result.save(output, latents=False, notify=progress.tell)
-
-
-def _tell(written, settings, latents) -> None:
-    for path in written:
-        print(path)
-    frames = "1 frame" if settings.num_frames == 1 else f"{settings.num_frames} frames"
-    print(
-        f"seed {settings.seed}, {frames} of {settings.width}x{settings.height}, "
-        f"{settings.vae_policy} decoding, "
-        f"latents in {latents}"
-    )
 
 
 def scaled_path(text: str) -> tuple[str, float]:

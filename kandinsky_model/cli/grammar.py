@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The grammar of the command line."""
+"""The grammar of the command line: every command, its arguments and their help."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from .. import __version__
 from ..config import CACHES, QUANTIZATIONS
 from ..training.config import DISTILLATIONS, OPTIMIZERS, SCHEDULES, TrainConfig
-from . import generate, models, training
+from . import config, generate, models, training
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one sentence."""
+    """An ArgumentParser whose errors are one sentence."""
 
-    def error(self, message):
+    def error(self, message: str):
         self.exit(2, f"kandinsky: {message}; see {self.prog} --help\n")
 
 
 def _size(text: str) -> tuple[int, int]:
+    """(width, height) of "768x512"."""
     match = re.fullmatch(r"(\d+)[xX](\d+)", text)
     if not match:
         raise argparse.ArgumentTypeError(
@@ -28,6 +33,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _bytes(text: str) -> int:
+    """The bytes of "12GB"."""
     from ..devices.available import parse_bytes
 
     try:
@@ -36,19 +42,38 @@ def _bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _seeds(text: str) -> int | list[int]:
+    """[1, 2, 3] of "1,2,3"; 4 of "4", which is a number of seeds."""
+    try:
+        seeds = [int(one) for one in text.split(",") if one.strip()]
+    except ValueError:
+        seeds = []
+    if not seeds or (len(seeds) == 1 and seeds[0] < 1):
+        raise argparse.ArgumentTypeError(
+            f"seeds are a list such as 1,2,3 or a number of them from 1 on, got {text!r}"
+        )
+    return seeds if "," in text else seeds[0]
+
+
 def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompt", nargs="?")
     command.add_argument(
         "--prompts",
         metavar="FILE",
-        help="one prompt on each line instead; under torchrun they are spread over processes",
+        help="one prompt on each line instead, - for stdin; under torchrun they are spread over "
+        "processes",
+    )
+    command.add_argument(
+        "--seeds",
+        type=_seeds,
+        metavar="LIST|N",
+        help="make a video with each of these seeds (1,2,3), or with N seeds from --seed on",
     )
     command.add_argument(
         "-o",
         "--output",
-        help=".mp4, .gif or .png (default: out.mp4, pictures "
-        "out.png); several frames as png: "
-        "<name>_000.png, ...",
+        help=".mp4, .webm, .gif, .png or .jpg (default: out.mp4, pictures out.png); several "
+        "frames as pictures: <name>_000.png, ...",
     )
     command.add_argument(
         "--attention", choices=("nabla", "dense"), help="default: what the model was trained with"
@@ -57,6 +82,12 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
         "--cache", choices=CACHES, help="reuse what the blocks did at earlier steps (default: none)"
     )
     command.add_argument("--strip", metavar="FILE.png", help="also write some frames side by side")
+    command.add_argument(
+        "--config",
+        metavar="FILE",
+        help="take options from a .yaml or .json file, or the settings of a file that generate "
+        "has made; other options go before them",
+    )
     _sampling_arguments(command)
     _decoding_arguments(command)
 
@@ -111,7 +142,7 @@ def _sampling_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--precision",
         choices=("fp32", "reference"),
-        help="of the latents; reference rounds as the official code does",
+        help="precision of the latents; reference rounds as the official code does",
     )
     command.add_argument(
         "--image",
@@ -187,9 +218,8 @@ def _decoding_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--vae-policy",
         choices=("global", "official", "preview"),
-        help="decode in one piece, in the published pipeline's tiles, or to "
-        "colours only (default: one piece while the "
-        "clip is small)",
+        help="decode in one piece, in the published pipeline's tiles, or to colours only (default: "
+        "one piece while the clip is small)",
     )
 
 
@@ -203,14 +233,12 @@ def _device_arguments(command: argparse.ArgumentParser) -> None:
         type=_bytes,
         metavar="SIZE",
         dest="memory_budget",
-        help="what the run may use of the device, such as 12GB: weights are "
-        "streamed and work is done in parts to keep "
-        "within it, as the plan printed first says (default: what is free)",
+        help="memory of the device that the run may use, such as 12GB: weights are streamed and "
+        "work is done in parts to keep within it, as is printed first (default: what is free)",
     )
 
 
 def _quantize_arguments(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(chatty=True)
     command.add_argument("model", help="a preset, a local path or a hub repository")
     command.add_argument(
         "folder", help="a new or empty folder, to stand as transformer/ in a model's folder"
@@ -230,20 +258,46 @@ def _verify_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _doctor_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _comfyui_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("path", help="the folder that holds ComfyUI's main.py")
+
+
 def _download_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("preset", help="a preset (kandinsky presets) or a hub repository")
     command.add_argument("--revision", help="commit, branch or tag of the hub repository")
 
 
+# Options of `train` that are numbers: name, type, help. Their defaults are those of TrainConfig.
+TRAINING_NUMBERS = (
+    ("steps", int, "steps of the optimizer"),
+    ("batch", int, "samples of one pass"),
+    (
+        "passes",
+        int,
+        "passes of one step, whose gradients are added up; torchrun's processes share them",
+    ),
+    ("rate", float, "learning rate"),
+    ("warmup", int, "steps until the full learning rate"),
+    ("ema", float, "decay of the weights' average, which is what is kept; 0: none"),
+    ("drop", float, "how often a caption is left out"),
+    ("seed", int, "seed of all random numbers"),
+    ("save-every", int, "steps between saved states"),
+    ("sample-every", int, "steps between samples; 0: no samples"),
+)
+
+
 def _train_arguments(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(chatty=True)
     command.add_argument(
         "data",
         help="a folder of clips or pictures, each with a caption in a .txt or .caption of its "
         "name, or in captions.jsonl, metadata.jsonl or metadata.csv; folders in it are read too",
     )
     command.add_argument(
-        "-o", "--output", required=True, metavar="FOLDER", help="where all that comes of it goes"
+        "-o", "--output", required=True, metavar="FOLDER", help="where states and results go"
     )
     command.add_argument(
         "--model", default="tiny", help="a preset, a local path or a hub repository (default: tiny)"
@@ -285,33 +339,20 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
         type=int,
         action="append",
         metavar="N",
-        help="cut each clip to the longest of these that it has, "
-        "4k + 1; may be repeated (default: the preset's)",
+        help="cut each clip to the longest of these lengths that it has, 4k + 1; may be repeated "
+        "(default: the preset's)",
     )
-    for name, kind, text in (
-        ("steps", int, "of the optimizer"),
-        ("batch", int, "samples of a pass"),
-        ("passes", int, "of a step, whose gradients are added up; torchrun's processes share them"),
-        ("rate", float, "of learning"),
-        ("warmup", int, "steps until the full rate"),
-        ("ema", float, "decay of the weights' average, which is what is kept; 0: none"),
-        ("drop", float, "how often a caption is left out"),
-        ("seed", int, "of all random numbers"),
-        ("save-every", int, "steps"),
-        ("sample-every", int, "steps; 0: no samples"),
-    ):
-        command.add_argument(
-            f"--{name}",
-            type=kind,
-            help=f"{text} (default: {getattr(TrainConfig, name.replace('-', '_'))})",
-        )
+    for name, kind, text in TRAINING_NUMBERS:
+        default = getattr(TrainConfig, name.replace("-", "_"))
+        command.add_argument(f"--{name}", type=kind, help=f"{text} (default: {default})")
     command.add_argument(
         "--attention", choices=("nabla", "dense"), help="default: what the model was trained with"
     )
     command.add_argument(
         "--schedule",
         choices=SCHEDULES,
-        help="of the rate after the warm-up; all but constant fall to zero (default: constant)",
+        help="course of the rate after the warm-up; all but constant fall to zero (default: "
+        "constant)",
     )
     command.add_argument(
         "--optimizer",
@@ -323,21 +364,23 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
         nargs="?",
         const="dense",
         choices=DISTILLATIONS,
-        help="fit what the same weights do with dense "
-        "attention (the default of this option), or with guidance, in one pass",
+        help="fit what the same weights do with dense attention (the default of this option), or "
+        "with guidance, in one pass",
     )
     command.add_argument(
         "--dtype",
         choices=("bf16", "fp32"),
-        help="of activations and of weights that are not trained (default: bf16 on CUDA)",
+        help="dtype of activations and of weights that are not trained (default: bf16 on CUDA)",
     )
     command.add_argument(
-        "--bad-data", choices=("stop", "skip"), help="at a file that cannot be used (default: stop)"
+        "--bad-data",
+        choices=("stop", "skip"),
+        help="what to do at a file that cannot be used (default: stop)",
     )
     command.add_argument(
         "--cache",
         metavar="FOLDER",
-        help="of latents and embeddings (default: training/cache in the output)",
+        help="where latents and embeddings are kept (default: training/cache in the output)",
     )
     _device_arguments(command)
 
@@ -349,7 +392,6 @@ def _draw_clips_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _train_tiny_arguments(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(chatty=True)
     command.add_argument(
         "-o",
         "--output",
@@ -365,7 +407,6 @@ def _train_tiny_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _check_tiny_arguments(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(chatty=True)
     command.add_argument(
         "folder", nargs="?", help="a folder of train-tiny (default: the bundled model)"
     )
@@ -385,65 +426,124 @@ def _check_tiny_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", metavar="FILE", help="also write every verdict")
 
 
+@dataclass(frozen=True)
+class Command:
+    """One command. run: does what it is for; its name, with dashes, is that of the command.
+    arguments: adds its own arguments to a parser. chatty: whether its log is part of its output,
+    as it is for work of minutes and hours."""
+
+    run: Callable[[argparse.Namespace], None]
+    text: str
+    arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    chatty: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__.replace("_", "-")
+
+
+COMMANDS = (
+    Command(generate.generate, "make a video or a picture from a prompt", _generate_arguments),
+    Command(generate.resume, "go on with an interrupted run", _resume_arguments),
+    Command(generate.decode, "decode saved latents again", _decode_arguments),
+    Command(models.presets, "list the released checkpoints"),
+    Command(
+        models.download,
+        "fetch what a preset needs into the hub library's cache; afterwards no network is needed",
+        _download_arguments,
+    ),
+    Command(
+        models.quantize,
+        "write a transformer with its large weights in 8 bits, and what that does to them",
+        _quantize_arguments,
+        chatty=True,
+    ),
+    Command(
+        models.verify,
+        "say what a file or folder of weights is, and whether it is whole",
+        _verify_arguments,
+    ),
+    Command(
+        models.comfyui,
+        "put the nodes and example workflows into a ComfyUI",
+        _comfyui_arguments,
+    ),
+    Command(
+        models.doctor,
+        "show what this machine offers, and what runs for each operator",
+        _doctor_arguments,
+    ),
+    Command(
+        generate.inspect,
+        "draw which blocks of attention a model keeps while it samples a prompt",
+        _inspect_arguments,
+    ),
+    Command(
+        training.train,
+        "fit a LoRA, or all weights, to a folder of clips or pictures with captions",
+        _train_arguments,
+        chatty=True,
+    ),
+    Command(
+        training.draw_clips,
+        "draw clips of simple shapes with captions, to try training on",
+        _draw_clips_arguments,
+    ),
+    Command(
+        training.train_tiny,
+        "train the bundled model from nothing",
+        _train_tiny_arguments,
+        chatty=True,
+    ),
+    Command(
+        training.check_tiny,
+        "measure how often the bundled model draws what is asked",
+        _check_tiny_arguments,
+        chatty=True,
+    ),
+)
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command line's grammar; each command's function is `run` of what it parses."""
+    """The parser of all commands; what it parses has the command's function as `run`."""
     kandinsky = Parser(prog="kandinsky", description="Videos and pictures with Kandinsky 5.0.")
+    kandinsky.add_argument("--version", action="version", version=f"kandinsky {__version__}")
     subparsers = kandinsky.add_subparsers(required=True, metavar="command")
-    for run, arguments, text in (
-        (generate.generate, _generate_arguments, "make a video or a picture from a prompt"),
-        (generate.resume, _resume_arguments, "go on with an interrupted run"),
-        (generate.decode, _decode_arguments, "decode saved latents again"),
-        (models.presets, None, "list the released checkpoints"),
-        (
-            models.download,
-            _download_arguments,
-            "fetch what a preset needs into the hub "
-            "library's cache; afterwards no network is "
-            "needed",
-        ),
-        (
-            models.quantize,
-            _quantize_arguments,
-            "write a transformer with its large weights in 8 bits, and what that does to them",
-        ),
-        (
-            models.verify,
-            _verify_arguments,
-            "say what a file or folder of weights is, and whether it is whole",
-        ),
-        (
-            models.comfyui,
-            lambda command: command.add_argument(
-                "path", help="the folder that holds ComfyUI's main.py"
-            ),
-            "put the nodes and example workflows into a ComfyUI",
-        ),
-        (models.doctor, None, "show what this machine offers, and what runs for each operator"),
-        (
-            generate.inspect,
-            _inspect_arguments,
-            "draw which blocks of attention a model keeps while it samples a prompt",
-        ),
-        (
-            training.train,
-            _train_arguments,
-            "fit a LoRA, or all weights, to a folder of clips or pictures with captions",
-        ),
-        (
-            training.draw_clips,
-            _draw_clips_arguments,
-            "draw clips of simple shapes with captions, to try training on",
-        ),
-        (training.train_tiny, _train_tiny_arguments, "train the bundled model from nothing"),
-        (
-            training.check_tiny,
-            _check_tiny_arguments,
-            "measure how often the bundled model draws what is asked",
-        ),
-    ):
-        command = subparsers.add_parser(run.__name__.replace("_", "-"), help=text, description=text)
-        command.set_defaults(run=run, chatty=False)
+    for one in COMMANDS:
+        command = subparsers.add_parser(one.name, help=one.text, description=one.text)
+        command.set_defaults(run=one.run, chatty=one.chatty)
         command.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-        if arguments:
-            arguments(command)
+        one.arguments(command)
     return kandinsky
+
+
+def _replaced(args: argparse.Namespace) -> set[str]:
+    """Options of a configuration in whose place the command line says something else."""
+    replaced: set[str] = set()
+    for options in (("seconds", "frames"), ("prompt", "prompts")):
+        if any(getattr(args, option) is not None for option in options):
+            replaced.update(options)
+    if isinstance(args.seeds, list):
+        replaced.add("seed")
+    if args.seed is not None:
+        replaced.add("seeds")
+    return replaced
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line, without the program's name, and of the file that its
+    --config names. What the line says itself goes before the file.
+
+    Raises ValueError or OSError for a file that has no such settings.
+    """
+    kandinsky = parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what could come next
+        import argcomplete
+
+        argcomplete.autocomplete(kandinsky)
+    args = kandinsky.parse_args(words)
+    if getattr(args, "config", None) is None:
+        return args
+    options, prompt = config.command_line(args.config, _replaced(args))
+    prompt_words = [] if prompt is None else ["--", prompt]
+    return kandinsky.parse_args([words[0], *options, *words[1:], *prompt_words])

@@ -4,11 +4,37 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from itertools import cycle, islice
 from pathlib import Path
 
+# Arguments of `train` that have the names of TrainConfig's fields; None takes the default there.
+GIVEN = (
+    "model",
+    "steps",
+    "batch",
+    "passes",
+    "rate",
+    "warmup",
+    "schedule",
+    "optimizer",
+    "ema",
+    "drop",
+    "seed",
+    "save_every",
+    "sample_every",
+    "attention",
+    "distill",
+    "dtype",
+    "bad_data",
+    "cache",
+    "memory_budget",
+    "device",
+)
+WORDS = ("color", "background", "color_and_background", "shape", "motion", "all")  # of check-tiny
 
-def train(args) -> None:
+
+def train(args: Namespace) -> None:
     from ..training import LoRAConfig, TrainConfig
     from ..training.trainer import train
 
@@ -21,38 +47,12 @@ def train(args) -> None:
             "--lora-alpha is the factor of a LoRA, so it does not go with --full; "
             "leave one of them out"
         )
-    names = (
-        "model",
-        "steps",
-        "batch",
-        "passes",
-        "rate",
-        "warmup",
-        "schedule",
-        "optimizer",
-        "ema",
-        "drop",
-        "seed",
-        "save_every",
-        "sample_every",
-        "attention",
-        "distill",
-        "dtype",
-        "bad_data",
-        "cache",
-        "memory_budget",
-        "device",
-    )
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None}
     lora = None
     if not args.full:
         lora = LoRAConfig(args.lora_rank, args.lora_alpha, trigger=args.trigger)
-    config = TrainConfig(
-        lora=lora,
-        lengths=args.frames,
-        sizes=tuple((height, width) for width, height in args.size) if args.size else None,
-        **given,
-    )
+    sizes = tuple((height, width) for width, height in args.size or ()) or None
+    config = TrainConfig(lora=lora, lengths=args.frames, sizes=sizes, **given)
     try:
         print(train(args.data, args.output, config, args.resume))
     except KeyboardInterrupt:
@@ -61,35 +61,35 @@ def train(args) -> None:
         ) from None
 
 
-def draw_clips(args) -> None:
+def draw_clips(args: Namespace) -> None:
     import random
 
     from ..media import video
     from ..tiny import scenes
 
-    folder, generator = Path(args.folder), random.Random(args.seed)
+    folder = Path(args.folder)
+    generator = random.Random(args.seed)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(
-            f"clips are drawn into a new or empty folder, but {folder} holds "
-            "something; choose another"
+            f"clips are drawn into a new or empty folder, but {folder} holds something; choose "
+            "another"
         )
     for i in range(args.count):
         scene = scenes.training_scene(generator.randrange(10**6), generator)
-        (folder / f"clip{i:04}.txt").write_text(
-            scenes.prompt(scene.combination, i % scenes.FULL) + "\n", encoding="utf-8"
-        )
+        caption = scenes.prompt(scene.combination, i % scenes.FULL)
+        (folder / f"clip{i:04}.txt").write_text(caption + "\n", encoding="utf-8")
         video.save(scenes.draw(scene), folder / f"clip{i:04}.mp4")
     print(f"{args.count} clips with captions in {folder}")
 
 
-def train_tiny(args) -> None:
+def train_tiny(args: Namespace) -> None:
     from ..tiny.recipe import train_tiny
 
     print(train_tiny(args.output, seed=args.seed, resume=args.resume, device=args.device))
 
 
-def check_tiny(args) -> None:
+def check_tiny(args: Namespace) -> None:
     from ..checkpoints.locate import TINY
     from ..tiny.check import check_tiny
     from ..tiny.scenes import held_out
@@ -105,7 +105,7 @@ def check_tiny(args) -> None:
         args.lora,
     )
     print(f"{result['prompts']} prompts of combinations that were never in training")
-    for word in ("color", "background", "color_and_background", "shape", "motion", "all"):
+    for word in WORDS:
         before = f", unquantised {result['unquantized'][word]:6.1%}" if args.quantize else ""
         print(f"{word.replace('_', ' '):21} {result[word]:6.1%}{before}")
     if args.quantize:

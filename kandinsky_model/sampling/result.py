@@ -104,9 +104,10 @@ class Video:
         """Write latents and settings as safetensors, for `kandinsky decode` and
         `Kandinsky5.open`."""
         path = files.check_output(path, (".safetensors",))
-        tensors = {"latents": self.latents.cpu().contiguous()}
+        # One key: safetensors writes several in an order that changes from file to file.
+        metadata = {METADATA_KEY: self.settings.to_json()}
         with replacing(path) as target:
-            save_file(tensors, target, {"format": "pt", METADATA_KEY: self.settings.to_json()})
+            save_file({"latents": self.latents.cpu().contiguous()}, target, metadata)
         return path
 
     def save(

@@ -23,41 +23,7 @@ from kandinsky_model.sampling import settings
 from kandinsky_model.tiny.judge import judge
 
 from ..support import tiny_models
-from ..support.tiny_models import SMALL_ARGS
-
-PROMPT = "a red circle moving right"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_models.tiny_folder(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def run(folder, tmp_path, monkeypatch, capsys):
-    """run(*arguments) -> (status, stdout, stderr), in an empty directory; `generate` gets the
-    random model and its small size."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments, model=str(folder)):
-        if arguments[0] == "generate":
-            arguments = [
-                *arguments[:2],
-                *SMALL_ARGS,
-                "--model",
-                model,
-                "--device",
-                "cpu",
-                *arguments[2:],
-            ]
-        try:
-            status = main([*arguments])
-        except SystemExit as ended:  # argparse
-            status = ended.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
+from .conftest import PROMPT
 
 
 def frames_of(path):
@@ -99,12 +65,15 @@ def test_decode_repeats_the_file_bit_for_bit(run, tmp_path):
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     (tmp_path / "a.mp4").unlink()
     assert run("decode", "a.latents.safetensors")[0] == 0 and (tmp_path / "a.mp4").exists()
-    assert (
-        run("decode", "a.latents.safetensors", "-o", "c.gif", "--vae-policy", "official")[1].count(
-            "official decoding"
-        )
-        == 1
-    )
+    out = run("decode a.latents.safetensors -o c.gif --vae-policy official")[1]
+    assert out.count("official decoding") == 1
+
+
+def test_the_same_seed_gives_the_same_files(run, tmp_path):
+    for name in "abcdefgh":  # one in two was another file, by the order of what its header says
+        assert run(f"generate 'a red circle' -o {name}.mp4 --seed 7")[0] == 0
+    for end in (".mp4", ".latents.safetensors"):
+        assert len({(tmp_path / f"{name}{end}").read_bytes() for name in "abcdefgh"}) == 1
 
 
 def test_a_memory_budget_repeats_the_file_and_preview_is_another(run, tmp_path, caplog):
@@ -114,27 +83,18 @@ def test_a_memory_budget_repeats_the_file_and_preview_is_another(run, tmp_path, 
         "sampling",
         "decoding",
     ]
-    least = re.search(
-        r"at least (\d+)",
-        run("decode", "a.latents.safetensors", "-o", "b.mp4", "--memory", "2mb")[2],
-    )[1]
-    status, _, err = run("decode", "a.latents.safetensors", "-o", "b.mp4", "--memory-budget", least)
-    assert (status, err) == (0, "") and (tmp_path / "a.mp4").read_bytes() == (
-        tmp_path / "b.mp4"
-    ).read_bytes()
-    status, out, _ = run(
-        "decode", "a.latents.safetensors", "-o", "c.mp4", "--vae-policy", "preview"
-    )
+    decode = "decode a.latents.safetensors"
+    least = re.search(r"at least (\d+)", run(f"{decode} -o b.mp4 --memory 2mb")[2])[1]
+    status, _, err = run(f"{decode} -o b.mp4 --memory-budget {least}")
+    assert (status, err) == (0, "")
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    status, out, _ = run(f"{decode} -o c.mp4 --vae-policy preview")
     assert status == 0 and "preview decoding" in out
     frames, comment = frames_of(tmp_path / "c.mp4")
     assert frames.shape == (5, 64, 80, 3) and json.loads(comment)["vae_policy"] == "preview"
-    status, _, err = run("decode", "a.latents.safetensors", "-o", "d.mp4", "--memory-budget", "1kb")
-    assert (
-        status == 2
-        and "requires a memory budget of at least" in err
-        and err.count("\n") == 1
-        and not (tmp_path / "d.mp4").exists()
-    )
+    status, _, err = run(f"{decode} -o d.mp4 --memory-budget 1kb")
+    assert status == 2 and err.count("\n") == 1 and not (tmp_path / "d.mp4").exists()
+    assert "requires a memory budget of at least" in err
 
 
 def test_without_a_seed_one_is_printed_that_repeats_the_file(run, tmp_path):
@@ -153,36 +113,19 @@ def test_png_and_strip(run, tmp_path):
     assert out.splitlines()[:5] == [f"b_00{i}.png" for i in range(5)]
 
 
-def test_seconds_are_rounded_to_whole_latent_frames(run, tmp_path):
-    arguments = ["--size", "32x32", "--steps", "1", "--guidance", "1", "--device", "cpu"]
-    with pytest.raises(SystemExit):  # seconds and frames exclude each other
-        main(["generate", PROMPT, "--seconds", "1", "--frames", "5", *arguments])
-    assert (
-        main(
-            [
-                "generate",
-                PROMPT,
-                "--seconds",
-                "0.7",
-                "--model",
-                str(tiny_models.tiny_folder(tmp_path / "m")),
-                *arguments,
-            ]
-        )
-        == 0
-    )
+def test_seconds_are_rounded_to_whole_latent_frames(run):
+    small = "--size 32x32 --steps 1 --guidance 1"
+    status, _, err = run(f"generate x --seconds 1 --frames 5 {small}")
+    assert status == 2 and "not allowed with argument" in err
+    assert run(f"generate x {small} --seconds 0.7 --device cpu", own=False)[0] == 0
     assert pipeline.load_latents("out.latents.safetensors")[1].num_frames == 17
 
 
 def test_bundled_model_is_the_default(run, tmp_path):
     if not TINY.is_dir():
         pytest.skip("the bundled model is not in this checkout")
-    assert (
-        main(
-            ["generate", PROMPT, "--steps", "1", "--frames", "5", "--device", "cpu", "--seed", "1"]
-        )
-        == 0
-    )
+    line = "generate 'a red circle' --steps 1 --frames 5 --device cpu --seed 1"
+    assert run(line, own=False)[0] == 0
     frames, comment = frames_of(tmp_path / "out.mp4")
     assert frames.shape == (5, 160, 160, 3) and json.loads(comment)["model"] == "tiny"
 
@@ -203,7 +146,7 @@ def test_bundled_model_is_the_default(run, tmp_path):
         (["generate", "x", "--memory-budget", "lots"], "write for example 10GB"),
         (["generate", "x", "--memory-budget", "1kb"], "a memory budget of at least"),
         (["generate", "x", "--model", "t2v-lite-sft-6s"], "did you mean t2v-lite-sft-5s"),
-        (["generate", "x", "-o", "a.webm"], "must end in .mp4 or .gif or .png"),
+        (["generate", "x", "-o", "a.avi"], "must end in .mp4 or .webm or .gif or .png or .jpg"),
         (["generate", "x", "-o", "absent/a.mp4"], "existing directory"),
         (["generate", "x", "-o", "."], "must end in"),
         (["generate", "x", "--prompts", "a.txt"], "a prompt or a file of prompts, got both"),
@@ -277,7 +220,8 @@ def test_an_interrupt_keeps_the_finished_latents(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(video, "save", interrupt)
     status, out, err = run("generate", PROMPT, "-o", "a.mp4")
-    assert (status, out, err) == (130, "", "kandinsky: interrupted\n")
+    told = "kandinsky: interrupted; go on with: kandinsky decode a.latents.safetensors\n"
+    assert (status, out, err) == (130, "", told)
     assert [path.name for path in tmp_path.iterdir()] == ["a.latents.safetensors"]
 
 
@@ -321,9 +265,10 @@ def test_doctor_reports_every_operator_and_the_surroundings(run):
     for word in (
         torch.__version__,
         "diffusers",
-        "mp4: encoder",
+        "encoder libx264",
         "bundled model",
-        "hub: cache",
+        "hub",
+        "CUDA C++ kernels",
         "cores",
     ):
         assert word in out

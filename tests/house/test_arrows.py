@@ -33,7 +33,7 @@ MODEL = {
     "training": "kernels config files devices dit vae media checkpoints text sampling pipeline",
     "tiny": "config files devices dit vae text checkpoints pipeline training",
     "cli": "kernels config devices media checkpoints sampling inspection pipeline comfyui training"
-    " tiny",
+    " tiny __init__",
     "__main__": "cli",
     "__init__": "config pipeline sampling acceleration",
 }
