@@ -15,7 +15,7 @@ import operator
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -91,12 +91,7 @@ class PartsOnDevice:
             return None
         if hasattr(budget, "__index__") and not isinstance(budget, bool):
             budget = operator.index(budget)  # an integer of numpy
-        weights = {
-            name: part.weigh(work.text_sees, work.text_writes)
-            if hasattr(part, "weigh")
-            else Weights.of(part)
-            for name, part in parts.items()
-        }
+        weights = {name: _weights_of(part, work) for name, part in parts.items()}
         vae = self.model.vae if isinstance(self.model.vae, HunyuanVideoVAE) else None
         ways = ways_to_run(weights, work.job, vae, work.policy, work.pictures)
         return choose_ways(
@@ -108,8 +103,8 @@ class PartsOnDevice:
     @contextmanager
     def working(
         self, name: str, placement: Placement | None, stage: str | None = None
-    ) -> Iterator[nn.Module]:
-        """The part called `name`, on the device while the body runs.
+    ) -> Iterator[Any]:
+        """The part called `name`, on the device while the body runs. Its class depends on the name.
 
         With a placement whose parts take turns, it is there alone, and as many of its layers stay
         as the placement chose for `stage`, or none where no stage is named. Otherwise it stays on
@@ -154,6 +149,12 @@ class PartsOnDevice:
         for other, part in self._loaded().items():
             if other != name and other not in self._hosted:
                 part.to("cpu")
+
+
+def _weights_of(part: nn.Module, work: Work) -> Weights:
+    """Bytes of a part. A text encoder says itself what it needs for this work."""
+    weigh = getattr(part, "weigh", None)
+    return Weights.of(part) if weigh is None else weigh(work.text_sees, work.text_writes)
 
 
 def scheme_bytes(placement: Placement | None, stage: str) -> int | None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from kandinsky_kernels import _library
-from kandinsky_model.text import cache as text_cache
 
 if not torch.cuda.is_available():
     # before anything imports Triton, which reads it once
@@ -77,7 +76,10 @@ def empty_text_caches(tmp_path_factory):
     """Each text encoder begins with an empty cache of its own; the user's is neither read nor
     filled."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_cache, "default_folder", lambda: tmp_path_factory.mktemp("text_cache"))
+        patch.setattr(
+            "kandinsky_model.text.cache.default_folder",
+            lambda: tmp_path_factory.mktemp("text_cache"),
+        )
         yield
 
 

@@ -8,7 +8,7 @@ import base64
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors.torch import save_file
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checkpoints.headers import opened, read_headers
 from ..files import replacing
-from ..media import video as files
+from ..media import video
 from .settings import Settings, check_latents
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class Video:
         """uint8 [F, H, W, 3] on the CPU."""
         if self._frames is None:
             for _ in self.decode():
-                pass  # the last piece completes them
-        return self._frames
+                pass
+        return cast(Tensor, self._frames)  # the last piece completed them
 
     def decode(self, notify: Notify | None = None) -> Iterator[Tensor]:
         """Consecutive pieces of the frames, uint8 [f, H, W, 3] on the CPU, each as soon as it is
@@ -103,7 +103,7 @@ class Video:
     def save_latents(self, path: str | Path) -> Path:
         """Write latents and settings as safetensors, for `kandinsky decode` and
         `Kandinsky5.open`."""
-        path = files.check_output(path, (".safetensors",))
+        path = video.check_output(path, (".safetensors",))
         # One key: safetensors writes several in an order that changes from file to file.
         metadata = {METADATA_KEY: self.settings.to_json()}
         with replacing(path) as target:
@@ -119,16 +119,16 @@ class Video:
         `<stem>.latents.safetensors` beside it, so that no failure of decoding or encoding can lose
         them. notify: as in `decode`.
         """
-        path = files.check_output(path)
+        path = video.check_output(path)
         if latents:
             self.save_latents(latents_path(path))
-        return files.save(self.decode(notify), path, self.settings.fps, self.settings.to_json())
+        return video.save(self.decode(notify), path, self.settings.fps, self.settings.to_json())
 
 
 def _clip_suffix() -> str:
     """Of the best format for clips that this machine can write."""
     try:
-        files.h264_encoder()
+        video.h264_encoder()
     except RuntimeError:
         return ".gif"
     return ".mp4"

@@ -129,8 +129,10 @@ def sample(
     if sampling.guided and uncond is not None:
         texts.append(uncond)
     networks: Sequence[DiffusionTransformer3D | Branch] = [dit] * len(texts)
+    branches: list[Branch] = []
     if sampling.cache:
-        networks = sampling.cache.branches(dit, sampling.steps, len(texts), sampling.start)
+        branches = sampling.cache.branches(dit, sampling.steps, len(texts), sampling.start)
+        networks = branches
     passes = [
         Pass(network, text, dit.modulate(network_times, text.pooled))
         for network, text in zip(networks, texts, strict=True)
@@ -150,7 +152,7 @@ def sample(
             )
         yield step, x
     if sampling.cache:
-        log_counts(networks)
+        log_counts(branches)
 
 
 @dataclass(frozen=True, eq=False)

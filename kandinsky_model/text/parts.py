@@ -81,7 +81,7 @@ class Parts:
         """
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-        language = _from_folder(
+        language: Any = _from_folder(
             Qwen2_5_VLTextModel,
             self.folders["text_encoder"],
             self.dtype,
@@ -114,7 +114,7 @@ class Parts:
             with safe_open(self._entries[HEAD].path, framework="pt") as file:
                 weight = nn.Parameter(file.get_tensor(HEAD).to(self.dtype), requires_grad=False)
         elif self._config.tie_word_embeddings:
-            weight = self.language.embed_tokens.weight
+            weight = self.language.get_parameter("embed_tokens.weight")
         else:
             raise ValueError(
                 "expanding a prompt needs the head of the language model, but "

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ class QwenClipEncoder(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers of the language model, which is read for them but not moved."""
-        return self.parts.language.layers
+        return cast(nn.ModuleList, self.parts.language.layers)
 
     @property
     def default_negative(self) -> str:
@@ -101,7 +102,8 @@ class QwenClipEncoder(nn.Module):
         it."""
         return official_negative()
 
-    def to(self, device: torch.device | str) -> QwenClipEncoder:
+    # The dtype is no argument, unlike a module's, because the networks differ in it.
+    def to(self, device: torch.device | str) -> QwenClipEncoder:  # type: ignore[override]
         """Work on `device` from now on. Networks go to an accelerator when they are next needed,
         but leave for the CPU at once."""
         self.device = torch.device(device)
@@ -167,9 +169,10 @@ class QwenClipEncoder(nn.Module):
                 f"got {len(prompts)} prompts and {len(pictures)} images for kind {kind}; "
                 "pass as many"
             )
+        shown: Sequence[Tensor | None] = pictures or [None] * len(prompts)
         rows = [
             self._embedded(prompt, kind, picture)
-            for prompt, picture in zip(prompts, pictures or [None] * len(prompts), strict=True)
+            for prompt, picture in zip(prompts, shown, strict=True)
         ]
         embeds = [row["embeds"] for row in rows]
         padded = nn.utils.rnn.pad_sequence(embeds, batch_first=True)  # [B, L, Dt]
@@ -274,7 +277,7 @@ class QwenClipEncoder(nn.Module):
 
     def _seen(self, image: Tensor, shrink: int) -> tuple[Tensor, int, int]:
         """Features [1, rows * columns, Dt] of an image's tokens, and the rows and columns."""
-        vision = self._network("vision")
+        vision: Any = self._network("vision")  # of a class of transformers
         preprocessor = self.parts.preprocessor
         patches, rows, columns = preprocessor.patches(image, shrink)
         grid = torch.tensor([[1, rows, columns]], device=vision.device)

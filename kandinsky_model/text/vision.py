@@ -8,7 +8,7 @@ import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,7 @@ def positions(before: int, rows: int = 0, columns: int = 0, after: int = 0) -> T
 def look_up(language: nn.Module, tokens: list[int]) -> Tensor:
     """Embeddings [1, L, Dt] of tokens, on the device of the language model's other weights. The
     table of embeddings may have stayed on the CPU."""
-    table = language.embed_tokens
+    table = cast(nn.Embedding, language.embed_tokens)
+    norm: Any = language.norm  # of a class of transformers
     indices = torch.tensor([tokens], dtype=torch.int64, device=table.weight.device)
-    return table(indices).to(language.norm.weight.device)
+    return table(indices).to(norm.weight.device)

@@ -11,6 +11,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ from ..devices.available import cpu_name
 from ..training.state import average_into
 
 logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Optimizer:
@@ -103,14 +106,14 @@ class Clock:
         logger.info("%s", "  ".join(f"{name} {value:g}" for name, value in entry.items()))
 
 
-class Average:
+class Average(Generic[M]):
     """The exponential moving average of a module's parameters, kept in a copy of it, `module`."""
 
-    def __init__(self, module: nn.Module, decay: float):
-        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+    def __init__(self, module: M, decay: float):
+        self.module: M = copy.deepcopy(module).requires_grad_(False).eval()
         self.decay = decay
 
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, module: M, step: int) -> None:
         """Move the average towards the parameters after step number `step`, counted from 0."""
         pairs = zip(self.module.parameters(), module.parameters(), strict=True)
         for average, current in pairs:

@@ -13,6 +13,7 @@ import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.load import load_dit, load_vae, save_dit, save_vae
 from ..config import PRESETS, Preset
+from ..dit.transformer import DiffusionTransformer3D
 from ..files import read_json, replacing
 from ..text.tiny import TinyTextEncoder
 from ..training.tensors import write_tensors
@@ -38,9 +40,10 @@ def save_networks(
     dtype: torch.dtype = torch.float16,
 ) -> None:
     """Write transformer/ and text_encoder/ of a model, their weights in `dtype`."""
-    dit = copy.deepcopy(networks["transformer"]).to(dtype)
-    save_dit(dit, folder / "transformer", preset.nabla)
-    networks["text_encoder"].save(folder / "text_encoder", dtype)
+    dit = cast(DiffusionTransformer3D, networks["transformer"])
+    text = cast(TinyTextEncoder, networks["text_encoder"])
+    save_dit(copy.deepcopy(dit).to(dtype), folder / "transformer", preset.nabla)
+    text.save(folder / "text_encoder", dtype)
 
 
 def load_networks(folder: Path) -> nn.ModuleDict:

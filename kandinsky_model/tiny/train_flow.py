@@ -8,6 +8,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..config import DiTConfig, Preset
 from ..dit.geometry import Grid, frequencies
 from ..dit.layout import Layout, make_layout
-from ..dit.transformer import DiffusionTransformer3D
+from ..dit.transformer import DiffusionTransformer3D, VisualBlock
 from ..text.tiny import UNKNOWN, TinyTextEncoder
 from ..vae.hunyuan import HunyuanVideoVAE
 from . import scenes
@@ -171,11 +172,11 @@ def start_local(
     strength *= (len(strength) / strength.sum()).sqrt() * 2**0.5
     ladder = torch.cat([frequencies(dim // 2) for dim in axes])  # [D / 2]
     for block in dit.visual_transformer_blocks:
-        attention = block.self_attention
+        attention = cast(VisualBlock, block).self_attention
         attention.query_norm.weight.fill_(sharpness)
         attention.key_norm.weight.fill_(sharpness)
-        query = attention.to_query.bias.view(-1, len(strength), 2)  # [H, D / 2, 2]
-        key = attention.to_key.bias.view(-1, len(strength), 2)  # [H, D / 2, 2]
+        query = cast(Tensor, attention.to_query.bias).view(-1, len(strength), 2)  # [H, D / 2, 2]
+        key = cast(Tensor, attention.to_key.bias).view(-1, len(strength), 2)  # [H, D / 2, 2]
         for head in range(len(query)):
             place = next(places)
             if place is None:
@@ -241,7 +242,7 @@ def flow_loss(
     Activations have `dtype`. To that end the first projection's weight is cast, and activations
     follow it; all weights themselves, and the modulations, stay in fp32.
     """
-    dit = networks["transformer"]
+    dit = cast(DiffusionTransformer3D, networks["transformer"])
     words = networks["text_encoder"](clips.prompts)
     clean = clips.clean
     noise = torch.randn(clean.shape, device=clean.device)
@@ -294,7 +295,8 @@ def train_flow(
     clock = Clock(len(schedule), recipe.minutes)
     layouts: dict[tuple[int, bool], Layout] = {}
     recent = []
-    dit = networks["transformer"]
+    dit: Any = networks["transformer"]  # a method of which is replaced here
+    text = cast(TinyTextEncoder, networks["text_encoder"])
     if recipe.compile:  # after the average was copied, which must stay an ordinary module
         dit.blocks = torch.compile(dit.blocks, dynamic=True)
     for step, (count, frames, sparse) in enumerate(schedule):
@@ -315,7 +317,7 @@ def train_flow(
         prompts = [scenes.random_prompt(one, generator) for one in combinations]
         times = sample_times(count, preset.scheduler_scale).to(device)
         tokens = tokenized(
-            networks["text_encoder"],
+            text,
             prompts,
             recipe,
             generator,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,11 @@ def vae_loss(
     return l1 + error.square().mean() + kl_weight * kl, l1, kl
 
 
+def _bias(layer: nn.Conv3d) -> Tensor:
+    """The bias, which every convolution of the VAE has."""
+    return cast(Tensor, layer.bias)
+
+
 @torch.no_grad()
 def start_linear(vae: HunyuanVideoVAE) -> None:
     """Initialise a VAE as a linear resampler: every residual branch is zero, and every change of
@@ -99,14 +105,14 @@ def start_linear(vae: HunyuanVideoVAE) -> None:
     """
     channels = vae.config.latent_channels
     vae.quant_conv.weight[channels:] *= 0.1
-    vae.quant_conv.bias[channels:] = -5.0
+    _bias(vae.quant_conv)[channels:] = -5.0
     binomial = torch.tensor([0.25, 0.5, 0.25])
     blur = torch.zeros(3, 3, 3)
     blur[2] = binomial.outer(binomial)  # of the newest frame
     for module in vae.modules():
         if isinstance(module, ResnetBlock):
             nn.init.zeros_(module.conv2.conv.weight)
-            nn.init.zeros_(module.conv2.conv.bias)
+            nn.init.zeros_(_bias(module.conv2.conv))
         elif isinstance(module, FrameCausalAttention):
             nn.init.zeros_(module.to_out[0].weight)
         elif isinstance(module, (Downsample, Upsample)):
@@ -193,9 +199,11 @@ def center_latents(
     channels = len(shift)
     before = vae.quant_conv
     after = vae.post_quant_conv
-    after.bias += after.weight[:, :, 0, 0, 0] @ shift
+    bias_before = _bias(before)
+    bias_after = _bias(after)
+    bias_after += after.weight[:, :, 0, 0, 0] @ shift
     after.weight /= scale
-    before.bias[:channels] -= shift
+    bias_before[:channels] -= shift
     before.weight[:channels] *= scale
-    before.bias[:channels] *= scale
-    before.bias[channels:] += 2 * scale.log()  # the logarithm of the variance
+    bias_before[:channels] *= scale
+    bias_before[channels:] += 2 * scale.log()  # the logarithm of the variance

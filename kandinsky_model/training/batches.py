@@ -12,6 +12,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +162,8 @@ def given(
     if task == "i2v":
         return Given({0: clean[:, :1]})
     if task == "i2i":
-        return Given(source=torch.stack(list(sources)).to(clean))
+        pictures = cast("Sequence[Tensor]", sources)  # each sample of an edit has one
+        return Given(source=torch.stack(list(pictures)).to(clean))
     return Given()
 
 

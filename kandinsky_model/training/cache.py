@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints.headers import read_headers
 from ..checkpoints.locate import Sources
@@ -184,7 +185,7 @@ class Cache:
     @torch.no_grad()
     def _fill_latents(self, items: Sequence[Item], bad: Bad) -> None:
         sources = replace(self.sources, dit=None, text_encoder=None)
-        vae: nn.Module = Kandinsky5.from_sources(sources, self.device, self.dtype).vae
+        vae: Any = Kandinsky5.from_sources(sources, self.device, self.dtype).vae
         vae.to(self.device)
         left = None if self.budget is None else self.budget - Weights.of(vae).total
         # an image VAE knows no budget
@@ -201,7 +202,8 @@ class Cache:
             with bad.reading(item.path):
                 video = read_item(item, wanted.sizes, wanted.lengths, self.sources.preset.fps)
                 if item.source:
-                    source = read_source(item, video.shape[2:])  # [3, H, W]
+                    _, _, height, width = video.shape
+                    source = read_source(item, (height, width))  # [3, H, W]
             if video is None or (item.source and source is None):
                 continue
             tensors = {"latents": encode(video)}
@@ -239,8 +241,8 @@ class Cache:
         _log.info("embedded %d prompts", len(texts))
 
     @contextmanager
-    def _placed(self, text: nn.Module) -> Iterator[nn.Module]:
-        """The text encoder on the device, streamed where it does not fit."""
+    def _placed(self, text: Any) -> Iterator[Any]:
+        """The text encoder, of any class, on the device; streamed where it does not fit."""
         if hasattr(text, "weigh"):
             weights = text.weigh(vision=self.sources.preset.task == "i2i")
         else:

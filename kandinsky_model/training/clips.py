@@ -76,7 +76,7 @@ def read_clip(
                 shown = None
                 while len(frames) < most and (len(frames) + 0.5) / fps < until:
                     shown = fitted(converter(picture), sizes) if shown is None else shown
-                    sizes = [shown.shape[1:]]
+                    sizes = [(shown.shape[1], shown.shape[2])]
                     frames.append(shown)
                 if len(frames) == most:
                     break

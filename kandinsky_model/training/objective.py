@@ -70,7 +70,8 @@ class Objective:
         noisy = with_frames(batch.noisy, frames)  # [B, T, h, w, C]
         x = model_input(self.network.dit, noisy, batch.given)  # [B, T, h, w, in_channels]
         wanted = self._taught(x, batch) if self.config.distill else batch.noise - batch.clean
-        layout = self.layout(tuple(x.shape[1:4]))
+        _, T, h, w, _ = x.shape
+        layout = self.layout((T, h, w))
         velocity = self._velocity(self.network, x, batch.times, batch.cond, layout)
         error = (velocity - wanted)[:, len(frames) :]
         return error.square().mean((1, 2, 3, 4))  # [B]
@@ -90,7 +91,8 @@ class Objective:
     @torch.no_grad()
     def _taught(self, x: Tensor, batch: Batch) -> Tensor:
         """The velocity of the teacher, with dense attention or with guidance."""
-        shape = tuple(x.shape[1:4])
+        _, T, h, w, _ = x.shape
+        shape = (T, h, w)
         with switched_off(self.teacher.dit):
             if self.config.distill == "dense":
                 layout = self.layout(shape, dense=True)

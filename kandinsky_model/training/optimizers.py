@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +28,11 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over fp32 parameters. RuntimeError where 8 bits are asked for without bitsandbytes."""
     parameters = list(parameters)
-    options = {"lr": config.rate, "betas": config.betas, "weight_decay": config.decay}
+    options: dict[str, Any] = {
+        "lr": config.rate,
+        "betas": config.betas,
+        "weight_decay": config.decay,
+    }
     if config.optimizer == "adamw8bit":
         return _bitsandbytes().optim.AdamW8bit(parameters, **options)
     # the fused optimiser needs no memory for intermediate results

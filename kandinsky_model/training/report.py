@@ -9,12 +9,14 @@ from dataclasses import replace
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..checkpoints.locate import Sources
 from ..dit.layout import Layout
+from ..dit.transformer import DiffusionTransformer3D
 from ..files import replacing
 from ..media import chart
 from ..pipeline import Kandinsky5
@@ -138,7 +140,7 @@ class Gallery:
         sampling = Sampling(self.steps, preset.scheduler_scale, preset.guidance)
         shown = given(clean, [tensors.get("source")], preset.task)
         *_, (_, latents) = sample(
-            network,
+            cast(DiffusionTransformer3D, network),  # it is called like one
             start,
             cond,
             layout,

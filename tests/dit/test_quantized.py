@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from kandinsky_model.checkpoints.load import empty_dit
 from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.config import LITE_DIT, PRO_DIT, QUANTIZATIONS
-from kandinsky_model.dit import quantized as quant
+from kandinsky_model.dit import quantized
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_layout
 from kandinsky_model.dit.linear import Linear
@@ -43,7 +43,7 @@ KINDS = {f"self_attention.{name}" for name in ("to_query", "to_key", "to_value",
 @pytest.fixture(autouse=True)
 def fresh_devices(monkeypatch):
     """Whether a device multiplies in 8 bits is found out anew, and no gradients are recorded."""
-    monkeypatch.setattr(quant, "_reasons", {})
+    monkeypatch.setattr(quantized, "_reasons", {})
     with torch.no_grad():
         yield
 
@@ -101,7 +101,7 @@ def layer_of(mode, inner=64, outer=96):
     )
     packed = {
         name.removeprefix("layer."): x
-        for name, x in quant.pack("layer", plain.weight, mode).items()
+        for name, x in quantized.pack("layer", plain.weight, mode).items()
     }
     layer.load_state_dict({**packed, "bias": plain.bias}, assign=True)
     return plain, layer
@@ -112,7 +112,7 @@ def needs_product(mode, dtype=torch.float32):
     a scale per row."""
     if (
         mode.endswith("-dynamic")
-        and quant.reason_against(mode, torch.device("cpu"), dtype) is not None
+        and quantized.reason_against(mode, torch.device("cpu"), dtype) is not None
     ):
         pytest.skip(f"{mode} computes as stored here")
 
@@ -201,7 +201,7 @@ def test_multiplied_in_8_bits_is_the_product_by_hand(
     monkeypatch,
 ):
     needs_product(f"{mode}-dynamic", dtype)
-    monkeypatch.setattr(quant, "ROWS_AT_ONCE", 40)
+    monkeypatch.setattr(quantized, "ROWS_AT_ONCE", 40)
     plain, layer = layer_of(f"{mode}-dynamic", outer=512)
     x = torch.randn(1, rows, 64).to(dtype)
     exact = F.linear(
@@ -210,7 +210,7 @@ def test_multiplied_in_8_bits_is_the_product_by_hand(
         plain.bias.double(),
     )
     y = layer(x)
-    assert quant._reasons == {(layer.mode, x.device, dtype): None}
+    assert quantized._reasons == {(layer.mode, x.device, dtype): None}
     assert_faithful(
         y,
         exact,
@@ -233,11 +233,11 @@ def test_int8_products_keep_to_the_limits_of_cublas(rows, monkeypatch):
         called.append(a.shape[0])
         return multiply(a, b)
 
-    monkeypatch.setattr(quant, "CPU_MULTIPLIES", False)
+    monkeypatch.setattr(quantized, "CPU_MULTIPLIES", False)
     _, layer = layer_of("int8-dynamic")
     x = torch.randn(1, rows, 64)
     wanted = layer(x)
-    monkeypatch.setattr(quant, "CPU_MULTIPLIES", True)
+    monkeypatch.setattr(quantized, "CPU_MULTIPLIES", True)
     monkeypatch.setattr(torch, "_int_mm", strict)
     assert torch.equal(layer(x), wanted)
     assert called == [max(rows, 17)]
@@ -250,7 +250,7 @@ def test_widths_that_do_not_fit_compute_as_stored(mode, inner, outer):
     _, stored = layer_of(mode.removesuffix("-dynamic"), inner, outer)
     x = torch.randn(1, 20, inner)
     assert torch.equal(layer(x), stored(x))
-    assert not quant._reasons
+    assert not quantized._reasons
 
 
 @pytest.mark.parametrize("fault", ["refused", "wrong"])
@@ -266,10 +266,12 @@ def test_devices_that_cannot_multiply_compute_as_stored_and_say_so_once(
 
     if fault == "wrong":
         needs_product(mode)
-        quant._reasons.clear()
-    multiply = quant.multiply
+        quantized._reasons.clear()
+    multiply = quantized.multiply
     monkeypatch.setattr(
-        quant, "multiply", refused if fault == "refused" else lambda *args: 1.1 * multiply(*args)
+        quantized,
+        "multiply",
+        refused if fault == "refused" else lambda *args: 1.1 * multiply(*args),
     )
     _, layer = layer_of(mode)
     _, stored = layer_of(mode.removesuffix("-dynamic"))
@@ -406,8 +408,10 @@ def test_casts_and_moves_keep_8_bits(mode):
         assert attention.to_key.bias.dtype == dtype
         assert dit(*data, layout).dtype == dtype
     for name, x in dit.float().state_dict().items():
-        quantized = "weight" in name and is_large(name.rpartition(".")[0])
-        assert not quantized or torch.equal(x, state[name]) and x.dtype == state[name].dtype, name
+        is_quantized = "weight" in name and is_large(name.rpartition(".")[0])
+        assert not is_quantized or torch.equal(x, state[name]) and x.dtype == state[name].dtype, (
+            name
+        )
     assert rel_l2(dit(*data, layout), before) <= 1e-2  # the rest has been in bf16
     layer = attention.to_key.to("meta")
     assert layer.weight.is_meta

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kandinsky_model import pipeline
-from kandinsky_model.media import video as files
+from kandinsky_model.media import video
 from kandinsky_model.sampling.run import Interrupted, Run
 
 from ..checkpoints.test_lora import write
@@ -69,10 +69,10 @@ def test_frames_go_to_the_file_while_decoding_goes_on(model, tmp_path, monkeypat
         num_inference_steps=1,
         guidance_scale=1.0,
     )
-    video = model.generate(PROMPT, seed=5, **settings)
+    clip = model.generate(PROMPT, seed=5, **settings)
     events = []
     decode = model.vae.decode_frames
-    reformat = files._checked
+    reformat = video._checked
 
     def watched(*args):
         for piece in decode(*args):
@@ -85,13 +85,13 @@ def test_frames_go_to_the_file_while_decoding_goes_on(model, tmp_path, monkeypat
             yield piece
 
     monkeypatch.setattr(model.vae, "decode_frames", watched)
-    monkeypatch.setattr(files, "_checked", written)
-    video.save(tmp_path / "a.mp4")
+    monkeypatch.setattr(video, "_checked", written)
+    clip.save(tmp_path / "a.mp4")
     assert events == ["decoded", "written"] * 5
-    assert video.frames.shape == (9, 160, 160, 3) and len(events) == 10, (
+    assert clip.frames.shape == (9, 160, 160, 3) and len(events) == 10, (
         "what was decoded once is not decoded again"
     )
-    assert torch.equal(torch.cat(list(video.decode())), video.frames)
+    assert torch.equal(torch.cat(list(clip.decode())), clip.frames)
 
 
 def test_a_memory_budget_changes_nothing_and_is_checked_before_the_work(model, tmp_path, caplog):

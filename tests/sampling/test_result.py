@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from kandinsky_model import pipeline
-from kandinsky_model.media import video as files
 from kandinsky_model.sampling.sampler import noise
 
 from ..support import tiny_models
@@ -60,7 +59,7 @@ def test_a_notebook_shows_the_clip(model, video, monkeypatch):
     def fail():
         raise RuntimeError("no encoder")
 
-    monkeypatch.setattr(files, "h264_encoder", fail)
+    monkeypatch.setattr("kandinsky_model.media.video.h264_encoder", fail)
     assert base64.b64decode(video._repr_mimebundle_()["image/gif"]).startswith(b"GIF8")
 
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
-from kandinsky_model.sampling import settings as settings_module
 from kandinsky_model.sampling.result import load_latents
 from kandinsky_model.sampling.run import Interrupted, Run
 from kandinsky_model.sampling.step_cache import FirstBlockCache, MagCache
@@ -116,9 +115,10 @@ CACHES = {
 
 def take_cache(monkeypatch, name):
     """Let every run with a cache have this one."""
-    for module in (settings_module, pipeline):
+    for module in ("sampling.settings", "pipeline"):
         monkeypatch.setattr(
-            module, "make_cache", lambda chosen, _: None if chosen == "none" else CACHES[name]
+            f"kandinsky_model.{module}.make_cache",
+            lambda chosen, _: None if chosen == "none" else CACHES[name],
         )
 
 

@@ -13,7 +13,6 @@ from safetensors import safe_open
 
 from kandinsky_model import pipeline
 from kandinsky_model.__main__ import main
-from kandinsky_model.text import cache as text_cache
 from kandinsky_model.text.cache import TensorCache, checksum, default_folder, identity
 from kandinsky_model.text.qwen_clip import QwenClipEncoder
 
@@ -318,7 +317,9 @@ print(heavy, list(model.text.parameters()), *sums)
 def test_a_known_prompt_needs_no_encoder(diffusers_folder, tmp_path, monkeypatch):
     """The second process reads no network, imports neither transformers nor diffusers, and makes
     the same videos."""
-    monkeypatch.setattr(text_cache, "default_folder", lambda: tmp_path / "kandinsky_model" / "text")
+    monkeypatch.setattr(
+        "kandinsky_model.text.cache.default_folder", lambda: tmp_path / "kandinsky_model" / "text"
+    )
     model = pipeline.load(diffusers_folder, device="cpu")
     videos = model.generate(["a cat", "кот"], seed=1, **tiny_models.SMALL)
     again = subprocess.run(
@@ -342,7 +343,7 @@ def test_the_same_video_whether_its_prompt_was_known_or_not(diffusers_folder):
 
 
 def test_the_cache_can_be_left_alone(diffusers_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_cache, "default_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("kandinsky_model.text.cache.default_folder", lambda: tmp_path / "cache")
     kept, left = (
         pipeline.load(diffusers_folder, device="cpu", parts=("text",), text_cache=use).text
         for use in (True, False)

@@ -11,15 +11,14 @@ import torch
 
 from kandinsky_model import pipeline
 from kandinsky_model.checkpoints.load import load_dit, load_vae
-from kandinsky_model.checkpoints.locate import TINY as BUNDLE
+from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.config import PRESETS, DiTConfig, VAEConfig
 from kandinsky_model.text.tiny import START, UNKNOWN, TinyTextEncoder
-from kandinsky_model.tiny import recipe as recipe_module
 from kandinsky_model.tiny import scenes
 from kandinsky_model.tiny.check import check_tiny
 from kandinsky_model.tiny.judge import judge, marks
 from kandinsky_model.tiny.optimizer import Optimizer
-from kandinsky_model.tiny.recipe import train_tiny
+from kandinsky_model.tiny.recipe import make_pool, read_log, train_tiny
 from kandinsky_model.tiny.train_flow import (
     FlowRecipe,
     Pool,
@@ -348,11 +347,11 @@ def test_a_pool_belongs_to_its_scenes(tmp_path, monkeypatch):
         made.append(scenes)
         return Pool(torch.full((len(scenes), 1, 1, 1, 16), float(len(made))).half(), scenes)
 
-    monkeypatch.setattr(recipe_module, "encode_pool", encode)
-    monkeypatch.setattr(recipe_module, "load_vae", lambda *_, **__: None)
+    monkeypatch.setattr("kandinsky_model.tiny.recipe.encode_pool", encode)
+    monkeypatch.setattr("kandinsky_model.tiny.recipe.load_vae", lambda *_, **__: None)
 
     def pool(seed):
-        return recipe_module.make_pool(tmp_path, 1, seed, "cpu")
+        return make_pool(tmp_path, 1, seed, "cpu")
 
     first = pool(1)
     again = pool(1)
@@ -368,7 +367,7 @@ def test_a_pool_belongs_to_its_scenes(tmp_path, monkeypatch):
 def test_a_log_of_another_kind_is_refused(tmp_path, text):
     (tmp_path / "training.json").write_text(text)
     with pytest.raises(ValueError, match="must (list the stages|hold a JSON object)"):
-        recipe_module.read_log(tmp_path)
+        read_log(tmp_path)
 
 
 def test_flow_training_learns():
@@ -393,19 +392,19 @@ def test_flow_training_learns():
 
 
 def test_bundle_is_small_and_says_where_it_came_from():
-    files = [path for path in BUNDLE.rglob("*") if path.is_file()]
+    files = [path for path in TINY.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= LARGEST_BUNDLE
     assert {path.suffix for path in files} <= {".json", ".safetensors"}
-    stages = json.loads((BUNDLE / "training.json").read_text())["stages"]
+    stages = json.loads((TINY / "training.json").read_text())["stages"]
     assert {"vae", "flow"} == {s["stage"] for s in stages}
     assert all({"seed", "machine", "plan", "seconds", "losses"} <= set(s) for s in stages)
 
 
 def test_bundle_loads_strictly_and_equals_the_preset():
     preset = PRESETS["tiny"]
-    assert load_dit(BUNDLE / "transformer").config == preset.dit
-    assert load_vae(BUNDLE / "vae").config == preset.vae
-    TinyTextEncoder.load(BUNDLE / "text_encoder")
+    assert load_dit(TINY / "transformer").config == preset.dit
+    assert load_vae(TINY / "vae").config == preset.vae
+    TinyTextEncoder.load(TINY / "text_encoder")
 
 
 def test_bundle_draws_a_held_out_prompt():
@@ -416,7 +415,7 @@ def test_bundle_draws_a_held_out_prompt():
 def test_bundled_adapter_stands_for_guidance():
     """One pass with it ends nearer to what guidance makes in two than one pass without it, from the
     same noise."""
-    model = pipeline.load(BUNDLE, device="cpu", parts=("text", "dit"))
+    model = pipeline.load(TINY, device="cpu", parts=("text", "dit"))
     prompt = scenes.prompt(scenes.held_out()[1])
 
     def latents(guidance):
@@ -430,7 +429,7 @@ def test_bundled_adapter_stands_for_guidance():
 
     guided = latents(3.0)
     plain = latents(1.0)
-    model.lora.load(BUNDLE / "nocfg")
+    model.lora.load(TINY / "nocfg")
     adapted = latents(1.0)
     distance = (adapted - guided).norm().item()
     without = (plain - guided).norm().item()

@@ -11,11 +11,10 @@ from kandinsky_model.checkpoints.load import load_vae
 from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.config import VAEConfig
 from kandinsky_model.vae import stages, winograd
-from kandinsky_model.vae import stream as streaming
 from kandinsky_model.vae.hunyuan import encoding_scheme
 from kandinsky_model.vae.schemes import Accounting, ladder
 from kandinsky_model.vae.stages import shrinking_lengths
-from kandinsky_model.vae.stream import encoding, stream
+from kandinsky_model.vae.stream import encoding, pixels, stream
 
 from ..support.live_memory import LiveMemory
 from .test_hunyuan import frozen_vae, rel_l2, small_vae
@@ -155,10 +154,10 @@ def test_bytes_are_scaled_and_the_whole_clip_is_never_converted(monkeypatch):
     vae = frozen_vae()
     video = torch.randint(256, (2, 3, 9, 16, 24), dtype=torch.uint8)
     wanted = vae.encode(video.float() / 127.5 - 1)
-    convert = streaming.pixels
     seen = []
     monkeypatch.setattr(
-        streaming, "pixels", lambda x, like: seen.append(x.shape[1]) or convert(x, like)
+        "kandinsky_model.vae.stream.pixels",
+        lambda x, like: seen.append(x.shape[1]) or pixels(x, like),
     )
     mean, logvar = vae.encode(video)
     assert torch.equal(mean, wanted[0])
