@@ -21,8 +21,9 @@ from kandinsky_kernels.launch import nabla as launch_nabla
 from kandinsky_model.dit.geometry import Grid
 
 from ..cases import BF16, FP32, OPERATORS, attention, heads, rows, tensors
+from ..support import laws
 from ..support.backward import BACKWARDS, INPUTS, Backward, without_gradients
-from .test_ops import NOT_ARITHMETIC, framed, permuted, same
+from ..support.laws import NOT_ARITHMETIC, permuted, same
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIBRARY = torch.ops.kandinsky_kernels
@@ -183,10 +184,17 @@ def test_kernels_run_in_both_directions(case, simd):  # law 2
 
 @by_op
 def test_views(case):  # law 5
-    inputs = case.inputs()
-    views = {name: framed(x)[0] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-    assert any(not x.is_contiguous() for x in tensors(views).values())
-    same(case.run(views), case.run(inputs))
+    laws.views(case)
+
+
+@by_op
+def test_guard_bands(case):  # law 7
+    laws.guard_bands(case)
+
+
+@by_op
+def test_deterministic(case):  # law 11
+    laws.determinism(case)
 
 
 @by_op
@@ -195,29 +203,6 @@ def test_a_gradient_of_any_layout(case):  # as sums and transposes make them
     plain = case.run(inputs | {"grad_0": torch.ones_like(inputs["grad_0"])})
     same(case.run(inputs | {"grad_0": torch.ones(()).expand(inputs["grad_0"].shape)}), plain)
     same(case.run(inputs | {"grad_0": torch.ones_like(inputs["grad_0"].mT).mT}), plain)
-
-
-@by_op
-def test_guard_bands(case):  # law 7
-    inputs = case.inputs()
-    frames = {name: framed(x) for name, x in tensors(inputs).items()}
-    before = {name: flat.clone() for name, (_, flat) in frames.items() if flat is not None}
-    case.run({**inputs, **{name: view for name, (view, _) in frames.items()}})
-    for name, flat in before.items():
-        assert torch.equal(frames[name][1], flat), f"{name} or its surroundings were written to"
-
-
-@by_op
-def test_deterministic(case):  # law 11
-    inputs = case.inputs()
-    threads = torch.get_num_threads()
-    first = case.run(inputs)
-    try:
-        for attempt in range(10):
-            torch.set_num_threads(1 + attempt % 3)
-            same(case.run(inputs), first)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @needs_extension
