@@ -2,6 +2,7 @@
 # make demo   writes demo.mp4 from PROMPT          make bench   times the operators on this machine
 # make test   runs the tests, JOBS at a time       make lint    checks formats and types
 # make clean  forgets everything that was built    make format  formats the sources
+# make test-oldest, make test-newest   run the tests with the oldest and the newest packages that pyproject.toml allows
 # make fuzz   gives operators and loaders what nobody should, for MINUTES each; make fuzz-asan does so under sanitizers
 # All of them set up .venv first where it is missing: PYTHON=... chooses the interpreter, TORCH=... the torch to install.
 
@@ -19,7 +20,7 @@ FORMATTED := $(SOURCES) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h
 COMMA := ,
 PIP := $(PY) -m pip install --disable-pip-version-check
 
-.PHONY: demo test bench lint format fuzz fuzz-asan clean
+.PHONY: demo test test-oldest test-newest bench lint format fuzz fuzz-asan clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -27,6 +28,24 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built $(VENV)/.test
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+# $(call suite,folder,packages): the tests in a copy of the tree, with an environment of its own and an extension that
+# is compiled against its torch. Both lie in build/folder; the environment is kept for the next time.
+define suite
+	test -x build/$(1)/venv/bin/python || "$(PYTHON)" -m venv build/$(1)/venv
+	build/$(1)/venv/bin/python -m pip install --disable-pip-version-check -q "setuptools>=77" ninja $(2)
+	rm -rf build/$(1)/tree && mkdir -p build/$(1)/tree
+	tar -cf - --exclude=./build --exclude=./.venv --exclude=./.git --exclude='*.so' . | tar -xf - -C build/$(1)/tree
+	cd build/$(1)/tree && PATH="$(CURDIR)/build/$(1)/venv/bin:$$PATH" python setup.py -q build_ext --inplace
+	cd build/$(1)/tree && OMP_WAIT_POLICY=passive ../venv/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+endef
+
+# The oldest packages have wheels for Python 3.10 to 3.12. Golden files beside the checkout are not seen by the copy.
+test-oldest:
+	$(call suite,oldest,$$("$(PYTHON)" tests/support/oldest.py))
+
+test-newest:
+	$(call suite,newest,--upgrade --upgrade-strategy eager $$("$(PYTHON)" tests/support/oldest.py --names))
 
 bench: $(VENV)/.built $(VENV)/.test
 	$(PY) -m benchmarks.ops

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One clock for every figure we publish: providers take turns, medians with their spread, and the
-machine's record."""
+"""The clock behind every published timing of a CPU.
+
+The implementations that are compared are called providers. They take turns, the median of each is
+reported with its spread, and the machine is recorded beside the figures.
+"""
 
 import ctypes
 import os
@@ -15,14 +18,15 @@ from pathlib import Path
 import torch
 
 from kandinsky_kernels import _library
+from kandinsky_model.devices.available import cpu_name
 
-WARM_UP_S = 0.3
-NOISY = 0.05  # a spread above this share of the median is marked in every table
+WARM_UP_S = 0.3  # seconds that each provider runs before it is timed
+NOISY = 0.05  # every table marks a timing whose spread exceeds this share of its median
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one provider over its runs."""
+    """Milliseconds that one provider took, over all its runs."""
 
     median_ms: float
     low_ms: float  # 20th percentile
@@ -31,6 +35,7 @@ class Timing:
 
     @property
     def spread(self) -> float:
+        """The distance between the two percentiles, as a share of the median."""
         return (self.high_ms - self.low_ms) / self.median_ms
 
     @property
@@ -38,6 +43,7 @@ class Timing:
         return self.spread > NOISY
 
     def record(self) -> dict:
+        """The timing as a result file holds it."""
         return {
             "median_ms": round(self.median_ms, 4),
             "low_ms": round(self.low_ms, 4),
@@ -48,8 +54,11 @@ class Timing:
 
 
 def keep_memory() -> None:
-    """Make glibc keep what is freed: else whoever allocates next pays for its page faults, and the
-    clock blames the arithmetic."""
+    """Make glibc keep memory that is freed, instead of giving it back to the system.
+
+    Otherwise the next allocation would pay for page faults, and the clock would count them as
+    arithmetic. Does nothing where the C library is not glibc.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
@@ -66,7 +75,7 @@ def _timed(call: Callable) -> float:
 
 
 def _warm_up(call: Callable) -> float:
-    """Runs until WARM_UP_S have passed, once at least; returns the last duration."""
+    """Calls until WARM_UP_S have passed, at least once; returns the seconds of the last call."""
     deadline = time.perf_counter() + WARM_UP_S
     last = _timed(call)
     while time.perf_counter() + last < deadline:
@@ -77,9 +86,9 @@ def _warm_up(call: Callable) -> float:
 def measure(
     providers: dict[str, Callable], budget_s: float = 2.0, most: int = 60
 ) -> dict[str, Timing]:
-    """Runs the providers in turn, so that a drift of the machine meets all of them alike.
+    """Time the providers in turns, so that a drift of the machine affects all of them alike.
 
-    Each runs for about ``budget_s`` seconds: at least 3 and at most ``most`` times.
+    Each provider runs for about ``budget_s`` seconds: at least 3 and at most ``most`` times.
     """
     rounds = {
         name: min(most, max(3, int(budget_s / _warm_up(call)))) for name, call in providers.items()
@@ -98,39 +107,26 @@ def measure(
     return result
 
 
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
-
-
 def commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The commit of this checkout, marked if files beside the results differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no", "--", "..", ":!results"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        head = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head + (" with changes" if changed.strip() else "")
+    return f"{head} with changes" if changed else head
 
 
 def machine() -> dict:
-    """What one must know to compare a figure with another one."""
+    """What must be known of the machine before its figures can be compared with others."""
     extension = _library.extension
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "simd": extension.simd() if extension else "none",
@@ -143,14 +139,19 @@ def machine() -> dict:
 
 
 def roofs() -> dict[str, float]:
-    """What this machine can do at best: copying 28 MiB, read and written, and fp32 matrix
-    products."""
-    source, target, square = torch.randn(7 << 20), torch.randn(7 << 20), torch.randn(2048, 2048)
+    """The best this machine can do now: copying 28 MiB, and an fp32 product of 2048 x 2048.
+
+    A copy counts the bytes read and the bytes written.
+    """
+    source = torch.randn(7 << 20)
+    target = torch.empty_like(source)
+    square = torch.randn(2048, 2048)
     timings = measure(
         {"copy": lambda: target.copy_(source), "matmul": lambda: square @ square}, budget_s=1.0
     )
-    moved = 2 * source.numel() * source.element_size() / 1e6
+    megabytes = 2 * source.numel() * source.element_size() / 1e6
+    megaflops = 2 * 2048**3 / 1e6
     return {
-        "copy_gb_s": round(moved / timings["copy"].median_ms, 2),
-        "matmul_gflop_s": round(2 * 2048**3 / 1e6 / timings["matmul"].median_ms, 1),
+        "copy_gb_s": round(megabytes / timings["copy"].median_ms, 2),
+        "matmul_gflop_s": round(megaflops / timings["matmul"].median_ms, 1),
     }

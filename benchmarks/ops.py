@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators against their references and against plain PyTorch, over the benchmark rows of the
-table of cases.
+"""The operators beside their references and beside plain PyTorch, on a CPU.
 
-``python -m benchmarks.ops`` prints the side-by-side table and writes
-benchmarks/results/<machine>.json; ``pytest benchmarks/ops.py`` runs the same rows under
-pytest-benchmark. Both check a row's outputs before they time it.
+What is timed are the benchmark rows of the table of cases, ``tests/cases.py``.
+``python -m benchmarks.ops`` prints a table and writes benchmarks/results/<machine>.json;
+``pytest benchmarks/ops.py`` runs the same rows under pytest-benchmark. Both check the outputs of a
+row before they time it.
 """
 
 import argparse
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -27,47 +28,64 @@ from .report import markdown
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = [*BENCHES, *BACKWARD_BENCHES]
-# What is judged: a name, the medians (case, provider) of numerator and denominator, the wanted and
-# the hoped-for ratio, and whether less is better.
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A limit on the ratio of two medians of one run, set before the work began.
+
+    ``over`` and ``under`` are (part of a case's id, provider) of numerator and denominator.
+    """
+
+    name: str
+    over: tuple[str, str]
+    under: tuple[str, str]
+    wanted: float
+    hoped: float | None = None
+    less_is_better: bool = False
+
+    def holds(self, ratio: float) -> bool:
+        return ratio <= self.wanted if self.less_is_better else ratio >= self.wanted
+
+
+def faster_than_dense(percent: int, wanted: float, hoped: float | None = None) -> Bar:
+    """How many times faster sparse attention must be than dense, at a share of blocks kept."""
+    case = f"attention-{percent}_percent"
+    name = f"block_sparse_attention, {percent} % of the blocks: times faster than dense"
+    return Bar(name, (case, "dense"), (case, "ours"), wanted, hoped)
+
+
 BARS = [
-    *(
-        (
-            f"block_sparse_attention, {percent} % of the blocks: times faster than dense",
-            (f"attention-{percent}_percent", "dense"),
-            (f"attention-{percent}_percent", "ours"),
-            wanted,
-            hoped,
-            False,
-        )
-        for percent, wanted, hoped in ((10, 6.0, 8.0), (20, 3.5, 4.2), (100, 0.8, None))
-    ),
-    (
+    faster_than_dense(10, 6.0, 8.0),
+    faster_than_dense(20, 3.5, 4.2),
+    faster_than_dense(100, 0.8),
+    Bar(
         "select_blocks over block_sparse_attention at 10 %",
-        ("select_blocks-128_blocks", "ours"),
-        ("attention-10_percent", "ours"),
-        0.05,
-        None,
-        True,
+        over=("select_blocks-128_blocks", "ours"),
+        under=("attention-10_percent", "ours"),
+        wanted=0.05,
+        less_is_better=True,
     ),
-    (
+    Bar(
         "gradient of block_sparse_attention over the forward pass at 10 %, in turns",
-        ("attention_backward-10_percent", "ours"),
-        ("attention_backward-10_percent", "forward"),
-        3.0,
-        2.5,
-        True,
+        over=("attention_backward-10_percent", "ours"),
+        under=("attention_backward-10_percent", "forward"),
+        wanted=3.0,
+        hoped=2.5,
+        less_is_better=True,
     ),
 ]
 
 
 def kernel_of(case: Case) -> str:
-    """The operator that a case times."""
+    """The name of the kernel that a case times; `norm_rope_means` is a form of `norm_rope`."""
     return case.op.replace("_means", "")
 
 
 def reference_call(case: Case, inputs: dict) -> Callable:
-    """The operator with its reference in the kernel's place, on the same inputs."""
-    name, run = kernel_of(case), case.ready(case.operator.call, inputs)
+    """A call of the operator that runs its reference instead of the kernel, on the same inputs."""
+    name = kernel_of(case)
+    run = case.ready(case.operator.call, inputs)
     families = (kandinsky_kernels.norm, kandinsky_kernels.nabla, kandinsky_kernels.vae)
     module = next(family for family in families if hasattr(family, f"_{name}"))
 
@@ -79,6 +97,10 @@ def reference_call(case: Case, inputs: dict) -> Callable:
 
 
 def providers(case: Case, inputs: dict, compiled: bool) -> dict[str, Callable]:
+    """Name -> call of everything that is timed for a case, on the same inputs.
+
+    ``compiled`` adds torch.compile of the plain expression, for norms.
+    """
     operator = case.operator
     calls = {
         "ours": case.ready(operator.call, inputs),
@@ -96,53 +118,54 @@ def providers(case: Case, inputs: dict, compiled: bool) -> dict[str, Callable]:
 
 
 def row(case: Case, roof: dict[str, float], compiled: bool) -> dict:
-    """Checks the case, times it, and says how far from the machine's roof it is."""
+    """Check the outputs of a case, time it, and compare its rate with the machine's roofs."""
     inputs = case.inputs()
     outputs = case.run(inputs)
     case.check(outputs, inputs)
     timings = measure(providers(case, inputs, compiled))
-    ours, flops = timings["ours"].median_ms, case.operator.flops(inputs)
-    gb_s, gflop_s = bytes_moved(inputs, outputs) / 1e6 / ours, flops / 1e6 / ours
+    ours = timings["ours"].median_ms
+    flops = case.operator.flops(inputs)
+    gb_s = bytes_moved(inputs, outputs) / 1e6 / ours
+    gflop_s = flops / 1e6 / ours
+    of_roof = gflop_s / roof["matmul_gflop_s"] if flops else gb_s / roof["copy_gb_s"]
     return {
         "case": case.id,
         "kernel": kandinsky_kernels.kernels()[kernel_of(case)]["cpu"],
         "gb_s": round(gb_s, 3),
         "gflop_s": round(gflop_s, 2),
-        "of_roof": round(
-            gflop_s / roof["matmul_gflop_s"] if flops else gb_s / roof["copy_gb_s"], 3
-        ),
+        "of_roof": round(of_roof, 3),
         "timings": {name: timing.record() for name, timing in timings.items()},
     }
 
 
 def bars(rows: list[dict]) -> list[dict]:
-    """The issue's limits, from medians of this run."""
+    """Every bar whose two medians are among the rows, with its ratio and whether it holds."""
 
     def median(case: str, provider: str) -> float:
         return next(row["timings"][provider]["median_ms"] for row in rows if case in row["case"])
 
     judged = []
-    for what, over, under, wanted, hoped, smaller in BARS:
+    for bar in BARS:
         try:
-            measured = median(*over) / median(*under)
+            ratio = median(*bar.over) / median(*bar.under)
         except StopIteration:  # this run left the case out
             continue
         judged.append(
             {
-                "name": what,
-                "measured": round(measured, 4),
-                "wanted": wanted,
-                "hoped": hoped,
-                "holds": measured <= wanted if smaller else measured >= wanted,
+                "name": bar.name,
+                "measured": round(ratio, 4),
+                "wanted": bar.wanted,
+                "hoped": bar.hoped,
+                "holds": bar.holds(ratio),
             }
         )
     return judged
 
 
 def results_file(record: dict) -> Path:
-    slug = re.sub(
-        r"[^a-z0-9]+", "-", f"{record['cpu']} {record['threads']} threads {record['simd']}".lower()
-    ).strip("-")
+    """Where the results of a machine are kept, given its record."""
+    machine_name = f"{record['cpu']} {record['threads']} threads {record['simd']}"
+    slug = re.sub(r"[^a-z0-9]+", "-", machine_name.lower()).strip("-")
     return RESULTS / f"{slug}.json"
 
 
@@ -158,9 +181,8 @@ def main() -> None:
     )
     parser.add_argument(
         "--simd",
-        help="restrict our kernels to scalar, avx2 or avx512; torch's "
-        "own listen to ATEN_CPU_CAPABILITY=avx2 "
-        "MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2",
+        help="restrict our kernels to scalar, avx2 or avx512; torch's own are restricted by "
+        "ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2",
     )
     options = parser.parse_args()
     if options.simd:
@@ -183,7 +205,8 @@ def main() -> None:
 
 @pytest.mark.parametrize("provider", ["ours", "reference", "torch"])
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.id)
-def test_speed(benchmark, case, provider):
+def test_speed(benchmark, case: Case, provider: str):
+    """One provider of one case, for pytest-benchmark."""
     inputs = case.inputs()
     if provider == "ours":
         case.check(case.run(inputs), inputs)

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as markdown: ``python -m benchmarks.report benchmarks/results/*.json [--into
-benchmarks/README.md]``."""
+"""Result files as tables in Markdown.
+
+``python -m benchmarks.report benchmarks/results/*.json`` prints them, and with
+``--into benchmarks/README.md`` writes them between the markers of that file.
+"""
 
 import argparse
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PROVIDERS = ("ours", "reference", "torch", "compiled", "dense")
@@ -20,29 +24,64 @@ GPU_KEYS = {
     "budget_over_peak": "budget over measured peak",
     "predicted_over_peak": "predicted over measured peak",
 }
-GPU_BARS = (  # section, key, wanted, hoped for, the rows it is about; judged by the worst of them
-    ("norms", "of_copy", 0.8, None, {}),
-    ("norms", "over_eager", 3.0, None, {}),
-    ("norms", "over_compiled", 1.2, None, {}),
-    ("selection", "ms", 0.5, 0.25, {"size": "lite 10 s"}),
-    ("selection", "ms", 0.8, 0.45, {"size": "pro 10 s"}),
-    ("selection", "over_published", 30.0, None, {}),
-    ("attention", "useful_tflop_s", 300.0, 340.0, {"size": "lite 10 s"}),
-    ("attention", "useful_tflop_s", 350.0, 420.0, {"size": "pro 10 s"}),
-    ("attention", "over_flex", 1.3, None, {}),
-    ("together", "over_published", 2.0, None, {}),
-    # or they stay cuDNN's
-    ("convolutions", "over_cudnn", 1.15, None, {"size": "10 s, all frames"}),
-    ("transformer", "ms", 1300.0, 1000.0, {"size": "lite 10 s"}),
-    ("vae", "ms", 1800.0, 1300.0, {"size": "5 s", "policy": "global"}),
-    ("vae", "ms", 3600.0, 2600.0, {"size": "10 s", "policy": "global"}),
-    ("vae", "over_diffusers", 3.5, None, {"policy": "official"}),
-    ("gradients", "ms", 56.0, 44.0, {"size": "lite 10 s"}),
-    ("gradients", "over_flex", 1.3, None, {}),
-    ("memory", "budget_over_peak", 1.0, None, {}),
-    ("memory", "predicted_over_peak", 1.0, None, {}),
+
+
+@dataclass(frozen=True)
+class GpuBar:
+    """A limit on one figure of a section of ``benchmarks.gpu``, judged by the worst of its rows.
+
+    ``about`` selects the rows: those that hold all of its items. Milliseconds must not exceed
+    ``wanted``, every other figure must reach it.
+    """
+
+    section: str
+    key: str
+    wanted: float
+    hoped: float | None = None
+    about: dict[str, str] = field(default_factory=dict)
+
+    def figure(self, row: dict) -> float | None:
+        """The figure of a row, None where the row has none: not every row has every peer."""
+        return row["ms"].get("ours") if self.key == "ms" else row.get(self.key)
+
+    def worst(self, values: list[float]) -> float:
+        return max(values) if self.key == "ms" else min(values)
+
+    def holds(self, worst: float) -> bool:
+        return worst <= self.wanted if self.key == "ms" else worst >= self.wanted
+
+    def name(self, op: str) -> str:
+        """What a table calls the bar; ``op`` is the operator of its first row."""
+        subject = "every norm" if self.section == "norms" and not self.about else op
+        return ", ".join([subject, *self.about.values(), GPU_KEYS[self.key]])
+
+
+LITE = {"size": "lite 10 s"}
+PRO = {"size": "pro 10 s"}
+GPU_BARS = (
+    GpuBar("norms", "of_copy", 0.8),
+    GpuBar("norms", "over_eager", 3.0),
+    GpuBar("norms", "over_compiled", 1.2),
+    GpuBar("selection", "ms", 0.5, 0.25, LITE),
+    GpuBar("selection", "ms", 0.8, 0.45, PRO),
+    GpuBar("selection", "over_published", 30.0),
+    GpuBar("attention", "useful_tflop_s", 300.0, 340.0, LITE),
+    GpuBar("attention", "useful_tflop_s", 350.0, 420.0, PRO),
+    GpuBar("attention", "over_flex", 1.3),
+    GpuBar("together", "over_published", 2.0),
+    # Where this one does not hold, convolutions stay with cuDNN.
+    GpuBar("convolutions", "over_cudnn", 1.15, about={"size": "10 s, all frames"}),
+    GpuBar("transformer", "ms", 1300.0, 1000.0, LITE),
+    GpuBar("vae", "ms", 1800.0, 1300.0, {"size": "5 s", "policy": "global"}),
+    GpuBar("vae", "ms", 3600.0, 2600.0, {"size": "10 s", "policy": "global"}),
+    GpuBar("vae", "over_diffusers", 3.5, about={"policy": "official"}),
+    GpuBar("gradients", "ms", 56.0, 44.0, LITE),
+    GpuBar("gradients", "over_flex", 1.3),
+    GpuBar("memory", "budget_over_peak", 1.0),
+    GpuBar("memory", "predicted_over_peak", 1.0),
 )
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+BEGIN = "<!-- figures: begin -->"
+END = "<!-- figures: end -->"
 
 
 def _ms(timing: dict | None) -> str:
@@ -58,20 +97,24 @@ def _rate(row: dict) -> str:
 
 
 def machine_line(result: dict) -> str:
-    m, roofs = result["machine"], result["roofs"]
+    """The machine of a result on a CPU, and the best it did in the same run."""
+    machine = result["machine"]
+    roofs = result["roofs"]
     return (
-        f"{m['cpu']}, {m['threads']} threads, {m['simd']}, torch {m['torch']}, "
-        f"{m['compiler']}, commit {m['commit']}; "
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['simd']}, "
+        f"torch {machine['torch']}, {machine['compiler']}, commit {machine['commit']}; "
         f"copy {roofs['copy_gb_s']} GB/s, matrix product {roofs['matmul_gflop_s']} GFLOP/s."
     )
 
 
 def operators_table(result: dict) -> str:
-    """Medians side by side, and what ours reaches of the copy (norms) or the matrix product
-    (attention) of the same run."""
+    """Medians side by side, and the rate of ours as a share of the roof.
+
+    The roof of norms is a copy, that of attention a matrix product, both of the same run.
+    """
     lines = [
-        "| case | ours, ms | reference, ms | torch, ms | torch compiled, ms | torch dense, "
-        "ms | ours | of the roof |",
+        "| case | ours, ms | reference, ms | torch, ms | torch compiled, ms | torch dense, ms "
+        "| ours | of the roof |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
@@ -80,102 +123,98 @@ def operators_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def bars_table(result: dict) -> str:
+def bars_table(bars: list[dict]) -> str:
     lines = ["| bar | measured | wanted | hoped for | |", "|---|---:|---:|---:|---|"]
-    for bar in result["bars"]:
+    for bar in bars:
+        hoped = bar["hoped"] or "-"
+        verdict = "holds" if bar["holds"] else "does not hold"
         lines.append(
-            f"| {bar['name']} | {bar['measured']:.3g} | {bar['wanted']} | "
-            f"{bar['hoped'] or '-'} | "
-            f"{'holds' if bar['holds'] else 'does not hold'} |"
+            f"| {bar['name']} | {bar['measured']:.3g} | {bar['wanted']} | {hoped} | {verdict} |"
         )
     return "\n".join(lines)
 
 
 def gpu_bars(result: dict) -> list[dict]:
-    """GPU_BARS judged by the worst row each of them is about; bars about nothing measured are left
-    out."""
+    """GPU_BARS with what was measured; bars about rows that the run left out are left out."""
     judged = []
-    for section, key, wanted, hoped, about in GPU_BARS:
-        rows = [row for row in result["rows"].get(section, []) if about.items() <= row.items()]
-        values = [row["ms"].get("ours") if key == "ms" else row.get(key) for row in rows]
-        values = [value for value in values if value is not None]  # not every row has every peer
+    for bar in GPU_BARS:
+        section = result["rows"].get(bar.section, [])
+        rows = [row for row in section if bar.about.items() <= row.items()]
+        values = [value for row in rows if (value := bar.figure(row)) is not None]
         if not values:
             continue
-        worst = max(values) if key == "ms" else min(values)
-        name = ", ".join(
-            [
-                rows[0]["op"] if section != "norms" or about else "every norm",
-                *about.values(),
-                GPU_KEYS[key],
-            ]
-        )
+        worst = bar.worst(values)
         judged.append(
             {
-                "name": name,
+                "name": bar.name(rows[0]["op"]),
                 "measured": worst,
-                "wanted": wanted,
-                "hoped": hoped,
-                "holds": worst <= wanted if key == "ms" else worst >= wanted,
+                "wanted": bar.wanted,
+                "hoped": bar.hoped,
+                "holds": bar.holds(worst),
             }
         )
     return judged
 
 
+def _gpu_row(row: dict) -> str:
+    ours = row["ms"].get("ours")
+    others = []
+    for name, ms in row["ms"].items():
+        if name != "ours":
+            others.append(f"{name} {ms:.3g} ({ms / ours:.2f}x)" if ours else f"{name} {ms:.3g}")
+    case = [row[key] for key in ("mask", "policy") if row.get(key)]
+    if "density" in row:
+        case.append(f"{row['density']:.1%}")
+    reached = "-"
+    if "useful_tflop_s" in row:
+        reached = f"{row['useful_tflop_s']:.0f} TFLOP/s"
+    elif "of_copy" in row:
+        reached = f"{row['of_copy']:.0%} of a copy"
+    cells = [
+        row["op"],
+        row["size"],
+        " ".join(case) or "-",
+        f"{ours:.3g}" if ours else "cannot run",
+        "; ".join(others) or "-",
+        reached,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def gpu_table(result: dict) -> str:
-    """Medians side by side: ours, and each of the others with how many times longer it takes."""
+    """Medians side by side: ours, and how many times as long each of the others takes."""
     lines = [
         "| operator | size | case | ours, ms | others, ms (times ours) | reached |",
         "|---|---|---|---:|---|---:|",
     ]
-    for row in (row for rows in result["rows"].values() for row in rows):
-        ours = row["ms"].get("ours")
-        others = [
-            f"{name} {ms:.3g}" + (f" ({ms / ours:.2f}x)" if ours else "")
-            for name, ms in row["ms"].items()
-            if name != "ours"
-        ]
-        case = [
-            row.get("mask"),
-            row.get("policy"),
-            f"{row['density']:.1%}" if "density" in row else None,
-        ]
-        reached = "-"
-        if "useful_tflop_s" in row:
-            reached = f"{row['useful_tflop_s']:.0f} TFLOP/s"
-        elif "of_copy" in row:
-            reached = f"{row['of_copy']:.0%} of a copy"
-        lines.append(
-            f"| {row['op']} | {row['size']} | {' '.join(filter(None, case)) or '-'} | "
-            f"{f'{ours:.3g}' if ours else 'cannot run'} | "
-            f"{'; '.join(others) or '-'} | {reached} |"
-        )
+    lines += [_gpu_row(row) for section in result["rows"].values() for row in section]
     return "\n".join(lines)
 
 
 def gpu_line(result: dict) -> str:
-    m, roofs = result["machine"], result["ceilings"]
+    """The machine of a result on a GPU, and the best it did in the same run."""
+    machine = result["machine"]
+    roofs = result["ceilings"]
     return (
-        f"{m.get('card', m['device'])}, torch {m['torch']}, Triton "
-        f"{m.get('triton', 'absent')}, commit {m['commit']}; "
+        f"{machine.get('card', machine['device'])}, torch {machine['torch']}, "
+        f"Triton {machine.get('triton', 'absent')}, commit {machine['commit']}; "
         f"copy {roofs['copy_gb_s']:.0f} GB/s, bf16 matrix product "
         f"{roofs['matmul_tflop_s']:.0f} TFLOP/s."
     )
 
 
 def vae_table(result: dict) -> str:
-    """Decodes and encodes beside diffusers', upsampling layers beside upsample, pad and
-    convolve."""
+    """Decodes and encodes beside diffusers', and upsampling layers beside their plain form:
+    upsample, pad and convolve."""
     lines = [
         "| case | ours, ms | theirs, ms | times faster | wanted | our peak, MB | their peak, MB |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in (*result["decodes"], *result.get("encodes", ()), *result["upsamplings"]):
         ours, theirs = (timing["median_ms"] for timing in row["timings"].values())
-        peaks = (
-            " | ".join(f"{peak / 1e6:.0f}" for peak in row["peak_bytes"].values())
-            if "peak_bytes" in row
-            else "- | -"
-        )
+        peaks = "- | -"
+        if "peak_bytes" in row:
+            peaks = " | ".join(f"{peak / 1e6:.0f}" for peak in row["peak_bytes"].values())
         lines.append(
             f"| {row['case']} | {ours:.0f} | {theirs:.0f} | {row['times_faster']:.2f} | "
             f"{row['wanted']} | {peaks} |"
@@ -184,18 +223,21 @@ def vae_table(result: dict) -> str:
 
 
 def markdown(result: dict) -> str:
-    if "decodes" in result:  # of benchmarks.vae
-        return "\n\n".join((machine_line(result), vae_table(result)))
-    if "ceilings" in result:  # of benchmarks.gpu
-        return "\n\n".join(
-            (gpu_line(result), gpu_table(result), bars_table({"bars": gpu_bars(result)}))
-        )
-    return "\n\n".join((machine_line(result), operators_table(result), bars_table(result)))
+    """The tables of one result file; its keys tell which benchmark wrote it."""
+    if "decodes" in result:  # benchmarks.vae
+        parts = (machine_line(result), vae_table(result))
+    elif "ceilings" in result:  # benchmarks.gpu
+        parts = (gpu_line(result), gpu_table(result), bars_table(gpu_bars(result)))
+    else:  # benchmarks.ops
+        parts = (machine_line(result), operators_table(result), bars_table(result["bars"]))
+    return "\n\n".join(parts)
 
 
 def insert(text: str, figures: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
-    """``text`` with everything between the two markers replaced. Raises ValueError where they are
-    missing."""
+    """``text`` with everything between the two markers replaced.
+
+    Raises ValueError if a marker is missing or they stand in the wrong order.
+    """
     before, begin, rest = text.partition(markers[0])
     _, end, after = rest.partition(markers[1])
     if not begin or not end:
@@ -208,11 +250,11 @@ def insert(text: str, figures: str, markers: tuple[str, str] = (BEGIN, END)) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Prints results as markdown, or writes them into a file."
+        description="Prints results as Markdown, or writes them into a file."
     )
-    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files of the benchmarks")
     parser.add_argument(
-        "--into", type=Path, help=f"replace what stands between {BEGIN} and {END} in this file"
+        "--into", type=Path, help=f"write them between {BEGIN} and {END} of this file"
     )
     options = parser.parse_args()
     figures = "\n\n".join(markdown(json.loads(path.read_text())) for path in options.results)

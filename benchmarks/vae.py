@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VAE against diffusers' on the CPU: time and live memory, in turns, on the same weights,
-latents and videos.
+"""The video VAE beside diffusers' on a CPU: time and memory, with the same weights and inputs.
 
-``python -m benchmarks.vae`` checks that both give the same, times them and writes
+``python -m benchmarks.vae`` checks that both give the same result, times them in turns and writes
 benchmarks/results/vae-<machine>.json.
+``python -m benchmarks.vae --schemes`` prints what each scheme of streaming is predicted to need.
 """
 
 import argparse
 import itertools
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from kandinsky_model.config import PRESETS, VAEConfig
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
@@ -23,116 +22,110 @@ from kandinsky_model.vae.schemes import Accounting
 from kandinsky_model.vae.stages import Chunk, Enlarge
 from kandinsky_model.vae.stream import decoding, encoding
 from tests.support.live_memory import LiveMemory
+from tests.support.tiny_models import diffusers_video_vae as diffusers_peer
 
 from .clock import keep_memory, machine, measure, roofs
 from .ops import results_file
 from .report import vae_table
 
-# name, configuration, latent T, Y, X or video F, H, W; the wanted ratio of diffusers' time to ours
+# Case -> configuration, and the size of its latents: T, Y, X.
 DECODES = {
     "tiny preset, 17 frames of 160x160": (PRESETS["tiny"].vae, (5, 20, 20)),
     "full size, latent 2x16x16": (VAEConfig(), (2, 16, 16)),
 }
+# Case -> configuration, and the size of its video: frames, height, width.
 ENCODES = {
     "tiny preset, encoding 17 frames of 160x160": (PRESETS["tiny"].vae, (17, 160, 160)),
     "full size, encoding 5 frames of 64x64": (VAEConfig(), (5, 64, 64)),
 }
-# channels, factors, and the latent-level frames and sides in front of the upsampling
+# Case -> channels, factors in time, height and width, and the size of what is enlarged: T, Y, X.
 UPSAMPLINGS = {
     "512 channels, 3x32x32": (512, (1, 2, 2), (3, 32, 32)),
     "512 channels, 3x32x32, time too": (512, (2, 2, 2), (3, 32, 32)),
     "256 channels, 3x64x64, time too": (256, (2, 2, 2), (3, 64, 64)),
 }
+# How many times faster than the peer each kind must be.
+WANTED_DECODE = 1.5
+WANTED_ENCODE = 1.2
+WANTED_UPSAMPLING = 2.5
+TOLERANCE = 1e-4  # of the result's norm
+
 SCHEMES = {
     "decoding": ("KKKK", "KKKR", "KKKS", "KKRS", "KKSS", "KSSS"),
     "encoding": ("KKKK", "RKKK", "SKKK", "SRKK", "SHKK", "SSKK", "SSRK", "SSSK"),
 }
 LETTERS = {"decoding": "keep, recompute, stream", "encoding": "keep, recompute, head, stream"}
-SECONDS = {"5 s": (31, 121), "10 s": (61, 241)}  # frames, latent and of video
-WANTED_DECODE, WANTED_ENCODE, WANTED_UPSAMPLING, TOLERANCE = 1.5, 1.2, 2.5, 1e-4
-
-
-def diffusers_peer(vae: HunyuanVideoVAE) -> nn.Module:
-    """diffusers' class with the same weights, all frames at once as with us."""
-    from diffusers import AutoencoderKLHunyuanVideo
-
-    config = vae.config
-    peer = AutoencoderKLHunyuanVideo(
-        latent_channels=config.latent_channels,
-        block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
-        norm_num_groups=config.norm_num_groups,
-        down_block_types=("HunyuanVideoDownBlock3D",) * len(config.block_out_channels),
-        up_block_types=("HunyuanVideoUpBlock3D",) * len(config.block_out_channels),
-    )
-    peer.use_framewise_decoding = peer.use_framewise_encoding = False
-    peer.load_state_dict(vae.state_dict(), strict=True)
-    return peer.eval()
+SIZES = ((512, 768), (768, 1280))  # height, width
+FRAMES = {"5 s": (31, 121), "10 s": (61, 241)}  # frames of latents, frames of video
 
 
 def peak_bytes(call: Callable) -> int:
+    """The most bytes of tensors alive at once during a call."""
     with LiveMemory() as memory:
         call()
     return memory.peak
 
 
-def agree(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def agree(ours: Tensor, theirs: Tensor) -> float:
+    """The norm of the difference over the norm of ``theirs``.
+
+    Raises RuntimeError if it exceeds TOLERANCE.
+    """
     error = ((ours - theirs).norm() / theirs.norm()).item()
     if not error <= TOLERANCE:
         raise RuntimeError(
-            f"both must give the same result, but they differ by {error:.2g} of "
-            "its norm; nothing was timed"
+            f"both must give the same result, but they differ by {error:.2g} of its norm; "
+            "nothing was timed"
         )
     return error
 
 
 def _both(config: VAEConfig) -> tuple[HunyuanVideoVAE, nn.Module]:
+    """Our VAE with random weights in the memory format of `load_vae`, and diffusers' with them."""
     torch.manual_seed(0)
-    # as `load_vae` gives it
-    vae = (
-        HunyuanVideoVAE(config)
-        .eval()
-        .requires_grad_(False)
-        .to(memory_format=torch.channels_last_3d)
-    )
+    vae = HunyuanVideoVAE(config).eval().requires_grad_(False)
+    vae = vae.to(memory_format=torch.channels_last_3d)
     return vae, diffusers_peer(vae)
 
 
 def decode_row(name: str, config: VAEConfig, size: tuple[int, int, int], budget_s: float) -> dict:
-    (vae, peer), latents = _both(config), torch.randn(1, config.latent_channels, *size)
-    return _row(
-        name,
-        {"ours": lambda: vae.decode(latents), "diffusers": lambda: peer.decode(latents).sample},
-        WANTED_DECODE,
-        budget_s,
-    )
+    """One case of DECODES; ``budget_s`` seconds for each provider."""
+    vae, peer = _both(config)
+    latents = torch.randn(1, config.latent_channels, *size)  # [1, C, T, Y, X]
+    calls = {
+        "ours": lambda: vae.decode(latents),
+        "diffusers": lambda: peer.decode(latents).sample,
+    }
+    return _network_row(name, calls, WANTED_DECODE, budget_s)
 
 
 def encode_row(name: str, config: VAEConfig, size: tuple[int, int, int], budget_s: float) -> dict:
-    (vae, peer), video = _both(config), torch.rand(1, 3, *size) * 2 - 1
-    return _row(
-        name,
-        {
-            "ours": lambda: torch.cat(vae.encode(video), 1),
-            "diffusers": lambda: peer.encode(video).latent_dist.parameters,
-        },
-        WANTED_ENCODE,
-        budget_s,
-    )
+    """One case of ENCODES; ``budget_s`` seconds for each provider."""
+    vae, peer = _both(config)
+    video = torch.rand(1, 3, *size) * 2 - 1  # [1, 3, frames, height, width]
+    calls = {
+        "ours": lambda: torch.cat(vae.encode(video), 1),
+        "diffusers": lambda: peer.encode(video).latent_dist.parameters,
+    }
+    return _network_row(name, calls, WANTED_ENCODE, budget_s)
+
+
+def _network_row(name: str, calls: dict[str, Callable], wanted: float, budget_s: float) -> dict:
+    peaks = {provider: peak_bytes(call) for provider, call in calls.items()}
+    return _row(name, calls, wanted, budget_s) | {"peak_bytes": peaks}
 
 
 def _row(name: str, calls: dict[str, Callable], wanted: float, budget_s: float) -> dict:
-    error = agree(calls["ours"](), calls["diffusers"]())
-    row = {
+    """Check two providers against each other and time them; ``calls`` holds ours, then the peer."""
+    ours, theirs = calls
+    error = agree(calls[ours](), calls[theirs]())
+    timings = measure(calls, budget_s)
+    return {
         "case": name,
         "error": error,
-        "peak_bytes": {who: peak_bytes(call) for who, call in calls.items()},
-    }
-    timings = measure(calls, budget_s)
-    return row | {
-        "times_faster": round(timings["diffusers"].median_ms / timings["ours"].median_ms, 3),
+        "times_faster": round(timings[theirs].median_ms / timings[ours].median_ms, 3),
         "wanted": wanted,
-        "timings": {who: timing.record() for who, timing in timings.items()},
+        "timings": {provider: timing.record() for provider, timing in timings.items()},
     }
 
 
@@ -143,64 +136,59 @@ def upsampling_row(
     size: tuple[int, int, int],
     budget_s: float,
 ) -> dict:
-    """Folded against upsample, pad, convolve; the weights are folded beforehand, as a decode does
-    it once."""
+    """One case of UPSAMPLINGS: our folded convolution beside upsample, pad and convolve.
+
+    The weights are folded before the clock starts, as a decode folds them once.
+    """
     torch.manual_seed(0)
     upsample = Upsample(channels, factors).requires_grad_(False)
-    stage, x = Enlarge(upsample), torch.randn(1, channels, *size)
-    rows = x.permute(0, 2, 3, 4, 1).contiguous()
+    stage = Enlarge(upsample)
+    x = torch.randn(1, channels, *size)  # [1, C, T, Y, X]
+    rows = x.permute(0, 2, 3, 4, 1).contiguous()  # [1, T, Y, X, C]
 
-    def ours():
-        return torch.cat(
-            [chunk.x for chunk in stage.flow(iter([Chunk(rows)]), None, size[0])], 1
-        ).permute(0, 4, 1, 2, 3)
+    def ours() -> Tensor:
+        pieces = [chunk.x for chunk in stage.flow(iter([Chunk(rows)]), None, size[0])]
+        return torch.cat(pieces, 1).permute(0, 4, 1, 2, 3)
 
-    def plain():
-        first, rest = x[:, :, :1], x[:, :, 1:]
-        first = F.interpolate(first, scale_factor=(1, *factors[1:]), mode="nearest")
-        return upsample.conv(
-            torch.cat((first, F.interpolate(rest, scale_factor=factors, mode="nearest")), 2)
-        )
+    def plain() -> Tensor:
+        # the first frame is not enlarged in time
+        first = F.interpolate(x[:, :, :1], scale_factor=(1, *factors[1:]), mode="nearest")
+        rest = F.interpolate(x[:, :, 1:], scale_factor=factors, mode="nearest")
+        return upsample.conv(torch.cat((first, rest), 2))
 
-    error = agree(ours(), plain())
-    timings = measure({"ours": ours, "plain": plain}, budget_s)
-    return {
-        "case": name,
-        "error": error,
-        "times_faster": round(timings["plain"].median_ms / timings["ours"].median_ms, 3),
-        "wanted": WANTED_UPSAMPLING,
-        "timings": {who: timing.record() for who, timing in timings.items()},
-    }
+    return _row(name, {"ours": ours, "plain": plain}, WANTED_UPSAMPLING, budget_s)
+
+
+def _accounting(vae: HunyuanVideoVAE, doing: str, height: int, width: int, length) -> Accounting:
+    """What decoding or encoding a video needs; ``length`` is its latent and its video frames."""
+    latent_frames, video_frames = length
+    if doing == "encoding":
+        return Accounting(encoding(vae.encoder), (1, 3, video_frames, height, width))
+    shape = (1, 16, latent_frames, height // 8, width // 8)
+    return Accounting(decoding(vae.decoder, vae.post_quant_conv), shape)
 
 
 def schemes_table(doing: str = "decoding") -> str:
-    """What the released VAE needs in bf16 under the schemes worth naming, from its own accounting:
-    predicted, not measured."""
+    """What the released VAE needs in bf16 under SCHEMES, in Markdown.
+
+    The figures come from the VAE's own accounting: they are predicted, not measured.
+    """
     with torch.device("meta"):
         vae = HunyuanVideoVAE(VAEConfig()).bfloat16()
-    books = {}
-    for (height, width), (name, (latent, video)) in itertools.product(
-        ((512, 768), (768, 1280)), SECONDS.items()
-    ):
-        chain, shape = (
-            decoding(vae.decoder, vae.post_quant_conv),
-            (1, 16, latent, height // 8, width // 8),
-        )
-        if doing == "encoding":
-            chain, shape = encoding(vae.encoder), (1, 3, video, height, width)
-        books[f"{name} {height}x{width}"] = Accounting(chain, shape)
+    accounts = {}
+    for (height, width), (seconds, length) in itertools.product(SIZES, FRAMES.items()):
+        accounts[f"{seconds} {height}x{width}"] = _accounting(vae, doing, height, width, length)
     lines = [
-        f"| scheme (a letter per level: {LETTERS[doing]}) | {' | '.join(books)} | FLOPs, 10 "
-        "s 512x768 |",
+        f"| scheme (a letter per level: {LETTERS[doing]}) | {' | '.join(accounts)} | "
+        "FLOPs, 10 s 512x768 |",
         "|---|" + "---:|" * 5,
     ]
     for scheme in SCHEMES[doing]:
-        plans = {name: book.scheme(scheme) for name, book in books.items()}
+        plans = {name: account.scheme(scheme) for name, account in accounts.items()}
         peaks = [plan.predicted_peak_bytes / 1e9 for plan in plans.values()]
         cells = [f"{peak:.0f} GB" if peak >= 100 else f"{peak:.1f} GB" for peak in peaks]
-        lines.append(
-            f"| {scheme} | {' | '.join(cells)} | {plans['10 s 512x768'].relative_flops:.2f}x |"
-        )
+        flops = plans["10 s 512x768"].relative_flops
+        lines.append(f"| {scheme} | {' | '.join(cells)} | {flops:.2f}x |")
     return "\n".join(lines)
 
 
@@ -229,20 +217,19 @@ def main() -> None:
         return
     keep_memory()
     result = {"machine": machine(), "roofs": roofs()}
-    rows = {
+    kinds = {
         "decodes": (decode_row, DECODES),
         "encodes": (encode_row, ENCODES),
         "upsamplings": (upsampling_row, UPSAMPLINGS),
     }
-    for what, (row, cases) in rows.items():
-        result[what] = [
-            row(name, *case, options.budget) for name, case in cases.items() if options.only in name
-        ]
+    for kind, (row, cases) in kinds.items():
+        chosen = {name: case for name, case in cases.items() if options.only in name}
+        result[kind] = [row(name, *case, options.budget) for name, case in chosen.items()]
     if not options.only:
         path = results_file(result["machine"])
         path = path.with_name(f"vae-{path.name}")
         path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"wrote {Path(path).name}")
+        print(f"wrote {path}")
     print(vae_table(result))
 
 

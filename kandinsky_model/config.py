@@ -19,16 +19,18 @@ _MOST_CHANNELS = 2**20
 _SEVERAL = {"patch_size", "axes_dims", "block_out_channels", "window"}  # fields of several sizes
 
 
-def _check_sizes(config: object, **most: int) -> None:
+def _check_sizes(config: object, least: int = 1, **most: int) -> None:
     """ValueError or TypeError unless each named field of `config`, or each of its items, is an int
-    from 1 to `most`. A configuration comes from a file that may hold anything."""
+    from `least` to `most`. A configuration comes from a file that may hold anything."""
     for name, limit in most.items():
         value = getattr(config, name)
         for size in value if name in _SEVERAL and isinstance(value, tuple) else (value,):
             if isinstance(size, bool) or not isinstance(size, Integral):
                 raise TypeError(f"{name} must be made of whole numbers, got {value!r}; correct it")
-            if not 1 <= int(size) <= limit:
-                raise ValueError(f"{name} must lie in 1..{limit:,}, got {value!r}; correct it")
+            if not least <= int(size) <= limit:
+                raise ValueError(
+                    f"{name} must lie in {least}..{limit:,}, got {value!r}; correct it"
+                )
 
 
 def _check_triple(config: object, name: str) -> None:
@@ -66,7 +68,8 @@ class DiTConfig:
         widths = ("in_visual_dim", "in_text_dim", "in_text_dim2", "time_dim", "out_visual_dim")
         widths += ("patch_size", "model_dim", "ff_dim", "axes_dims")
         _check_sizes(self, **dict.fromkeys(widths, _MOST_CHANNELS))
-        _check_sizes(self, num_text_blocks=_MOST_BLOCKS, num_visual_blocks=_MOST_BLOCKS)
+        _check_sizes(self, num_visual_blocks=_MOST_BLOCKS)
+        _check_sizes(self, least=0, num_text_blocks=_MOST_BLOCKS)
         if any(dim % 2 for dim in self.axes_dims):
             raise ValueError(
                 "axes_dims must be even because rotation works on pairs, got "

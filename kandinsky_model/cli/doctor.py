@@ -14,6 +14,7 @@ import torch
 import kandinsky_kernels
 
 from ..checkpoints.locate import TINY
+from ..devices.available import cpu_name
 from ..media.video import h264_encoder
 
 # Package -> what it is for. Those with "always" come with the installation.
@@ -57,7 +58,7 @@ def _versions() -> Iterator[str]:
 def _devices() -> Iterator[str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield (
-        f"cpu: {_cpu_name()}, {cores} cores, {torch.get_num_threads()} threads, torch uses "
+        f"cpu: {cpu_name()}, {cores} cores, {torch.get_num_threads()} threads, torch uses "
         f"{torch.backends.cpu.get_cpu_capability()}"
     )
     if torch.cuda.is_available():
@@ -73,16 +74,6 @@ def _devices() -> Iterator[str]:
             if torch.version.cuda
             else f"torch {torch.__version__} is built without it"
         )
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(
-                line.partition(":")[2].strip() for line in file if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _operators() -> Iterator[str]:

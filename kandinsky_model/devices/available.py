@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which device runs, and how many bytes are free on it."""
+"""Which device runs, what the processor is called, and how many bytes are free."""
 
 from __future__ import annotations
 
+import platform
 import re
 
 import torch
@@ -20,6 +21,17 @@ UNITS = {
     "mib": 2**20,
     "gib": 2**30,
 }
+
+
+def cpu_name() -> str:
+    """The processor's model, as Linux names it; elsewhere what Python knows of it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(
+                line.partition(":")[2].strip() for line in file if line.startswith("model name")
+            )
+    except (OSError, StopIteration):  # another system, or a processor without a model name
+        return platform.processor() or platform.machine()
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -11,12 +11,12 @@ import math
 import platform
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..devices.available import cpu_name
 from ..training.state import average_into
 
 logger = logging.getLogger(__name__)
@@ -154,14 +154,8 @@ def training_dtype(device: torch.device | str = "cpu") -> torch.dtype:
 
 def machine() -> dict:
     """A description of this machine for the log of a training."""
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = info.read_text().splitlines()
-        names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-        model = next(names, model)
     return {
-        "cpu": model,
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

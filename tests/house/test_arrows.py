@@ -31,7 +31,7 @@ MODEL = {
     "acceleration": "kernels config dit vae",
     "comfyui": "config media sampling text.embeddings pipeline acceleration",
     "training": "kernels config files devices dit vae media checkpoints text sampling pipeline",
-    "tiny": "config files dit vae text checkpoints pipeline training",
+    "tiny": "config files devices dit vae text checkpoints pipeline training",
     "cli": "kernels config devices media checkpoints sampling inspection pipeline comfyui training"
     " tiny",
     "__main__": "cli",
@@ -67,7 +67,7 @@ def parts_of(path):
 
 
 def imports(path, tree=None):
-    """(line, parts of what is imported) of every import in a file."""
+    """(line, parts of the imported name) of every import in a file, or in one of its trees."""
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(tree or ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -79,7 +79,7 @@ def imports(path, tree=None):
 
 
 def room_of(parts):
-    """The room that "kandinsky_model.dit.attention.Attention" lies in, and its module there."""
+    """("dit", "dit.attention") of the parts of "kandinsky_model.dit.attention.Attention"."""
     names = parts[1:]
     folder = ROOT.joinpath(parts[0], names[0]) if names else ROOT
     if folder.is_dir():

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The instruments: a clock that takes turns, bars that are judged from medians, and tables that say
-what was measured."""
+"""The benchmarks: a clock that takes turns, bars judged from medians, tables of what was measured,
+and a README that shows the results as they lie in the tree."""
 
 import json
 import subprocess
@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import budgets as memory
-from benchmarks import clock, door, ops, report, vae
+from benchmarks import budgets, clock, diffusers, ops, report, vae
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.convolutions import CONVOLUTIONS
 from kandinsky_model.config import VAEConfig
@@ -37,33 +36,26 @@ def test_clock_takes_turns(monkeypatch):
     timings = clock.measure(
         {"slow": slow, "quick": lambda: calls.append("quick")}, budget_s=0.1, most=8
     )
-    assert timings["slow"].runs <= 5 and timings["quick"].runs == 8
+    assert timings["slow"].runs <= 5
+    assert timings["quick"].runs == 8
     assert calls[:6] == ["slow", "quick"] * 3
     assert timings["slow"].median_ms >= 20 > timings["quick"].median_ms
     assert timings["slow"].low_ms <= timings["slow"].median_ms <= timings["slow"].high_ms
-    assert clock.Timing(1.0, 0.9, 1.1, 5).noisy and not clock.Timing(1.0, 0.99, 1.01, 5).noisy
+    assert clock.Timing(1.0, 0.9, 1.1, 5).noisy
+    assert not clock.Timing(1.0, 0.99, 1.01, 5).noisy
 
 
 def test_machine_record_is_complete():
     record = clock.machine()
-    assert all(
-        record[key]
-        for key in (
-            "cpu",
-            "cores",
-            "threads",
-            "simd",
-            "compiler",
-            "torch",
-            "python",
-            "system",
-            "commit",
-        )
-    )
+    keys = ["cpu", "cores", "threads", "simd", "compiler", "torch", "python", "system", "commit"]
+    assert list(record) == keys
+    assert all(record.values())
     assert json.loads(json.dumps(record)) == record
 
 
-def planted(**medians):
+def planted(medians):
+    """Rows of a result in which {case: {provider: median}} were measured, those of 1 ms noisy."""
+
     def timings(values):
         return {name: {"median_ms": value, "noisy": value == 1.0} for name, value in values.items()}
 
@@ -75,7 +67,7 @@ def planted(**medians):
 
 def test_bars_are_judged_from_medians():
     rows = planted(
-        **{
+        {
             "block_sparse_attention-10_percent-float32": {"ours": 10.0, "dense": 70.0},
             "block_sparse_attention-100_percent-float32": {"ours": 100.0, "dense": 70.0},
             "select_blocks-128_blocks-float32": {"ours": 0.4},
@@ -93,8 +85,9 @@ def test_bars_are_judged_from_medians():
 
 def test_every_bar_has_its_case():
     ids = [case.id for case in ops.ROWS]
-    for _, over, under, *_ in ops.BARS:
-        assert all(sum(case in one for one in ids) == 1 for case, _ in (over, under))
+    for bar in ops.BARS:
+        for case, _ in (bar.over, bar.under):
+            assert sum(case in one for one in ids) == 1, case
     assert {case.op for case in BENCHES} == {case.op for case in CASES}
 
 
@@ -103,10 +96,12 @@ def test_markdown_goes_between_the_markers():
         "machine": clock.machine(),
         "roofs": {"copy_gb_s": 10.0, "matmul_gflop_s": 100.0},
         "bars": [],
-        "rows": planted(norm={"ours": 2.0, "torch": 1.0}),
+        "rows": planted({"norm": {"ours": 2.0, "torch": 1.0}}),
     }
     text = report.insert(f"a\n{report.BEGIN}\nold\n{report.END}\nz\n", report.markdown(result))
-    assert "old" not in text and text.startswith("a\n") and text.endswith("z\n")
+    assert "old" not in text
+    assert text.startswith("a\n")
+    assert text.endswith("z\n")
     assert "| norm | 2 | - | 1 (noisy) | - | - | 12.5 GB/s | 50% |" in text
     with pytest.raises(ValueError, match="markers"):
         report.insert("no place", "figures")
@@ -115,78 +110,42 @@ def test_markdown_goes_between_the_markers():
 def test_gpu_benchmark_runs_at_toy_size(tmp_path):
     """Every section and every peer on a CPU: the few minutes on a GPU are not there to find a
     typing error."""
-    out, sections = tmp_path / "gate.json", [*gpu.SECTIONS, *gpu.MORE]
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "benchmarks.gpu",
-            "--small",
-            "--out",
-            out,
-            "--only",
-            ",".join(sections),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0 and "cannot run" not in run.stdout, run.stdout + run.stderr
+    out = tmp_path / "gate.json"
+    sections = [*gpu.SECTIONS, *gpu.MORE]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--small", "--out", out]
+    command += ["--only", ",".join(sections)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "cannot run" not in run.stdout, run.stdout
     result = json.loads(out.read_text())
-    assert (
-        list(result["rows"]) == sections and all(result["rows"].values()) and not result["failed"]
-    )
-    assert all(row["ms"]["ours"] > 0 for rows in result["rows"].values() for row in rows)
+    assert not result["failed"]
+    assert list(result["rows"]) == sections
+    for rows in result["rows"].values():
+        assert rows
+        assert all(row["ms"]["ours"] > 0 for row in rows)
     table = report.markdown(result)
-    # a bar of another size
-    assert table.count("\n| block_sparse_attention |") == 6 + 16 and "useful TFLOP/s" not in table
+    assert table.count("\n| block_sparse_attention |") == 6 + 16
+    assert "useful TFLOP/s" not in table  # a bar of another size
     assert "every norm, times faster than eager" in table
 
 
 def test_gpu_bars_are_judged_by_the_worst_row():
+    def row(op, size, ms, **figures):
+        return {"op": op, "size": size, "ms": ms, **figures}
+
     rows = {
         "selection": [
-            {
-                "op": "select_blocks",
-                "size": "lite 10 s",
-                "ms": {"ours": 0.4, "published": 8.0},
-                "over_published": 20.0,
-            },
-            {"op": "select_blocks", "size": "lite 10 s", "ms": {"ours": 0.3}},
-            {
-                "op": "select_blocks",
-                "size": "pro 10 s",
-                "ms": {"ours": 0.9, "published": 90.0},
-                "over_published": 100.0,
-            },
+            row("select_blocks", "lite 10 s", {"ours": 0.4, "published": 8.0}, over_published=20.0),
+            row("select_blocks", "lite 10 s", {"ours": 0.3}),
+            row("select_blocks", "pro 10 s", {"ours": 0.9}, over_published=100.0),
         ],
         "attention": [
-            {
-                "op": "block_sparse_attention",
-                "size": "lite 10 s",
-                "ms": {"ours": 1.0},
-                "useful_tflop_s": 400.0,
-            },
-            {
-                "op": "block_sparse_attention",
-                "size": "lite 10 s",
-                "ms": {"ours": 1.0},
-                "useful_tflop_s": 299.0,
-            },
+            row("block_sparse_attention", "lite 10 s", {"ours": 1.0}, useful_tflop_s=400.0),
+            row("block_sparse_attention", "lite 10 s", {"ours": 1.0}, useful_tflop_s=299.0),
         ],
         "convolutions": [
-            {
-                "op": "causal_conv3d",
-                "size": "one layer",
-                "ms": {"ours": 1.0, "cudnn": 0.9},
-                "over_cudnn": 0.9,
-            },
-            {
-                "op": "causal_conv3d",
-                "size": "10 s, all frames",
-                "ms": {"ours": 1.0, "cudnn": 1.1},
-                "over_cudnn": 1.1,
-            },
+            row("causal_conv3d", "one layer", {"ours": 1.0}, over_cudnn=0.9),
+            row("causal_conv3d", "10 s, all frames", {"ours": 1.0}, over_cudnn=1.1),
         ],
     }
     judged = [
@@ -202,20 +161,22 @@ def test_gpu_bars_are_judged_by_the_worst_row():
 
 
 def test_the_convolutions_are_the_decoders(monkeypatch):
-    """Counted in decodes of one and of two latent frames, of a sixteenth of the channels and of the
-    sides: both grow as they do."""
+    """The list of convolutions that the GPU benchmark times is the decoder's at 10 s.
+
+    They are counted while a decoder with a sixteenth of the channels decodes one and two latent
+    frames with a sixteenth of the height and width; each further latent frame adds the difference.
+    """
     config = VAEConfig(block_out_channels=(8, 16, 32, 32), norm_num_groups=4)
-    decoder, convolve = (
-        HunyuanVideoVAE(config).bfloat16().requires_grad_(False),
-        vae_stages.ops.causal_conv3d,
-    )
+    decoder = HunyuanVideoVAE(config).bfloat16().requires_grad_(False)
+    convolve = vae_stages.ops.causal_conv3d
 
     def frames(latent_frames):
         counts = Counter()
 
         def count(x, weight, *rest):
             out = convolve(x, weight, *rest)
-            (N, C, *taps), (_, T, Y, X, _) = weight.shape, out.shape
+            N, C, *taps = weight.shape
+            _, T, Y, X, _ = out.shape
             counts[C, N, Y, X, tuple(taps)] += T
             return out
 
@@ -246,13 +207,12 @@ def test_vaes_are_compared_on_equal_results(monkeypatch):
             for factors in ((1, 2, 2), (2, 2, 2))
         ]
     for row in (*decodes, *encodes):
-        assert min(row["peak_bytes"].values()) > 0 and row["error"] < 1e-5
+        assert min(row["peak_bytes"].values()) > 0
+        assert row["error"] < 1e-5
     table = report.vae_table({"decodes": decodes, "encodes": encodes, "upsamplings": upsamplings})
-    assert (
-        table.count("| a level |") == 2
-        and "| an encode |" in table
-        and json.loads(json.dumps(decodes)) == decodes
-    )
+    assert table.count("| a level |") == 2
+    assert "| an encode |" in table
+    assert json.loads(json.dumps(decodes)) == decodes
     with pytest.raises(RuntimeError, match="nothing was timed"):
         vae.agree(torch.zeros(3), torch.ones(3))
 
@@ -263,25 +223,25 @@ def test_the_readme_shows_the_schemes_as_they_are_accounted():
 
 
 def test_the_readme_shows_what_runs_need():
-    assert memory.table() in (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    assert budgets.table() in (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
 
 
 def test_diffusers_is_compared_with_itself(monkeypatch):
     """Ours and NABLA by a mask are the same up to diffusers' rounding to bf16; as installed it is
     another function."""
     monkeypatch.setattr(clock, "WARM_UP_S", 0.0)
-    transformer = door.transformer_row("a transformer", door.TINY, Grid(2, 16, 16), 0.0)
+    transformer = diffusers.transformer_row("a transformer", diffusers.TINY, Grid(2, 16, 16), 0.0)
     config = VAEConfig(
         latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4
     )
-    decoder = door.vae_row("a decoder", config, (2, 3, 3), 0.0)
+    decoder = diffusers.vae_row("a decoder", config, (2, 3, 3), 0.0)
     errors = transformer["errors"]
     assert (
         errors["ours"] < 5e-6 < errors["mask"] < 5e-4 < 5e-3 < errors["dense"]
         and 0.2 < transformer["density"] < 0.6
     )
     assert max(decoder["errors"].values()) < 1e-5
-    table = door.table({"machine": clock.machine(), "rows": [transformer, decoder]})
+    table = diffusers.table({"machine": clock.machine(), "rows": [transformer, decoder]})
     assert (
         "| a transformer, 512 tokens |" in table
         and "| a decoder | - |" in table
@@ -291,7 +251,8 @@ def test_diffusers_is_compared_with_itself(monkeypatch):
 
 def test_the_readme_shows_diffusers_as_measured():
     results = [
-        json.loads(path.read_text()) for path in sorted(ROOT.glob("benchmarks/results/door-*.json"))
+        json.loads(path.read_text())
+        for path in sorted(ROOT.glob("benchmarks/results/diffusers-*.json"))
     ]
     readme = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
-    assert results and all(door.table(result) in readme for result in results)
+    assert results and all(diffusers.table(result) in readme for result in results)

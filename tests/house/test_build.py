@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for the tree as a whole: it imports and installs without the extension, and it keeps
-the rules of the house."""
+"""The tree as a whole: it runs without the extension, a build says what it cannot do, and every
+source file keeps the rules of form."""
 
 import ast
 import os
@@ -13,16 +13,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("kandinsky_kernels", "kandinsky_model")
-PYTHON = sorted(
-    path
-    for folder in (*PACKAGES, "benchmarks", "tests")
-    for path in ROOT.joinpath(folder).rglob("*.py")
-) + [ROOT / "setup.py"]
-CPP = sorted(
-    path
-    for path in ROOT.joinpath("csrc").rglob("*")
-    if path.suffix in (".cpp", ".h", ".cu", ".cuh")
-)
+FOLDERS = (*PACKAGES, "benchmarks", "tests")
+PYTHON = sorted(path for folder in FOLDERS for path in ROOT.joinpath(folder).rglob("*.py"))
+PYTHON += [ROOT / "setup.py"]
+CPP_ENDINGS = {".cpp", ".h", ".cu", ".cuh"}
+CPP = sorted(path for path in ROOT.joinpath("csrc").rglob("*") if path.suffix in CPP_ENDINGS)
+PRODUCT = [path for path in PYTHON if path.relative_to(ROOT).parts[0] != "tests"]
+TESTS = [path for path in PYTHON if path.stem.startswith("test_") or path.stem == "conftest"]
+# Modules that read pickles, and functions that do.
+PICKLES = {"pickle", "dill", "cloudpickle", "joblib", "shelve"}
+LOADERS = {("torch", "load"), ("np", "load"), ("numpy", "load")}
 
 
 def run(*arguments, **environment):
@@ -101,22 +101,20 @@ def test_impossible_build_fails_loudly(mode, text):
 def test_csrc_uses_the_stable_headers(path):
     for header in re.findall(r"#\s*include\s*[<\"]([^>\"]+)", code(path)):
         assert not header.startswith(("ATen", "c10")), header
-        assert not header.startswith("torch/") or header.startswith(
-            ("torch/csrc/stable/", "torch/headeronly/")
-        ), header
+        stable = header.startswith(("torch/csrc/stable/", "torch/headeronly/"))
+        assert stable or not header.startswith("torch/"), header
 
 
 @pytest.mark.parametrize("path", [*PYTHON, *CPP], ids=name)
 def test_form(path):
-    text, comment = code(path), "#" if path.suffix == ".py" else "//"
+    text = code(path)
+    comment = "#" if path.suffix == ".py" else "//"
     assert text.startswith(f"{comment} SPDX-License-Identifier: Apache-2.0\n")
     assert text.count("\n") <= 600, f"{text.count(chr(10))} lines"
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", text) or path == Path(__file__)
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in PYTHON if path.parts[len(ROOT.parts)] != "tests"], ids=name
-)
+@pytest.mark.parametrize("path", PRODUCT, ids=name)
 def test_functions_take_few_arguments(path):
     """Seven at most: what travels together is a dataclass."""
     if path.parent.name in ("triton", "launch"):  # they take what the schemas have
@@ -137,27 +135,13 @@ def test_loads_no_code_from_data(path):
     if path == Path(__file__):
         return
     tree = ast.parse(code(path))
-    assert not {module.partition(".")[0] for _, module, _ in imports(tree)} & {
-        "pickle",
-        "dill",
-        "cloudpickle",
-        "joblib",
-        "shelve",
-    }
+    assert not {module.partition(".")[0] for _, module, _ in imports(tree)} & PICKLES
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            assert (getattr(node.value, "id", ""), node.attr) not in {
-                ("torch", "load"),
-                ("np", "load"),
-                ("numpy", "load"),
-            }, node.lineno
+            assert (getattr(node.value, "id", ""), node.attr) not in LOADERS, node.lineno
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in PYTHON if path.stem.startswith("test_") or path.stem == "conftest"],
-    ids=name,
-)
+@pytest.mark.parametrize("path", TESTS, ids=name)
 def test_no_flakiness(path):
     """Law 24: a test that fails has found something. No reruns, no tolerance that depends on the
     machine, no loose xfail."""
@@ -174,6 +158,5 @@ def test_environment_variables():
     """Two switches and no third: KANDINSKY_KERNELS at run time, KANDINSKY_KERNELS_BUILD at build
     time."""
     text = "".join(code(path) for path in PYTHON if path.parts[len(ROOT.parts)] in PACKAGES)
-    assert set(re.findall(r"environ[^\"'\n]*[\"'](KANDINSKY[A-Z_]*)", text)) == {
-        "KANDINSKY_KERNELS"
-    }
+    read = set(re.findall(r"environ[^\"'\n]*[\"'](KANDINSKY[A-Z_]*)", text))
+    assert read == {"KANDINSKY_KERNELS"}

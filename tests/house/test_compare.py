@@ -16,34 +16,28 @@ from ..compare import assert_faithful, assert_same_blocks, exact_blocks
 EPS = 1e-5
 
 
-def norm(
-    x,
-    scale,
-    shift,
-    eps=EPS,
-):
+def norm(x, scale, shift, eps=EPS):
+    """An honest peer of `modulated_norm`: the usual expression in fp32."""
     wide = x.float()
     centred = wide - wide.mean(-1, keepdim=True)
-    return (
-        centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * (1 + scale[:, None])
-        + shift[:, None]
-    )
+    deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    return centred / deviation * (1 + scale[:, None]) + shift[:, None]
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def case(request):
+    """x, scale, shift, the exact result in fp64 and the peer's."""
     g = torch.Generator().manual_seed(1)
-    x = torch.randn(1, 96, 256, generator=g)
+    x = torch.randn(1, 96, 256, generator=g).to(request.param)
     scale = torch.randn(1, 256, generator=g)
     shift = torch.randn(1, 256, generator=g)
-    x = x.to(request.param)
-    exact = reference.modulated_norm(
-        x.double(),
-        scale.double(),
-        shift.double(),
-        EPS,
-    )
+    exact = reference.modulated_norm(x.double(), scale.double(), shift.double(), EPS)
     return x, scale, shift, exact, norm(x, scale, shift).to(x.dtype)
+
+
+def truncated(x):
+    """fp32 cut off to the digits of bfloat16, toward zero."""
+    return (x.view(torch.int32) & -65536).view(torch.float32)
 
 
 def test_honest_result_passes(case):
@@ -53,8 +47,7 @@ def test_honest_result_passes(case):
 
 def test_truncation_is_caught(case):
     x, scale, shift, exact, peer = case
-    # to bfloat16, toward zero
-    cut = (norm(x, scale, shift).view(torch.int32) & -65536).view(torch.float32).to(x.dtype)
+    cut = truncated(norm(x, scale, shift)).to(x.dtype)
     with pytest.raises(AssertionError, match="bias"):
         assert_faithful(cut, exact, peer)
 
@@ -63,7 +56,7 @@ def test_slight_truncation_is_caught_by_rule_4_alone():
     """Rules 2 and 3 are measured against a peer that is itself poor; a bias is not."""
     exact = torch.randn(200, 100, dtype=torch.float64)
     peer = (exact + 0.02 * torch.randn(200, 100, dtype=torch.float64)).bfloat16()
-    cut = (exact.float().view(torch.int32) & -65536).view(torch.float32).bfloat16()
+    cut = truncated(exact.float()).bfloat16()
     with pytest.raises(AssertionError, match=r"breaks rule 4 \(bias\):"):
         assert_faithful(cut, exact, peer)
 
@@ -87,19 +80,11 @@ def test_misplaced_eps_is_caught():
     """Rows of small variance, where eps decides: outside the root it is another function."""
     x = 1e-3 * torch.randn(1, 64, 128)
     zero = torch.zeros(1, 128)
-    exact = reference.modulated_norm(
-        x.double(),
-        zero.double(),
-        zero.double(),
-        EPS,
-    )
+    exact = reference.modulated_norm(x.double(), zero.double(), zero.double(), EPS)
     centred = x - x.mean(-1, keepdim=True)
+    misplaced = centred / (centred.square().mean(-1, keepdim=True).sqrt() + EPS)
     with pytest.raises(AssertionError, match="rule 2"):
-        assert_faithful(
-            centred / (centred.square().mean(-1, keepdim=True).sqrt() + EPS),
-            exact,
-            norm(x, zero, zero),
-        )
+        assert_faithful(misplaced, exact, norm(x, zero, zero))
 
 
 def test_stale_row_is_caught(case):
@@ -216,22 +201,18 @@ def test_stray_bits_are_caught(scores):
 
 def test_undecidable_blocks_are_excused_but_few_rows():
     """Two blocks of equal weight at the threshold: fp32 may take either, but not in every row."""
-    scores = (
-        torch.tensor([3.0, 1.0, 1.0 + 1e-9, 0.0], dtype=torch.float64).expand(1, 1, 400, 4).clone()
-    )
-    scores = torch.nn.functional.pad(scores, (0, 396), value=-60.0)
-    keep, mass, _ = exact_blocks(scores, float(mass_of_top_two(scores)), "stable")
+    top = torch.tensor([3.0, 1.0, 1.0 + 1e-9, 0.0], dtype=torch.float64)
+    scores = torch.nn.functional.pad(top.expand(1, 1, 400, 4), (0, 396), value=-60.0)
+    threshold = mass_of_top_two(scores)
+    keep = exact_blocks(scores, threshold, "stable")[0]
     swapped = keep.clone()
     swapped[0, 0, 7, 1:3] = ~keep[0, 0, 7, 1:3]
-    assert_same_blocks(
-        pack_selection(swapped), scores, float(mass_of_top_two(scores)), ties="stable"
-    )
+    assert_same_blocks(pack_selection(swapped), scores, threshold, ties="stable")
     swapped[0, 0, :, 1:3] = ~keep[0, 0, :, 1:3]
     with pytest.raises(AssertionError, match="rows undecided"):
-        assert_same_blocks(
-            pack_selection(swapped), scores, float(mass_of_top_two(scores)), ties="stable"
-        )
+        assert_same_blocks(pack_selection(swapped), scores, threshold, ties="stable")
 
 
 def mass_of_top_two(scores):
-    return scores[0, 0, 0].softmax(-1).topk(2).values.sum() - 1e-3
+    """Just less than the two heaviest blocks weigh together."""
+    return float(scores[0, 0, 0].softmax(-1).topk(2).values.sum() - 1e-3)

@@ -25,7 +25,8 @@ from kandinsky_model.vae.tiles import Tiling, starts
 
 from ..support import tiny_models
 
-PROMPT, SMALL = "a red circle", dict(tiny_models.SMALL, guidance_scale=2.0)
+PROMPT = "a red circle"
+SMALL = dict(tiny_models.SMALL, guidance_scale=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -42,33 +43,20 @@ def test_01_the_configured_schedule_is_used(model):
     """Theirs is never read: the command line forces 5 and the library 10 for every checkpoint."""
     scales = {name: preset.scheduler_scale for name, preset in PRESETS.items()}
     assert all(scale == 3 for name, scale in scales.items() if "2i" in name)
-    assert all(
-        scale == (10 if "10s" in name else 5)
-        for name, scale in scales.items()
-        if name.startswith("t2v")
-    )
-    assert (scales["i2v-lite-5s"], scales["i2v-pro-sft-5s"], scales["i2v-pro-sft-5s-hd"]) == (
-        10,
-        10,
-        5,
-    )
+    for name, scale in scales.items():
+        if name.startswith("t2v"):
+            assert scale == (10 if "10s" in name else 5), name
+    assert scales["i2v-lite-5s"] == 10
+    assert scales["i2v-pro-sft-5s"] == 10
+    assert scales["i2v-pro-sft-5s-hd"] == 5
     model.preset = replace(model.preset, scheduler_scale=7.5)
     assert model.generate(PROMPT, seed=0, **SMALL).settings.scheduler_scale == 7.5
 
 
 def test_02_the_command_line_passes_on_what_it_is_told(folder, tmp_path):
     """Theirs drops the negative prompt and cannot ask for a side of 1408."""
-    arguments = [
-        "generate",
-        PROMPT,
-        "--model",
-        str(folder),
-        *tiny_models.SMALL_ARGS,
-        "--device",
-        "cpu",
-        "--negative",
-        "blue",
-    ]
+    arguments = ["generate", PROMPT, "--model", str(folder), *tiny_models.SMALL_ARGS]
+    arguments += ["--device", "cpu", "--negative", "blue"]
     assert main([*arguments, "-o", str(tmp_path / "a.gif")]) == 0
     assert load_latents(tmp_path / "a.latents.safetensors")[1].negative_prompt == "blue"
     assert parser().parse_args(["generate", PROMPT, "--size", "1408x640"]).size == (1408, 640)
@@ -77,10 +65,9 @@ def test_02_the_command_line_passes_on_what_it_is_told(folder, tmp_path):
 def test_03_every_checkpoint_names_its_own_file():
     """Their nocfg-10s configuration names the file of sft-10s."""
     for name, preset in PRESETS.items():
-        assert (
-            not name.startswith("t2v")
-            or f"_{name.split('-')[2]}_{name.split('-')[3]}." in preset.filename
-        )
+        if name.startswith("t2v"):
+            kind, seconds = name.split("-")[2:4]
+            assert f"_{kind}_{seconds}." in preset.filename
     files = [preset.filename for preset in PRESETS.values() if not preset.name.endswith("-hd")]
     assert len(set(files)) == len(files)
 
@@ -88,11 +75,10 @@ def test_03_every_checkpoint_names_its_own_file():
 def test_04_defaults_exist_and_text_needs_no_padding(model):
     """Their image-to-video default points to no repository, and unpadded text crashes."""
     assert get_preset("i2v-lite-5s").repo == "kandinskylab/Kandinsky-5.0-I2V-Lite-5s"
-    one, other = (
-        model.generate(prompt, seed=0, **SMALL)
-        for prompt in ("red", "a red circle moving right on blue background")
-    )
-    assert one.latents.isfinite().all() and not torch.equal(one.latents, other.latents)
+    one = model.generate("red", seed=0, **SMALL)
+    other = model.generate("a red circle moving right on blue background", seed=0, **SMALL)
+    assert one.latents.isfinite().all()
+    assert not torch.equal(one.latents, other.latents)
 
 
 def test_05_a_first_frame_depends_on_the_seed_alone(model):
@@ -105,27 +91,17 @@ def test_05_a_first_frame_depends_on_the_seed_alone(model):
     assert torch.equal(model.generate(PROMPT, seed=3, image=image, **SMALL).latents, first)
 
 
-@pytest.mark.parametrize(
-    "size",
-    [
-        (640, 1408),
-        (1408, 640),
-        (768, 1408),
-        (640, 1536),
-        (1024, 1024),
-        (896, 1152),
-        (416, 960),
-        (512, 768),
-    ],
-)
+SIZES = [(640, 1408), (1408, 640), (768, 1408), (640, 1536)]
+SIZES += [(1024, 1024), (896, 1152), (416, 960), (512, 768)]
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_06_tiles_cover_the_frame_whatever_memory_is_free(size):
     """Theirs lose up to 24 columns, depending on what is free."""
     plan = Tiling.for_frame(*size)
     for side, tile in zip(size, (plan.height, plan.width), strict=True):
-        assert (
-            max(min(start, side - tile) for start in starts(side, tile, tile - plan.overlap)) + tile
-            >= side
-        )
+        last = max(min(start, side - tile) for start in starts(side, tile, tile - plan.overlap))
+        assert last + tile >= side
 
 
 def test_07_pictures_are_scaled_as_the_checkpoints_were_trained():
@@ -133,17 +109,16 @@ def test_07_pictures_are_scaled_as_the_checkpoints_were_trained():
     from kandinsky_model.vae.flux import ImageVAE
 
     vae = ImageVAE(tiny_models.random_image_vae())
-    assert (
-        vae.config.scaling_factor == 0.3611
-        and vae.vae.config.shift_factor == 0.1159
-        and not hasattr(vae.config, "shift_factor")
-    )
+    assert vae.config.scaling_factor == 0.3611
+    assert vae.vae.config.shift_factor == 0.1159
+    assert not hasattr(vae.config, "shift_factor")
 
 
 def test_08_edits_crop_as_trained_by_default_and_exactly_on_request():
     """Theirs drops three tokens of the prompt, which the checkpoint has learned with;
-    `test_pictures` has pictures of every mode."""
-    assert EDIT_CROPS[0] == "official" and OFFICIAL_EDIT_CROP == 55
+    `tests/sampling/test_pictures.py` has pictures of every mode."""
+    assert EDIT_CROPS[0] == "official"
+    assert OFFICIAL_EDIT_CROP == 55
     encoder = QwenClipEncoder(None)
     assert encoder.crop("image_edit") == 55
     encoder.edit_crop = "guess"
@@ -169,15 +144,14 @@ def test_09_a_step_cache_follows_the_run_and_forgets_it(model):
 
 
 def test_10_a_trigger_needs_no_expansion(model):
-    model.lora.loaded, model.lora.scales = (
-        {"a": argparse.Namespace(trigger="zoom", path="a")},
-        {"a": 1.0},
-    )
+    model.lora.loaded = {"a": argparse.Namespace(trigger="zoom", path="a")}
+    model.lora.scales = {"a": 1.0}
     assert model.lora.prompt(PROMPT) == f"zoom {PROMPT}"
 
 
 def test_11_latents_are_fp32_unless_asked_otherwise(model):
-    assert Sampling().precision == "fp32" and Settings.precision == "fp32"
+    assert Sampling().precision == "fp32"
+    assert Settings.precision == "fp32"
     assert model.generate(PROMPT, seed=0, **SMALL).settings.precision == "fp32"
 
 
@@ -215,12 +189,16 @@ def test_15_what_is_offloaded_stays_offloaded(model, monkeypatch):
 
 
 def test_16_nothing_is_encoded_that_is_not_read(model, monkeypatch):
-    """Theirs encodes the negative prompt without guidance, and computes logits nobody asks for
-    (`test_text_parts`: no head is loaded)."""
-    prompts, encode = [], model.text.encode
-    monkeypatch.setattr(
-        model.text, "encode", lambda texts, kind: prompts.extend(texts) or encode(texts, kind)
-    )
+    """Theirs encodes the negative prompt without guidance, and computes logits that nothing reads;
+    `tests/text/test_parts.py` holds that no head is loaded."""
+    prompts = []
+    encode = model.text.encode
+
+    def watch(texts, kind):
+        prompts.extend(texts)
+        return encode(texts, kind)
+
+    monkeypatch.setattr(model.text, "encode", watch)
     model.generate(PROMPT, seed=0, **dict(SMALL, guidance_scale=1.0))
     assert prompts == [PROMPT]
 
@@ -252,10 +230,6 @@ assert not torch.cuda.is_initialized()
 
 def test_17_importing_changes_nothing_global():
     """Theirs turns on TF32, cuDNN's benchmark mode and the hiding of compilation errors."""
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

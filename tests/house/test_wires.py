@@ -24,7 +24,7 @@ DATA = ("kandinsky_model/tiny/weights", "kandinsky_model/comfyui/templates")
 
 
 def copied(module, tmp_path, monkeypatch):
-    """The folder of a module copied, and the module made to believe that it lies there."""
+    """A copy of the folder that a module lies in; the module's `__file__` points into the copy."""
     folder = tmp_path / "copy"
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(Path(module.__file__).parent, folder, ignore=ignored)
@@ -137,10 +137,10 @@ def test_public_names_are_where_they_were(module):
 
 
 def test_public_names_are_listed_for_editors():
-    """What type checkers are told, what `dir` shows and what can be imported are the same."""
+    """What type checkers read, what `dir` shows and what can be imported are the same names."""
     source = Path(kandinsky_model.__file__).read_text(encoding="utf-8")
-    told = {line.rpartition(" as ")[2] for line in source.splitlines() if " as " in line}
-    assert told >= set(kandinsky_model.__all__) == set(PUBLIC["kandinsky_model"])
+    listed = {line.rpartition(" as ")[2] for line in source.splitlines() if " as " in line}
+    assert listed >= set(kandinsky_model.__all__) == set(PUBLIC["kandinsky_model"])
     assert set(kandinsky_model.__all__) <= set(dir(kandinsky_model))
     for package in (kandinsky_model, kandinsky_kernels):
         assert Path(package.__file__).with_name("py.typed").is_file()
