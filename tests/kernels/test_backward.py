@@ -69,9 +69,8 @@ def test_formulas_are_the_derivatives_of_the_references(case, request):
     exact = case.run(inputs)
     request.getfixturevalue("references")
     for actual, wanted in zip(case.run(inputs), exact, strict=True):
-        assert actual.dtype == torch.float64 and (actual - wanted).abs().max() <= 1e-12 * (
-            1 + wanted.abs().max()
-        )
+        assert actual.dtype == torch.float64
+        assert (actual - wanted).abs().max() <= 1e-12 * (1 + wanted.abs().max())
 
 
 def doubles(*shapes):
@@ -147,11 +146,9 @@ def test_nothing_flows_into_empty_rows_and_columns(dtype, simd):  # law 9
     starts = inputs["block_offsets"].tolist()
     empty = slice(*starts[2:4])
     unseen = slice(*starts[4:6])
-    assert (
-        not gradients[0][:, empty, 1].any()
-        and not gradients[1][:, unseen, 1].any()
-        and not gradients[2][:, unseen, 1].any()
-    )
+    assert not gradients[0][:, empty, 1].any()
+    assert not gradients[1][:, unseen, 1].any()
+    assert not gradients[2][:, unseen, 1].any()
     for actual, wanted in zip(gradients, exact, strict=True):
         assert wanted[:, :, 1].any()
         assert (actual - wanted).abs().max() <= (
@@ -305,9 +302,8 @@ def test_triton_of_strided_inputs_with_empty_rows_and_columns(D, full, monkeypat
     )
     empty = slice(*offsets[1:3].tolist())
     unseen = slice(*offsets[2:4].tolist())
-    assert not gradients[0][:, empty, 1].any() and not any(
-        gradient[:, unseen, 0].any() for gradient in gradients[1:]
-    )
+    assert not gradients[0][:, empty, 1].any()
+    assert not any(gradient[:, unseen, 0].any() for gradient in gradients[1:])
 
 
 EMPTY = {
@@ -324,7 +320,8 @@ def test_empty(op):  # law 8
     for name, gradient in zip(
         (name for name in INPUTS[op] if name in inputs), case.run(inputs), strict=True
     ):
-        assert gradient.shape == inputs[name].shape and not gradient.any()
+        assert gradient.shape == inputs[name].shape
+        assert not gradient.any()
 
 
 def test_attention_without_tokens_or_samples():  # law 8
@@ -344,7 +341,9 @@ def test_only_what_is_asked_for_is_recorded():
     k.requires_grad_()
     out, lse = ops.block_sparse_attention(q, k, v, *args, return_lse=True)
     (gradient,) = torch.autograd.grad(lse.sum(), k)
-    assert out.requires_grad and gradient.any() and q.grad is None
+    assert out.requires_grad
+    assert gradient.any()
+    assert q.grad is None
     assert not ops.select_blocks(q.transpose(1, 2), k.transpose(1, 2), 0.5).requires_grad
     with torch.no_grad():
         assert not ops.block_sparse_attention(q, k, v, *args).requires_grad

@@ -101,7 +101,9 @@ def test_empty(op, dtype):  # law 8
         case = Case(op, "empty", make, dtype)
         inputs = case.inputs()
         for out in case.run(inputs):
-            assert out.shape == inputs["x"].shape and out.dtype == dtype and out.is_contiguous()
+            assert out.shape == inputs["x"].shape
+            assert out.dtype == dtype
+            assert out.is_contiguous()
 
 
 @pytest.mark.parametrize("op", NORMS)

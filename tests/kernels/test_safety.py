@@ -355,7 +355,8 @@ def test_the_block_of_a_token_is_a_block_whatever_the_offsets():
     ):
         owner = reference.block_of_token(int32(*offsets), 100)
         assert owner.shape == (100,)
-        assert owner.min() >= 0 and owner.max() < len(offsets) - 1
+        assert owner.min() >= 0
+        assert owner.max() < len(offsets) - 1
     lengths = torch.tensor([3, 1, 60, 36])
     offsets = int32(0, *lengths.cumsum(0).tolist())
     wanted = torch.arange(4).repeat_interleave(lengths)
