@@ -7,11 +7,10 @@ can be, the fake kernel. It refuses what kernels refuse, by the check of its nam
 
 Sizes are one letter everywhere:
 
-    B  samples                        C  channels               T, Y, X  grid of frames, rows and
-    S  tokens                         G  groups of channels              columns: of pixels, or of
-    H  heads                          N  blocks of tokens                blocks
-    D  numbers of a head              W  words of 32 bits for N blocks
-    P  rows of a table of angles, or tokens of a frame
+    B  samples      S  tokens     H  heads                D  numbers of a head
+    C  channels     G  groups     N  blocks of tokens     W  = ceil(N / 32), words of a selection
+    T, Y, X         the grid of frames, rows and columns: of pixels, or of blocks
+    P               rows of a table of angles, or tokens of a frame
 """
 
 import functools

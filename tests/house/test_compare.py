@@ -31,7 +31,12 @@ def case(request):
     x = torch.randn(1, 96, 256, generator=g).to(request.param)
     scale = torch.randn(1, 256, generator=g)
     shift = torch.randn(1, 256, generator=g)
-    exact = reference.modulated_norm(x.double(), scale.double(), shift.double(), EPS)
+    exact = reference.modulated_norm(
+        x.double(),
+        scale.double(),
+        shift.double(),
+        EPS,
+    )
     return x, scale, shift, exact, norm(x, scale, shift).to(x.dtype)
 
 
@@ -73,14 +78,23 @@ def test_zero_tail_is_caught(case, rows):
 def test_swapped_scale_and_shift_are_caught(case):
     x, scale, shift, exact, peer = case
     with pytest.raises(AssertionError, match="rule 2"):
-        assert_faithful(norm(x, shift, scale).to(x.dtype), exact, peer)
+        assert_faithful(
+            norm(x, shift, scale).to(x.dtype),
+            exact,
+            peer,
+        )
 
 
 def test_misplaced_eps_is_caught():
     """Rows of small variance, where eps decides: outside the root it is another function."""
     x = 1e-3 * torch.randn(1, 64, 128)
     zero = torch.zeros(1, 128)
-    exact = reference.modulated_norm(x.double(), zero.double(), zero.double(), EPS)
+    exact = reference.modulated_norm(
+        x.double(),
+        zero.double(),
+        zero.double(),
+        EPS,
+    )
     centred = x - x.mean(-1, keepdim=True)
     misplaced = centred / (centred.square().mean(-1, keepdim=True).sqrt() + EPS)
     with pytest.raises(AssertionError, match="rule 2"):
@@ -134,7 +148,15 @@ def test_wrong_form_is_caught(fault, text):
 def test_non_finite_pattern_must_agree():
     exact = torch.tensor([1.0, math.inf, math.nan, 1e39, 2.0], dtype=torch.float64)
     # 1e39 overflows fp32: infinity is right
-    good = torch.tensor([1.0, math.inf, math.nan, math.inf, 2.0])
+    good = torch.tensor(
+        [
+            1.0,
+            math.inf,
+            math.nan,
+            math.inf,
+            2.0,
+        ]
+    )
     assert_faithful(good, exact, good)
     with pytest.raises(AssertionError, match="differ in being finite"):
         assert_faithful(
@@ -159,7 +181,11 @@ def plant_extra(keep, mass):
 
 
 def plant_missing(keep, mass):
-    return keep.scatter(-1, mass.argmax(-1, keepdim=True), False)
+    return keep.scatter(
+        -1,
+        mass.argmax(-1, keepdim=True),
+        False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +228,11 @@ def test_stray_bits_are_caught(scores):
 def test_undecidable_blocks_are_excused_but_few_rows():
     """Two blocks of equal weight at the threshold: fp32 may take either, but not in every row."""
     top = torch.tensor([3.0, 1.0, 1.0 + 1e-9, 0.0], dtype=torch.float64)
-    scores = torch.nn.functional.pad(top.expand(1, 1, 400, 4), (0, 396), value=-60.0)
+    scores = torch.nn.functional.pad(
+        top.expand(1, 1, 400, 4),
+        (0, 396),
+        value=-60.0,
+    )
     threshold = mass_of_top_two(scores)
     keep = exact_blocks(scores, threshold, "stable")[0]
     swapped = keep.clone()

@@ -75,7 +75,13 @@ CASES = {  # the operator of one tensor, upstream's expression of it, and its sh
         (2, 3, 8),
     ),
     "norm_rope_means": (
-        lambda x: ops.norm_rope_means(x, torch.ones(8), ROTARY, OFFSETS, 1e-6),
+        lambda x: ops.norm_rope_means(
+            x,
+            torch.ones(8),
+            ROTARY,
+            OFFSETS,
+            1e-6,
+        ),
         turned,
         (2, 7, 2, 8),
     ),
@@ -143,7 +149,11 @@ def loss(function):
 def second(function, x):
     """The gradient of a function of the gradient."""
     x = x.clone().requires_grad_()
-    (first,) = torch.autograd.grad(loss(function)(x), x, create_graph=True)
+    (first,) = torch.autograd.grad(
+        loss(function)(x),
+        x,
+        create_graph=True,
+    )
     (result,) = torch.autograd.grad(first.square().sum(), x)
     return result
 
@@ -199,8 +209,16 @@ def test_gradients_of_torch_func(operator, peer, shape):
 def test_third_derivatives():
     def third(function, x):
         x = x.clone().requires_grad_()
-        (first,) = torch.autograd.grad(loss(function)(x), x, create_graph=True)
-        (grad,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+        (first,) = torch.autograd.grad(
+            loss(function)(x),
+            x,
+            create_graph=True,
+        )
+        (grad,) = torch.autograd.grad(
+            first.square().sum(),
+            x,
+            create_graph=True,
+        )
         return torch.autograd.grad(grad.sin().sum(), x)[0]
 
     x = made(1, 7, 1, 8)
@@ -277,7 +295,11 @@ def test_gradients_of_wide_heads(D, simd):  # laws 1 and 3
             out = F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)
         return torch.autograd.grad(out, inputs, grad.to(dtype))
 
-    actual = torch.autograd.grad(ops.block_sparse_attention(*qkv, selection, offsets), qkv, grad)
+    actual = torch.autograd.grad(
+        ops.block_sparse_attention(*qkv, selection, offsets),
+        qkv,
+        grad,
+    )
     for outputs in zip(
         actual,
         peer(torch.float64),
@@ -298,5 +320,6 @@ def test_the_gradient_of_a_weight_of_one_is_zero(D, simd):
     grad = torch.zeros_like(out)
     grad[:, 64] = made(1, 2, D, seed=4)  # the token of the second block
     query, key, value = torch.autograd.grad(out, qkv, grad)
-    assert not query.any() and not key.any()
+    assert not query.any()
+    assert not key.any()
     torch.testing.assert_close(value, grad, rtol=1e-5, atol=0.0)

@@ -80,11 +80,9 @@ def test_equals_dense_attention_under_the_expanded_mask(kind, grid, simd):  # la
     assert_faithful(lse, exact_lse, dense_oracle(q, k, v, mask, torch.float32)[1])
     if kind == "empty rows":
         alone = ~mask.any(-1)
-        assert (
-            alone.any()
-            and (out.transpose(1, 2)[alone] == 0).all()
-            and (lse[alone] == -math.inf).all()
-        )
+        assert alone.any()
+        assert (out.transpose(1, 2)[alone] == 0).all()
+        assert (lse[alone] == -math.inf).all()
 
 
 @pytest.mark.parametrize("D", [8, 32, 40, 96, 128, 256, 320])
@@ -161,10 +159,8 @@ def test_keeping_all_mass_is_dense_attention(simd):  # law 25
     means = [ops.block_means(x, offsets) for x in (q, k)]
     for ties in ("all", "stable"):
         selection = ops.select_blocks(*means, 1.0, ties=ties)
-        assert (
-            ops.unpack_selection(selection, RAGGED.blocks).all()
-            and ops.selection_density(selection, RAGGED.blocks) == 1.0
-        )
+        assert ops.unpack_selection(selection, RAGGED.blocks).all()
+        assert ops.selection_density(selection, RAGGED.blocks) == 1.0
     out = ops.block_sparse_attention(q, k, v, selection, offsets)
     assert_faithful(
         out, dense_oracle(q, k, v, torch.ones(1, dtype=torch.bool))[0], dense_peer(q, k, v)
@@ -185,9 +181,8 @@ def test_non_finite_queries_stay_in_their_rows(simd):  # law 9
     dirty, lse = ops.block_sparse_attention(q, k, v, selection, offsets, return_lse=True)
     exact, exact_lse = dense_oracle(q, k, v, token_mask(selection, offsets))
     assert_faithful(dirty, exact, clean)
-    assert torch.equal(lse.isnan(), exact_lse.isnan()) and torch.equal(
-        lse.isinf(), exact_lse.isinf()
-    )
+    assert torch.equal(lse.isnan(), exact_lse.isnan())
+    assert torch.equal(lse.isinf(), exact_lse.isinf())
     others = torch.ones(RAGGED.tokens, 2, dtype=torch.bool)
     others[[3, 70, 200], 1] = False
     same(dirty[0][others], clean[0][others])
@@ -209,7 +204,8 @@ def test_non_finite_keys_reach_only_who_keeps_their_block(poison, value, simd): 
     exact, _ = reference.block_sparse_attention(
         *(x.double() for x in inputs.values()), selection, offsets, 0.125
     )
-    assert torch.equal(dirty.isnan(), exact.isnan()) and torch.equal(dirty.isinf(), exact.isinf())
+    assert torch.equal(dirty.isnan(), exact.isnan())
+    assert torch.equal(dirty.isinf(), exact.isinf())
 
 
 @pytest.mark.parametrize(

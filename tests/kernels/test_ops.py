@@ -32,6 +32,8 @@ from ..cases import (
     tensors,
     video,
 )
+from ..support import laws
+from ..support.laws import NOT_ARITHMETIC, permuted, same
 
 by_id = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 ODD = {
@@ -41,46 +43,7 @@ ODD = {
 }
 by_op = pytest.mark.parametrize("case", ODD.values(), ids=ODD.keys())
 NORMS = ("modulated_norm", "gated_add_norm", "norm_rope")
-NOT_ARITHMETIC = {
-    "new_empty",
-    "new_zeros",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "fill_",
-    "zero_",
-    "contiguous",
-    "clone",
-    "copy_",
-    "select",
-    "slice",
-    "narrow",
-    "as_strided",
-    "transpose",
-}
 LIBRARY = torch.ops.kandinsky_kernels
-
-
-def same(actual, expected):
-    assert len(actual) == len(expected)
-    for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a.nan_to_num(1e30), e.nan_to_num(1e30)), (
-            f"differ by up to {(a.double() - e.double()).abs().amax():.3g}"
-        )
-
-
-def framed(x, sentinel=-7.0):
-    """A copy of x inside a larger buffer of sentinels, and that buffer.
-
-    The copy has an odd storage offset and padded outer strides; its last dimension is contiguous.
-    """
-    if not x.is_floating_point() or x.dim() < 2:
-        return x, None
-    shape = [size + 2 for size in x.shape]
-    flat = torch.full((math.prod(shape) + 3,), sentinel, dtype=x.dtype)
-    view = flat[3:].view(shape)[tuple(slice(1, -1) for _ in shape)]
-    view.copy_(x)
-    return view, flat
 
 
 @by_id
@@ -109,10 +72,7 @@ def test_right_kernel_ran(case, simd):  # law 2
 
 @by_op
 def test_views(case):  # law 5
-    inputs = case.inputs()
-    views = {name: framed(x)[0] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-    assert any(not x.is_contiguous() for x in tensors(views).values())
-    same(case.run(views), case.run(inputs))
+    laws.views(case)
 
 
 def test_fresh_memory_is_poisoned():  # law 6 holds in every test if it holds here
@@ -121,12 +81,7 @@ def test_fresh_memory_is_poisoned():  # law 6 holds in every test if it holds he
 
 @by_op
 def test_guard_bands(case):  # law 7
-    inputs = case.inputs()
-    frames = {name: framed(x) for name, x in tensors(inputs).items()}
-    before = {name: flat.clone() for name, (_, flat) in frames.items() if flat is not None}
-    case.run({**inputs, **{name: view for name, (view, _) in frames.items()}})
-    for name, flat in before.items():
-        assert torch.equal(frames[name][1], flat), f"{name} or its surroundings were written to"
+    laws.guard_bands(case)
 
 
 EMPTY = {
@@ -146,7 +101,9 @@ def test_empty(op, dtype):  # law 8
         case = Case(op, "empty", make, dtype)
         inputs = case.inputs()
         for out in case.run(inputs):
-            assert out.shape == inputs["x"].shape and out.dtype == dtype and out.is_contiguous()
+            assert out.shape == inputs["x"].shape
+            assert out.dtype == dtype
+            assert out.is_contiguous()
 
 
 @pytest.mark.parametrize("op", NORMS)
@@ -206,15 +163,7 @@ def test_extremes(op, extreme, dtype, simd):  # law 10
 
 @by_op
 def test_deterministic(case):  # law 11
-    inputs = case.inputs()
-    threads = torch.get_num_threads()
-    first = case.run(inputs)
-    try:
-        for attempt in range(10):
-            torch.set_num_threads(1 + attempt % 3)
-            same(case.run(inputs), first)
-    finally:
-        torch.set_num_threads(threads)
+    laws.determinism(case)
 
 
 @pytest.mark.parametrize("op", NORMS)
@@ -261,11 +210,6 @@ def schema_arguments(op, inputs):
         given |= {"scale": 0.125, "logit_bound": 100.0}
     schema = getattr(LIBRARY, op.removesuffix("_means")).default._schema
     return tuple(given[argument.name] for argument in schema.arguments)
-
-
-def permuted(x):
-    """The same values, dense, with the outer dimensions in another order in memory."""
-    return x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 2 else x
 
 
 EMPTY_NABLA = {

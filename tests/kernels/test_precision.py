@@ -101,7 +101,8 @@ def test_convolutions_and_their_gradients(setting):
     wanted = ops.causal_conv3d(x, weight.detach()), ops.causal_conv3d(x, weight)
     with setting():
         actual = ops.causal_conv3d(x, weight.detach()), ops.causal_conv3d(x, weight)
-    assert same(actual, wanted) and actual[1].requires_grad
+    assert same(actual, wanted)
+    assert actual[1].requires_grad
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
@@ -116,7 +117,8 @@ def test_gradients_through_references(setting):
     with setting():
         again, y = gradient()
     grads = [torch.autograd.grad(o.square().sum(), i)[0] for o, i in ((out, x), (again, y))]
-    assert torch.equal(out, again) and torch.equal(*grads)
+    assert torch.equal(out, again)
+    assert torch.equal(*grads)
 
 
 def settings() -> tuple:

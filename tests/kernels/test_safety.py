@@ -286,6 +286,21 @@ def test_public_functions_refuse(call, error, text):
         call()
 
 
+def test_the_default_scale_of_any_query():
+    """A head without numbers has no scale to divide by; a query without dimensions is refused."""
+    empty = torch.empty(1, 100, 1, 0)
+    out = ops.block_sparse_attention(
+        *attention([0, 50, 100], query=empty, key=empty, value=empty)[:5]
+    )
+    assert out.shape == empty.shape
+    assert ops.frame_causal_attention(empty, empty, empty).shape == empty.shape
+    number = torch.tensor(1.0)
+    with pytest.raises(ValueError, match=r"query must have shape \[B, T, P, D\], got \[\]"):
+        ops.frame_causal_attention(number, number, number)
+    with pytest.raises(ValueError, match=r"query must have shape \[B, S, H, D\], got \[\]"):
+        ops.block_sparse_attention(number, number, number, int32(0), int32(0))
+
+
 @pytest.mark.parametrize("sizes", [(2**31, 0, 8), (2**31, 3, 0), (0, 2**31, 8)])
 def test_nothing_is_done_for_nothing(sizes):  # law 8: however many empty rows there are
     x = torch.empty(sizes)
@@ -340,7 +355,8 @@ def test_the_block_of_a_token_is_a_block_whatever_the_offsets():
     ):
         owner = reference.block_of_token(int32(*offsets), 100)
         assert owner.shape == (100,)
-        assert owner.min() >= 0 and owner.max() < len(offsets) - 1
+        assert owner.min() >= 0
+        assert owner.max() < len(offsets) - 1
     lengths = torch.tensor([3, 1, 60, 36])
     offsets = int32(0, *lengths.cumsum(0).tolist())
     wanted = torch.arange(4).repeat_interleave(lengths)

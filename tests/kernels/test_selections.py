@@ -37,7 +37,8 @@ def test_selection_is_the_smallest_set_that_holds_the_mass(simd):
     mass = (query.double() @ key.double().mT / 8.0).softmax(-1)
     held = (mass * kept).sum(-1)
     lightest = mass.masked_fill(~kept, math.inf).amin(-1)
-    assert (held > 0.8 - 1e-6).all() and (held - lightest < 0.8 + 1e-6).all()
+    assert (held > 0.8 - 1e-6).all()
+    assert (held - lightest < 0.8 + 1e-6).all()
     assert (mass.masked_fill(kept, 0.0).amax(-1) <= lightest * (1 + 1e-5)).all(), (
         "a dropped block is heavier than a kept one"
     )
@@ -88,7 +89,15 @@ def test_equal_blocks_are_all_kept_or_the_last_ones(keep_mass, simd):
     query = torch.zeros(1, 1, 64, 8)
     key = torch.randn(1, 1, 64, 8)
     assert ops.unpack_selection(ops.select_blocks(query, key, keep_mass), 64).all()
-    stable = ops.unpack_selection(ops.select_blocks(query, key, keep_mass, ties="stable"), 64)
+    stable = ops.unpack_selection(
+        ops.select_blocks(
+            query,
+            key,
+            keep_mass,
+            ties="stable",
+        ),
+        64,
+    )
     assert torch.equal(
         stable, (torch.arange(64) >= math.ceil(64 * (1 - keep_mass)) - 1).expand_as(stable)
     )
@@ -96,8 +105,25 @@ def test_equal_blocks_are_all_kept_or_the_last_ones(keep_mass, simd):
 
 def test_masses_are_integers_of_32_bits(simd):
     # The mass of the last block rounds to 0, that of the second to 1.
-    key = torch.tensor([1.0, 0.75 * 2.0**-32, 0.25 * 2.0**-32]).log().view(1, 1, 3, 1)
-    kept = ops.unpack_selection(ops.select_blocks(torch.ones_like(key), key, 1 - 2.0**-40), 3)
+    key = (
+        torch.tensor(
+            [
+                1.0,
+                0.75 * 2.0**-32,
+                0.25 * 2.0**-32,
+            ]
+        )
+        .log()
+        .view(1, 1, 3, 1)
+    )
+    kept = ops.unpack_selection(
+        ops.select_blocks(
+            torch.ones_like(key),
+            key,
+            1 - 2.0**-40,
+        ),
+        3,
+    )
     assert kept[0, 0].tolist() == 3 * [[True, True, False]]
 
 
@@ -171,7 +197,11 @@ def peak_growth(call) -> int:
 def test_selection_needs_rows_and_not_the_map():  # law 19
     N = 8192  # the map of scores would be 256 MiB, the packed result is 8 MiB
     query, key = (torch.randn(1, 1, N, 8) for _ in range(2))
-    ops.select_blocks(query[:, :, :64], key[:, :, :64], 0.9)  # threads start before the count does
+    ops.select_blocks(
+        query[:, :, :64],
+        key[:, :, :64],
+        0.9,
+    )  # threads start before the count does
     grown = peak_growth(lambda: ops.select_blocks(query, key, 0.9))
     assert grown < N * N // 8 + 32 * torch.get_num_threads() * N * 4 + (8 << 20), (
         f"{grown >> 20} MiB"
@@ -182,7 +212,8 @@ def test_selection_needs_rows_and_not_the_map():  # law 19
 def test_packing_and_unpacking_are_inverse(N):
     keep = torch.rand(2, 3, N, N) < 0.5
     packed = ops.pack_selection(keep)
-    assert packed.shape == (2, 3, N, -(-N // 32)) and packed.dtype == torch.int32
+    assert packed.shape == (2, 3, N, -(-N // 32))
+    assert packed.dtype == torch.int32
     assert torch.equal(ops.unpack_selection(packed, N), keep)
     assert ops.selection_density(packed, N) == pytest.approx(keep.float().mean().item())
 
@@ -210,7 +241,8 @@ def test_transposed_selections(shape):
         < 0.4
     )
     transposed = ops.transpose_selection(ops.pack_selection(keep))
-    assert torch.equal(transposed, ops.pack_selection(keep.mT)) and transposed.is_contiguous()
+    assert torch.equal(transposed, ops.pack_selection(keep.mT))
+    assert transposed.is_contiguous()
     assert torch.equal(ops.transpose_selection(transposed), ops.pack_selection(keep))
 
 
