@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every launcher needs: checks of what would corrupt memory, memory whose absence is
-// explained, and dispatch over the float types.
+// What every CPU kernel needs from its caller's tensors: checks of what would corrupt memory,
+// allocations that explain themselves where memory is short, and dispatch over the float types.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -25,7 +25,8 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Python sees a std::invalid_argument as a ValueError; module.cpp says what it sees of these two.
+// Python sees std::invalid_argument as a ValueError. module.cpp translates these two: WrongType to
+// a TypeError, OutOfMemory to a torch.OutOfMemoryError.
 struct WrongType : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
@@ -33,6 +34,7 @@ struct OutOfMemory : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Throws one sentence, made of the arguments.
 template <class Error, class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream sentence;
@@ -40,13 +42,13 @@ template <class Error, class... Parts>
   throw Error(sentence.str());
 }
 
-// Throws one sentence made of the arguments, a ValueError in Python.
+// Throws one sentence, a ValueError in Python, unless the condition holds.
 template <class... Parts>
 void require(bool holds, const Parts&... parts) {
   if (!holds) fail<std::invalid_argument>(parts...);
 }
 
-// As Python spells it.
+// The dtype as Python spells it.
 inline std::string type_name(ScalarType type) {
   switch (type) {
     case ScalarType::Float:
@@ -96,7 +98,7 @@ inline void require_type(const Tensor& tensor, const char* name, ScalarType want
                     "; cast it first.");
 }
 
-// What the kernels compute with; doubles belong to the references.
+// The kernels take the three narrower float types; float64 belongs to the references.
 inline void require_float(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
   if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half)
@@ -104,7 +106,7 @@ inline void require_float(const Tensor& tensor, const char* name) {
                     "; cast it first.");
 }
 
-// The form of block_offsets; what their values must be depends on the operator.
+// Requires the form of block_offsets. What their values must be depends on the operator.
 inline void require_list(const Tensor& offsets) {
   require(offsets.dim() == 1 && offsets.numel() > 0, "block_offsets must have shape [N + 1], got ",
           shape_of(offsets), ".");
@@ -112,15 +114,15 @@ inline void require_list(const Tensor& offsets) {
   require(offsets.is_contiguous(), "block_offsets must be contiguous; call .contiguous() first.");
 }
 
-// The kernels read whole rows: the last dimension must be contiguous, the other strides are free.
+// The last dimension must be contiguous, because kernels read whole rows; other strides are free.
 inline void require_rows(const Tensor& tensor, const char* name) {
   const int64_t last = tensor.dim() - 1;
   require(last >= 0 && (tensor.size(last) <= 1 || tensor.stride(last) == 1), name,
           " must be contiguous in its last dimension; call .contiguous() first.");
 }
 
-// The arguments of select_blocks that are no tensors. The tiles are divided out of N, because their
-// product could overflow.
+// Requires the arguments of select_blocks that are not tensors. N is divided by one size of the
+// grid after the other, because their product could overflow.
 inline void require_choice(double keep_mass, const std::vector<int64_t>& tiles,
                            const std::vector<int64_t>& window, const std::string& ties, int64_t N) {
   require(keep_mass > 0.0 && keep_mass <= 1.0, "keep_mass must be in (0, 1], got ", keep_mass, ".");
@@ -138,7 +140,7 @@ inline void require_choice(double keep_mass, const std::vector<int64_t>& tiles,
       " and window three widths from 1 on, got ", list_of(tiles), " and ", list_of(window), ".");
 }
 
-// What every row of an operator shares.
+// Requires a vector that many rows share, such as a scale or a weight.
 inline void require_vector(const Tensor& tensor, const char* name,
                            const std::vector<int64_t>& wanted) {
   require_shape(tensor, name, wanted);
@@ -146,19 +148,20 @@ inline void require_vector(const Tensor& tensor, const char* name,
   require_rows(tensor, name);
 }
 
-// make(), which only allocates `bytes` for what `name` says, or one sentence about them.
+// Returns make(), which does nothing but allocate `bytes` for what `name` says. Where that fails,
+// one sentence gives the size.
 template <class Make>
 auto allocate(const std::string& name, double bytes, const Make& make) {
   try {
     return make();
-  } catch (const std::exception&) {  // of any kind: torch's arrive as runtime errors
+  } catch (const std::exception&) {  // torch's own arrive as runtime errors
     fail<OutOfMemory>(name, " needs ", std::fixed, std::setprecision(0), bytes,
                       " bytes of memory, which this machine does not give; compute fewer samples, "
                       "tokens or heads at once.");
   }
 }
 
-// As a double, because a product of sizes can overflow.
+// The size of a tensor in bytes, as a double, because a product of sizes can overflow.
 inline double bytes_of(const std::vector<int64_t>& shape, ScalarType type) {
   const bool eight = type == ScalarType::Double || type == ScalarType::Long;
   const bool two = type == ScalarType::Half || type == ScalarType::BFloat16;
@@ -167,7 +170,7 @@ inline double bytes_of(const std::vector<int64_t>& shape, ScalarType type) {
   return bytes;
 }
 
-// An uninitialised tensor beside `like`, of its type where none is given.
+// A new tensor without values on the device of `like`, and of its dtype where no other is given.
 inline Tensor fresh(const Tensor& like, const char* name, const std::vector<int64_t>& shape,
                     std::optional<ScalarType> type = std::nullopt) {
   return allocate(name, bytes_of(shape, type.value_or(like.scalar_type())),
@@ -187,7 +190,7 @@ std::vector<T> zeros(int64_t count) {
                   [&] { return std::vector<T>(count); });
 }
 
-// torch::stable::parallel_for, except that what a task throws arrives as it was thrown.
+// torch::stable::parallel_for, except that an exception of a task keeps its type.
 template <class Body>
 void parallel_for(int64_t units, int64_t grain, const Body& body) {
   std::exception_ptr thrown;
@@ -218,12 +221,13 @@ inline Tensor to_float(const Tensor& tensor) {
                   [&] { return torch::stable::to(tensor, ScalarType::Float); });
 }
 
+// The tensor itself where it is contiguous, otherwise a copy that is.
 inline Tensor gapless(const Tensor& tensor) {
   return allocate("a contiguous copy", double(tensor.numel()) * double(tensor.element_size()),
                   [&] { return torch::stable::contiguous(tensor); });
 }
 
-// Calls body(T{}) with the C++ type of a float32, bfloat16 or float16 tensor.
+// Calls body(T{}) with the C++ type T of the tensor's dtype.
 template <class Body>
 void dispatch_float(const Tensor& tensor, const char* name, Body&& body) {
   switch (tensor.scalar_type()) {

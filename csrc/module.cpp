@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module `kandinsky_kernels._C`. Importing it runs the registrations of every kernel
-// linked into it; what it exports only describes the build and chooses the instruction set.
+// The Python module `kandinsky_kernels._C`. Importing it registers every kernel that is linked into
+// it. Its functions only describe the build and choose the instruction set.
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
@@ -37,7 +37,7 @@ pybind11::dict build_info() {
   return info;
 }
 
-// TypeError and torch.OutOfMemoryError, for which C++ has no exceptions of its own.
+// Raises the Python exceptions for which C++ has none of its own.
 void translate(std::exception_ptr thrown) {
   try {
     if (thrown) std::rethrow_exception(thrown);

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Declares operators, attaches kernels and loads the compiled extension. The only user of
-``torch.library``.
+"""Declares operators, attaches kernels and loads the compiled extension.
 
-An operator is declared once, with its reference as ``CompositeExplicitAutograd``: that makes the
-reference the fallback on every device and the fake kernel of ``torch.compile`` at once. Kernels
-register themselves under ``CPU`` (the compiled ``_C`` module) or ``CUDA`` (Triton launchers, by
-`attach`, which also knows the CUDA C++ kernels) and PyTorch's dispatcher does the choosing.
+This module is the only user of ``torch.library``. An operator is declared once, with its reference
+as ``CompositeExplicitAutograd``: that makes the reference the fallback on every device and the fake
+kernel of ``torch.compile`` at once. Kernels register themselves under ``CPU`` (those of the
+compiled module ``_C``) or ``CUDA`` (the launchers that `attach` is given), and PyTorch's dispatcher
+chooses among them.
 """
 
 import contextlib
@@ -14,30 +14,32 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
 from . import _guard, checks, tuning
-from ._derivatives import derives, has_tangents
+from ._derivatives import has_tangents
 from ._precision import full_precision
 
 NAMESPACE = "kandinsky_kernels"
 REFERENCE_ONLY = os.environ.get("KANDINSKY_KERNELS", "") == "reference"
+_SWITCHED_OFF = "KANDINSKY_KERNELS=reference asks for references only"
 
 _log = logging.getLogger(__name__)
 _library = torch.library.Library(NAMESPACE, "DEF")
 _references: dict[str, Callable] = {}
 _gradients: dict[str, type[torch.autograd.Function]] = {}
-extension = None  # the compiled module, or None
-extension_absence = ""  # why it is None
+extension: ModuleType | None = None  # the compiled module
+extension_absence = ""  # why there is none
 
 
 def declare(schema: str, reference: Callable, fake: Callable | None = None) -> Callable:
-    """Define ``schema`` in our namespace with ``reference`` as its meaning and return the callable
-    overload.
+    """Define the operator of ``schema``, whose meaning is ``reference``; return a way to call it.
 
-    ``fake`` gives the shapes of the results where the reference cannot, because it reads values of
-    its inputs.
+    Calls with fp64 tensors run the reference, because fp64 is the oracle's precision and kernels do
+    not have it. ``fake`` makes results of the right shapes where the reference cannot run on fake
+    tensors, because it reads the values of its inputs.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
@@ -53,28 +55,36 @@ def declare(schema: str, reference: Callable, fake: Callable | None = None) -> C
     _references[name] = reference
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
     _library.impl(name, _derivable(name, operator, reference), "Autograd", with_keyset=True)
-    return operator
+
+    def call(*args):
+        return reference(*args) if in_double(*args) else operator(*args)
+
+    return call
+
+
+def in_double(*args) -> bool:
+    """Whether any tensor among the arguments is fp64."""
+    return any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args)
 
 
 def _derivable(name: str, operator: torch._ops.OpOverload, reference: Callable) -> Callable:
-    """What the operator is to PyTorch's derivatives of any kind and order.
+    """The kernel of an operator for the dispatch key ``Autograd``.
 
-    Gradients are those of `differentiate`, where it was called. Everything else is derived from the
-    reference, which PyTorch then runs and differentiates by itself: gradients of operators without
-    one of their own (so that the gradient of a gradient is right) and forward-mode derivatives.
+    First gradients are those that `differentiate` registered. PyTorch runs and differentiates the
+    reference for everything else: the gradients of operators that have none of their own (backward
+    operators among them, so that the gradient of a gradient is right), forward-mode derivatives,
+    and the transforms of torch.func, which need PyTorch's own operators.
     """
 
     def run(keyset, *args):
         if has_tangents(args):
             return reference(*args)
-        below = keyset & torch._C._after_autograd_keyset
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             gradient = _gradients.get(name)
             if gradient is None or torch._C._are_functorch_transforms_active():
-                return reference(
-                    *args
-                )  # torch.func derives what is made of PyTorch's own operators
+                return reference(*args)
             return gradient.apply(*args)
+        below = keyset & torch._C._after_autograd_keyset
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(below, *args)
 
@@ -82,11 +92,11 @@ def _derivable(name: str, operator: torch._ops.OpOverload, reference: Callable) 
 
 
 def differentiate(name: str, keep: Callable, backward: Callable) -> None:
-    """Register the gradient of the declared op ``name``, whose own operator ``backward`` calls:
-    kernels run in both directions.
+    """Register the gradient of the declared operator ``name``.
 
-    keep(ctx, inputs, output) saves what backward(ctx, *gradients of the outputs) reads; one is None
-    where its output was not used.
+    keep(ctx, inputs, output) saves what backward(ctx, *gradients) reads. The gradients are those of
+    the outputs, None where an output was not used. ``backward`` calls an operator in its turn, so
+    that kernels run in both directions.
     """
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -113,19 +123,21 @@ def differentiate(name: str, keep: Callable, backward: Callable) -> None:
 def triton_absence() -> str | None:
     """Why no Triton kernel can run, or None."""
     if REFERENCE_ONLY:
-        return "KANDINSKY_KERNELS=reference asks for references only"
-    return (
-        None
-        if importlib.util.find_spec("triton")
-        else ("Triton is not installed; install it with: pip install triton")
-    )
+        return _SWITCHED_OFF
+    if importlib.util.find_spec("triton"):
+        return None
+    return "Triton is not installed; install it with: pip install triton"
 
 
 def compiled(name: str) -> Callable | None:
-    """The CUDA C++ kernel of op ``name``, which the extension registers as an operator of its own,
-    or None where it was not built."""
-    operator = getattr(getattr(torch.ops, NAMESPACE), f"{name}_cuda", None) if extension else None
-    return operator and operator.default
+    """The CUDA C++ kernel of operator ``name``, or None where it was not built.
+
+    The extension registers it as an operator of its own.
+    """
+    if extension is None:
+        return None
+    packet = getattr(getattr(torch.ops, NAMESPACE), f"{name}_cuda", None)
+    return packet and packet.default
 
 
 def attach(
@@ -136,15 +148,16 @@ def attach(
     kind: Callable[..., tuple] = lambda *_: (),
     refuse_compiled: Callable[..., str | None] | None = None,
 ) -> None:
-    """Register a Triton launcher of the declared op ``name`` for CUDA, under guard.
+    """Register a Triton launcher of the declared operator ``name`` for CUDA, under guard.
 
-    refuse(*args) says why the kernel cannot take these arguments, or None; trial(*args) makes a
-    small case of their kind, on which the launcher must agree with the reference before it is first
-    used. Otherwise the reference runs. kind(*args) tells apart the kernels that one launcher
-    chooses between: each has its own trial. refuse_compiled is `refuse` for the CUDA C++ kernel,
-    which is asked first once `tuning.CUDA_CPP` names the op.
+    refuse(*args) says why the kernel cannot take these arguments, or returns None. trial(*args)
+    makes a small case like them, on which the launcher must agree with the reference before its
+    first use. Where it refuses or disagrees, the reference runs. kind(*args) tells the kernels
+    apart that one launcher chooses between: each has a trial of its own. ``refuse_compiled`` is the
+    ``refuse`` of the CUDA C++ kernel, which comes first once `tuning.CUDA_CPP` names the operator.
     """
-    reference, check = _references[name], getattr(checks, name)
+    reference = _references[name]
+    check = getattr(checks, name)
 
     def run(*args):
         check(*args)
@@ -170,8 +183,7 @@ def attach(
 
 
 def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Make the tensor's card the current one; nothing for the CPU, where Triton's interpreter
-    runs."""
+    """A context in which the tensor's GPU is the current one; nothing changes for a CPU tensor."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
@@ -181,11 +193,13 @@ def load_launchers() -> None:
 
 
 def load_extension() -> None:
-    """Import ``_C``, whose static initialisers register the CPU kernels; without it every op runs
-    its reference."""
+    """Import ``_C``, whose static initialisers register the CPU kernels.
+
+    Without it every operator runs its reference.
+    """
     global extension, extension_absence
     if REFERENCE_ONLY:
-        extension_absence = "KANDINSKY_KERNELS=reference asks for references only"
+        extension_absence = _SWITCHED_OFF
         return
     try:
         extension = importlib.import_module("._C", __package__)
@@ -196,44 +210,28 @@ def load_extension() -> None:
         _log.info("%s", extension_absence)
 
 
-def in_double(*tensors: torch.Tensor | None) -> bool:
-    """Whether a call is in the oracle's precision, which kernels do not have: PyTorch runs, and
-    differentiates, the reference."""
-    return any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-
-
-def needs_reference(*tensors: torch.Tensor | None) -> bool:
-    """`in_double`, and for operators without a gradient of their own also whether one is
-    recorded."""
-    return in_double(*tensors) or derives(*tensors)
-
-
 def kernels() -> dict[str, dict[str, str]]:
-    """What would run for each operator and device type, and why: ``{op: {"cpu": ..., "cuda":
-    ...}}``."""
-    table = {}
-    for name in _references:
-        qualified = f"{NAMESPACE}::{name}"
-        row = {}
-        for device in ("CPU", "CUDA"):
-            if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device):
-                row[device.lower()] = (
-                    f"cpp ({extension.simd()})" if device == "CPU" else _gpu_state(name)
-                )
-            elif device == "CPU":
-                absence = (
-                    extension_absence or "the compiled extension has no kernel for this operator"
-                )
-                row["cpu"] = f"reference: {absence}"
-            else:
-                row["cuda"] = (
-                    f"reference: {triton_absence() or 'no GPU kernel for this operator yet'}"
-                )
-        table[name] = row
-    return table
+    """What would run on this machine: ``{operator: {"cpu": ..., "cuda": ...}}``.
+
+    Each value names a kernel, or says "reference" and why there is no kernel.
+    """
+    return {name: {"cpu": _cpu_state(name), "cuda": _gpu_state(name)} for name in _references}
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
+def _cpu_state(name: str) -> str:
+    if extension is not None and _has_kernel(name, "CPU"):
+        return f"cpp ({extension.simd()})"
+    absence = extension_absence or "the compiled extension has no kernel for this operator"
+    return f"reference: {absence}"
 
 
 def _gpu_state(name: str) -> str:
+    if not _has_kernel(name, "CUDA"):
+        return f"reference: {triton_absence() or 'no GPU kernel for this operator yet'}"
     if name in tuning.CUDA_CPP and compiled(name) and not _guard.failure(f"{name}_cuda"):
         return "cuda c++"
     if name in tuning.PYTORCH - tuning.TRITON:
@@ -241,8 +239,6 @@ def _gpu_state(name: str) -> str:
     failed = _guard.failure(name)
     if failed:
         return f"reference: {failed}"
-    return (
-        "triton"
-        if name in tuning.VERIFIED
-        else ("triton (not yet verified on hardware; checks itself on first use)")
-    )
+    if name in tuning.VERIFIED:
+        return "triton"
+    return "triton (not yet verified on hardware; checks itself on first use)"

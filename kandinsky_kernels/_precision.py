@@ -1,25 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of matrices in the precision of their inputs, whatever autocast and TF32 say.
+"""Matrix products in the precision of their inputs, even under autocast and where TF32 is allowed.
 
-What PyTorch offers against its own switches: autocast can be turned off for some lines, in this
-thread alone. The precision of fp32 products is a setting of the process, which is changed for those
-lines and put back; another thread's products are exact meanwhile.
+Autocast can be switched off for a few lines and for one thread alone. The precision of fp32
+products is a setting of the whole process: it is changed for those lines and put back, and the
+products of other threads are exact meanwhile.
+
+PyTorch has two ways to set that precision: ``torch.set_float32_matmul_precision``, which is older,
+and the ``fp32_precision`` attributes of its backends. Since it warns of a mixture, the setting is
+changed in the way that the process used.
 """
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-# What torch.set_float32_matmul_precision sets for CUDA and oneDNN.
-_PAIRS = {"high": ("tf32", "tf32"), "medium": ("tf32", "bf16")}
-_EXACT = ("none", "ieee")  # values of fp32_precision
+# The fp32_precision of CUDA and of oneDNN that torch.set_float32_matmul_precision sets.
+_PRECISIONS_OF_NAME = {"high": ("tf32", "tf32"), "medium": ("tf32", "bf16")}
+_EXACT = ("none", "ieee")  # values of fp32_precision that allow no shortcut
 
 
 @contextlib.contextmanager
-def _exact_setting(settings) -> Iterator[None]:
-    """One of PyTorch's ``fp32_precision`` settings at "ieee". One that is inherited is again
-    afterwards."""
+def _exact_attribute(settings: Any) -> Iterator[None]:
+    """Set the ``fp32_precision`` of one backend to "ieee", and put it back.
+
+    A value that came from a more general setting is inherited again afterwards.
+    """
     before = settings.fp32_precision
     settings.fp32_precision = "ieee"
     try:
@@ -31,27 +38,29 @@ def _exact_setting(settings) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _exact_name(name: str) -> Iterator[None]:
-    """The older way to say it, for those who said it that way: PyTorch dislikes a mixture."""
+def _exact_name(before: str) -> Iterator[None]:
+    """Set the precision by its older name to "highest", and put it back."""
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(name)
+        torch.set_float32_matmul_precision(before)
 
 
 def _exact_products(kind: str) -> contextlib.AbstractContextManager:
-    cuda, onednn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    backends: Any = torch.backends
+    cuda = backends.cuda.matmul
+    onednn = backends.mkldnn.matmul
     settings = cuda if kind == "cuda" else onednn
     if settings.fp32_precision in _EXACT:
         return contextlib.nullcontext()
     try:
         name = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the two ways are mixed, or only the newer one was used
+    except RuntimeError:  # both ways were used, or the newer one alone
         name = ""
-    if _PAIRS.get(name) == (cuda.fp32_precision, onednn.fp32_precision):
+    if _PRECISIONS_OF_NAME.get(name) == (cuda.fp32_precision, onednn.fp32_precision):
         return _exact_name(name)
-    return _exact_setting(settings)
+    return _exact_attribute(settings)
 
 
 @contextlib.contextmanager
@@ -64,38 +73,40 @@ def _exact_cudnn() -> Iterator[None]:
 
 
 def _exact_convolutions(kind: str) -> contextlib.AbstractContextManager:
-    settings = torch.backends.cudnn.conv if kind == "cuda" else torch.backends.mkldnn.conv
+    backends: Any = torch.backends
+    settings = backends.cudnn.conv if kind == "cuda" else backends.mkldnn.conv
     if settings.fp32_precision in _EXACT:
         return contextlib.nullcontext()
     if kind == "cuda":
-        with contextlib.suppress(RuntimeError):  # the two ways to say it are mixed
+        with contextlib.suppress(RuntimeError):  # both ways were used
             if torch.backends.cudnn.allow_tf32:
                 return _exact_cudnn()
-    return _exact_setting(settings)
+    return _exact_attribute(settings)
 
 
 @contextlib.contextmanager
 def _exact(kind: str, convolutions: bool) -> Iterator[None]:
-    with contextlib.ExitStack() as settings:
-        settings.enter_context(_exact_products(kind))
-        if convolutions:  # some of which are products of matrices
-            settings.enter_context(_exact_convolutions(kind))
-        if not torch.is_autocast_enabled(kind):
-            yield
-            return
-        with torch.autocast(kind, enabled=False):
-            yield
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_exact_products(kind))
+        if convolutions:  # besides the products, because some convolutions are matrix products
+            stack.enter_context(_exact_convolutions(kind))
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def full_precision(
     device: torch.device, convolutions: bool = False
 ) -> contextlib.AbstractContextManager:
-    """A context in which products (and convolutions) on `device` are what their dtypes say."""
+    """A context in which matrix products on ``device`` keep the precision of their inputs.
+
+    ``convolutions`` asks the same of convolutions.
+    """
     kind = device.type
     if kind not in ("cpu", "cuda"):
         if torch.amp.is_autocast_available(kind):
             return torch.autocast(kind, enabled=False)
         return contextlib.nullcontext()
-    if torch.compiler.is_compiling():  # which can trace this much; TF32 is then its own choice
+    if torch.compiler.is_compiling():  # a graph can hold this switch; TF32 is the compiler's choice
         return torch.autocast(kind, enabled=False)
     return _exact(kind, convolutions)

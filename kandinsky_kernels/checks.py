@@ -1,33 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What operators refuse: arguments that would corrupt memory, crash or never end.
+"""What operators require of their arguments: nothing else may reach memory, crash or run for ever.
 
-Each function takes the arguments of the operator of its name and raises one sentence, the same as
-the compiled kernel's where that has one: a ValueError for shapes and values, a TypeError for
-dtypes. References, fake kernels and GPU launchers call it. Sizes, dtypes and devices are known
-without waiting for a GPU; values are looked at only by references (`values=True`), and only where
-there are any.
+A function here bears the name of an operator and takes its arguments. It raises one sentence, a
+ValueError for shapes and values and a TypeError for dtypes, which is the compiled kernel's sentence
+too where there is such a kernel. It is called once per call of the operator, by whatever runs: a
+reference, a fake kernel or a launcher on a GPU; the C++ kernels have the same checks in C++. So
+public functions check only what their operator is not given.
+
+Shapes, dtypes and devices are known without waiting for a GPU. Values are read by references alone
+(``values=True``), and only where there are any: not of fake tensors, nor while a graph is traced.
 """
+
+import math
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MOST_TOKENS = 64  # of a block that attention takes
+MOST_TOKENS = 64  # the longest block that attention takes
+MOST_AXES = 3  # of a grid of tokens that the rotary kernels take
 
 
-def spelled(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _spelled(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def one_place(optional: dict[str, Tensor | None] | None = None, **tensors: Tensor) -> None:
-    """All tensors must be there (but for `optional` ones), dense and on one device: kernels take
-    their addresses."""
+    """All tensors are there, dense and on one device, because kernels take their addresses.
+
+    Those in ``optional`` may be None.
+    """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):  # PyTorch lets None pass for a tensor
             raise TypeError(f"{name} must be a tensor, got {tensor!r}.")
     given = dict(tensors)
-    given.update((name, x) for name, x in (optional or {}).items() if x is not None)
+    for name, x in (optional or {}).items():
+        if x is not None:
+            given[name] = x
     (first, x), *rest = given.items()
     for name, tensor in rest:
         if tensor.device != x.device:
@@ -37,39 +47,41 @@ def one_place(optional: dict[str, Tensor | None] | None = None, **tensors: Tenso
             )
     for name, tensor in given.items():
         if tensor.layout != torch.strided or tensor.is_nested:
-            kind = "nested" if tensor.is_nested else spelled(tensor.layout)
+            kind = "nested" if tensor.is_nested else _spelled(tensor.layout)
             raise ValueError(f"{name} must be a dense tensor, got a {kind} one; call .to_dense().")
 
 
 def shape(name: str, tensor: Tensor, *wanted: int) -> None:
+    """The tensor has exactly this shape."""
     if tuple(tensor.shape) != wanted:
         raise ValueError(f"{name} must have shape {list(wanted)}, got {list(tensor.shape)}.")
 
 
 def dimensions(name: str, tensor: Tensor, letters: str) -> None:
-    """`letters` names the dimensions, as in "B, S, C"."""
+    """The tensor has as many dimensions as ``letters`` names, as in "B, S, C"."""
     if tensor.dim() != len(letters.split(", ")):
         raise ValueError(f"{name} must have shape [{letters}], got {list(tensor.shape)}.")
 
 
 def floats(name: str, tensor: Tensor) -> None:
+    """The tensor has a float dtype that references compute with."""
     if tensor.dtype not in FLOATS:
         raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {spelled(tensor.dtype)}; "
+            f"{name} must be float16, bfloat16, float32 or float64, got {_spelled(tensor.dtype)}; "
             "cast it first."
         )
 
 
 def dtype(name: str, tensor: Tensor, wanted: torch.dtype) -> None:
+    """The tensor has exactly this dtype."""
     if tensor.dtype != wanted:
         raise TypeError(
-            f"{name} must be {spelled(wanted)}, got {spelled(tensor.dtype)}; cast it first."
+            f"{name} must be {_spelled(wanted)}, got {_spelled(tensor.dtype)}; cast it first."
         )
 
 
 def rows(**tensors: Tensor | None) -> None:
-    """The kernels read whole rows: the last dimension must be contiguous, other strides are
-    free."""
+    """The last dimension is contiguous, because kernels read whole rows; other strides are free."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(
@@ -78,40 +90,51 @@ def rows(**tensors: Tensor | None) -> None:
 
 
 def whole(name: str, tensor: Tensor) -> None:
+    """The tensor is contiguous."""
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous; call .contiguous() first.")
 
 
 def _known(tensor: Tensor) -> bool:
-    """Whether there are values to look at: not while a graph is traced, nor of fake tensors."""
+    """Whether the tensor has values that can be read now."""
     return not (torch.compiler.is_compiling() or tensor.is_meta or is_fake(tensor))
 
 
-def offsets(block_offsets: Tensor, tokens: int, most: int | None, values: bool) -> None:
-    """block_offsets must be int32 [N + 1]; their values ascend from 0 to the number of tokens, in
-    blocks of at most `most` tokens where that is given."""
+def offsets(
+    block_offsets: Tensor,
+    tokens: int,
+    most: int | None,
+    values: bool,
+) -> None:
+    """block_offsets is int32 [N + 1] and ascends from 0 to the number of tokens.
+
+    ``most``, where given, is the largest number of tokens in a block.
+    """
     if block_offsets.dim() != 1 or not block_offsets.shape[0]:
         raise ValueError(f"block_offsets must have shape [N + 1], got {list(block_offsets.shape)}.")
     dtype("block_offsets", block_offsets, torch.int32)
     whole("block_offsets", block_offsets)
     if not values or not _known(block_offsets):
         return
-    wide = block_offsets.long()  # the difference of two int32 numbers may not be one
+    wide = block_offsets.long()  # the difference of two int32 numbers can overflow
     lengths = wide.diff()
-    fit = (wide[0] == 0) & (wide[-1] == tokens) & (lengths > 0).all()
+    fit = (lengths > 0).all()
+    fit = fit & (wide[0] == 0) & (wide[-1] == tokens)
     if most is not None:
         fit = fit & (lengths <= most).all()
-    if not fit:
-        rule = "the number of tokens {} without empty blocks."
-        rule = rule if most is None else f"S = {{}} in blocks of 1 to {most} tokens."
-        raise ValueError(f"block_offsets must ascend from 0 to {rule.format(tokens)}")
+    if fit:
+        return
+    rule = f"the number of tokens {tokens} without empty blocks"
+    if most is not None:
+        rule = f"S = {tokens} in blocks of 1 to {most} tokens"
+    raise ValueError(f"block_offsets must ascend from 0 to {rule}.")
 
 
 # ---- norms
 
 
 def _row_norm(x: Tensor, name: str, *vectors: tuple[str, Tensor | None]) -> None:
-    """x must be [B, S, C], and every vector [B, C]."""
+    """x is [B, S, C], and every vector [B, C]."""
     dimensions(name, x, "B, S, C")
     floats(name, x)
     rows(**{name: x})
@@ -122,17 +145,29 @@ def _row_norm(x: Tensor, name: str, *vectors: tuple[str, Tensor | None]) -> None
             rows(**{label: vector})
 
 
-def _like(name: str, tensor: Tensor, of: str, x: Tensor) -> None:
+def _like(
+    name: str,
+    tensor: Tensor,
+    of: str,
+    x: Tensor,
+) -> None:
+    """The tensor has the shape and dtype of x, which the caller knows by the name ``of``."""
     shape(name, tensor, *x.shape)
     if tensor.dtype != x.dtype:
         raise TypeError(
-            f"{name} must have the dtype of {of} {spelled(x.dtype)}, got "
-            f"{spelled(tensor.dtype)}; cast one of them."
+            f"{name} must have the dtype of {of} {_spelled(x.dtype)}, got "
+            f"{_spelled(tensor.dtype)}; cast one of them."
         )
     rows(**{name: tensor})
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, *_, values: bool = False) -> None:
+def modulated_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *_,
+    values: bool = False,
+) -> None:
     one_place(x=x, scale=scale, shift=shift)
     _row_norm(x, "x", ("scale", scale), ("shift", shift))
 
@@ -182,6 +217,7 @@ def gated_add_norm_backward(
 
 
 def _heads(x: Tensor, weight: Tensor) -> None:
+    """x is [B, S, H, D] with an even D, and weight [D]."""
     if x.dim() != 4 or x.shape[-1] % 2:
         raise ValueError(f"x must have shape [B, S, H, D] with even D, got {list(x.shape)}.")
     floats("x", x)
@@ -199,8 +235,9 @@ def _angles(
     pairs: list[int],
     values: bool,
 ) -> None:
-    """The tables of `kandinsky_kernels.Rotary`: all of them, or none."""
-    if len({table is None for table in (cos, sin, positions)}) > 1:
+    """The tables of `kandinsky_kernels.Rotary` are given, all of them or none."""
+    absent = [table is None for table in (cos, sin, positions)]
+    if any(absent) and not all(absent):
         raise ValueError("cos, sin and positions must be given together, got only some of them.")
     if cos is None or sin is None or positions is None:
         return
@@ -218,8 +255,19 @@ def _angles(
     shape("positions", positions, x.shape[1], len(pairs))
     dtype("positions", positions, torch.int32)
     whole("positions", positions)
-    if values and _known(positions) and not ((positions >= 0) & (positions < P)).all():
+    if not values or not _known(positions):
+        return
+    inside = (positions >= 0) & (positions < P)
+    if not inside.all():
         raise ValueError(f"positions must lie in the tables' rows 0 to {P - 1}.")
+
+
+def axes(pairs: tuple[int, ...]) -> None:
+    """A Rotary has as many axes as the rotary kernels take."""
+    if not 1 <= len(pairs) <= MOST_AXES:
+        raise ValueError(
+            f"pairs must be 1 to {MOST_AXES} numbers, one for each axis, got {list(pairs)}."
+        )
 
 
 def norm_rope(
@@ -252,13 +300,19 @@ def norm_rope_backward(
     *_,
     values: bool = False,
 ) -> None:
-    one_place({"cos": cos, "sin": sin, "positions": positions}, x=x, weight=weight, grad=grad)
+    tables = {"cos": cos, "sin": sin, "positions": positions}
+    one_place(tables, x=x, weight=weight, grad=grad)
     _heads(x, weight)
     _angles(x, cos, sin, positions, pairs, values)
     _like("grad", grad, "x", x)
 
 
-def block_means(x: Tensor, block_offsets: Tensor, *, values: bool = False) -> None:
+def block_means(
+    x: Tensor,
+    block_offsets: Tensor,
+    *,
+    values: bool = False,
+) -> None:
     one_place(x=x, block_offsets=block_offsets)
     dimensions("x", x, "B, S, H, D")
     floats("x", x)
@@ -266,6 +320,11 @@ def block_means(x: Tensor, block_offsets: Tensor, *, values: bool = False) -> No
 
 
 # ---- attention over blocks
+
+
+def _words(blocks: int) -> int:
+    """Words of 32 bits that hold a bit for each block."""
+    return (blocks + 31) // 32
 
 
 def select_blocks(
@@ -292,27 +351,40 @@ def select_blocks(
         _tiles(tiles, window, query_means.shape[2])
 
 
+def tiles_and_window(tiles: object | None, window: object | None) -> None:
+    """Both are given or neither."""
+    if (tiles is None) != (window is None):
+        raise ValueError("tiles and window must be given together, got only one of them.")
+
+
 def _tiles(tiles: list[int], window: list[int], N: int) -> None:
-    fit = len(tiles) == len(window) == 3 and min(*tiles, *window) >= 1
-    if not fit or tiles[0] * tiles[1] * tiles[2] != N:
+    """The grid has N blocks."""
+    fit = len(tiles) == len(window) == 3
+    fit = fit and min(*tiles, *window) >= 1
+    if not fit or math.prod(tiles) != N:
         raise ValueError(
             f"tiles must be three numbers from 1 on with product N = {N} and window three widths "
             f"from 1 on, got {list(tiles)} and {list(window)}."
         )
 
 
-def _attention(selection: Tensor, block_offsets: Tensor, values: bool, **alike: Tensor) -> None:
-    """The first of `alike` must be [B, S, H, D]; the others like it."""
+def _attention(
+    selection: Tensor,
+    block_offsets: Tensor,
+    values: bool,
+    **alike: Tensor,
+) -> None:
+    """The first tensor of ``alike`` is [B, S, H, D], and the others are like it."""
     (name, query), *rest = alike.items()
     dimensions(name, query, "B, S, H, D")
     floats(name, query)
-    B, S, H, _ = query.shape
+    B, S, H = query.shape[:3]
     offsets(block_offsets, S, MOST_TOKENS, values)
     for other, tensor in rest:
         shape(other, tensor, *query.shape)
         dtype(other, tensor, query.dtype)
     N = block_offsets.shape[0] - 1
-    shape("selection", selection, B, H, N, (N + 31) // 32)
+    shape("selection", selection, B, H, N, _words(N))
     dtype("selection", selection, torch.int32)
 
 
@@ -328,6 +400,14 @@ def block_sparse_attention(
     one_place(query=query, key=key, value=value, selection=selection, block_offsets=block_offsets)
     _attention(selection, block_offsets, values, query=query, key=key, value=value)
     rows(query=query, key=key, value=value)
+
+
+def logit_bound(bound: float) -> None:
+    """A bound on magnitudes is not negative, and not NaN."""
+    if not bound >= 0.0:
+        raise ValueError(
+            f"logit_bound must be a number from 0 on, got {bound}; leave it out when none is known."
+        )
 
 
 def block_sparse_attention_backward(
@@ -348,7 +428,7 @@ def block_sparse_attention_backward(
         {"grad_lse": grad_lse}, **alike, lse=lse, selection=selection, block_offsets=block_offsets
     )
     _attention(selection, block_offsets, values, **alike)
-    B, S, H, _ = query.shape
+    B, S, H = query.shape[:3]
     for name, tensor in (("lse", lse), ("grad_lse", grad_lse)):
         if tensor is not None:
             shape(name, tensor, B, H, S)
@@ -360,9 +440,9 @@ def block_sparse_attention_backward(
 
 
 def unpack_selection(selection: Tensor, blocks: int) -> None:
-    """The words must be as many as `blocks` bits need."""
-    fit = selection.dim() > 0 and blocks >= 0 and selection.shape[-1] == (blocks + 31) // 32
-    if not fit:
+    """There are as many words as ``blocks`` bits need."""
+    fit = selection.dim() > 0 and blocks >= 0
+    if not fit or selection.shape[-1] != _words(blocks):
         raise ValueError(
             f"selection must have ceil(N / 32) words for N = {blocks} blocks in its last "
             f"dimension, got {list(selection.shape)}."
@@ -375,20 +455,62 @@ def pack_selection(keep: Tensor) -> None:
         raise ValueError("keep must have shape [..., N], got []; add the missing dimension.")
     if keep.dtype != torch.bool:
         raise TypeError(
-            f"keep must be bool, got {spelled(keep.dtype)}; compare it with something first."
+            f"keep must be bool, got {_spelled(keep.dtype)}; compare it with something first."
+        )
+
+
+def selection_density(selection: Tensor, blocks: int) -> None:
+    """There is a row for each of ``blocks`` blocks of queries."""
+    if selection.dim() < 2 or selection.shape[-2] != blocks:
+        raise ValueError(
+            f"selection must have a row for each of N = {blocks} blocks, got "
+            f"{list(selection.shape)}; give the number of blocks it was made for."
+        )
+
+
+def transpose_selection(selection: Tensor) -> None:
+    """The selection is that of N blocks of queries among N blocks of keys."""
+    N = selection.shape[-2] if selection.dim() > 1 else 0
+    fit = selection.dim() > 1 and selection.shape[-1] == _words(N)
+    if selection.dtype != torch.int32 or not fit:
+        raise ValueError(
+            f"selection must be int32 [..., N, ceil(N / 32)], got {_spelled(selection.dtype)} "
+            f"{list(selection.shape)}; make it with select_blocks or pack_selection."
         )
 
 
 # ---- video VAE
 
 
-def group_moments(x: Tensor, groups: int, *, values: bool = False) -> None:
+def group_moments(
+    x: Tensor,
+    groups: int,
+    *,
+    values: bool = False,
+) -> None:
     one_place(x=x)
     dimensions("x", x, "B, T, Y, X, C")
     floats("x", x)
     rows(x=x)
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"groups must divide the {x.shape[-1]} channels of x, got {groups}.")
+
+
+def group_affine(moments: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if moments.dim() != 4 or moments.shape[-1] != 2 or not moments.shape[1]:
+        raise ValueError(
+            "moments must have shape [B, T, G, 2] with a frame at least, got "
+            f"{list(moments.shape)}; make them with group_moments."
+        )
+    one_place(moments=moments, weight=weight, bias=bias)
+    for name, tensor in (("moments", moments), ("weight", weight), ("bias", bias)):
+        floats(name, tensor)
+    G = moments.shape[2]
+    if not G or weight.dim() != 1 or weight.shape != bias.shape or weight.shape[0] % G:
+        raise ValueError(
+            f"weight and bias must share one shape [C] with C a multiple of {G} groups, got "
+            f"{list(weight.shape)} and {list(bias.shape)}."
+        )
 
 
 def group_norm_silu(
@@ -410,7 +532,7 @@ def group_norm_silu(
         floats(name, vector)
         rows(**{name: vector})
     if pad and not (Y > 0 and X > 0 and (front is not None or T > 0)):
-        raise ValueError(f"x must have a pixel to repeat, got {list(x.shape)}.")
+        raise ValueError(f"x must have a pixel to repeat, got {list(x.shape)}; give pad=False.")
     if front is not None:
         if not pad:
             raise ValueError("front must come with pad.")
@@ -428,11 +550,14 @@ def frame_causal_attention(
             f"query and key must have shape [B, T, P, D], got {list(query.shape)} and "
             f"{list(key.shape)}."
         )
-    B, T, _, D = query.shape
+    B, T = query.shape[:2]
+    D = query.shape[-1]
     frames, keys = key.shape[1:3]
     shape("key", key, B, frames, keys, D)
     shape("value", value, B, frames, keys, D)
-    if not keys > 0 or first_frame < 0 or frames < first_frame + T:
+    if not keys:
+        raise ValueError(f"key must have a token in every frame, got {list(key.shape)}.")
+    if first_frame < 0 or frames < first_frame + T:
         raise ValueError(
             "key must have the frames of query and first_frame >= 0 earlier ones, got "
             f"{frames} frames for {T} and {first_frame}."
@@ -455,16 +580,14 @@ def causal_conv3d(
     dimensions("x_padded", x_padded, "B, T, Y, X, C")
     floats("x_padded", x_padded)
     rows(x_padded=x_padded)
-    taps, sizes = weight.shape[2:], x_padded.shape[1:4]
-    if (
-        weight.dim() != 5
-        or weight.shape[1] != x_padded.shape[-1]
-        or not all(1 <= k <= n for n, k in zip(sizes, taps, strict=True))
-    ):
+    C = x_padded.shape[-1]
+    sizes = x_padded.shape[1:4]
+    fits = weight.dim() == 5 and weight.shape[1] == C
+    fits = fits and all(1 <= k <= n for n, k in zip(sizes, weight.shape[2:], strict=True))
+    if not fits:
         raise ValueError(
-            "weight must have shape [C', C, kT, kY, kX] with C = "
-            f"{x_padded.shape[-1]} and fit into x_padded, "
-            f"got {list(weight.shape)} for {list(x_padded.shape)}."
+            f"weight must have shape [C', C, kT, kY, kX] with C = {C} and fit into x_padded, got "
+            f"{list(weight.shape)} for {list(x_padded.shape)}."
         )
     if len(stride) != 3 or min(stride) < 1:
         raise ValueError(f"stride must be three numbers from 1 on, got {stride}.")

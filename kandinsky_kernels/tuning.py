@@ -33,11 +33,23 @@ FEW_ROWS = 4096
 
 @dataclass(frozen=True)
 class Launch:
-    """num_warps and num_stages of a Triton launch, and whether it reads by tensor descriptors."""
+    """How Triton compiles a kernel: warps of a program, stages of its loads, whether tiles are read
+    by tensor descriptors, and whether a head is split into two tiles of half its columns."""
 
     num_warps: int
     num_stages: int
     descriptors: bool = False
+    split: bool = False
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """The compiler's options. Fused multiply-add is asked for, because Triton 3.10 no longer
+        does it by itself and results would change with the version."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
 
 
 def padded(width: int, least: int = 2) -> int:
@@ -46,27 +58,43 @@ def padded(width: int, least: int = 2) -> int:
     return max(least, 1 << (width - 1).bit_length())
 
 
-def attention(block: int, dtype: torch.dtype, capability: tuple[int, int], full: bool) -> Launch:
-    """Four warps are one Hopper warpgroup for 64 rows. A stage holds K and V: 2 * 64 * block
-    elements, 16 KiB for D = 64 in bf16.
+def has_large_tiles(capability: tuple[int, int]) -> bool:
+    """Whether matrix products take their operands from shared memory (sm_90, sm_100): a product
+    then occupies few registers, and one group of four warps takes 64 rows of any width."""
+    return capability[0] in (9, 10)
 
-    Three stages cover the dependent load of the block's number and of its keys. Where an SM has 227
-    KiB (sm_90, sm_100) or 163 KiB (sm_80) they always fit; sm_86, 89 and 120 have 99 KiB, enough
-    for three stages of 16 KiB with two programs resident, or two of 32.
-    Descriptors (TMA) from sm_90 on: one instruction per tile in place of addresses, and fewer
-    registers. Ragged blocks need addresses and masks: two stages, and eight warps at D = 128 where
-    a warpgroup's matrix unit does not hold the tile, or they spill.
+
+def split_head(block: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether attention takes a head of `block` columns as two tiles of half of them.
+
+    Triton puts the four warps of an mma.sync product along the longer side of its result. Sums of
+    64 x 128 would lie along the head dim: every warp would need the softmax of all others, with 19
+    barriers and 32 shuffles a turn on sm_89. Two sums of 64 x 64 keep a warp to its own rows.
     """
+    return block > 64 and dtype.itemsize == 2 and not has_large_tiles(capability)
+
+
+def attention(block: int, dtype: torch.dtype, capability: tuple[int, int], full: bool) -> Launch:
+    """Four warps for 64 rows. A stage holds K and V: 2 * 64 * block elements, 16 KiB for D = 64 in
+    bf16.
+
+    Three stages cover the dependent load of the block's number and of its keys. Where a
+    multiprocessor has 227 KiB (sm_90, sm_100) or 163 KiB (sm_80) they always fit; sm_86, 89 and
+    120 have 99 KiB, enough for three stages of 16 KiB with two programs resident, or two of 32.
+    Descriptors (TMA) from sm_90 on: one instruction per tile in place of addresses, and fewer
+    registers. Ragged blocks need addresses and masks: two stages.
+    """
+    split = split_head(block, dtype, capability)
     if not full:
-        return Launch(
-            8 if block > 64 and capability[0] not in (9, 10) else 4, 2 if dtype.itemsize == 2 else 1
-        )
-    roomy = capability[0] in (9, 10) or capability == (8, 0)
+        wide = block > 64 and not split and not has_large_tiles(capability)
+        return Launch(8 if wide else 4, 2 if dtype.itemsize == 2 else 1, split=split)
+    roomy = has_large_tiles(capability) or capability == (8, 0)
     stage = 2 * TOKENS * block * dtype.itemsize
-    stages = (
-        3 if stage <= 16 << 10 or (roomy and stage <= 32 << 10) else 2 if stage <= 32 << 10 else 1
-    )
-    return Launch(4, stages, descriptors=capability[0] >= 9 and dtype.itemsize == 2)
+    if stage <= 16 << 10 or (roomy and stage <= 32 << 10):
+        stages = 3
+    else:
+        stages = 2 if stage <= 32 << 10 else 1
+    return Launch(4, stages, capability[0] >= 9 and dtype.itemsize == 2, split)
 
 
 def attention_backward(
@@ -75,23 +103,26 @@ def attention_backward(
     """Of the gradient of queries, which sums up one tile, and of that of keys and values, which
     sums up two.
 
-    Registers decide. mma.sync keeps operands in registers too and takes eight warps for D = 128; so
-    do the two sums where two of three come together: that, D = 128 (250 of 255 registers on sm_90),
-    and the masks of ragged blocks. The queries' third stage leaves room for two more programs.
+    Registers decide. Split heads take four warps, which mma.sync leaves just enough registers for:
+    the queries' kernel takes up to 255, that of keys and values keeps 8 to 24 bytes of addresses on
+    the stack, which its loop reads on sm_120 alone. With the masks of ragged blocks it would keep
+    nine numbers there in every turn, so it is not split and takes eight warps. Eight warps are also
+    for two of: no matrix unit of sm_90, D = 128 (250 of 255 registers on sm_90), masks.
+    The queries' third stage leaves room for two more programs.
     Descriptors on sm_90 and 100 alone: with them sm_120 spills. fp32 tiles are twice as large and
     get one stage.
     """
-    wide, narrow, hopper = block > 64, dtype.itemsize == 2, capability[0] in (9, 10)
-    first = Launch(
-        8 if wide and not hopper else 4,
-        (2 if wide else 3) if narrow else 1,
-        descriptors=hopper and full and narrow,
-    )
-    return first, Launch(
-        8 if wide + (not full) + (not hopper) > 1 else 4,
-        2 if narrow else 1,
-        descriptors=first.descriptors,
-    )
+    wide = block > 64
+    narrow = dtype.itemsize == 2
+    hopper = has_large_tiles(capability)
+    split = split_head(block, dtype, capability)
+    descriptors = hopper and full and narrow
+    stages = (2 if wide else 3) if narrow else 1
+    of_queries = Launch(8 if wide and not hopper and not split else 4, stages, descriptors, split)
+    heavy = wide + (not full) + (not hopper) > 1
+    keys_split = split and full
+    warps = 8 if heavy and not keys_split else 4
+    return of_queries, Launch(warps, 2 if narrow else 1, descriptors, keys_split)
 
 
 def norm_rows(rows: int) -> int:
@@ -200,9 +231,8 @@ def convolution(channels: int, out_channels: int, capability: tuple[int, int]) -
     depth of 32: four stages, of which three are in memory, are 48 KiB, room for a second program
     where there are 99.
     """
-    roomy = capability[0] in (9, 10)
-    depth, columns = (
-        min(64 if roomy else 32, padded(channels, 16)),
-        min(256 if roomy else 128, padded(out_channels, 16)),
-    )
-    return ConvolutionTile(256 if roomy and columns == 128 else 128, columns, depth, Launch(8, 4))
+    roomy = has_large_tiles(capability)
+    depth = min(64 if roomy else 32, padded(channels, 16))
+    columns = min(256 if roomy else 128, padded(out_channels, 16))
+    rows = 256 if roomy and columns == 128 else 128
+    return ConvolutionTile(rows, columns, depth, Launch(8, 4))

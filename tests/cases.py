@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of cases. One row is an operator's inputs at one size: its tests and its benchmark.
 
-``exact`` is the operator's reference on fp64 inputs. ``peer`` is upstream's own way to write the
-same thing in plain PyTorch, in the working precision and independent of our reference: it sets the
-error allowed and the time to beat.
+``exact`` is the operator's reference on fp64 inputs. ``peer`` is the usual expression, from
+`peers`, in the working dtype: it sets the error that is allowed and the time to beat.
 """
 
 import math
@@ -19,8 +18,23 @@ from kandinsky_model.config import LITE_DIT, PRO_DIT
 from kandinsky_model.dit.geometry import Grid, block_offsets, local_window
 
 from .compare import assert_faithful, assert_same_blocks
+from .peers import (
+    block_sparse_attention_peer,
+    frame_causal_attention_peer,
+    frame_mask,
+    gated_add_norm_peer,
+    group_moments_peer,
+    group_norm_silu_peer,
+    head_first,
+    modulated_norm_peer,
+    norm_rope_means_peer,
+    norm_rope_peer,
+    select_blocks_peer,
+)
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+FP32 = torch.float32
+BF16 = torch.bfloat16
+FP16 = torch.float16
 
 
 def as_tuple(result) -> tuple[Tensor, ...]:
@@ -31,14 +45,25 @@ def tensors(inputs: dict) -> dict[str, Tensor]:
     return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
 
 
-def faithful(actual: tuple, exact: tuple, peer: tuple, _: dict) -> None:
+def faithful(
+    actual: tuple,
+    exact: tuple,
+    peer: tuple,
+    _: dict,
+) -> None:
     assert len(actual) == len(exact) == len(peer)
     for outputs in zip(actual, exact, peer, strict=True):
         assert_faithful(*outputs)
 
 
-def same_blocks(actual: tuple, _exact: tuple, _peer: tuple, inputs: dict) -> None:
-    query, key = inputs["query_means"].double(), inputs["key_means"].double()
+def same_blocks(
+    actual: tuple,
+    _exact: tuple,
+    _peer: tuple,
+    inputs: dict,
+) -> None:
+    query = inputs["query_means"].double()
+    key = inputs["key_means"].double()
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     near = local_window(inputs["tiles"], inputs["window"]) if inputs["tiles"] else None
     assert_same_blocks(actual[0], scores, inputs["keep_mass"], near, inputs["ties"])
@@ -46,20 +71,21 @@ def same_blocks(actual: tuple, _exact: tuple, _peer: tuple, inputs: dict) -> Non
 
 @dataclass(frozen=True)
 class Operator:
-    """What every case of one operator shares. ``narrow`` names the inputs that take the working
-    dtype."""
+    """What all cases of one operator share. ``narrow`` names the inputs in the working dtype."""
 
     call: Callable
     peer: Callable
     narrow: tuple[str, ...]
     check: Callable = faithful
     flops: Callable[[dict], int] = lambda inputs: 0
-    # prepares the unrestricted operator one would run instead, where there is one
+    # Makes a function that runs the dense operator in place of a sparse one, where there is one.
     dense: Callable | None = None
 
 
 @dataclass(frozen=True)
 class Case:
+    """One row of the table: an operator, the name of a size, and how its inputs are made."""
+
     op: str
     size: str
     make: Callable[[Generator], dict]
@@ -82,7 +108,7 @@ class Case:
         }
 
     def ready(self, function: Callable, inputs: dict) -> Callable:
-        """What is timed of `function` on these inputs."""
+        """A function without arguments, which benchmarks time: ``function`` on these inputs."""
         return lambda: function(**inputs)
 
     def run(self, inputs: dict) -> tuple[Tensor, ...]:
@@ -113,17 +139,6 @@ def bytes_moved(inputs: dict, outputs: tuple[Tensor, ...]) -> int:
     return sum(x.numel() * x.element_size() for x in (*tensors(inputs).values(), *outputs))
 
 
-def modulated_norm_peer(x, scale, shift):
-    return (
-        F.layer_norm(x.float(), x.shape[-1:], eps=1e-5) * (scale[:, None] + 1.0) + shift[:, None]
-    ).to(x.dtype)
-
-
-def gated_add_norm_peer(x, branch, gate, scale=None, shift=None):
-    y = (x + gate[:, None] * branch.float()).to(x.dtype)
-    return y if scale is None else (y, modulated_norm_peer(y, scale, shift))
-
-
 def rotary(cos=None, sin=None, positions=None, pairs=()):
     return None if cos is None else ops.Rotary(cos, sin, positions, pairs)
 
@@ -136,108 +151,12 @@ def norm_rope_means(x, weight, block_offsets, **tables):
     return ops.norm_rope_means(x, weight, rotary(**tables), block_offsets)
 
 
-def norm_rope_per_token(x, weight, cos=None, sin=None):
-    """With a row of angles for each token, as upstream has them."""
-    normed = F.rms_norm(x.float(), x.shape[-1:], weight, eps=ops.norm.RMS_NORM_EPS).type_as(x)
-    if cos is None:
-        return normed
-    # [S, 1, D/2, 2, 2]
-    rotation = torch.stack((cos, -sin, sin, cos), -1).unflatten(-1, (2, 2))[:, None]
-    pairs = normed.float().unflatten(-1, (-1, 1, 2))  # [B, S, H, D/2, 1, 2]
-    return (rotation * pairs).sum(-1).flatten(-2).type_as(x)
-
-
-def norm_rope_peer(x, weight, cos=None, sin=None, positions=None, pairs=()):
-    if cos is not None:
-        columns = torch.repeat_interleave(torch.tensor(pairs))  # the axis of each pair
-        # [S, D/2]
-        cos, sin = (
-            table[positions.long()[:, columns], torch.arange(len(columns))] for table in (cos, sin)
-        )
-    return norm_rope_per_token(x, weight, cos, sin)
-
-
-def norm_rope_means_peer(x, weight, block_offsets, **tables):
-    y = norm_rope_peer(x, weight, **tables)
-    blocks = y.float().split(block_offsets.diff().tolist(), dim=1)
-    return y, torch.stack([block.mean(1) for block in blocks], 2)  # [B, H, N, D]
-
-
-def select_blocks_peer(query_means, key_means, keep_mass, tiles, window, ties):
-    """Sorts the whole map, as upstream does. Ties fall as the sort leaves them."""
-    scores = query_means @ key_means.transpose(-1, -2) / math.sqrt(query_means.shape[-1])
-    values, order = scores.softmax(-1).sort(-1)
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter(
-        -1, order, values.cumsum(-1) >= 1 - keep_mass
-    )
-    return ops.pack_selection(kept | local_window(tiles, window) if tiles else kept)
-
-
-def group_moments_peer(x, groups):
-    variance, mean = torch.var_mean(x.float().unflatten(-1, (groups, -1)), (2, 3, 5), correction=0)
-    return torch.stack((mean, variance), -1).double()
-
-
-def group_norm_silu_peer(x, scale, shift, front=None, pad=True, silu=True):
-    y = torch.addcmul(shift[:, None, None, None], x.float(), scale[:, None, None, None])
-    y = (F.silu(y) if silu else y).to(x.dtype)
-    if not pad:
-        return y
-    y = (
-        F.pad(y.permute(0, 4, 1, 2, 3), (1, 1, 1, 1, 2, 0), mode="replicate")
-        .permute(0, 2, 3, 4, 1)
-        .contiguous()
-    )
-    return y if front is None else torch.cat((front, y[:, 2:]), 1)
-
-
-def frame_mask(inputs: dict) -> Tensor:
-    """bool [T P, T' P']: query frame t sees key frames up to first_frame + t."""
-    (T, P), (frames, keys) = (inputs[name].shape[1:3] for name in ("query", "key"))
-    sees = torch.arange(frames) <= inputs.get("first_frame", 0) + torch.arange(T)[:, None]
-    return sees.repeat_interleave(P, 0).repeat_interleave(keys, 1)
-
-
-def frame_causal_attention_peer(query, key, value, first_frame=0, return_lse=False):
-    mask = frame_mask({"query": query, "key": key, "first_frame": first_frame})
-    q, k, v = (x.flatten(1, 2)[:, None] for x in (query, key, value))  # [B, 1, T P, D]
-    out = (
-        F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, 0]
-        .unflatten(1, query.shape[1:3])
-        .contiguous()
-    )
-    if not return_lse:
-        return out
-    logits = (q.float() @ k.float().mT / math.sqrt(query.shape[-1])).masked_fill(~mask, -math.inf)
-    return out, logits.logsumexp(-1)[:, 0].unflatten(1, query.shape[1:3])
-
-
-def head_first(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.transpose(1, 2).contiguous() for x in tensors)
-
-
-def token_mask(selection: Tensor, offsets: Tensor) -> Tensor:
-    """bool [B, H, S, S]."""
-    block = torch.arange(len(offsets) - 1).repeat_interleave(offsets.diff().long())
-    return ops.unpack_selection(selection, len(offsets) - 1)[:, :, block][..., block]
-
-
-def block_sparse_attention_peer(query, key, value, selection, block_offsets, return_lse=False):
-    mask = token_mask(selection, block_offsets)
-    out = (
-        F.scaled_dot_product_attention(*head_first(query, key, value), attn_mask=mask)
-        .transpose(1, 2)
-        .contiguous()
-    )
-    if not return_lse:
-        return out
-    scores = torch.einsum("bihd,bjhd->bhij", query.float(), key.float()) / math.sqrt(
-        query.shape[-1]
-    )
-    return out, scores.masked_fill(~mask, -math.inf).logsumexp(-1)
-
-
-def dense_attention(query, key, value, **_) -> Callable:
+def dense_attention(
+    query,
+    key,
+    value,
+    **_,
+) -> Callable:
     """PyTorch's dense attention, ready to run, in the layout it likes best."""
     inputs = head_first(query, key, value)
     return lambda: F.scaled_dot_product_attention(*inputs)
@@ -283,7 +202,13 @@ OPERATORS = {
 }
 
 
-def rows(B: int, S: int, C: int, branch: bool = False, norm: bool = True) -> Callable:
+def rows(
+    B: int,
+    S: int,
+    C: int,
+    branch: bool = False,
+    norm: bool = True,
+) -> Callable:
     def make(g: Generator) -> dict:
         inputs = {"x": 3 * torch.randn(B, S, C, generator=g) + 0.5}
         if branch:
@@ -318,7 +243,12 @@ def heads(
             inputs |= {
                 "cos": angles.cos(),
                 "sin": angles.sin(),
-                "positions": torch.randint(max(S, 1), (S, axes), generator=g, dtype=torch.int32),
+                "positions": torch.randint(
+                    max(S, 1),
+                    (S, axes),
+                    generator=g,
+                    dtype=torch.int32,
+                ),
                 "pairs": (share,) * (axes - 1) + (D // 2 - share * (axes - 1),),
             }
         if block:
@@ -352,12 +282,20 @@ def means(
     return make
 
 
-def attention(B: int, H: int, grid: Grid, D: int, density: float, lse: bool = False) -> Callable:
+def attention(
+    B: int,
+    H: int,
+    grid: Grid,
+    D: int,
+    density: float,
+    lse: bool = False,
+) -> Callable:
     """Every block of queries keeps itself and others at random, density * N in all; tokens in tile
     order."""
 
     def make(g: Generator) -> dict:
-        N, offsets = grid.blocks, block_offsets(grid)
+        N = grid.blocks
+        offsets = block_offsets(grid)
         rank = torch.rand(B, H, N, N, generator=g) - 2 * torch.eye(N)
         keep = rank.argsort(-1).argsort(-1) < max(1, round(density * N))
         qkv = {
@@ -374,14 +312,29 @@ def attention(B: int, H: int, grid: Grid, D: int, density: float, lse: bool = Fa
     return make
 
 
-def video(B: int, T: int, Y: int, X: int, C: int, groups: int) -> Callable:
+def video(
+    B: int,
+    T: int,
+    Y: int,
+    X: int,
+    C: int,
+    groups: int,
+) -> Callable:
     return lambda g: {
         "x": 2 * torch.randn(B, T, Y, X, C, generator=g) + 3 * torch.randn(C, generator=g),
         "groups": groups,
     }
 
 
-def normed(B: int, T: int, Y: int, X: int, C: int, front: bool = False, **options) -> Callable:
+def normed(
+    B: int,
+    T: int,
+    Y: int,
+    X: int,
+    C: int,
+    front: bool = False,
+    **options,
+) -> Callable:
     def make(g: Generator) -> dict:
         inputs = {"x": 2 * torch.randn(B, T, Y, X, C, generator=g) + 0.5}
         inputs |= {"scale": torch.randn(B, C, generator=g), "shift": torch.randn(B, C, generator=g)}
@@ -402,7 +355,13 @@ def frames(
     def make(g: Generator) -> dict:
         inputs = {"query": torch.randn(B, T, P, D, generator=g)}
         inputs |= {
-            name: torch.randn(B, first_frame + T + bool(first_frame), keys or P, D, generator=g)
+            name: torch.randn(
+                B,
+                first_frame + T + bool(first_frame),
+                keys or P,
+                D,
+                generator=g,
+            )
             for name in ("key", "value")
         }
         return (
@@ -414,7 +373,8 @@ def frames(
     return make
 
 
-LITE, PRO = (LITE_DIT.model_dim, LITE_DIT.num_heads), (PRO_DIT.model_dim, PRO_DIT.num_heads)
+LITE = (LITE_DIT.model_dim, LITE_DIT.num_heads)
+PRO = (PRO_DIT.model_dim, PRO_DIT.num_heads)
 WIDTHS = {
     "one": (1, 1, 2),
     "odd": (2, 3, 63),
@@ -443,55 +403,145 @@ VIDEOS = {
 
 _TABLE = [
     *(("modulated_norm", size, rows(*shape)) for size, shape in WIDTHS.items()),
-    *(("gated_add_norm", size, rows(*shape, branch=True)) for size, shape in WIDTHS.items()),
+    *(
+        (
+            "gated_add_norm",
+            size,
+            rows(*shape, branch=True),
+        )
+        for size, shape in WIDTHS.items()
+    ),
     *(
         ("gated_add_norm", f"{size}_add_only", rows(*WIDTHS[size], branch=True, norm=False))
         for size in ("odd", "lite")
     ),
     *(("norm_rope", size, heads(*shape)) for size, shape in HEADS.items()),
-    *(("norm_rope", f"odd_{axes}_axes", heads(*HEADS["odd"], axes=axes)) for axes in (1, 2)),
+    *(
+        (
+            "norm_rope",
+            f"odd_{axes}_axes",
+            heads(*HEADS["odd"], axes=axes),
+        )
+        for axes in (1, 2)
+    ),
     *(
         ("norm_rope", f"{size}_unrotated", heads(*HEADS[size], rotate=False))
         for size in ("odd", "lite")
     ),
     *(
         ("norm_rope_means", size, heads(*shape, block=block))
-        for (size, shape), block in zip(HEADS.items(), (1, 64, 64, 17, 64, 1), strict=True)
+        for (size, shape), block in zip(
+            HEADS.items(),
+            (1, 64, 64, 17, 64, 1),
+            strict=True,
+        )
     ),
-    ("block_sparse_attention", "one", attention(1, 1, Grid(1, 1, 1), 64, 1.0, lse=True)),
-    ("block_sparse_attention", "ragged", attention(2, 3, Grid(2, 9, 17), 64, 0.4, lse=True)),
-    ("block_sparse_attention", "wide", attention(1, 2, Grid(2, 12, 15), 128, 0.5)),
-    ("block_sparse_attention", "narrow", attention(1, 2, Grid(3, 7, 5), 22, 0.6, lse=True)),
-    ("block_sparse_attention", "all", attention(1, 2, Grid(1, 24, 16), 64, 1.0)),
+    (
+        "block_sparse_attention",
+        "one",
+        attention(1, 1, Grid(1, 1, 1), 64, 1.0, lse=True),
+    ),
+    (
+        "block_sparse_attention",
+        "ragged",
+        attention(2, 3, Grid(2, 9, 17), 64, 0.4, lse=True),
+    ),
+    (
+        "block_sparse_attention",
+        "wide",
+        attention(1, 2, Grid(2, 12, 15), 128, 0.5),
+    ),
+    (
+        "block_sparse_attention",
+        "narrow",
+        attention(1, 2, Grid(3, 7, 5), 22, 0.6, lse=True),
+    ),
+    (
+        "block_sparse_attention",
+        "all",
+        attention(1, 2, Grid(1, 24, 16), 64, 1.0),
+    ),
     *(("group_moments", size, video(*shape)) for size, shape in VIDEOS.items()),
-    *(("group_norm_silu", size, normed(*shape[:-1])) for size, shape in VIDEOS.items()),
+    *(
+        (
+            "group_norm_silu",
+            size,
+            normed(*shape[:-1]),
+        )
+        for size, shape in VIDEOS.items()
+    ),
     ("group_norm_silu", "front", normed(2, 2, 4, 3, 32, front=True)),
-    ("group_norm_silu", "norm_alone", normed(1, 3, 4, 5, 40, pad=False, silu=False)),
+    (
+        "group_norm_silu",
+        "norm_alone",
+        normed(1, 3, 4, 5, 40, pad=False, silu=False),
+    ),
     ("frame_causal_attention", "one", frames(1, 1, 1, 16, lse=True)),
-    ("frame_causal_attention", "odd", frames(2, 3, 13, 24, first_frame=1, keys=11, lse=True)),
+    (
+        "frame_causal_attention",
+        "odd",
+        frames(2, 3, 13, 24, first_frame=1, keys=11, lse=True),
+    ),
     ("frame_causal_attention", "edge", frames(1, 2, 65, 64, lse=True)),
     ("frame_causal_attention", "wide", frames(1, 3, 24, 512)),
 ]
 _SELECTIONS = [
     ("one", means(1, 1, (1, 1, 1), 64, 0.5)),
-    ("peaked", means(2, 3, (3, 5, 7), 64, 0.9, (3, 3, 3), sharp=4.0)),
-    ("flat", means(1, 2, (5, 4, 4), 128, 0.6, (11, 3, 3), sharp=0.1)),
+    (
+        "peaked",
+        means(
+            2,
+            3,
+            (3, 5, 7),
+            64,
+            0.9,
+            (3, 3, 3),
+            sharp=4.0,
+        ),
+    ),
+    (
+        "flat",
+        means(
+            1,
+            2,
+            (5, 4, 4),
+            128,
+            0.6,
+            (11, 3, 3),
+            sharp=0.1,
+        ),
+    ),
     ("stable", means(1, 3, (1, 6, 11), 22, 0.3, ties="stable")),
     ("everything", means(1, 2, (2, 5, 5), 64, 1.0)),
 ]
 SPARSE_GRID = Grid(8, 32, 32)  # S = 8,192 in 128 blocks
-# norms: 28 MiB in fp32, more than a cache and less than the allocator returns to the system after
-# each use
+# Tensors of the norms have 28 MiB in fp32: more than a cache, and less than what the allocator
+# returns to the system after each use.
 _BENCHES = [
     *(
-        (op, "lite", rows(1, 4096, LITE[0], branch=op == "gated_add_norm"), FP32)
+        (
+            op,
+            "lite",
+            rows(1, 4096, LITE[0], branch=op == "gated_add_norm"),
+            FP32,
+        )
         for op in ("modulated_norm", "gated_add_norm")
     ),
     ("modulated_norm", "lite", rows(1, 4096, LITE[0]), BF16),
     ("gated_add_norm", "lite", rows(1, 4096, LITE[0], branch=True), BF16),
     ("norm_rope", "lite", heads(1, 4096, LITE[1], 64), FP32),
-    ("norm_rope_means", "lite", heads(1, 4096, LITE[1], 64, block=64), FP32),
-    ("norm_rope_means", "lite", heads(1, 4096, LITE[1], 64, block=64), BF16),
+    (
+        "norm_rope_means",
+        "lite",
+        heads(1, 4096, LITE[1], 64, block=64),
+        FP32,
+    ),
+    (
+        "norm_rope_means",
+        "lite",
+        heads(1, 4096, LITE[1], 64, block=64),
+        BF16,
+    ),
     *(
         (
             "block_sparse_attention",
@@ -504,14 +554,27 @@ _BENCHES = [
     (
         "select_blocks",
         "128_blocks",
-        means(1, 4, SPARSE_GRID.tiles, 64, 0.9, (11, 3, 3), sharp=4.0),
+        means(
+            1,
+            4,
+            SPARSE_GRID.tiles,
+            64,
+            0.9,
+            (11, 3, 3),
+            sharp=4.0,
+        ),
         FP32,
     ),
     ("group_moments", "video", video(1, 5, 128, 128, 128, 32), FP32),
     ("group_norm_silu", "video", normed(1, 5, 128, 128, 128), FP32),
     ("group_norm_silu", "video", normed(1, 5, 128, 128, 128), BF16),
     ("frame_causal_attention", "latent", frames(1, 5, 1024, 512), FP32),
-    ("select_blocks", "1464_blocks", means(1, 4, (61, 4, 6), 64, 0.9, (11, 3, 3), sharp=4.0), FP32),
+    (
+        "select_blocks",
+        "1464_blocks",
+        means(1, 4, (61, 4, 6), 64, 0.9, (11, 3, 3), sharp=4.0),
+        FP32,
+    ),
 ]
 
 CASES = [

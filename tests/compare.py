@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The comparators: how close is close enough, decided by an honest peer and not by a tolerance
-picked by hand."""
+"""The comparators, which decide how close a result must be to the oracle.
+
+The measure is the error of an honest peer, and not a tolerance that somebody picked.
+"""
 
 import math
 import os
@@ -14,7 +16,7 @@ RMSE_ELEMENTS = 64  # below this many, a lucky peer says nothing
 
 
 def _step(magnitude: torch.Tensor, dtype: torch.dtype) -> float:
-    """Distance between neighbouring numbers of ``dtype`` at ``magnitude``."""
+    """The distance between neighbouring numbers of ``dtype`` at ``magnitude``."""
     info = torch.finfo(dtype)
     return (
         2.0 ** max(math.floor(math.log2(max(magnitude.item(), info.tiny))), math.log2(info.tiny))
@@ -44,8 +46,10 @@ def _check_form(actual: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -
 
 
 def _check_pattern(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """The mask of elements to compare: finite in both. Everything else must be the same infinity,
-    or NaN, in both."""
+    """The mask of the elements to compare, which are finite in both.
+
+    All others must be the same infinity, or NaN, in both.
+    """
     wanted = exact.to(actual.dtype)  # what the dtype can hold: its overflow is no fault
     finite = wanted.isfinite()
     same = (actual == wanted) | (actual.isnan() & wanted.isnan())
@@ -62,28 +66,31 @@ def _check_pattern(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 
 def assert_faithful(actual: torch.Tensor, exact: torch.Tensor, peer: torch.Tensor) -> None:
-    """``actual`` errs no more than ``peer``, the usual expression in the working dtype, both
-    measured against ``exact``.
+    """Require that ``actual`` errs no more than ``peer``, both measured against ``exact``.
 
-    1. Shape, device, contiguity, peer's dtype; finite where exact is, otherwise the same infinity
-    or NaN. 2. max|actual - exact| <= 2 max|peer - exact| + one rounding step of the largest value.
-    3. From 64 elements on: RMSE(actual) <= 1.25 RMSE(peer), where one element may be one rounding
-    step away. 4. From 10^4 elements on: |mean(|actual| - |exact|)| <= 1e-4 mean|exact|.
+    1. Shape and device are those of exact, the dtype is that of peer, and actual is contiguous. It
+       is finite where exact is, and elsewhere the same infinity or NaN.
+    2. max|actual - exact| <= 2 max|peer - exact| + one rounding step of the largest value.
+    3. From 64 elements on, RMSE(actual) <= 1.25 RMSE(peer), where one element may be one rounding
+       step away.
+    4. From 10^4 elements on, |mean(|actual| - |exact|)| <= 1e-4 mean|exact|.
     """
     _check_form(actual, exact, peer.dtype)
     finite = _check_pattern(actual, exact)
     if not finite.any():
         return
     comparable = finite & peer.isfinite()
-    wide, truth = actual[finite].double(), exact[finite].double()
-    error, peer_error = wide - truth, (peer.double() - exact.double())[comparable]
+    wide = actual[finite].double()
+    truth = exact[finite].double()
+    error = wide - truth
+    peer_error = (peer.double() - exact.double())[comparable]
     step = _step(truth.abs().amax(), actual.dtype)
-    worst, peer_worst = (
-        error.abs().amax().item(),
-        peer_error.abs().amax().item() if len(peer_error) else 0.0,
-    )
-    rmse, peer_rmse = _rms(error), _rms(peer_error)
-    bias, size = (wide.abs() - truth.abs()).mean().item(), truth.abs().mean().item()
+    worst = error.abs().amax().item()
+    peer_worst = peer_error.abs().amax().item() if len(peer_error) else 0.0
+    rmse = _rms(error)
+    peer_rmse = _rms(peer_error)
+    bias = (wide.abs() - truth.abs()).mean().item()
+    size = truth.abs().mean().item()
     broken = []
     if worst > 2 * peer_worst + step:
         broken.append("2 (largest error)")
@@ -105,8 +112,10 @@ def assert_faithful(actual: torch.Tensor, exact: torch.Tensor, peer: torch.Tenso
 def exact_blocks(
     scores: torch.Tensor, keep_mass: float, ties: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From fp64 logits [..., N]: kept blocks (bool), each block's probability, and its cumulative
-    mass, itself included."""
+    """The kept blocks (bool) for fp64 logits [..., N], and the masses that decide.
+
+    Those are the probability of each block, and the sum up to and with it in ascending order.
+    """
     mass = scores.double().softmax(-1)
     ascending, order = mass.sort(dim=-1, stable=True)
     below = ascending.cumsum(-1)
@@ -125,8 +134,9 @@ def assert_same_blocks(
     near: torch.Tensor | None = None,
     ties: str = "all",
 ) -> None:
-    """``selection`` (packed, [B, H, N, W]) is the set that ``scores`` (exact logits, [B, H, N, N])
-    ask for, or ``near``.
+    """Require that a packed selection [B, H, N, W] is what exact logits ``scores`` ask for.
+
+    scores is fp64 [B, H, N, N]. The blocks of the local window, ``near``, are kept besides.
 
     Rows may differ only in blocks that fp32 cannot decide: whose cumulative mass lies within delta
     of the threshold, or whose own mass lies within delta of the lightest kept block's where a
@@ -162,7 +172,8 @@ def assert_same_blocks(
     assert rows.sum() <= max(1, rows.numel() // 100), (
         f"{int(rows.sum())} of {rows.numel()} rows undecided{_reproduce()}"
     )
-    added, dropped = int((differs & actual).sum()), int((differs & ~actual).sum())
+    added = int((differs & actual).sum())
+    dropped = int((differs & ~actual).sum())
     assert added + dropped < 20 or min(added, dropped) > 0, (
         f"{added} blocks added but {dropped} dropped: a bias{_reproduce()}"
     )
@@ -175,7 +186,7 @@ def assert_same_blocks(
 
 
 def _unused_bits(blocks: int) -> torch.Tensor:
-    """int32 [W] with ones where no block is."""
+    """int32 [W], where the bits that belong to no block are set."""
     words = torch.zeros(-(-blocks // 32), dtype=torch.int64)
     if blocks % 32:
         words[-1] = (1 << 32) - (1 << blocks % 32)

@@ -16,7 +16,7 @@ import torch
 
 import kandinsky_kernels as ops
 
-from ..door import door
+from .. import diffusers
 from .attention import attention, gradients, launches, selection, together
 from .card import (
     FULL,
@@ -38,7 +38,7 @@ SECTIONS = {
     "convolutions": convolutions,
     "transformer": transformer,
     "vae": vae,
-    "door": door,
+    "diffusers": diffusers.on_gpu,
     "gradients": gradients,
     "norm_gradients": norm_gradients,
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 import kandinsky_kernels as ops
 from kandinsky_kernels import _library, tuning
 from kandinsky_model.dit.geometry import block_offsets, local_window
-from tests.cases import head_first
+from tests.peers import head_first
 from tests.support.backward import derived
 
 from .card import Clock, Size, block_mask, compile_once, masks, peak_memory, ratios, show

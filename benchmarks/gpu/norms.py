@@ -8,7 +8,7 @@ import torch
 import kandinsky_kernels as ops
 from kandinsky_model.config import LITE_DIT, PRO_DIT, NablaConfig
 from kandinsky_model.dit.layout import make_layout
-from tests.cases import gated_add_norm_peer, modulated_norm_peer, norm_rope_per_token
+from tests.peers import gated_add_norm_peer, modulated_norm_peer, norm_rope_per_token
 from tests.support.backward import derived
 
 from .attention import lazily

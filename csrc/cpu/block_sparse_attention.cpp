@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Softmax attention over the kept blocks of keys, on the CPU. One task is one block of queries of
-// one head; it walks its kept blocks in ascending order.
+// one head, which attends to its kept blocks of keys in ascending order.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -17,8 +17,8 @@
 namespace kandinsky {
 namespace {
 
-constexpr int64_t kPackedBytes =
-    16 << 20;  // keys and values packed at once: as many heads as fit, at least one
+// Bytes of keys and values that are packed at once: as many heads as fit, and at least one.
+constexpr int64_t kPackedBytes = 16 << 20;
 
 struct Attention {
   const float* query;  // [S, heads, D] with the strides below
@@ -31,14 +31,14 @@ struct Attention {
   float* lse;  // [heads, S]
   int64_t heads, S, D, N, words;
   float scale;
-  std::atomic<int64_t>* next_task;  // threads take tasks one by one, because rows keep very
-                                    // different numbers of blocks
+  // Threads take tasks one by one, because rows keep very different numbers of blocks.
+  std::atomic<int64_t>* next_task;
 
   KANDINSKY_INLINE int64_t length(int64_t block) const {
     return offsets[block + 1] - offsets[block];
   }
 
-  // Fills `kept` with the key blocks that a task keeps, in ascending order.
+  // Fills `kept` with the blocks of keys that a task keeps, in ascending order.
   KANDINSKY_INLINE void list_kept(int64_t task, std::vector<KeyBlock>& kept) const {
     kept.clear();
     for (int64_t j = 0; j < N; ++j) {
@@ -50,6 +50,7 @@ struct Attention {
     }
   }
 
+  // Takes tasks until none is left. The queries of a block are cut into panels of P lanes.
   template <int W>
   KANDINSKY_INLINE void run(int64_t, int64_t) const {
     constexpr int P = kPanel<W>, kPanels = (kMaxBlock + P - 1) / P;

@@ -1,13 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gradients of softmax attention over the kept blocks of keys, on the CPU, in fp32 (arXiv
-// 2205.14135, appendix B.2). With the weights P = exp(scale Q K^T - lse) of a kept pair of blocks
-// and the change dS = P (dO V^T - common) of its logits, where common is the sum of dO O of a row,
-// less the gradient of its lse:  dV += P^T dO,  dK += scale dS^T Q,  dQ += scale dS K. A task of
-// the first kind owns a block of keys, sums up its dK and dV, and leaves dS behind; a task of the
-// second kind owns a block of queries and sums up its dQ from them. So there are five products per
-// pair and no two tasks add to one number: the order of every sum, and with it every bit, is the
-// same for any number of threads. What is left behind is bounded: both take a strip of keys at a
-// time.
+// 2205.14135, appendix B.2).
+//
+// A pair is a block of queries with a block of keys that it keeps. Its weights are
+// P = exp(scale Q K^T - lse), and the gradient of its logits, called the change, is
+// dS = P (dO V^T - common). The number `common` of a row is the sum of dO O over the head
+// dimension, less the gradient of the row's lse. Then
+//
+//   dV += P^T dO,   dK += scale dS^T Q,   dQ += scale dS K.
+//
+// A task of the first kind owns a block of keys: it sums up dK and dV over the block's pairs and
+// stores their changes. A task of the second kind owns a block of queries and sums up dQ from the
+// stored changes. That makes five products for a pair, and no two tasks add to one number: the
+// order of every sum, and with it every bit, is the same for any number of threads. Changes are
+// stored for one strip of keys at a time, which bounds their memory.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -27,18 +33,22 @@
 namespace kandinsky {
 namespace {
 
-constexpr int64_t kPair =
-    kMaxBlock * kMaxBlock;  // floats that a pair of blocks leaves behind: [queries][kMaxBlock keys]
-constexpr int64_t kStripPairs = 1024;  // 16 MiB of them, or those of one block of keys
-constexpr int64_t kPackedBytes =
-    16 << 20;  // queries, keys, values and gradients packed at once: as many heads as fit, or one
+// Floats of the stored change of a pair: [queries][kMaxBlock keys].
+constexpr int64_t kPair = kMaxBlock * kMaxBlock;
+// Pairs in a strip, whose changes take 16 MiB. A block of keys with more of them is a strip alone.
+constexpr int64_t kStripPairs = 1024;
+// Bytes of queries, keys, values and gradients that are packed at once: as many heads as fit, and
+// at least one.
+constexpr int64_t kPackedBytes = 16 << 20;
 
-// The kept pairs of blocks of some heads, numbered by blocks of keys: those of block j (of head h,
-// as h * N + j) are [column_start[j], column_start[j + 1]), and pair p is of the block of queries
-// query_of[p]. Blocks of queries know their pairs' numbers.
+// The pairs of some heads. They are numbered along the blocks of keys: block j of head h, which is
+// column h * N + j, has the pairs [column_start[column], column_start[column + 1]), and query_of[p]
+// is the block of queries of pair p. Row h * N + i, a block of queries, has the entries
+// [row_start[row], row_start[row + 1]) of row_pair, the numbers of its pairs, and of key_of, their
+// blocks of keys.
 struct Pairs {
   std::vector<int64_t> column_start, row_start;
-  std::vector<int32_t> query_of, key_of;  // key_of is in the order of row_pair
+  std::vector<int32_t> query_of, key_of;
   std::vector<int64_t> row_pair;
 
   Pairs(const int32_t* selection, int64_t heads, int64_t N, int64_t words)
@@ -70,6 +80,7 @@ struct Pairs {
   }
 };
 
+// What both kinds of tasks share.
 struct Backward {
   const float *query, *key, *value, *grad_out;  // [heads, S, D]
   const float *out, *grad_lse;                  // [heads, S, D]; [heads, S] or null
@@ -88,18 +99,18 @@ struct Backward {
   }
 };
 
-// `to` of `width` floats: `count` of them, then zeros.
+// Fills the `width` floats of `to`: `count` of them from `from`, the rest with zeros.
 KANDINSKY_INLINE void copy_lanes(const float* from, int64_t count, float* to, int64_t width) {
   for (int64_t i = 0; i < count; ++i) to[i] = from[i];
   for (int64_t i = count; i < width; ++i) to[i] = 0.0f;
 }
 
-// The first pass over everything: `common` of every row, and keys with their dimensions in lanes.
-// `common` is summed in the order of the products it is taken off, in the same chains, so that the
-// change of a weight of 1 is exactly 0.
+// The pass before the tasks: computes `common` of every row, and copies the keys with their
+// dimensions in lanes. `common` is summed in the order of the products that it is subtracted from,
+// in chains of the same length, so that a weight of 1 has a change of exactly 0.
 struct Prepare : Backward {
-  static constexpr int kTogether =
-      8;  // rows, so that each addition need not wait for the one before it
+  // Rows that are summed side by side, so that no addition waits for the one before it.
+  static constexpr int kTogether = 8;
 
   template <int W>
   KANDINSKY_INLINE void run(int64_t begin, int64_t end) const {
@@ -125,15 +136,16 @@ struct Prepare : Backward {
   }
 };
 
-// Tasks of the first kind: block of keys `task`, all of whose pairs are in the strip that starts
-// with pair `first`.
+// Tasks of the first kind. Task number `task` owns that block of keys, all of whose pairs are in
+// the strip that starts with pair `first`.
 struct OfKeys : Backward {
   int64_t first, stop_task;
   std::atomic<int64_t>* next_task;
 
+  // A panel of keys: [D][P] each, a key in each lane. `key` is times scale, so that products are
+  // logits.
   struct State {
-    float *key, *value, *grad_key,
-        *grad_value;  // [D][P], a key in each lane; `key` times scale, so that products are logits
+    float *key, *value, *grad_key, *grad_value;
   };
 
   template <int W>
@@ -145,9 +157,9 @@ struct OfKeys : Backward {
     for (int64_t i = 0; i < D * P; ++i) state.key[i] *= scale;
   }
 
-  // One pair of blocks: queries [row, row + rows) and the keys of one panel, whose changes also go
-  // to `left`. `ahead`: the row from which on queries are brought towards the cache meanwhile,
-  // because they are not where hardware would guess; or none of them, -1.
+  // Adds a pair, the queries [row, row + rows) with the keys of one panel, and stores its changes
+  // in `left`. Meanwhile the queries from row `ahead` on are prefetched, because hardware would not
+  // guess where they are; -1 prefetches nothing.
   template <int W>
   KANDINSKY_INLINE void attend(const State& state, int64_t row, int64_t rows, int64_t ahead,
                                float* weights, float* left) const {
@@ -177,12 +189,13 @@ struct OfKeys : Backward {
     add<W>(q, change, rows, state.grad_key);
   }
 
-  // e^t. A logit may exceed its row's log-sum-exp by no more than rounding.
+  // e^t for t <= 0. A logit exceeds its row's log-sum-exp by rounding at most, which is cut off.
   template <class F>
   KANDINSKY_INLINE static F share(const F& t) {
     return exp2_of_negative((t > 0.0f ? F{} : t) * std::numbers::log2e_v<float>);
   }
 
+  // sums [D][P] += a^T panel, with a [rows, D] and panel [rows][P].
   template <int W>
   KANDINSKY_INLINE void add(const float* a, const float* panel, int64_t rows, float* sums) const {
     using F = typename Lanes<W>::F;
@@ -231,14 +244,15 @@ struct OfKeys : Backward {
   }
 };
 
-// Tasks of the second kind: block of queries `task`, and what its pairs [first, stop) have left
-// behind. The sum so far is in grad_query, so that where strips end does not change its order.
+// Tasks of the second kind. Task number `task` owns that block of queries and adds the changes of
+// its pairs in the strip [first, stop). The sum so far is in grad_query, so that the order of the
+// sum does not depend on where strips end.
 struct OfQueries : Backward {
   int64_t first, stop;
   std::atomic<int64_t>* next_task;
 
-  // sums [D / P][queries][P] += change [queries][kMaxBlock] * keys. `ahead`: the next change,
-  // brought towards the cache meanwhile.
+  // sums [D / P][queries][P] += change [queries][kMaxBlock] * keys [D / P][tokens][P]. Meanwhile
+  // the next change, `ahead`, is prefetched.
   template <int W>
   KANDINSKY_INLINE void add(const float* change, const float* ahead, const float* keys,
                             int64_t tokens, int64_t rows, float* sums) const {
@@ -296,6 +310,7 @@ Tensor scratch(const Tensor& like, int64_t floats) {
   return fresh(like, "working memory", {floats}, ScalarType::Float);
 }
 
+// Runs both kinds of tasks, strip by strip: as many whole columns as have kStripPairs pairs.
 void run_backward(Backward& backward, const Tensor& like) {
   parallel_for(backward.heads * backward.S, 256,
                [&](int64_t a, int64_t b) { run_simd(Prepare{backward}, a, b); });

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What attention over blocks and its gradients require of their inputs, and how they lay them out.
+// What block-sparse attention and its gradients share: the rule for block_offsets, and the packing
+// of heads.
 #pragma once
 #include "../check.h"
 
@@ -7,13 +8,15 @@ namespace kandinsky {
 
 constexpr int64_t kMaxBlock = 64;
 
-// Heads [first, first + count) of one sample of [B, S, H, D] as contiguous fp32 [count, S, D].
+// The heads [first, first + count) of one sample of a tensor [B, S, H, D], as a contiguous fp32
+// [count, S, D].
 inline Tensor pack(const Tensor& t, int64_t sample, int64_t first, int64_t count) {
   Tensor heads = torch::stable::select(t, 0, sample);
   return gapless(
       to_float(torch::stable::transpose(torch::stable::narrow(heads, 1, first, count), 0, 1)));
 }
 
+// Requires offsets that ascend from 0 to S in blocks of 1 to kMaxBlock tokens.
 inline void require_blocks(const Tensor& offsets, int64_t S) {
   require_list(offsets);
   const int32_t* p = data<int32_t>(offsets);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of every frame to its own and earlier frames, on the CPU. One task is some queries of
-// one frame; it walks the keys from the first frame on, a block at a time, copied together once for
-// all its queries.
+// Attention of every frame to its own and earlier frames, on the CPU. One task is up to kQueries
+// queries of one frame. It goes through the keys from the first frame on, a block at a time, and
+// copies each block to one place, once for all of its queries.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -16,12 +16,13 @@
 namespace kandinsky {
 namespace {
 
-constexpr int64_t kQueries = 256;  // of a task: a block of keys is read and copied once for so many
+// Queries of a task, for which a block of keys is read and copied once.
+constexpr int64_t kQueries = 256;
+// Keys of a block: one chain of sums, in whole tiles of the products.
 template <int W>
-constexpr int64_t kKeys =
-    kChain / kRows<W> * kRows<W>;  // at once: one chain of sums, in whole tiles of the products
+constexpr int64_t kKeys = kChain / kRows<W> * kRows<W>;
 
-// [B, T, P, D] with contiguous rows.
+// A tensor [B, T, P, D] whose rows of D numbers are contiguous.
 template <class E>
 struct Frames {
   const E* base;
@@ -48,10 +49,11 @@ struct FrameAttention {
   float* lse;                             // [B, T, P]
   int64_t B, T, P, D, keys, first_frame;  // keys: tokens of a frame of keys
   float scale;
-  std::atomic<int64_t>*
-      next_task;  // threads take tasks one by one, because late frames see more keys
+  // Threads take tasks one by one, because late frames see more keys.
+  std::atomic<int64_t>* next_task;
 
-  // Token `first` and those after it, of all frames as one row.
+  // Copies `tokens` keys and values from token `first` on, where the tokens of all frames are
+  // counted in one row.
   template <int W>
   KANDINSKY_INLINE KeyBlock copy_keys(int64_t b, int64_t first, int64_t tokens, float* to) const {
     float* values = to + kKeys<W> * D;
@@ -114,7 +116,8 @@ std::tuple<Tensor, Tensor> frame_causal_attention(const Tensor& query, const Ten
                 frames = key.size(1), keys = key.size(2);
   require_shape(key, "key", {B, frames, keys, D});
   require_shape(value, "value", {B, frames, keys, D});
-  require(keys > 0 && first_frame >= 0 && T <= frames && first_frame <= frames - T,
+  require(keys > 0, "key must have a token in every frame, got ", shape_of(key), ".");
+  require(first_frame >= 0 && T <= frames && first_frame <= frames - T,
           "key must have the frames of query and first_frame >= 0 earlier ones, got ", frames,
           " frames for ", T, " and ", first_frame, ".");
   require_float(query, "query");

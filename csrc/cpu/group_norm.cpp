@@ -20,15 +20,16 @@
 namespace kandinsky {
 namespace {
 
-constexpr int64_t kSlabElements =
-    1
-    << 16;  // of one task; a frame is cut by its own size alone, so threads cannot change its sums
-constexpr int64_t kSlabs = 32;   // at most, per frame
-constexpr int64_t kPixels = 16;  // summed in fp32 before they join the fp64 sums of their channels
-constexpr int64_t kPivotPixels =
-    64;  // of a frame's first row: one outlier alone must not become the pivot
-constexpr int64_t kFewPixels =
-    256;  // of a frame: too few for the roundings of fp32 sums to cancel, and quick in fp64
+// A slab is some rows of a frame, and one task of group_moments. A frame is cut into slabs by its
+// own size alone, so that the number of threads cannot change its sums.
+constexpr int64_t kSlabElements = 1 << 16;  // that a slab has at least
+constexpr int64_t kSlabs = 32;              // of a frame, at most
+// Pixels that are summed in fp32 before they join the fp64 sums of their channels.
+constexpr int64_t kPixels = 16;
+// Pixels of a frame's first row whose mean is the pivot: an outlier alone must not become it.
+constexpr int64_t kPivotPixels = 64;
+// With fewer pixels, the roundings of fp32 sums do not cancel out, and fp64 sums are quick.
+constexpr int64_t kFewPixels = 256;
 
 template <class Kernel>
 void run_parallel(const Kernel& kernel, int64_t units, int64_t elements_per_unit) {
@@ -37,7 +38,7 @@ void run_parallel(const Kernel& kernel, int64_t units, int64_t elements_per_unit
   parallel_for(units, grain, [&](int64_t begin, int64_t end) { run_simd(kernel, begin, end); });
 }
 
-// A [B, T, Y, X, C] tensor whose pixels are contiguous.
+// A tensor [B, T, Y, X, C] whose pixels of C numbers are contiguous.
 template <class T>
 struct Video {
   T* base;
@@ -60,9 +61,10 @@ struct Doubles {
   typedef double D __attribute__((vector_size(8 * W)));
 };
 
-// Sums of x - pivot and of its square per channel: in fp32 over kPixels pixels, from there in fp64.
-// The pivot is a mean of pixels of the frame, so that what cancels is small beside the variance it
-// belongs to. Squares that leave fp32 are summed again in fp64.
+// The sums of x - pivot and of its square for every channel: in fp32 over kPixels pixels, from
+// there on in fp64. The pivot is a mean of pixels of the frame, near the frame's mean, so that
+// little cancels when the variance is computed. Sums whose squares leave fp32 are computed again in
+// fp64.
 template <class T>
 struct FrameSums {
   Video<T> x;
@@ -79,8 +81,8 @@ struct FrameSums {
     for (int64_t c = 0; c < C; ++c) mean[c] = std::isfinite(mean[c]) ? mean[c] : 0.0f;
   }
 
-  // One pixel after the other as they lie: two at once, whose lines alternate, came at half the
-  // speed from memory (8 of 17 GB/s).
+  // Pixels come one after the other as they lie in memory: two at once, whose lines alternate, came
+  // at half the speed (8 of 17 GB/s).
   template <int V>
   KANDINSKY_INLINE void add(const T* p, const float* about, float* first, float* second) const {
     const auto d = load<V>(p) - load<V>(about);
@@ -102,7 +104,7 @@ struct FrameSums {
     for (int64_t i = 0; i < 2 * channels; ++i) sums_of_slab[i] += first[i];
   }
 
-  // The sums of channels [from, to) over again, in fp64.
+  // Adds X pixels to the sums of channels [from, to), in fp64.
   KANDINSKY_INLINE void add_wide(const T* p, int64_t from, int64_t to, const float* about,
                                  double* first, double* second) const {
     for (int64_t i = 0; i < X; ++i, p += x.pixel) {
@@ -142,8 +144,8 @@ struct FrameSums {
   }
 };
 
-// From the sums of a frame's slabs, added in order, to the mean and variance of its groups. All
-// channels have `count` pixels.
+// Turns the sums of a frame's slabs, added in order, into the mean and variance of its G groups.
+// `count` is the number of pixels of a frame.
 void join(const double* sums, const float* pivot, int64_t slabs, int64_t C, int64_t G, double count,
           double* moments) {
   std::vector<double> mean = zeros<double>(C), spread = zeros<double>(C);
@@ -197,7 +199,7 @@ Tensor group_moments(const Tensor& x, int64_t groups) {
   return moments;
 }
 
-// x * sigmoid(x), with the exponential of -|x| only: it cannot overflow.
+// x * sigmoid(x), by the exponential of -|x| alone, which cannot overflow.
 template <class F>
 KANDINSKY_INLINE F silu_of(const F& x) {
   const F small = exp2_of_negative((x < 0.0f ? x : -x) * std::numbers::log2e_v<float>);
@@ -206,7 +208,7 @@ KANDINSKY_INLINE F silu_of(const F& x) {
 
 template <class T, bool kSilu>
 struct GroupNormSilu {
-  Video<T> x, front;           // front [B, 2, Y + 2, X + 2, C], where `before` is 2
+  Video<T> x, front;           // front: [B, 2, Y + 2, X + 2, C], read where `before` is 2
   T* out;                      // [B, T + 2 pad, Y + 2 pad, X + 2 pad, C]
   const float *scale, *shift;  // [B, C]
   int64_t before, Y, X, C, pad;
@@ -220,11 +222,11 @@ struct GroupNormSilu {
       store<V>(to, y);
   }
 
-  // One row of pixels inside its left and right border.
+  // Writes one row of pixels, with its left and right border.
   template <int W>
   KANDINSKY_INLINE void norm_row(const T* from, const float* by, const float* plus, T* to) const {
-    const int64_t channels = C,
-                  step = x.pixel;  // a store could change members, as far as the compiler can tell
+    // Copies of members, because the compiler must assume that a store changes members.
+    const int64_t channels = C, step = x.pixel;
     T* q = to + pad * channels;
     for (int64_t i = X; i > 0; --i, from += step, q += channels) {
       int64_t c = 0;
@@ -243,7 +245,7 @@ struct GroupNormSilu {
       std::memcpy(to + i * C, from + i * front.pixel, C * sizeof(T));
   }
 
-  // Unit: a row of a frame of `front`, or of x. The first and last ones also write the rows and
+  // A unit is a row of a frame of `front`, or of x. The first and last rows also write the rows and
   // frames that repeat them.
   template <int W>
   KANDINSKY_INLINE void run(int64_t begin, int64_t end) const {
@@ -274,7 +276,7 @@ Tensor group_norm_silu(const Tensor& x, const Tensor& scale, const Tensor& shift
   const int64_t B = x.size(0), T = x.size(1), Y = x.size(2), X = x.size(3), C = x.size(4),
                 edge = pad ? 2 : 0;
   require(!pad || (Y > 0 && X > 0 && (T > 0 || front)), "x must have a pixel to repeat, got ",
-          shape_of(x), ".");
+          shape_of(x), "; give pad=False.");
   if (front) {
     require(pad, "front must come with pad.");
     require_shape(*front, "front", {B, 2, Y + 2, X + 2, C});

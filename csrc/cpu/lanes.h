@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// W floats at once, in the compiler's own vector types: the same source becomes SSE2 or NEON, AVX2
-// or AVX-512 code depending on the target of the function it is inlined into. Everything here must
-// therefore inline.
+// Vectors of W floats in the compiler's own vector types. The same source becomes SSE2 or NEON,
+// AVX2 or AVX-512 code, depending on the target of the function that it is inlined into. So
+// everything here must inline.
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -28,6 +28,7 @@ struct Lanes {
   typedef uint16_t H __attribute__((vector_size(2 * W)));
 };
 
+// The same bits as another type.
 template <class To, class From>
 KANDINSKY_INLINE To bits(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -80,10 +81,10 @@ KANDINSKY_INLINE typename Lanes<W>::F load(const Half* p) {
   using F = typename Lanes<W>::F;
   using U = typename Lanes<W>::U;
   const U h = load_halves<W>(p);
-  const F magnitude = bits<F>((h & 0x7fff) << 13) *
-                      0x1p112f;  // moves the exponent bias from 15 to 127, subnormals too
-  const U special =
-      bits<U>(magnitude >= 65536.0f) & 0x7f800000;  // infinities and NaN keep an all-ones exponent
+  // The product moves the bias of the exponent from 15 to 127, of subnormal numbers too.
+  const F magnitude = bits<F>((h & 0x7fff) << 13) * 0x1p112f;
+  // Infinities and NaN keep an exponent of ones.
+  const U special = bits<U>(magnitude >= 65536.0f) & 0x7f800000;
   return bits<F>(bits<U>(magnitude) | special | ((h & 0x8000) << 16));
 }
 
@@ -93,14 +94,15 @@ KANDINSKY_INLINE void store(Half* p, const typename Lanes<W>::F& v) {
   using U = typename Lanes<W>::U;
   const U u = bits<U>(v), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
   const U normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  const U subnormal =
-      bits<U>(bits<F>(magnitude) + 0.5f) - 0x3f000000;  // the addition rounds at 2^-24
+  // The addition rounds at 2^-24, the step of subnormal numbers.
+  const U subnormal = bits<U>(bits<F>(magnitude) + 0.5f) - 0x3f000000;
   const U tiny = bits<U>(magnitude < 0x38800000u), big = bits<U>(magnitude >= 0x477ff000u),
           nan = bits<U>(magnitude > 0x7f800000u);
   const U finite = (subnormal & tiny) | (normal & ~tiny);
   store_halves<W>(p, (finite & ~big) | (0x7c00 & big & ~nan) | (0x7e00 & nan) | sign);
 }
 
+// The sum of all lanes, by halves.
 template <int W>
 KANDINSKY_INLINE float sum_lanes(const typename Lanes<W>::F& v) {
   if constexpr (W == 1) {
@@ -113,7 +115,7 @@ KANDINSKY_INLINE float sum_lanes(const typename Lanes<W>::F& v) {
   }
 }
 
-// (v1, v0, v3, v2, ...)
+// The lanes of v in the order v1, v0, v3, v2, and so on.
 template <int W>
 KANDINSKY_INLINE typename Lanes<W>::F swap_pairs(const typename Lanes<W>::F& v) {
   typedef uint64_t Pairs __attribute__((vector_size(4 * W)));

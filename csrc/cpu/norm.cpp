@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// modulated_norm, gated_add_norm and norm_rope on the CPU. Rows are widened to fp32, stay in the
-// first-level cache over the passes that need them, and are rounded once; the cost is one trip of
+// modulated_norm, gated_add_norm and norm_rope on the CPU. A row is widened to fp32, stays in the
+// first-level cache over the passes that need it, and is rounded once. So the cost is one trip of
 // the tensors through memory.
 #include <torch/csrc/stable/library.h>
 
@@ -15,6 +15,7 @@
 namespace kandinsky {
 namespace {
 
+// out = normalised row * scale + shift, where `scale` holds 1 + scale.
 template <int W, class T>
 KANDINSKY_INLINE void modulate(const float* row, const Moments& m, const float* scale,
                                const float* shift, int64_t n, T* out) {
@@ -111,8 +112,8 @@ struct NormRope {
       for (int64_t t = offsets[block]; t < offsets[block + 1]; ++t) {
         token<W>(batch, t, scratch.data(), partial.data());
         if ((t - offsets[block]) % 8 < 7 && t + 1 < offsets[block + 1]) continue;
-        for (size_t i = 0; i < sums.size(); ++i)
-          sums[i] += std::exchange(partial[i], 0.0f);  // 8 by 8: short chains round less
+        // Eight tokens at a time, because short chains of additions round less.
+        for (size_t i = 0; i < sums.size(); ++i) sums[i] += std::exchange(partial[i], 0.0f);
       }
       for (int64_t head = 0; head < H; ++head) {
         float* mean = means + ((batch * H + head) * N + block) * D;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the norms and their gradients share: rows in lanes, sums over a row, moments, angles.
+// What the norms and their gradients share: loops over a row, sums over a row, moments, and angles.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -15,7 +15,7 @@ namespace kandinsky {
 
 constexpr int64_t kGrainElements = 1 << 15;  // less work than this is not worth a second thread
 
-// Calls step.operator()<W>(i) over [0, n) in strides of W and the rest in strides of Tail.
+// Calls step.operator()<W>(i) over [0, n) in strides of W, and for the rest in strides of Tail.
 template <int W, int Tail, class Step>
 KANDINSKY_INLINE void sweep(int64_t n, const Step& step) {
   int64_t i = 0;
@@ -23,6 +23,7 @@ KANDINSKY_INLINE void sweep(int64_t n, const Step& step) {
   for (; i + Tail <= n; i += Tail) step.template operator()<Tail>(i);
 }
 
+// The row itself where it is fp32, otherwise its copy in scratch.
 template <int W, class T>
 KANDINSKY_INLINE const float* widened(const T* row, int64_t n, float* scratch) {
   if constexpr (std::is_same_v<T, float>) {
@@ -34,8 +35,8 @@ KANDINSKY_INLINE const float* widened(const T* row, int64_t n, float* scratch) {
   }
 }
 
-// Power of two that brings the largest magnitude of the row near one; 1 for rows with an infinity
-// or NaN.
+// The power of two that brings the largest magnitude of the row near 1; it is 1 for rows with an
+// infinity or NaN.
 KANDINSKY_INLINE float taming_scale(const float* row, int64_t n) {
   float largest = 0;
   for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::fabs(row[i]));
@@ -44,9 +45,9 @@ KANDINSKY_INLINE float taming_scale(const float* row, int64_t n) {
   return std::isfinite(largest) ? std::ldexp(1.0f, -exponent) : 1.0f;
 }
 
-// normalised = ((x * scale - mean) - offset) * inverse. `offset` is what rounding left out of
-// `mean`, so that a constant row gives exact zeros; `scale` is 1 unless the squares of the row
-// would overflow.
+// How a row is normalised: ((x * scale - mean) - offset) * inverse. `offset` is what rounding left
+// out of `mean`, so that a constant row gives exact zeros. `scale` is 1 unless the squares of the
+// row would overflow.
 struct Moments {
   float scale, mean, offset, inverse;
   double exact_inverse;  // before it was rounded
@@ -66,9 +67,9 @@ struct Two {
   typename Lanes<W>::F value, factor;
 };
 
-// Sums of the values that map.operator()<V>(i) gives over [0, n), and of their products with its
-// factors. Four chains of additions hide their latency, and none is longer than 16 before it joins
-// the total: rounding grows with the chain, and narrow lanes make long ones.
+// The sums over [0, n) of the values that map.operator()<V>(i) returns, and of their products with
+// its factors. Four chains of additions hide their latency. None is longer than 16 before it joins
+// the total, because rounding grows with the length of a chain, and narrow lanes make long ones.
 template <int W, class Map>
 KANDINSKY_INLINE Sums reduce(int64_t n, const Map& map) {
   Sums sums;
@@ -103,7 +104,7 @@ KANDINSKY_INLINE Sums reduce(int64_t n, const Map& map) {
   return sums;
 }
 
-// Sums of x = map.operator()<V>(i) and of its square.
+// The sums over [0, n) of x = map.operator()<V>(i) and of its square.
 template <int W, class Map>
 KANDINSKY_INLINE Sums sums_and_squares(int64_t n, const Map& map) {
   return reduce<W>(n, [&]<int V>(int64_t i) __attribute__((always_inline)) {
@@ -122,15 +123,16 @@ KANDINSKY_INLINE Moments moments(const float* row, int64_t n, float scale, doubl
   });
   const double offset = second.values / double(n),
                variance = std::max(second.products / double(n) - offset * offset, 0.0);
-  const double inverse = std::min(1.0 / std::sqrt(variance + eps * scale * scale),
-                                  3e38);  // finite for a huge constant
+  // A huge constant row, whose deviation is 0, must not get an infinity.
+  const double inverse = std::min(1.0 / std::sqrt(variance + eps * scale * scale), 3e38);
   return {scale, mean, float(offset), float(inverse), inverse};
 }
 
+// The moments of any row; the row is scaled only where its squares overflow.
 template <int W>
 KANDINSKY_INLINE Moments safe_moments(const float* row, int64_t n, double eps) {
   const Moments plain = moments<W>(row, n, 1.0f, eps);
-  if (plain.inverse > 0) return plain;  // 0 or NaN: the sum of the row or of its squares overflowed
+  if (plain.inverse > 0) return plain;  // otherwise a sum of the row or of its squares overflowed
   return moments<W>(row, n, taming_scale(row, n), eps);
 }
 
@@ -145,15 +147,16 @@ KANDINSKY_INLINE float inverse_rms(const float* row, int64_t n, double eps) {
   return float(1.0 / std::sqrt(squares / double(n) + eps));
 }
 
-// The angle of every pair of every token, by tables: cos and sin are null where nothing turns.
+// The tables of the rotary embedding. cos and sin are null where nothing turns.
 struct Angles {
   const float *cos = nullptr, *sin = nullptr;  // [P, D / 2] with the strides below
-  const int32_t* positions =
-      nullptr;  // [S, axes]: a token's row of the tables for the pairs of each axis
+  // [S, axes]: the row of the tables that a token's pairs of each axis take.
+  const int32_t* positions = nullptr;
   const std::vector<int64_t>* pairs = nullptr;
   int64_t cos_stride = 0, sin_stride = 0;
 
-  // Every angle twice, sines with the sign that belongs to the even and the odd element of a pair.
+  // Writes the angles of a token, each one twice, and the sines with the sign that the even and the
+  // odd element of a pair need.
   KANDINSKY_INLINE void spread(int64_t token, float* twice_cos, float* signed_sin) const {
     const int64_t axes = int64_t(pairs->size());
     for (int64_t axis = 0, i = 0, stop = 0; axis < axes; ++axis) {
@@ -167,7 +170,7 @@ struct Angles {
   }
 };
 
-// A [B, S, C] tensor whose rows are contiguous.
+// A tensor [B, S, C] whose rows of C numbers are contiguous.
 template <class T>
 struct Rows {
   T* base;
@@ -187,7 +190,7 @@ void run_parallel(const Kernel& kernel, int64_t units, int64_t elements_per_unit
   parallel_for(units, grain, [&](int64_t begin, int64_t end) { run_simd(kernel, begin, end); });
 }
 
-// [B, C] or [D] in any float type as contiguous fp32, plus a constant.
+// A tensor [B, C] or [D] in any float type, as contiguous fp32 plus a constant.
 inline std::vector<float> vectors(const Tensor& t, const char* name, float plus = 0) {
   require_rows(t, name);
   const int64_t C = t.size(t.dim() - 1), rows = t.dim() == 2 ? t.size(0) : 1,

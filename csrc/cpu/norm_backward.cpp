@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients of modulated_norm, gated_add_norm and norm_rope on the CPU. With n the normalised row,
-// g the gradient of n and C its length, the row's own gradient is (g - mean(g) - n mean(g n)) /
-// deviation; without mean(g) for a root mean square. Vectors that all rows share get sums over
-// rows: 8 rows, or a token's heads, in one chain of fp32; the chains of a chunk of rows in fp64,
-// then the chunks in fp64. A chunk is one task whose rows do not depend on the number of threads,
-// nor does any bit of the result.
+// Gradients of modulated_norm, gated_add_norm and norm_rope on the CPU.
+//
+// With n the normalised row and g the gradient of n, the row's own gradient is
+// (g - mean(g) - n mean(g n)) / deviation, and for the root mean square the same without mean(g).
+//
+// The gradients of vectors that all rows share are sums over rows: eight rows, or the heads of a
+// token, in one chain of fp32; the chains of a chunk of rows in fp64; and the chunks in fp64. A
+// chunk is one task. Its rows do not depend on the number of threads, and so no bit of the result
+// does.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -18,12 +21,12 @@
 namespace kandinsky {
 namespace {
 
-constexpr int64_t kChain = 8;
-constexpr int64_t kChunk = 64;  // rows of C channels, or tokens of H heads
+constexpr int64_t kChain = 8;   // rows that are summed in fp32
+constexpr int64_t kChunk = 64;  // rows of C channels, or tokens of H heads, of one task
 
 KANDINSKY_INLINE int64_t chunks_of(int64_t S) { return (S + kChunk - 1) / kChunk; }
 
-// Sums of `count` floats over the rows of a chunk.
+// The sums of `count` numbers over the rows of a chunk.
 class ChunkSums {
  public:
   explicit ChunkSums(int64_t count) : chain_(zeros<float>(count)), total_(zeros<double>(count)) {}
@@ -39,14 +42,14 @@ class ChunkSums {
   std::vector<double> total_;
 };
 
-// Of modulated_norm; and, Gated, of gated_add_norm, whose x here is the sum y.
+// The gradient of modulated_norm and, where Gated, of gated_add_norm, whose sum y is x here.
 template <class T, bool Gated>
 struct LayerNormBackward {
   static constexpr int kVectors = Gated ? 3 : 2;  // scale, shift and gate
 
   Rows<T> x, grad, grad_x;
   const float* scale;                 // [B, C], holds 1 + scale
-  Rows<T> branch, more, grad_branch;  // Gated; more: y's own gradient, where it has one
+  Rows<T> branch, more, grad_branch;  // where Gated; `more` is y's own gradient, if it has one
   bool has_more;
   const float* gate;  // [B, C]
   float* sums;        // [B, chunks, kVectors, C]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention over keys that come block by block, with a running maximum (arXiv 2205.14135), all in
-// fp32: what the attention kernels of the CPU share. The queries of one panel; which keys they see
-// is for their kernel to say.
+// What the attention kernels of the CPU share: softmax attention of one panel of queries over keys
+// that come block by block, with a running maximum (arXiv 2205.14135), all in fp32. Which keys the
+// queries see is for the kernel to say.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -13,7 +13,7 @@
 
 namespace kandinsky {
 
-// Keys and values of some tokens, D floats each, `step` floats from one to the next.
+// The keys and values of some tokens, D floats each, with `step` floats from one to the next.
 struct KeyBlock {
   const float *key, *value;
   int64_t step, tokens;
@@ -42,20 +42,20 @@ struct OnlineSoftmax {
         maximum(memory + 2 * D * P),
         total(memory + (2 * D + 1) * P) {}
 
-  // `count` queries of D floats, `step` floats apart.
+  // Starts with `count` queries of D floats, `step` floats apart.
   KANDINSKY_INLINE void begin(const float* queries, int64_t step, int64_t count, int64_t D,
                               float scale) const {
     std::fill(query, query + D * P, 0.0f);
     transpose<W>(queries, step, count, D, query, P);
     for (int64_t i = 0; i < D * P; ++i) query[i] *= scale;
     std::fill(out, out + D * P, 0.0f);
-    std::fill(maximum, maximum + P,
-              -FLT_MAX);  // finite, so that logits of -infinity weigh 0 and not NaN
+    // A finite start, so that logits of -infinity weigh 0 and not NaN.
+    std::fill(maximum, maximum + P, -FLT_MAX);
     std::fill(total, total + P, 0.0f);
   }
 
-  // Adds one block of keys; weights: [block.tokens][P] of scratch. `ahead`, if any, is brought
-  // towards the cache meanwhile: it is not where hardware would guess.
+  // Adds one block of keys, with weights [block.tokens][P] as scratch. Meanwhile the block `ahead`,
+  // if any, is prefetched, because hardware would not guess where it is.
   KANDINSKY_INLINE void attend(const KeyBlock& block, const KeyBlock* ahead, int64_t D,
                                float* weights) const {
     const F old0 = load<W>(maximum), old1 = load<W>(maximum + W);
@@ -92,8 +92,8 @@ struct OnlineSoftmax {
     product<W>(block.value, 1, block.step, weights, block.tokens, D, gather);
   }
 
-  // `count` results of D floats, `step` floats apart, and their natural log-sum-exp. `empty`: there
-  // were no keys; zeros.
+  // Writes `count` results of D floats, `step` floats apart, and their natural log-sum-exp. Where
+  // there were no keys (`empty`), the results are zeros.
   KANDINSKY_INLINE void end(float* results, int64_t step, float* lse, int64_t count, int64_t D,
                             bool empty) const {
     for (int64_t d = 0; d < D && !empty; ++d)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the attention kernels compute with: a panel is float [depth][P] with one query in each of
-// its P lanes. Every query has its own lane from the first product to the last sum, so nothing is
-// ever reduced across lanes, keys and values are read as they lie, and a query's result cannot
-// depend on its neighbours.
+// Products of matrices as the attention kernels compute them. A panel is float [depth][P] with one
+// query in each of its P lanes. A query keeps its lane from the first product to the last sum:
+// nothing is reduced across lanes, keys and values are read as they lie in memory, and the result
+// of a query cannot depend on its neighbours.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -14,8 +14,8 @@
 
 namespace kandinsky {
 
-// Working memory of one thread. It starts on a cache line, because unaligned vectors would each
-// touch two.
+// Working memory of one thread. It starts on a cache line, because each unaligned vector would
+// touch two of them.
 class Scratch {
  public:
   explicit Scratch(int64_t floats) : lines_(zeros<Line>((floats + 15) / 16 + 1)) {}
@@ -28,17 +28,18 @@ class Scratch {
   std::vector<Line> lines_;
 };
 
+// Lanes of a panel.
 template <int W>
 constexpr int kPanel = 2 * W;
 
-// Rows of a product held in registers: 8 x 2 accumulators of AVX-512's 32, 6 x 2 of the others' 16.
-// On a Zen 5 core at 4 GHz: 229 of 8 x 2, 204 of 4 x 4 and 161 GFLOP/s of 6 x 4 with AVX-512, 118
-// of 6 x 2 and 109 of 4 x 2 with AVX2.
+// Rows of a product whose sums are in registers at once: 8 x 2 of the 32 registers of AVX-512, 6 x
+// 2 of the 16 of the others. On a Zen 5 core at 4 GHz, AVX-512 reached 229 GFLOP/s with 8 x 2, 204
+// with 4 x 4 and 161 with 6 x 4; AVX2 reached 118 with 6 x 2 and 109 with 4 x 2.
 template <int W>
 constexpr int kRows = W == 16 ? 8 : 6;
 
-// Terms added to one accumulator before it is set aside: the error of a sum grows with the length
-// of its chain.
+// Terms that are added to one accumulator before it is set aside, because the error of a sum grows
+// with the length of its chain.
 constexpr int64_t kChain = 128;
 
 // low[r] and high[r] = sum_k a[r * row_step + k * depth_step] * panel[k], over `depth` terms.
@@ -60,8 +61,8 @@ KANDINSKY_INLINE void accumulate(const float* a, int64_t row_step, int64_t depth
   }
 }
 
-// done(row, low, high) receives sum_k a[row * row_step + k * depth_step] * panel[k] for R rows from
-// `row` on.
+// Calls done(row, low, high) with sum_k a[row * row_step + k * depth_step] * panel[k] for R rows
+// from `row` on.
 template <int W, int R, class Done>
 KANDINSKY_INLINE void tile(const float* a, int64_t row_step, int64_t depth_step, const float* panel,
                            int64_t depth, int64_t row, const Done& done) {
@@ -78,7 +79,7 @@ KANDINSKY_INLINE void tile(const float* a, int64_t row_step, int64_t depth_step,
   for (int r = 0; r < R; ++r) done(row + r, low[r], high[r]);
 }
 
-// The same for rows [row, rows): kRows at a time, then fewer.
+// The same for the rows [row, rows): kRows at a time, and fewer at the end.
 template <int W, int R = kRows<W>, class Done>
 KANDINSKY_INLINE void product(const float* a, int64_t row_step, int64_t depth_step,
                               const float* panel, int64_t depth, int64_t rows, const Done& done,
@@ -90,6 +91,7 @@ KANDINSKY_INLINE void product(const float* a, int64_t row_step, int64_t depth_st
   }
 }
 
+// Swaps the lanes of a with Step set and those of b without.
 template <int W, int Step, int... Lane>
 KANDINSKY_INLINE void swap_corners(typename Lanes<W>::F& a, typename Lanes<W>::F& b,
                                    std::integer_sequence<int, Lane...>) {
@@ -104,8 +106,8 @@ KANDINSKY_INLINE void swap_corners(typename Lanes<W>::F& a, typename Lanes<W>::F
 #endif
 }
 
-// A W x W square in registers: swap its off-diagonal quarters, then those of its quarters, and so
-// on.
+// Transposes a square of W x W numbers in registers: its off-diagonal quarters are swapped, then
+// those of its quarters, and so on.
 template <int W, int Step = W / 2>
 KANDINSKY_INLINE void transpose_square(typename Lanes<W>::F (&rows)[W]) {
 #pragma GCC unroll 16
@@ -115,8 +117,8 @@ KANDINSKY_INLINE void transpose_square(typename Lanes<W>::F (&rows)[W]) {
   if constexpr (Step > 1) transpose_square<W, Step / 2>(rows);
 }
 
-// to[column][row] = from[row][column]. By squares, because W rows in flight hide the latency of
-// memory that one would not.
+// to[column][row] = from[row][column]. Squares are moved at a time, because the loads of W rows
+// hide each other's latency.
 template <int W>
 KANDINSKY_INLINE void transpose(const float* from, int64_t from_stride, int64_t rows,
                                 int64_t columns, float* to, int64_t to_stride) {
@@ -136,14 +138,13 @@ KANDINSKY_INLINE void transpose(const float* from, int64_t from_stride, int64_t 
       to[c * to_stride + r] = from[r * from_stride + c];
 }
 
-// 2^t for t <= 0, zero below 2^-126, to 8e-8 of the result: 2^round(t) times a polynomial of the
-// rest, |rest| <= 1/2.
+// 2^t for t <= 0, with a relative error of 8e-8, and zero below 2^-126. It is 2^round(t) times a
+// polynomial of the rest, |rest| <= 1/2.
 template <class F>
 KANDINSKY_INLINE F exp2_of_negative(const F& t) {
   using I = decltype(t < t);
-  constexpr float kShift =
-      0x1.8p23f +
-      127;  // adding it leaves round(t) + 127 in the low bits: the exponent of 2^round(t)
+  // Adding kShift leaves round(t) + 127 in the low bits, which is the exponent of 2^round(t).
+  constexpr float kShift = 0x1.8p23f + 127;
   const F shifted = t + kShift, rest = t - (shifted - kShift);
   F power = rest * 1.53533620e-4f + 1.33988750e-3f;
   power = power * rest + 9.61843692e-3f;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// NABLA's choice of key blocks (arXiv 2507.13546) on the CPU, without sorting: masses are integers,
-// so the sum of those up to a limit does not depend on their order, and bisecting the limit finds
-// the lightest block worth keeping exactly.
+// NABLA's choice of blocks of keys (arXiv 2507.13546) on the CPU, without sorting. Masses are
+// integers, so the sum of the masses up to a limit does not depend on their order, and a bisection
+// of the limit finds exactly the lightest block to keep.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -18,8 +18,8 @@
 namespace kandinsky {
 namespace {
 
-// One sum per lane in double: exact, because masses are integers up to 2^32 and a row has fewer
-// than 2^21 of them.
+// One sum in double for each lane. It is exact, because masses are integers up to 2^32 and a row
+// has fewer than 2^21 of them.
 template <int W>
 struct Sums {
   typedef double D __attribute__((vector_size(4 * W)));
@@ -39,7 +39,8 @@ struct Sums {
   }
 };
 
-constexpr int64_t kTaskRows = 32;  // blocks of queries of one head: a whole number of panels
+// Blocks of queries of a task, all of one head: a whole number of panels.
+constexpr int64_t kTaskRows = 32;
 
 struct Selection {
   const float* query;  // [B, H, N, D] with the strides below
@@ -48,12 +49,13 @@ struct Selection {
   int32_t* selection;  // [B, H, N, words]
   int64_t H, N, D, words;
   double drop;                         // 1 - keep_mass
-  bool stable;                         // ties by index, otherwise all or none
+  bool stable;                         // of equal masses the first ones are dropped; or none
   std::vector<int64_t> tiles, window;  // (T, Y, X) each, or both empty
 
   int64_t chunks() const { return (N + kTaskRows - 1) / kTaskRows; }
 
-  // logits [N][P], and for each lane its maximum, NaN where it is not finite or a logit is NaN.
+  // Computes logits [N][P] and the maximum of each lane, which becomes NaN where it is not finite
+  // or where a logit is NaN.
   template <int W>
   KANDINSKY_INLINE void score(const float* panel, const float* keys, float* logits,
                               float* maximum) const {
@@ -69,12 +71,13 @@ struct Selection {
                  nan0 = low == low ? nan0 : low;
                  nan1 = high == high ? nan1 : high;
                });
-    store<W>(maximum, top0 + (top0 - top0) + nan0);  // infinity - infinity is NaN
+    // Infinity less infinity is NaN.
+    store<W>(maximum, top0 + (top0 - top0) + nan0);
     store<W>(maximum + W, top1 + (top1 - top1) + nan1);
   }
 
-  // Replaces W lanes' logits by masses round(2^32 exp(logit - maximum)), zeros where the maximum is
-  // NaN; sums them.
+  // Replaces the logits of W lanes by masses round(2^32 exp(logit - maximum)), or by zeros where
+  // the maximum is NaN, and sums them up.
   template <int W>
   KANDINSKY_INLINE void weigh(float* logits, const float* maximum, double* total) const {
     using F = typename Lanes<W>::F;
@@ -82,8 +85,8 @@ struct Selection {
     Sums<W> sums;
     for (int64_t j = 0; j < N; ++j, logits += kPanel<W>) {
       F mass = exp2_of_negative(load<W>(logits) - top) * 0x1p32f;
-      mass = mass < 0x1p23f ? (mass + 0x1p23f) - 0x1p23f
-                            : mass;  // from 2^23 on every float is an integer
+      // Adding 2^23 rounds to an integer; from 2^23 on every float is one.
+      mass = mass < 0x1p23f ? (mass + 0x1p23f) - 0x1p23f : mass;
       mass = top == top ? mass : F{};
       store<W>(logits, mass);
       sums.add(mass);
@@ -91,7 +94,7 @@ struct Selection {
     sums.store_to(total);
   }
 
-  // Sum of the masses of each of W lanes that are at most its limit.
+  // Sums up, for each of W lanes, the masses that are at most its limit.
   template <int W>
   KANDINSKY_INLINE void sum_up_to(const float* masses, const float* limit, double* sum) const {
     using F = typename Lanes<W>::F;
@@ -104,14 +107,14 @@ struct Selection {
     sums.store_to(sum);
   }
 
-  // What W lanes keep: masses above `least`, and those equal to it but for the first `skip`.
+  // What W lanes keep: the masses above `least`, and those equal to it but for the first `skip`.
   template <int W>
   struct Verdict {
     alignas(64) float least[W];
     alignas(64) int32_t skip[W];
   };
 
-  // Bisects the bits of the limit: positive floats order like their bit patterns.
+  // Bisects the bits of the limit, because positive floats are ordered like their bit patterns.
   template <int W>
   KANDINSKY_INLINE Verdict<W> judge(const float* masses, const double* total) const {
     Verdict<W> verdict;
@@ -135,7 +138,7 @@ struct Selection {
     return verdict;
   }
 
-  // Packs W lanes; rows [lane] of `packed` are `words` apart, the first `count` exist.
+  // Packs the choice of the first `count` of W lanes. Their rows of `packed` are `words` apart.
   template <int W>
   KANDINSKY_INLINE void pack(const float* masses, const Verdict<W>& verdict, int64_t count,
                              int32_t* packed) const {
@@ -170,7 +173,7 @@ struct Selection {
         }
   }
 
-  // Rows [row, row + count) of head `head`, at most a panel of them.
+  // Chooses for the rows [row, row + count) of head `head`, at most a panel of them.
   template <int W>
   KANDINSKY_INLINE void select(int64_t head, int64_t row, int64_t count, float* memory) const {
     constexpr int P = kPanel<W>;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The instruction set the CPU kernels use: the best of the processor at start, or the one a test
-// asks for.
+// The instruction set that the CPU kernels use: at first the best of the processor, later the one
+// that a test chooses.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -68,8 +68,8 @@ KANDINSKY_AVX512 void run_avx512(const Kernel& kernel, int64_t begin, int64_t en
 }
 #endif
 
-// kernel.run<W>(begin, end), compiled for the instruction set in use. run must be KANDINSKY_INLINE,
-// as all it calls.
+// Calls kernel.run<W>(begin, end), compiled for the instruction set in use. `run`, and all that it
+// calls, must be KANDINSKY_INLINE.
 template <class Kernel>
 void run_simd(const Kernel& kernel, int64_t begin, int64_t end) {
 #if defined(__x86_64__)

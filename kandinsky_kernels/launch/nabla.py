@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import reference, tuning
 from .._library import attach, on
-from ..nabla import transpose_selection
+from ..selections import transpose_selection
+from .card import capability
 
 
 def refuse_selection(query_means: Tensor, *_) -> str | None:
@@ -18,11 +19,9 @@ def refuse_selection(query_means: Tensor, *_) -> str | None:
     N = query_means.shape[2]
     if not query_means.numel():
         return "there is nothing to compute"
-    return (
-        None
-        if N <= tuning.LONGEST_ROW
-        else (f"it holds rows of up to {tuning.LONGEST_ROW} blocks, got {N}")
-    )
+    if N <= tuning.LONGEST_ROW:
+        return None
+    return f"it holds rows of up to {tuning.LONGEST_ROW} blocks, got {N}"
 
 
 def refuse_compiled_selection(query_means: Tensor, *_) -> str | None:
@@ -32,11 +31,9 @@ def refuse_compiled_selection(query_means: Tensor, *_) -> str | None:
         return "there is nothing to compute"
     if D % 8 or D > 128:
         return f"it takes head dims that are multiples of 8 up to 128, got {D}"
-    return (
-        None
-        if N <= tuning.LONGEST_COMPILED_ROW
-        else (f"it holds rows of up to {tuning.LONGEST_COMPILED_ROW} blocks, got {N}")
-    )
+    if N <= tuning.LONGEST_COMPILED_ROW:
+        return None
+    return f"it holds rows of up to {tuning.LONGEST_COMPILED_ROW} blocks, got {N}"
 
 
 def thirds(x: float) -> list[float]:
@@ -61,13 +58,13 @@ def launch_selection(
     from ..triton import nabla as kernels
 
     B, H, N, D = query_means.shape
-    query, key = query_means.float().flatten(0, 1), key_means.float().flatten(0, 1).transpose(1, 2)
+    query = query_means.float().flatten(0, 1)  # [BH, N, D]
+    key = key_means.float().flatten(0, 1).transpose(1, 2)  # [BH, D, N]
     selection = torch.empty(B, H, N, -(-N // 32), dtype=torch.int32, device=query.device)
-    words, block = selection.shape[-1], tuning.padded(N, 32)
-    heads, rows = (
-        max(1, tuning.MAP_BYTES // (4 * N * N)),
-        min(N, max(1, tuning.MAP_BYTES // (4 * N))),
-    )
+    words = selection.shape[-1]
+    block = tuning.padded(N, 32)
+    heads = max(1, tuning.MAP_BYTES // (4 * N * N))
+    rows = min(N, max(1, tuning.MAP_BYTES // (4 * N)))
     near = [width // 2 for width in window] or [0, 0, 0]
     with on(query):
         for head in range(0, B * H, heads):
@@ -89,7 +86,7 @@ def launch_selection(
                     WINDOW=bool(tiles),
                     STABLE=ties == "stable",
                     BLOCK=block,
-                    num_warps=tuning.row(block).num_warps,
+                    **tuning.row(block).options,
                 )
     return selection
 
@@ -122,11 +119,9 @@ def refuse_attention(
         return "its matrix products take float16, bfloat16 and float32, got float64"
     if query.shape[-1] > 128:
         return f"it holds head dims up to 128, got {query.shape[-1]}"
-    return (
-        None
-        if selection.shape[2] < 1 << 16
-        else (f"its lists hold 65,535 blocks, got {selection.shape[2]}")
-    )
+    if selection.shape[2] < 1 << 16:
+        return None
+    return f"its lists hold 65,535 blocks, got {selection.shape[2]}"
 
 
 def attention_kind(
@@ -147,9 +142,9 @@ def attention_kind(
     return full, logit_bound / math.log(2) <= tuning.BOUND_LOG2 and query.dtype == torch.bfloat16
 
 
-def describe(x: Tensor, block: int):
-    """A tensor descriptor whose tiles are TOKENS rows of one (batch, head) of x [B, S, H, D], or
-    None where the hardware cannot take it."""
+def descriptor(x: Tensor, width: int):
+    """A tensor descriptor whose tiles are TOKENS rows and `width` columns of one (batch, head) of
+    x [B, S, H, D], or None where the hardware cannot take x."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     strides = [
@@ -158,7 +153,17 @@ def describe(x: Tensor, block: int):
     ]
     if x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in strides):
         return None
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, tuning.TOKENS, 1, block])
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, tuning.TOKENS, 1, width])
+
+
+def described(first: Tensor, second: Tensor, launch: tuning.Launch, width: int) -> tuple:
+    """(first, second, True) as tensor descriptors, where `launch` reads by them and the hardware
+    can; otherwise (first, second, False) as they are."""
+    if launch.descriptors:
+        descriptors = descriptor(first, width), descriptor(second, width)
+        if None not in descriptors:
+            return *descriptors, True
+    return first, second, False
 
 
 def list_blocks(selection: Tensor, first: int, pairs: int) -> tuple[Tensor, Tensor]:
@@ -177,7 +182,7 @@ def list_blocks(selection: Tensor, first: int, pairs: int) -> tuple[Tensor, Tens
         N,
         words,
         CHUNK=min(tuning.LIST_CHUNK, tuning.padded(N)),
-        num_warps=tuning.LIST.num_warps,
+        **tuning.LIST.options,
     )
     return lists, counts
 
@@ -195,23 +200,27 @@ def launch_attention(
     from ..triton import nabla as kernels
 
     B, S, H, D = query.shape
-    N, block = selection.shape[2], tuning.padded(D, 16)
-    group, block_offsets = max(1, tuning.LIST_BYTES // (2 * N * N)), block_offsets.contiguous()
-    out, lse = query.new_empty(B, S, H, D), query.new_empty((B, H, S), dtype=torch.float32)
+    N = selection.shape[2]
+    block = tuning.padded(D, 16)
+    group = max(1, tuning.LIST_BYTES // (2 * N * N))
+    block_offsets = block_offsets.contiguous()
+    out = query.new_empty(B, S, H, D)
+    lse = query.new_empty((B, H, S), dtype=torch.float32)
     strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
     full, bounded = attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
-    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
-    launch = tuning.attention(block, query.dtype, capability, full)
-    tiles = [describe(x, block) for x in (key, value)] if launch.descriptors else [None]
-    descriptors = None not in tiles
+    launch = tuning.attention(block, query.dtype, capability(query), full)
+    width = block // 2 if launch.split else block
+    key, value, tma = described(key, value, launch, width)
     with on(query):
         for first in range(0, B * H, group):
             pairs = min(group, B * H - first)
-            lists = list_blocks(selection, first, pairs)
+            lists, counts = list_blocks(selection, first, pairs)
             kernels.block_sparse_attention[(N, pairs)](
                 query,
-                *(tiles if descriptors else (key, value)),
-                *lists,
+                key,
+                value,
+                lists,
+                counts,
                 block_offsets,
                 out,
                 lse,
@@ -225,12 +234,12 @@ def launch_attention(
                 logit_bound / math.log(2) if bounded else 0.0,
                 FULL=full,
                 BOUNDED=bounded,
-                TMA=descriptors,
+                TMA=tma,
+                SPLIT=launch.split,
                 PRECISION="ieee",
-                BLOCK=block,
+                WIDTH=width,
                 TOKENS=tuning.TOKENS,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
+                **launch.options,
             )
     return out, lse
 
@@ -252,84 +261,72 @@ def launch_gradients(
     from ..triton import nabla as kernels
 
     B, S, H, D = query.shape
-    N, block, (full,) = (
-        selection.shape[2],
-        tuning.padded(D, 16),
-        gradients_kind(query, key, value, out, lse, selection),
-    )
-    group, transposed, offsets = (
-        max(1, tuning.LIST_BYTES // (2 * N * N)),
-        transpose_selection(selection),
-        block_offsets.contiguous(),
-    )
+    N = selection.shape[2]
+    block = tuning.padded(D, 16)
+    (full,) = gradients_kind(query, key, value, out, lse, selection)
+    group = max(1, tuning.LIST_BYTES // (2 * N * N))
+    transposed = transpose_selection(selection)
+    offsets = block_offsets.contiguous()
     out, lse, grad_out = out.contiguous(), lse.contiguous(), grad_out.contiguous()
-    sums, common = lse if grad_lse is None else grad_lse.contiguous(), torch.empty_like(lse)
-    gradients = [query.new_empty(B, S, H, D) for _ in range(3)]
-    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
-    of_queries, of_keys = tuning.attention_backward(block, query.dtype, capability, full)
-    described = [
-        [describe(x, block) for x in pair] if of.descriptors else [None]
-        for of, pair in ((of_queries, (key, value)), (of_keys, (query, grad_out)))
-    ]
-    by_tma = [None not in tiles for tiles in described]
-    keys, queries = (
-        tiles if tma else pair
-        for tiles, tma, pair in zip(
-            described, by_tma, ((key, value), (query, grad_out)), strict=True
-        )
-    )
-    sizes = [
-        S,
-        H,
-        N,
-        D,
-        *(stride for x in (query, key, value) for stride in x.stride()[:3]),
-        scale,
-        scale / math.log(2),
-    ]
-    constants = {"FULL": full, "PRECISION": "ieee", "BLOCK": block, "TOKENS": tuning.TOKENS}
+    grad_sums = lse if grad_lse is None else grad_lse.contiguous()
+    common = torch.empty_like(lse)  # fp32 [B, H, S], from the first kernel to the second
+    grad_query, grad_key, grad_value = (query.new_empty(B, S, H, D) for _ in range(3))
+    of_queries, of_keys = tuning.attention_backward(block, query.dtype, capability(query), full)
+    query_width = block // 2 if of_queries.split else block
+    key_width = block // 2 if of_keys.split else block
+    keys, values, keys_tma = described(key, value, of_queries, query_width)
+    queries, grads, queries_tma = described(query, grad_out, of_keys, key_width)
+    strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
+    sizes = [S, H, N, D, *strides, scale, scale / math.log(2)]
+    constants = {"FULL": full, "PRECISION": "ieee", "TOKENS": tuning.TOKENS}
     with on(query):
         for first in range(0, B * H, group):
             pairs = min(group, B * H - first)
-            lists = list_blocks(selection, first, pairs)
+            lists, counts = list_blocks(selection, first, pairs)
             kernels.block_sparse_attention_backward_query[(N, pairs)](
                 query,
-                *keys,
+                keys,
+                values,
                 out,
                 grad_out,
                 lse,
-                sums,
-                *lists,
+                grad_sums,
+                lists,
+                counts,
                 offsets,
                 common,
-                gradients[0],
+                grad_query,
                 first,
                 *sizes,
-                TMA=by_tma[0],
+                TMA=keys_tma,
+                SPLIT=of_queries.split,
                 LSE=grad_lse is not None,
+                WIDTH=query_width,
                 **constants,
-                num_warps=of_queries.num_warps,
-                num_stages=of_queries.num_stages,
+                **of_queries.options,
             )
-            lists = list_blocks(transposed, first, pairs)
+            lists, counts = list_blocks(transposed, first, pairs)
             kernels.block_sparse_attention_backward_key[(N, pairs)](
-                queries[0],
+                queries,
                 key,
                 value,
-                queries[1],
+                grads,
                 lse,
                 common,
-                *lists,
+                lists,
+                counts,
                 offsets,
-                *gradients[1:],
+                grad_key,
+                grad_value,
                 first,
                 *sizes,
-                TMA=by_tma[1],
+                TMA=queries_tma,
+                SPLIT=of_keys.split,
+                WIDTH=key_width,
                 **constants,
-                num_warps=of_keys.num_warps,
-                num_stages=of_keys.num_stages,
+                **of_keys.options,
             )
-    return tuple(gradients)
+    return grad_query, grad_key, grad_value
 
 
 def trial_attention(

@@ -16,11 +16,9 @@ def refuse_norm(x: Tensor, *_) -> str | None:
     """Why the Triton kernels cannot take this call, or None."""
     if not x.numel():
         return "there is nothing to compute"
-    return (
-        None
-        if x.shape[-1] <= 16384
-        else (f"rows of {x.shape[-1]} channels do not fit into registers, 16384 do")
-    )
+    if x.shape[-1] <= 16384:
+        return None
+    return f"rows of {x.shape[-1]} channels do not fit into registers, 16384 do"
 
 
 def launch_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -44,8 +42,7 @@ def launch_modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -
             eps,
             ROWS=rows,
             BLOCK=block,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **launch.options,
         )
     return out
 
@@ -82,8 +79,7 @@ def launch_gated_add_norm(
             NORM=normed,
             ROWS=rows,
             BLOCK=block,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **launch.options,
         )
     return y, out
 
@@ -134,8 +130,7 @@ def launch_norm_rope(
             HEADS=heads,
             TOKENS=tuning.TOKENS,
             BLOCK=tuning.padded(D),
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **launch.options,
         )
     return y, means
 
@@ -166,8 +161,7 @@ def launch_modulated_norm_backward(
             eps,
             ROWS=rows,
             BLOCK=block,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **launch.options,
         )
     return grad_x, *(sums[:, :, i].sum(1) for i in range(2))
 
@@ -184,16 +178,12 @@ def launch_gated_add_norm_backward(
     from ..triton import norm as kernels
 
     B, S, C = y.shape
-    block, rows, grad_normed = (
-        tuning.padded(C),
-        tuning.norm_backward_rows(S),
-        grad_normed.contiguous(),
-    )
-    grad_x, grad_branch, launch = (
-        y.new_empty(B, S, C),
-        y.new_empty(B, S, C),
-        tuning.norm_backward(block),
-    )
+    block = tuning.padded(C)
+    rows = tuning.norm_backward_rows(S)
+    launch = tuning.norm_backward(block)
+    grad_normed = grad_normed.contiguous()
+    grad_x = y.new_empty(B, S, C)
+    grad_branch = y.new_empty(B, S, C)
     sums = y.new_empty((B, -(-S // rows), 3, C), dtype=torch.float32)
     with on(y):
         kernels.gated_add_norm_backward[(sums.shape[1], B)](
@@ -218,8 +208,7 @@ def launch_gated_add_norm_backward(
             ADD=grad_y is not None,
             ROWS=rows,
             BLOCK=block,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **launch.options,
         )
     return grad_x, grad_branch, *(sums[:, :, i].sum(1) for i in range(3))
 
@@ -237,23 +226,17 @@ def launch_norm_rope_backward(
     from ..triton import norm as kernels
 
     B, S, H, D = x.shape
-    grad_x, heads, launch = (
-        x.new_empty(B, S, H, D),
-        tuning.rope_heads(H),
-        tuning.rope_backward(tuning.padded(D)),
-    )
-    grid, weight, axes = (
-        (-(-S // tuning.TOKENS), -(-H // heads), B),
-        weight.contiguous(),
-        0 if cos is None else len(pairs),
-    )
+    heads = tuning.rope_heads(H)
+    launch = tuning.rope_backward(tuning.padded(D))
+    grid = (-(-S // tuning.TOKENS), -(-H // heads), B)
+    axes = 0 if cos is None else len(pairs)
+    first, second = (sum(pairs[:count]) for count in (1, 2))
+    weight = weight.contiguous()
+    grad_x = x.new_empty(B, S, H, D)
     cos, sin, positions = (
         weight if tensor is None else tensor.contiguous() for tensor in (cos, sin, positions)
     )
-    sums, (first, second) = (
-        x.new_empty((math.prod(grid), D), dtype=torch.float32),
-        (sum(pairs[:count]) for count in (1, 2)),
-    )
+    sums = x.new_empty((math.prod(grid), D), dtype=torch.float32)
     with on(x):
         kernels.norm_rope_backward[grid](
             x,
@@ -275,8 +258,7 @@ def launch_norm_rope_backward(
             HEADS=heads,
             TOKENS=tuning.TOKENS,
             BLOCK=tuning.padded(D),
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **launch.options,
         )
     return grad_x, sums.sum(0)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import tuning
 from .._library import attach, on
+from .card import capability
 
 
 def refuse_moments(x: Tensor, groups: int) -> str | None:
@@ -44,8 +45,7 @@ def launch_moments(x: Tensor, groups: int) -> Tensor:
             GROUPS=groups,
             ROWS=rows,
             BLOCK=C,
-            num_warps=tuning.SLABS.num_warps,
-            num_stages=tuning.SLABS.num_stages,
+            **tuning.SLABS.options,
         )
         kernels.join_moments[(B * T,)](
             parts[0],
@@ -57,7 +57,7 @@ def launch_moments(x: Tensor, groups: int) -> Tensor:
             SLAB=slab,
             GROUPS=groups,
             MANY=tuning.JOINED,
-            num_warps=tuning.LIST.num_warps,
+            **tuning.LIST.options,
         )
     return moments
 
@@ -74,11 +74,9 @@ def refuse_normed(x: Tensor, *_) -> str | None:
     """Why the Triton kernel cannot take this call, or None."""
     if not x.numel():
         return "there is nothing to compute"
-    return (
-        None
-        if x.shape[-1] <= tuning.NORM_TILE
-        else (f"it holds up to {tuning.NORM_TILE} channels, got {x.shape[-1]}")
-    )
+    if x.shape[-1] <= tuning.NORM_TILE:
+        return None
+    return f"it holds up to {tuning.NORM_TILE} channels, got {x.shape[-1]}"
 
 
 def launch_normed(
@@ -110,8 +108,7 @@ def launch_normed(
             SILU=silu,
             ROWS=rows,
             BLOCK=block,
-            num_warps=tuning.NORMED.num_warps,
-            num_stages=tuning.NORMED.num_stages,
+            **tuning.NORMED.options,
         )
     return out
 
@@ -155,9 +152,7 @@ def launch_attention(
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     tokens, block = key.shape[2], tuning.padded(D, 16)
     key, value = key.flatten(1, 2), value.flatten(1, 2)  # [B, T' P', D]
-    tile = tuning.frame_attention(
-        block, torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
-    )
+    tile = tuning.frame_attention(block, capability(query))
     with on(query):
         kernels.frame_causal_attention[(-(-P // tile.rows), T, B)](
             query,
@@ -180,8 +175,7 @@ def launch_attention(
             KEYS=tile.keys,
             DEPTH=tile.depth,
             BLOCK=block,
-            num_warps=tile.launch.num_warps,
-            num_stages=tile.launch.num_stages,
+            **tile.launch.options,
         )
     return out, lse
 
@@ -227,9 +221,7 @@ def launch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int
     T, Y, X = ((n - k) // step + 1 for n, k, step in zip(sizes, taps, stride, strict=True))
     # as it lies where it is channels-last
     out, weight = x.new_empty(B, T, Y, X, N), weight.permute(0, 2, 3, 4, 1).contiguous()
-    tile = tuning.convolution(
-        C, N, torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-    )
+    tile = tuning.convolution(C, N, capability(x))
     with on(x):
         kernels.causal_conv3d[(-(-Y * X // tile.rows) * -(-N // tile.columns), T, B)](
             x,
@@ -253,8 +245,7 @@ def launch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             DEPTH=tile.depth,
-            num_warps=tile.launch.num_warps,
-            num_stages=tile.launch.num_stages,
+            **tile.launch.options,
         )
     return out
 

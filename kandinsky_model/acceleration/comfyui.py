@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """ComfyUI's own Kandinsky 5 network, its visual blocks computed with this package's operators.
 
-Nothing of the model is touched: a wrapper, which ComfyUI calls around the network, hands it
-replacements for the visual blocks in `transformer_options`, where the network looks for such. A
-replacement calls the block's own layers (so weights that ComfyUI casts, streams, quantises or
-patches with LoRAs arrive as ever) and does what lies between them: norms, gates, rotation and, with
-NABLA, self-attention. The network as of ComfyUI's PR 10988: `visual_transformer_blocks` on tokens
-in raster order, [1, S, 1, D / 2, 2, 2] rotation matrices.
+Nothing of the model is changed. ComfyUI calls a wrapper around the network, and the wrapper hands
+the network replacements for its visual blocks in `transformer_options`, where the network looks for
+them. A replacement calls the block's own layers, so that weights which ComfyUI casts, streams,
+quantises or patches with LoRAs arrive as before. What lies between the layers it computes itself:
+norms, gates, rotation and, with NABLA, self-attention.
+
+This is written for the network of ComfyUI's PR 10988: `visual_transformer_blocks` on tokens in
+raster order, with rotation matrices [1, S, 1, D / 2, 2, 2].
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import logging
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kandinsky_kernels import (
     Rotary,
@@ -26,15 +28,16 @@ from kandinsky_kernels import (
 
 from ..config import PRESETS, NablaConfig
 from ..dit import geometry, nabla
+from .forward_swap import DTYPES, Foreign, has_tangents, recorded
 
-# comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, and whose wrapper it is
-WRAPPER, KEY = "diffusion_model", "kandinsky_kernels"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WRAPPER = "diffusion_model"  # comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+KEY = "kandinsky_kernels"  # the name under which the wrapper is found again
 ATTENTIONS = ("auto", "nabla", "dense")
-# of a frame: from here on ComfyUI stretches the rotation of the Pro model as for HD
+# latent pixels of a frame from which on ComfyUI stretches the Pro model's rotation as for HD
 HD_LATENT_PIXELS = 14080
-KEEP_MASS = 0.9  # where nothing says how much of the attention to keep
-PROBE = 64.0  # large enough for a norm's eps not to show, small enough for its square to be a half
+KEEP_MASS = 0.9  # where no released checkpoint says how much of the attention to keep
+# a value so large that a norm's eps does not show, and whose square is still finite in float16
+PROBE = 64.0
 BLOCK_PARTS = ("visual_modulation", "self_attention", "cross_attention", "feed_forward")
 ATTENTION_PARTS = (
     "to_query",
@@ -50,12 +53,12 @@ _log = logging.getLogger(__name__)
 
 
 def accelerated(model, attention: str = "auto", keep_mass: float | None = None):
-    """A clone of ComfyUI's MODEL that samples with these operators; the model given stays as it is.
+    """A clone of ComfyUI's MODEL that samples with these operators; `model` stays as it is.
 
-    attention: "dense" leaves self-attention to ComfyUI, "nabla" is the sparse attention of the 10 s
-    and HD checkpoints, "auto" what the checkpoints of this width were released with at the length
-    and size sampled. keep_mass: None for the released one. Raises ValueError for another
-    architecture or values that do not fit.
+    attention: "dense" leaves self-attention to ComfyUI. "nabla" is the sparse attention of the 10 s
+    and HD checkpoints. "auto" is what the checkpoints of this width were released with, at the
+    length and size that is sampled. keep_mass: the share of the attention that NABLA keeps, None
+    for the released one. Raises ValueError for another architecture or values that do not fit.
     """
     if attention not in ATTENTIONS:
         raise ValueError(
@@ -72,15 +75,18 @@ def accelerated(model, attention: str = "auto", keep_mass: float | None = None):
             f"{missing}; connect a Kandinsky 5 model"
         )
     clone = model.clone()
-    # of an accelerated model: this node's settings count
+    # where the model is accelerated already, the new settings count
     clone.remove_wrappers_with_key(WRAPPER, KEY)
-    clone.add_wrapper_with_key(WRAPPER, KEY, Acceleration(attention, keep_mass))
+    clone.add_wrapper_with_key(WRAPPER, KEY, BlockReplacer(attention, keep_mass))
     return clone
 
 
 def released(model_dim: int, grid: geometry.Grid) -> NablaConfig | None:
-    """How the checkpoints of this width attend at a size: those for SD or HD, and of them those of
-    the nearest length."""
+    """The NABLA with which checkpoints of this width were released, None for dense attention.
+
+    Of these checkpoints those for the grid's size count, SD or HD, and of them the one whose length
+    is nearest.
+    """
     hd = 4 * grid.Y * grid.X >= HD_LATENT_PIXELS
     presets = [
         preset
@@ -92,57 +98,71 @@ def released(model_dim: int, grid: geometry.Grid) -> NablaConfig | None:
     return nearest[0].nabla if nearest else None
 
 
-class Acceleration:
-    """The wrapper. It keeps the orders of the sizes seen, and what it has complained of already."""
+class BlockReplacer:
+    """The wrapper around a network. It keeps the token orders of the sizes that it has seen, and
+    the lines that it has logged."""
 
     def __init__(self, attention: str, keep_mass: float | None):
-        self.attention, self.keep_mass = attention, keep_mass
+        self.attention = attention
+        self.keep_mass = keep_mass
         self._tilings: dict[tuple, Tiling] = {}
         self._said: set[str] = set()
 
     def __call__(
-        self, executor, x: Tensor, *args, transformer_options: dict | None = None, **kwargs
+        self,
+        executor,
+        x: Tensor,
+        *args,
+        transformer_options: dict | None = None,
+        **kwargs,
     ) -> Tensor:
-        """As ComfyUI calls it: x [B, C, T, H, W] or, for pictures, [B, C, H, W]; `executor` is the
-        network or the next wrapper."""
-        options, network = transformer_options or {}, executor.class_obj
-        problem = self._problem(network, x)
+        """As ComfyUI calls it. executor: the network or the next wrapper. x: [B, C, T, H, W], or
+        [B, C, H, W] of pictures."""
+        options = transformer_options or {}
+        problem = self._problem(executor.class_obj, x)
         if problem:
             self._say(f"ComfyUI computes this by itself, because {problem}")
         else:
-            options = self._with_blocks(network, x, options)
+            options = self._with_blocks(executor.class_obj, x, options)
         return executor(x, *args, transformer_options=options, **kwargs)
 
-    def _with_blocks(self, network: nn.Module, x: Tensor, options: dict) -> dict:
+    def _with_blocks(
+        self,
+        network: Foreign,
+        x: Tensor,
+        options: dict,
+    ) -> dict:
         """`options` with replacements for the visual blocks that no other node has replaced."""
-        tiling, known = self._tiling(network, x), options.get("patches_replace", {})
+        tiling = self._tiling(network, x)
+        known = options.get("patches_replace", {})
         blocks = {
             ("double_block", i): Replacement(block, tiling, self._say)
             for i, block in enumerate(network.visual_transformer_blocks)
         }
         others = known.get("dit", {})
-        if blocks.keys() & others.keys():
-            self._say(
-                f"{len(blocks.keys() & others.keys())} of {len(blocks)} blocks stay as "
-                "another node made them"
-            )
+        taken = blocks.keys() & others.keys()
+        if taken:
+            self._say(f"{len(taken)} of {len(blocks)} blocks stay as another node made them")
         return {**options, "patches_replace": {**known, "dit": {**blocks, **others}}}
 
-    def _tiling(self, network: nn.Module, x: Tensor) -> Tiling | None:
+    def _tiling(self, network: Foreign, x: Tensor) -> Tiling | None:
         """How NABLA sees the tokens of x, or None for dense attention."""
+        if self.attention == "dense":
+            return None
         T, height, width = (1, *x.shape[-2:]) if x.dim() == 4 else x.shape[-3:]
-        grid = geometry.Grid(T, -(-height // 2), -(-width // 2))
-        nabla = None if self.attention == "dense" else released(network.model_dim, grid)
-        if self.attention == "nabla" or nabla is not None:
-            nabla = NablaConfig(self.keep_mass or (nabla.keep_mass if nabla else KEEP_MASS))
-            if (grid, x.device) not in self._tilings:
-                self._tilings[grid, x.device] = Tiling.of(grid, nabla, x.device)
-            # which are large, and this pass's alone
-            return replace(self._tilings[grid, x.device], rotaries=[])
-        return None
+        grid = geometry.Grid(T, -(-height // 2), -(-width // 2))  # the network pads odd sides
+        config = released(network.model_dim, grid)
+        if config is None and self.attention == "auto":
+            return None
+        released_mass = KEEP_MASS if config is None else config.keep_mass
+        config = NablaConfig(self.keep_mass or released_mass)
+        if (grid, x.device) not in self._tilings:
+            self._tilings[grid, x.device] = Tiling.of(grid, config, x.device)
+        # angles are large, and belong to this pass alone
+        return replace(self._tilings[grid, x.device], rotaries=[])
 
     @staticmethod
-    def _problem(network: nn.Module, x: Tensor) -> str | None:
+    def _problem(network: Foreign, x: Tensor) -> str | None:
         """Why the blocks cannot be replaced, or None."""
         if _missing(network):
             return f"its network has no {_missing(network)}"
@@ -150,10 +170,10 @@ class Acceleration:
             return f"its patches are {tuple(network.patch_size)} and not (1, 2, 2)"
         if x.dtype not in DTYPES:
             return f"its activations are {x.dtype}"
-        if torch.is_grad_enabled() and any(
-            parameter.requires_grad for parameter in network.parameters()
-        ):
+        if recorded(network, x):
             return "gradients are recorded"
+        if has_tangents(network, x):
+            return "forward-mode derivatives are computed"
         return None
 
     def _say(self, line: str) -> None:
@@ -164,18 +184,23 @@ class Acceleration:
 
 @dataclass(frozen=True, eq=False)
 class Tiling:
-    """The tile order of one size and its blocks, on the device."""
+    """The order of the tokens of one size, tile by tile, and its blocks, on the device."""
 
     grid: geometry.Grid
     nabla: NablaConfig
     order: Tensor  # int64 [S], the raster index of the i-th token
-    inverse: Tensor
-    block_offsets: Tensor  # int32 [N + 1]
-    # of the rotation matrices last seen, the same for all blocks
+    inverse: Tensor  # int64 [S], where the token of a raster index stands
+    block_offsets: Tensor  # int32 [N + 1], of the blocks among the ordered tokens
+    # the rotation matrices of the pass, which are the same for all blocks, and their angles
     rotaries: list[tuple[Tensor, Rotary]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, grid: geometry.Grid, nabla: NablaConfig, device: torch.device) -> Tiling:
+    def of(
+        cls,
+        grid: geometry.Grid,
+        nabla: NablaConfig,
+        device: torch.device,
+    ) -> Tiling:
         order = geometry.tile_order(grid)
         return cls(
             grid,
@@ -188,61 +213,76 @@ class Tiling:
     def rotary(self, matrices: Tensor) -> Rotary:
         """The angles of [1, S, 1, D / 2, 2, 2] rotation matrices, in the order of tiles."""
         if not self.rotaries or self.rotaries[0][0] is not matrices:
-            # [S, D / 2]
-            cos, sin = (matrices[0, self.order, 0, :, row, 0].float() for row in (0, 1))
+            columns = matrices[0, self.order, 0, :, :, 0].float()  # [S, D / 2, 2]
+            cos = columns[..., 0].contiguous()  # [S, D / 2]
+            sin = columns[..., 1].contiguous()  # [S, D / 2]
             self.rotaries[:] = [(matrices, Rotary.per_token(cos, sin))]
         return self.rotaries[0][1]
 
 
 class Replacement:
-    """One visual block, called as ComfyUI's network calls what another puts in its place."""
+    """Stands in for one visual block; the network calls it as it calls any replacement."""
 
-    def __init__(self, block: nn.Module, tiling: Tiling | None, say):
-        self.block, self.tiling, self.say = block, tiling, say
+    def __init__(
+        self,
+        block: Foreign,
+        tiling: Tiling | None,
+        say,
+    ):
+        self.block = block
+        self.tiling = tiling
+        self.say = say
 
     def __call__(self, args: dict, extra: dict) -> dict[str, Tensor]:
-        """args: x [B, S, C], context [B, L, C], time_embed [B, time], freqs, transformer_options.
-        {"x": what the block makes of it}."""
-        # of versions with the changes of PR 11371, which have brought the tokens into tiles
+        """{"x": what the block makes of it}.
+
+        args: x [B, S, C], context [B, L, C], time_embed [B, time], freqs, transformer_options.
+        extra: the block's own forward, as `original_block`.
+        """
+        # of versions with the changes of PR 11371, whose tokens are in tiles already
         if args.get("sparse_params") is not None:
             self.say(
                 "ComfyUI computes this by itself, because it uses a sparse attention of its own"
             )
             return {"x": extra["original_block"](args)}
+        options = args.get("transformer_options") or {}
         return {
             "x": self.forward(
-                args["x"],
-                args["context"],
-                args["time_embed"],
-                args["freqs"],
-                args.get("transformer_options") or {},
+                args["x"], args["context"], args["time_embed"], args["freqs"], options
             )
         }
 
     def forward(
-        self, x: Tensor, context: Tensor, time: Tensor, freqs: Tensor, options: dict
+        self,
+        x: Tensor,
+        context: Tensor,
+        time: Tensor,
+        freqs: Tensor,
+        options: dict,
     ) -> Tensor:
-        block, vectors = self.block, self.block.visual_modulation(time).chunk(9, -1)  # [B, C] each
+        """The block [B, S, C] of tokens x [B, S, C]; the other arguments as in `__call__`."""
+        block = self.block
+        vectors = block.visual_modulation(time).chunk(9, -1)  # [B, C] each
         shift, scale, gate, shift_cross, scale_cross, gate_cross, shift_ff, scale_ff, gate_ff = (
             vectors
         )
-        normed = modulated_norm(x, scale, shift)
+        begin = modulated_norm(x, scale, shift)
         if self.tiling is None:
-            attended = block.self_attention(normed, freqs, transformer_options=options)
+            branch = block.self_attention(begin, freqs, transformer_options=options)
         else:
-            attended = self.attend(block.self_attention, normed, self.tiling, freqs)
-        x, normed = gated_add_norm(x, attended, gate, scale_cross, shift_cross)
-        x, normed = gated_add_norm(
-            x,
-            block.cross_attention(normed, context, transformer_options=options),
-            gate_cross,
-            scale_ff,
-            shift_ff,
-        )
+            branch = self.attend(block.self_attention, begin, self.tiling, freqs)
+        x, normed = gated_add_norm(x, branch, gate, scale_cross, shift_cross)
+        branch = block.cross_attention(normed, context, transformer_options=options)
+        x, normed = gated_add_norm(x, branch, gate_cross, scale_ff, shift_ff)
         return gated_add_norm(x, block.feed_forward(normed), gate_ff)[0]
 
     @staticmethod
-    def attend(layer: nn.Module, x: Tensor, tiling: Tiling, freqs: Tensor) -> Tensor:
+    def attend(
+        layer: Foreign,
+        x: Tensor,
+        tiling: Tiling,
+        freqs: Tensor,
+    ) -> Tensor:
         """NABLA of x [B, S, C], tokens in raster order, over itself."""
         x = x[:, tiling.order]  # [B, S, C], tile by tile
         recipe = nabla.Nabla(
@@ -266,32 +306,30 @@ class Replacement:
         return layer.out_layer(out[:, tiling.inverse])
 
 
-def _with_means(norm: nn.Module) -> nabla.NormWithMeans:
+def _with_means(norm: Foreign) -> nabla.NormWithMeans:
     """A ComfyUI RMSNorm, computed by our operator together with the rotation and block means."""
     return lambda x, rotary, offsets: norm_rope_means(x, _weight(norm, x), rotary, offsets)
 
 
-def _weight(norm: nn.Module, heads: Tensor) -> Tensor:
-    """The weight [D] of an RMSNorm as its own forward applies it, which may fetch, cast or patch it
-    first: a constant row is normed to 1.
+def _weight(norm: Foreign, heads: Tensor) -> Tensor:
+    """The weight [D] of an RMSNorm as its own forward applies it.
 
-    heads: [B, S, H, D] that it is for.
+    The forward may fetch, cast or patch the weight first. So it is given a constant row, which is
+    normed to 1, and returns the weight. heads: [B, S, H, D], whose dtype and device count.
     """
     return norm(heads.new_full((1, heads.shape[-1]), PROBE))[0]
 
 
-def _missing(network: nn.Module) -> str | None:
-    """The first of the names used here that a network lacks."""
+def _missing(network: Foreign) -> str | None:
+    """The first name that this module needs and the network lacks, or None."""
     for name in ("visual_transformer_blocks", "patch_size", "model_dim"):
         if not hasattr(network, name):
             return name
     for block in network.visual_transformer_blocks:
-        absent = [name for name in BLOCK_PARTS if not hasattr(block, name)]
-        absent += (
-            []
-            if absent
-            else [name for name in ATTENTION_PARTS if not hasattr(block.self_attention, name)]
-        )
-        if absent:
-            return absent[0]
+        for name in BLOCK_PARTS:
+            if not hasattr(block, name):
+                return name
+        for name in ATTENTION_PARTS:
+            if not hasattr(block.self_attention, name):
+                return name
     return None

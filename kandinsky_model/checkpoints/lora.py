@@ -173,7 +173,7 @@ def _fingerprint(adapter: str, layers: Sequence[tuple[str, Additions]]) -> str:
     for name, additions in layers:
         for matrix in additions.matrices.get(adapter, ()):
             digest.update(f"{name} {matrix.dtype} {list(matrix.shape)} ".encode())
-            digest.update(matrix.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(matrix.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

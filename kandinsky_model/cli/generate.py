@@ -211,7 +211,7 @@ def resume(args) -> None:
         device=args.device,
         parts=PARTS if run.rest else ("dit", "vae"),
         quantize=settings.quantization or None,
-        preset=args.preset,
+        preset=args.preset or settings.preset or None,
     )
     for path, scale in args.lora or map(scaled_path, settings.lora):
         model.lora.load(path, scale=scale)

@@ -166,7 +166,7 @@ def _resume_arguments(command: argparse.ArgumentParser) -> None:
         metavar="PATH[:SCALE]",
         help="where the run's LoRAs are now, in their order (default: where they were)",
     )
-    command.add_argument("--preset", help="what the run was begun with, if it was")
+    command.add_argument("--preset", help="default: the one that began the run")
     _device_arguments(command)
 
 

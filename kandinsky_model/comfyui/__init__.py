@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door for ComfyUI: the nodes in both of its conventions.
+"""Nodes for ComfyUI, in both of its conventions.
 
 `kandinsky comfyui PATH` writes a folder under `custom_nodes` that imports the names below. ComfyUI
-reads `NODE_CLASS_MAPPINGS` where there is one and asks `comfy_entrypoint` otherwise, so a version
+reads `NODE_CLASS_MAPPINGS` where there is one and calls `comfy_entrypoint` otherwise, so a version
 that knows only one of the two finds it. Importing this imports neither torch nor ComfyUI.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from .nodes import NODES, Node
 
@@ -37,8 +39,8 @@ async def comfy_entrypoint():
     return Kandinsky()
 
 
-def _current(name: str, node: type[Node], io) -> type:
-    """A node class of the current convention that runs `node`."""
+def _current(name: str, node: type[Node], io: Any) -> type:
+    """A node class of the current convention that runs `node`. io: `comfy_api.latest.io`."""
 
     def define_schema(cls):
         inputs = [
@@ -46,9 +48,11 @@ def _current(name: str, node: type[Node], io) -> type:
             for part in node.INPUT_TYPES().values()
             for key, kind in part.items()
         ]
+        described = zip(node.RETURN_TYPES, node.RETURN_NAMES, node.OUTPUT_TOOLTIPS, strict=True)
         outputs = [
-            _kind(io, kind).Output(f"out_{label}", display_name=label)
-            for kind, label in zip(node.RETURN_TYPES, node.RETURN_NAMES, strict=True)
+            # ComfyUI refuses an output with the id of an input
+            _kind(io, kind).Output(f"out_{label}", display_name=label, tooltip=tooltip)
+            for kind, label, tooltip in described
         ]
         return io.Schema(
             node_id=name,
@@ -62,19 +66,21 @@ def _current(name: str, node: type[Node], io) -> type:
     def execute(cls, **inputs):
         return io.NodeOutput(*node().run(**inputs))
 
-    return type(
-        name,
-        (io.ComfyNode,),
-        {"define_schema": classmethod(define_schema), "execute": classmethod(execute)},
-    )
+    members = {"define_schema": classmethod(define_schema), "execute": classmethod(execute)}
+    return type(name, (io.ComfyNode,), members)
 
 
-def _input(io, key: str, kind: tuple, optional: bool):
-    options = {"optional": optional, **(kind[1] if len(kind) > 1 else {})}
+def _input(
+    io: Any,
+    key: str,
+    kind: tuple,
+    optional: bool,
+):
+    options = {"optional": optional, **kind[1]}
     if isinstance(kind[0], list):
         return io.Combo.Input(key, options=kind[0], **options)
     return _kind(io, kind[0]).Input(key, **options)
 
 
-def _kind(io, kind: str):
+def _kind(io: Any, kind: str):
     return getattr(io, _KINDS[kind]) if kind in _KINDS else io.Custom(kind)

@@ -10,24 +10,29 @@ from pathlib import Path
 
 from .workflows import FOLDER
 
-# ComfyUI shows the workflows in a folder of this name among its templates
-NAME, WORKFLOWS = "kandinsky5", "example_workflows"
+NAME = "kandinsky5"
+WORKFLOWS = "example_workflows"  # ComfyUI shows what is in a folder of this name as templates
 STUB = '''# SPDX-License-Identifier: Apache-2.0
-"""Kandinsky 5 for ComfyUI, written by `kandinsky comfyui`; do not edit: the next call replaces it."""
+"""Kandinsky 5 for ComfyUI, written by `kandinsky comfyui`; the next call replaces this file."""
 try:
-    from kandinsky_model.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, comfy_entrypoint  # noqa: F401
+    from kandinsky_model.comfyui import (  # noqa: F401
+        NODE_CLASS_MAPPINGS,
+        NODE_DISPLAY_NAME_MAPPINGS,
+        comfy_entrypoint,
+    )
 except ImportError as error:
-    raise ImportError(f"the nodes of Kandinsky 5 require the package kandinsky-kernels in the Python that runs ComfyUI, but it cannot be "
-                      f"imported there ({error}); pip install it there") from None
+    raise ImportError(
+        "the nodes of Kandinsky 5 require the package kandinsky-kernels in the Python that runs "
+        f"ComfyUI, but it cannot be imported there ({error}); pip install it there"
+    ) from None
 '''
 
 
 def install(root: str | Path) -> Path:
-    """Write the nodes' folder into the ComfyUI at `root`, whole or not at all, in place of an
-    earlier one, and return it.
+    """Write the nodes' folder into the ComfyUI at `root`, whole or not at all, and return it.
 
-    Raises FileNotFoundError where there is no such ComfyUI, FileExistsError where its folder of
-    this name is not ours.
+    An earlier folder of this command is replaced. Raises FileNotFoundError where there is no such
+    ComfyUI, FileExistsError where a folder of this name was not written by this command.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -42,13 +47,14 @@ def install(root: str | Path) -> Path:
             "give the folder that holds its main.py"
         )
     target = nodes / NAME
-    if target.exists() and not _is_ours(target):
+    if target.exists() and not _was_written_here(target):
         raise FileExistsError(
             f"{target} must be written by this command or be absent, but holds "
             "something else; move it away"
         )
     with tempfile.TemporaryDirectory(prefix=f".{NAME}.", dir=nodes) as draft:
-        new, old = Path(draft, "new"), Path(draft, "old")
+        new = Path(draft, "new")
+        old = Path(draft, "old")
         shutil.copytree(FOLDER, new / WORKFLOWS)
         (new / "__init__.py").write_text(STUB, encoding="utf-8")
         if target.exists():
@@ -62,7 +68,7 @@ def install(root: str | Path) -> Path:
     return target
 
 
-def _is_ours(folder: Path) -> bool:
+def _was_written_here(folder: Path) -> bool:
     stub = folder / "__init__.py"
     return stub.is_file() and "written by `kandinsky comfyui`" in stub.read_text(
         encoding="utf-8", errors="replace"

@@ -1,87 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
 """The nodes that ComfyUI shows, as classes of its first convention: what goes in and comes out, and
-whom to call.
+which stage of the model they call.
 
-Nothing here needs torch or ComfyUI to be imported: what a node runs is imported when it runs. Where
-a number says "as released", 0 stands for what the checkpoint was published with. Every error is one
+Importing this imports neither torch nor ComfyUI: what a node runs is imported when it runs. Where a
+number says "as released", 0 stands for what the checkpoint was published with. Every error is one
 sentence, which ComfyUI shows on the node.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from importlib import import_module
-from pathlib import Path
+from typing import Any
 
 from ..config import CACHES, PRESETS, QUANTIZATIONS
+from .folders import device, file_of, folder_of, listed
 
-MODEL, TEXT = "KANDINSKY5", "KANDINSKY5_TEXT"
+MODEL = "KANDINSKY5"
+TEXT = "KANDINSKY5_TEXT"
 DTYPES = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 RELEASED = "as released"
+NO_FILE = "none"
 BYTES_PER_GB = 10**9
-LARGEST_SEED = 2**53 - 1  # what a browser can count to
+LARGEST_SEED = 2**64 - 1
 
-_MEMORY = (
-    "FLOAT",
-    {
-        "default": 0.0,
-        "min": 0.0,
-        "max": 1024.0,
-        "step": 0.5,
-        "tooltip": "GB of the device that this node may use, weights included; 0: what is free",
-    },
-)
-_SEED = ("INT", {"default": 0, "min": 0, "max": LARGEST_SEED, "control_after_generate": True})
+# names of the sampler's widgets -> names of `Kandinsky5.generate`
+SETTINGS = {"frames": "num_frames", "steps": "num_inference_steps", "guidance": "guidance_scale"}
+
+Input = tuple  # (type or list of choices, options), as ComfyUI defines an input
 
 
-def _text(tooltip: str, multiline: bool = True) -> tuple:
+def _socket(kind: str, tooltip: str) -> Input:
+    return (kind, {"tooltip": tooltip})
+
+
+def _text(tooltip: str, multiline: bool = True) -> Input:
     return ("STRING", {"default": "", "multiline": multiline, "tooltip": tooltip})
 
 
-def _whole(tooltip: str, largest: int, step: int = 1) -> tuple:
-    return (
-        "INT",
-        {
-            "default": 0,
-            "min": 0,
-            "max": largest,
-            "step": step,
-            "tooltip": f"{tooltip}; 0: {RELEASED}",
-        },
-    )
+def _number(
+    kind: str,
+    tooltip: str,
+    largest: float,
+    step: float,
+    **options,
+) -> Input:
+    """A number, by default 0."""
+    limits = {"default": 0, "min": 0, "max": largest, "step": step}
+    return (kind, {**limits, "tooltip": tooltip, **options})
 
 
-def _number(tooltip: str, largest: float) -> tuple:
-    return (
-        "FLOAT",
-        {
-            "default": 0.0,
-            "min": 0.0,
-            "max": largest,
-            "step": 0.1,
-            "tooltip": f"{tooltip}; 0: {RELEASED}",
-        },
-    )
+def _whole(tooltip: str, largest: int, step: int = 1) -> Input:
+    return _number("INT", f"{tooltip}; 0: {RELEASED}", largest, step)
 
 
-def _choice(tooltip: str, *options: str) -> tuple:
+def _choice(tooltip: str, *options: str) -> Input:
     return (list(options), {"default": options[0], "tooltip": tooltip})
 
 
-class Node:
-    """What all nodes share. A subclass says INPUTS and OPTIONAL by name, RETURN_TYPES and
-    RETURN_NAMES, and does `run`."""
+def _switch(tooltip: str) -> Input:
+    return ("BOOLEAN", {"default": False, "tooltip": tooltip})
 
-    CATEGORY, FUNCTION = "Kandinsky 5", "run"
+
+_MODEL = _socket(MODEL, "from a node that loads a model or adds a LoRA")
+_WIDTH = _whole("pixels, a multiple of 16; together with the height", 4096, 16)
+_HEIGHT = _whole("pixels, a multiple of 16; together with the width", 4096, 16)
+_MEMORY = _number(
+    "FLOAT",
+    "GB of the device that this node may use, weights included; 0: what is free",
+    1024.0,
+    0.5,
+)
+
+
+class Node:
+    """What all nodes share. A subclass says INPUTS and OPTIONAL by name, RETURN_TYPES, RETURN_NAMES
+    and OUTPUT_TOOLTIPS, and does `run`."""
+
+    CATEGORY = "Kandinsky 5"
+    FUNCTION = "run"
     TITLE = ""
-    INPUTS: dict[str, tuple] = {}
-    OPTIONAL: dict[str, tuple] = {}
+    INPUTS: dict[str, Input] = {}
+    OPTIONAL: dict[str, Input] = {}
+    RETURN_TYPES: tuple[str, ...] = ()
+    RETURN_NAMES: tuple[str, ...] = ()
+    OUTPUT_TOOLTIPS: tuple[str, ...] = ()
 
     def __init_subclass__(cls):
         cls.DESCRIPTION = cls.__doc__  # what ComfyUI shows when the mouse rests on the node
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, dict[str, tuple]]:
+    def INPUT_TYPES(cls) -> dict[str, dict[str, Input]]:
         return {"required": dict(cls.INPUTS), "optional": dict(cls.OPTIONAL)}
 
 
@@ -105,47 +112,55 @@ class LoadModel(Node):
             "folder of Qwen2.5-VL, under models/text_encoders or anywhere; empty: beside the model",
             False,
         ),
-        "text_encoder_2": _text("folder of CLIP ViT-L/14, likewise", False),
+        "text_encoder_2": _text(
+            "folder of CLIP ViT-L/14, under models/text_encoders or anywhere; empty: beside the "
+            "model",
+            False,
+        ),
         "vae": _text(
             "folder of the VAE, under models/vae or anywhere; empty: beside the model", False
         ),
     }
-    RETURN_TYPES, RETURN_NAMES = (MODEL,), ("model",)
+    RETURN_TYPES = (MODEL,)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("the model, for all other nodes of Kandinsky 5",)
 
     @classmethod
     def INPUT_TYPES(cls):
         """The presets, then the files in ComfyUI's models/diffusion_models."""
-        names = [*PRESETS, *_listed("diffusion_models")]
-        choice = (
-            names,
-            {
-                "default": "tiny",
-                "tooltip": "a released checkpoint, fetched once, or "
-                "a file in models/diffusion_models",
-            },
-        )
+        names = [*PRESETS, *listed("diffusion_models")]
+        tooltip = "a released checkpoint, fetched once, or a file in models/diffusion_models"
+        choice = (names, {"default": "tiny", "tooltip": tooltip})
         return {"required": {**cls.INPUTS, "model": choice}, "optional": dict(cls.OPTIONAL)}
 
     def run(
-        self, model: str, dtype: str = "auto", quantize: str = "none", path: str = "", **places: str
+        self,
+        model: str,
+        dtype: str = "auto",
+        quantize: str = "none",
+        path: str = "",
+        **places: str,
     ) -> tuple:
         import torch
 
         from ..pipeline import Kandinsky5
+        from .running import working
         from .staged import Loaded, StagedModel
 
-        name = path.strip() or (model if model in PRESETS else _file("diffusion_models", model))
-        folders = {
-            place: _folder("vae" if place == "vae" else "text_encoders", given.strip())
-            for place, given in places.items()
-        }
-        with _working():
+        name = path.strip() or (model if model in PRESETS else file_of("diffusion_models", model))
+        folders: dict[str, Any] = {}
+        for place, given in places.items():
+            folder = folder_of("vae" if place == "vae" else "text_encoders", given.strip())
+            if folder:
+                folders[place] = folder
+        dtype_name = DTYPES[dtype]
+        with working():
             loaded = Kandinsky5.from_pretrained(
                 name,
-                _device(),
-                DTYPES[dtype] and getattr(torch, DTYPES[dtype]),
+                device(),
+                None if dtype_name is None else getattr(torch, dtype_name),
                 quantize=None if quantize == "none" else quantize,
-                **{place: folder for place, folder in folders.items() if folder},
+                **folders,
             )
         return (Loaded(StagedModel(loaded)),)
 
@@ -155,21 +170,49 @@ class LoadLora(Node):
 
     TITLE = "Kandinsky 5: LoRA"
     INPUTS = {
-        "model": (MODEL,),
-        "path": _text(
-            "a .safetensors file or a folder with one, in models/loras or anywhere", False
+        "model": _MODEL,
+        "lora": ("COMBO", {}),
+        "strength": (
+            "FLOAT",
+            {
+                "default": 1.0,
+                "min": -10.0,
+                "max": 10.0,
+                "step": 0.05,
+                "tooltip": "how much of the LoRA is added; 1: as it was trained, 0: nothing",
+            },
         ),
-        "strength": ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}),
     }
-    RETURN_TYPES, RETURN_NAMES = (MODEL,), ("model",)
+    OPTIONAL = {
+        "path": _text("a .safetensors file or a folder with one, instead of the LoRA above", False)
+    }
+    RETURN_TYPES = (MODEL,)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("the model with the LoRA, for the nodes after this one",)
 
-    def run(self, model, path: str, strength: float = 1.0) -> tuple:
+    @classmethod
+    def INPUT_TYPES(cls):
+        """The files in ComfyUI's models/loras."""
+        choice = _choice("a file in models/loras", NO_FILE, *listed("loras"))
+        return {"required": {**cls.INPUTS, "lora": choice}, "optional": dict(cls.OPTIONAL)}
+
+    def run(
+        self,
+        model,
+        lora: str = NO_FILE,
+        strength: float = 1.0,
+        path: str = "",
+    ) -> tuple:
         from dataclasses import replace
 
-        with_one_more = replace(
-            model, adapters=(*model.adapters, (_file("loras", path.strip()), strength))
-        )
-        with _working():
+        from .running import working
+
+        name = path.strip() or lora
+        if name == NO_FILE:
+            return (model,)
+        adapters = (*model.adapters, (file_of("loras", name), strength))
+        with_one_more = replace(model, adapters=adapters)
+        with working():
             with_one_more.use()  # says now what does not fit
         return (with_one_more,)
 
@@ -179,18 +222,27 @@ class ExpandPrompt(Node):
 
     TITLE = "Kandinsky 5: expand prompt"
     INPUTS = {
-        "model": (MODEL,),
+        "model": _MODEL,
         "prompt": _text("what to draw"),
-        "still": ("BOOLEAN", {"default": False, "tooltip": "for one frame"}),
+        "still": _switch("for one frame"),
         "memory_gb": _MEMORY,
     }
-    OPTIONAL = {"image": ("IMAGE",)}
-    RETURN_TYPES, RETURN_NAMES = ("STRING",), ("prompt",)
+    OPTIONAL = {"image": _socket("IMAGE", "a picture that the language model sees, too")}
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("prompt",)
+    OUTPUT_TOOLTIPS = ("the detailed prompt, for the node that encodes text",)
 
     def run(
-        self, model, prompt: str, still: bool = False, memory_gb: float = 0.0, image=None
+        self,
+        model,
+        prompt: str,
+        still: bool = False,
+        memory_gb: float = 0.0,
+        image=None,
     ) -> tuple:
-        with _working():
+        from .running import working
+
+        with working():
             return (model.use().expand(prompt, image, still, _budget(memory_gb)),)
 
 
@@ -200,19 +252,18 @@ class EncodeText(Node):
 
     TITLE = "Kandinsky 5: encode text"
     INPUTS = {
-        "model": (MODEL,),
+        "model": _MODEL,
         "prompt": _text("what to draw"),
         "negative_prompt": _text("what to steer away from; empty: the model's own"),
-        "still": ("BOOLEAN", {"default": False, "tooltip": "for one frame of a video model"}),
+        "still": _switch("for one frame of a video model"),
         "memory_gb": _MEMORY,
     }
     OPTIONAL = {
-        "image": (
-            "IMAGE",
-            {"tooltip": "for image editing: the picture that the image encoder gives back"},
-        )
+        "image": _socket("IMAGE", "for image editing: the picture that the image encoder gives")
     }
-    RETURN_TYPES, RETURN_NAMES = (TEXT,), ("text",)
+    RETURN_TYPES = (TEXT,)
+    RETURN_NAMES = ("text",)
+    OUTPUT_TOOLTIPS = ("the embedded prompts, for the sampler",)
 
     def run(
         self,
@@ -223,10 +274,11 @@ class EncodeText(Node):
         memory_gb: float = 0.0,
         image=None,
     ) -> tuple:
-        with _working():
-            return (
-                model.use().encode_text(prompt, negative_prompt, image, still, _budget(memory_gb)),
-            )
+        from .running import working
+
+        budget = _budget(memory_gb)
+        with working():
+            return (model.use().encode_text(prompt, negative_prompt, image, still, budget),)
 
 
 class EncodeImage(Node):
@@ -235,30 +287,38 @@ class EncodeImage(Node):
 
     TITLE = "Kandinsky 5: encode image"
     INPUTS = {
-        "model": (MODEL,),
-        "image": ("IMAGE",),
-        "width": _whole("pixels, a multiple of 16", 4096, 16),
-        "height": _whole("pixels, a multiple of 16", 4096, 16),
-        "seed": _SEED,
+        "model": _MODEL,
+        "image": _socket("IMAGE", "the picture; of several the first"),
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        # does not change by itself: another seed for the sampler encodes nothing again
+        "seed": _number("INT", "of the noise in the encoded picture", LARGEST_SEED, 1),
         "memory_gb": _MEMORY,
     }
-    RETURN_TYPES, RETURN_NAMES = (
-        ("LATENT", "IMAGE", "INT", "INT"),
-        ("latent", "image", "width", "height"),
+    RETURN_TYPES = ("LATENT", "IMAGE", "INT", "INT")
+    RETURN_NAMES = ("latent", "image", "width", "height")
+    OUTPUT_TOOLTIPS = (
+        "the encoded picture, for the sampler",
+        "the picture as it was encoded, for the text encoder of image editing",
+        "of the encoded picture, in pixels",
+        "of the encoded picture, in pixels",
     )
 
     def run(
-        self, model, image, width: int = 0, height: int = 0, seed: int = 0, memory_gb: float = 0.0
+        self,
+        model,
+        image,
+        width: int = 0,
+        height: int = 0,
+        seed: int = 0,
+        memory_gb: float = 0.0,
     ) -> tuple:
-        if bool(width) != bool(height):
-            raise ValueError(
-                f"width and height must be given together, got {width}x{height}; set "
-                "both, or both to 0"
-            )
-        with _working():
-            latent, seen = model.use().encode_image(
-                image, (height, width) if width else None, seed, _budget(memory_gb)
-            )
+        from .running import working
+
+        _check_size(width, height)
+        size = (height, width) if width else None
+        with working():
+            latent, seen = model.use().encode_image(image, size, seed, _budget(memory_gb))
         return latent, seen, seen.shape[2], seen.shape[1]
 
 
@@ -267,15 +327,25 @@ class Sample(Node):
 
     TITLE = "Kandinsky 5: sample"
     INPUTS = {
-        "model": (MODEL,),
-        "text": (TEXT,),
-        "width": _whole("pixels, a multiple of 16", 4096, 16),
-        "height": _whole("pixels, a multiple of 16", 4096, 16),
+        "model": _MODEL,
+        "text": _socket(TEXT, "from the node that encodes text"),
+        "width": _WIDTH,
+        "height": _HEIGHT,
         "frames": _whole("4k + 1, at 24 per second", 1025),
         "steps": _whole("of sampling", 1000),
-        "guidance": _number("1 means none, and halves the work", 100.0),
-        "scheduler_scale": _number("above 1, more of the steps go to the noisy end", 100.0),
-        "seed": _SEED,
+        "guidance": _number(
+            "FLOAT", f"1 means none, and halves the work; 0: {RELEASED}", 100.0, 0.1
+        ),
+        "scheduler_scale": _number(
+            "FLOAT", f"above 1, more of the steps go to the noisy end; 0: {RELEASED}", 100.0, 0.1
+        ),
+        "seed": _number(
+            "INT",
+            "of the noise that sampling begins with",
+            LARGEST_SEED,
+            1,
+            control_after_generate=True,
+        ),
         "batch_size": (
             "INT",
             {"default": 1, "min": 1, "max": 64, "tooltip": "results, the i-th with seed + i"},
@@ -293,13 +363,14 @@ class Sample(Node):
         "memory_gb": _MEMORY,
     }
     OPTIONAL = {
-        "image_latent": ("LATENT", {"tooltip": "the first frame, or the picture to edit"}),
-        "last_latent": (
-            "LATENT",
-            {"tooltip": "the last frame, of an image-to-video checkpoint (untrained)"},
+        "image_latent": _socket("LATENT", "the first frame, or the picture to edit"),
+        "last_latent": _socket(
+            "LATENT", "the last frame, of an image-to-video checkpoint (untrained)"
         ),
     }
-    RETURN_TYPES, RETURN_NAMES = ("LATENT",), ("latent",)
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("latent",)
+    OUTPUT_TOOLTIPS = ("the sampled latents, for a node that decodes or saves them",)
 
     def run(
         self,
@@ -311,35 +382,33 @@ class Sample(Node):
         last_latent=None,
         **settings,
     ) -> tuple:
-        names = {
-            "frames": "num_frames",
-            "steps": "num_inference_steps",
-            "guidance": "guidance_scale",
-        }
+        from .running import Bar, Previews, working
+
         budget = _budget(settings.pop("memory_gb", 0.0))
+        _check_size(settings.get("width", 0), settings.get("height", 0))
         given = {
-            names.get(name, name): None if value in (0, RELEASED) else value
+            SETTINGS.get(name, name): None if value in (0, RELEASED) else value
             for name, value in settings.items()
         }
-        progress = _Progress()
+        bar = Bar()
+        with working():
+            staged = model.use()
+            previews = Previews(staged.model)
 
-        def stepped(stage, step, steps, latents):
-            if stage == "sampling":
-                progress(step, steps)
+            def stepped(done: int, steps: int, clean) -> None:
+                bar(done, steps, None if clean is None else previews(clean))
 
-        with _working():
-            return (
-                model.use().sample(
-                    text,
-                    seed,
-                    batch_size,
-                    image_latent,
-                    last_latent,
-                    stepped,
-                    memory_budget=budget,
-                    **given,
-                ),
+            latent = staged.sample(
+                text,
+                seed,
+                batch_size,
+                image_latent,
+                last_latent,
+                stepped,
+                memory_budget=budget,
+                **given,
             )
+        return (latent,)
 
 
 class Decode(Node):
@@ -347,8 +416,8 @@ class Decode(Node):
 
     TITLE = "Kandinsky 5: decode"
     INPUTS = {
-        "model": (MODEL,),
-        "latent": ("LATENT",),
+        "model": _MODEL,
+        "latent": _socket("LATENT", "what the sampler or a node that loads latents gives"),
         "vae_policy": _choice(
             "one piece, the published pipeline's tiles, or colours only; "
             "auto: one piece while the clip is small",
@@ -359,12 +428,22 @@ class Decode(Node):
         ),
         "memory_gb": _MEMORY,
     }
-    RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("images",)
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("images",)
+    OUTPUT_TOOLTIPS = ("the frames, for nodes that save or show them",)
 
-    def run(self, model, latent, vae_policy: str = "auto", memory_gb: float = 0.0) -> tuple:
-        with _working():
-            policy = None if vae_policy == "auto" else vae_policy
-            return (model.use().decode(latent, policy, _budget(memory_gb), _Progress()),)
+    def run(
+        self,
+        model,
+        latent,
+        vae_policy: str = "auto",
+        memory_gb: float = 0.0,
+    ) -> tuple:
+        from .running import Bar, working
+
+        policy = None if vae_policy == "auto" else vae_policy
+        with working():
+            return (model.use().decode(latent, policy, _budget(memory_gb), Bar()),)
 
 
 class Accelerate(Node):
@@ -373,28 +452,31 @@ class Accelerate(Node):
 
     TITLE = "Accelerate Kandinsky 5"
     INPUTS = {
-        "model": ("MODEL",),
+        "model": _socket("MODEL", "a Kandinsky 5 model from ComfyUI's own loader"),
         "attention": _choice(
-            "auto: what the checkpoints of this width were released with "
-            "at the length and size at hand",
+            "auto: what the checkpoints of this width were released with at the length and size "
+            "at hand",
             "auto",
             "nabla",
             "dense",
         ),
-        "keep_mass": (
+        "keep_mass": _number(
             "FLOAT",
-            {
-                "default": 0.0,
-                "min": 0.0,
-                "max": 1.0,
-                "step": 0.05,
-                "tooltip": f"share of the attention that NABLA keeps, the paper's P; 0: {RELEASED}",
-            },
+            f"share of the attention that NABLA keeps, the paper's P; 0: {RELEASED}",
+            1.0,
+            0.05,
         ),
     }
-    RETURN_TYPES, RETURN_NAMES = ("MODEL",), ("model",)
+    RETURN_TYPES = ("MODEL",)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("the accelerated model, for ComfyUI's own samplers",)
 
-    def run(self, model, attention: str = "auto", keep_mass: float = 0.0) -> tuple:
+    def run(
+        self,
+        model,
+        attention: str = "auto",
+        keep_mass: float = 0.0,
+    ) -> tuple:
         from ..acceleration.comfyui import accelerated
 
         return (accelerated(model, attention, keep_mass or None),)
@@ -415,78 +497,12 @@ NODES = {
 }
 
 
-class _Progress:
-    """ComfyUI's bar for the node that runs, moved by calls (done, of); each of them is where a stop
-    asked for in ComfyUI happens."""
-
-    def __init__(self):
-        self._bar = None
-
-    def __call__(self, done: int, of: int) -> None:
-        _stop_if_asked()
-        utils = _comfy("comfy.utils")
-        if utils is not None:
-            self._bar = self._bar or utils.ProgressBar(of)
-            self._bar.update_absolute(done, of)
-
-
-def _comfy(module: str):
-    """A module of ComfyUI, or None where it does not run."""
-    try:
-        return import_module(module)
-    except ImportError:
-        return None
-
-
-def _stop_if_asked() -> None:
-    management = _comfy("comfy.model_management")
-    if management is not None:
-        management.throw_exception_if_processing_interrupted()
-
-
-@contextmanager
-def _working():
-    """ComfyUI's models leave the device, which the budgets count as free, and tensors are ordinary
-    ones: its inference mode would make weights that no later, ordinary code may touch."""
-    import torch
-
-    _stop_if_asked()
-    management = _comfy("comfy.model_management")
-    if management is not None and management.get_torch_device().type != "cpu":
-        management.unload_all_models()
-        management.soft_empty_cache()
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def _device() -> str | None:
-    management = _comfy("comfy.model_management")
-    return None if management is None else str(management.get_torch_device())
-
-
 def _budget(memory_gb: float) -> int | None:
     return round(memory_gb * BYTES_PER_GB) or None
 
 
-def _listed(kind: str) -> list[str]:
-    """The .safetensors files in a folder of ComfyUI's models, by the names it shows."""
-    folders = _comfy("folder_paths")
-    return (
-        []
-        if folders is None
-        else [name for name in folders.get_filename_list(kind) if name.endswith(".safetensors")]
-    )
-
-
-def _file(kind: str, name: str) -> str:
-    """Where the file of this name lies in ComfyUI's models; the name itself where it is none of
-    them."""
-    folders = _comfy("folder_paths")
-    return (folders and folders.get_full_path(kind, name)) or name
-
-
-def _folder(kind: str, name: str) -> str:
-    """Likewise of a folder."""
-    folders = _comfy("folder_paths")
-    roots = folders.get_folder_paths(kind) if folders and name else []
-    return next((str(Path(root, name)) for root in roots if Path(root, name).is_dir()), name)
+def _check_size(width: int, height: int) -> None:
+    if bool(width) != bool(height):
+        raise ValueError(
+            f"width and height must be given together, got {width}x{height}; set both, or both to 0"
+        )

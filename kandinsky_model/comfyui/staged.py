@@ -18,12 +18,15 @@ from torch import Tensor
 
 from ..pipeline import Kandinsky5
 from ..sampling.given import TASKS_WITH_PICTURES, Given
-from ..sampling.progress import Callback
 from ..sampling.request import Request
 from ..sampling.run import Run
+from ..sampling.sampler import schedule
 from ..sampling.settings import Settings, complete
 from ..text.embeddings import Conditioning
+from .running import PERCENT, OperatorWatch
 
+# (steps done, steps, the latents [B, T, h, w, C] that sampling heads for, or None)
+Stepped = Callable[[int, int, Tensor | None], None]
 ANY_GUIDANCE = 2.0  # not 1: the sampler's node is told how much
 
 
@@ -151,13 +154,14 @@ class StagedModel:
         count: int,
         first: dict | None = None,
         last: dict | None = None,
-        callback: Callback | None = None,
+        stepped: Stepped | None = None,
         **settings,
     ) -> dict[str, Tensor]:
         """LATENT of `count` results, the i-th with seed + i.
 
         first, last: LATENTs of what the video begins and ends with, or first of the picture to
-        edit. They settle the size. settings: those of `Kandinsky5.generate`, and memory_budget.
+        edit. They settle the size. stepped: is told each step; an exception that it raises stops.
+        settings: those of `Kandinsky5.generate`, and memory_budget.
         """
         model = self.model
         budget = settings.pop("memory_budget", None)
@@ -183,7 +187,7 @@ class StagedModel:
             frames = {0: first_latents, made[0].grid.T - 1: last_latents}
             given = Given({i: latents for i, latents in frames.items() if latents is not None})
         run = Run(made, model.noise(made), text.cond.repeat(count), uncond, given)
-        videos = model.sample(run, callback, budget)
+        videos = model.sample(run, stepped and _Heading(run, stepped), budget)
         return self.to_comfy(torch.cat([video.latents for video in videos]))
 
     def decode(
@@ -193,8 +197,11 @@ class StagedModel:
         memory_budget: int | None = None,
         notify: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """IMAGE [B * F, H, W, 3] of a LATENT. notify: called with (frames done, of) after each
-        piece; an exception that it raises stops."""
+        """IMAGE [B * F, H, W, 3] of a LATENT.
+
+        notify: called with (percent done, 100) all the while, also before the first piece; an
+        exception that it raises stops.
+        """
         model = self.model
         latents = self.from_comfy(latent)
         B, T, h, w, _ = latents.shape
@@ -208,13 +215,22 @@ class StagedModel:
         settings = complete(model.preset, model.name, ["a latent"], 0, given)[0]
         frames = torch.empty(B * settings.num_frames, settings.height, settings.width, 3)
         pieces = (model.decode(one, settings, memory_budget) for one in latents.split(1))
-        done = 0
-        for piece in chain.from_iterable(pieces):  # [f, H, W, 3]
-            torch.div(piece, 255, out=frames[done : done + len(piece)])
-            done += len(piece)
-            if notify:
-                notify(done, len(frames))
+        progress = _Progress(self._normed_values(latents, settings.vae_policy), len(frames), notify)
+        with OperatorWatch(progress.normed):
+            done = 0
+            for piece in chain.from_iterable(pieces):  # [f, H, W, 3]
+                torch.div(piece, 255, out=frames[done : done + len(piece)])
+                done += len(piece)
+                progress.decoded(done)
         return frames
+
+    def _normed_values(self, latents: Tensor, policy: str) -> int:
+        """How many values norms read while latents [B, T, h, w, C] are decoded; 0 where that is not
+        known."""
+        vae: Any = self.model.vae
+        if not hasattr(vae, "normed_values"):
+            return 0
+        return vae.normed_values(latents.permute(0, 4, 1, 2, 3).shape, policy)
 
     def to_comfy(self, latents: Tensor) -> dict[str, Tensor]:
         """LATENT of scaled latents [B, T, h, w, C]."""
@@ -238,7 +254,8 @@ class StagedModel:
 
     def check_given(self, first: dict | None, last: dict | None) -> None:
         """Raise ValueError where the checkpoint does not go with the LATENTs that are connected."""
-        task, name = self.model.preset.task, self.model.preset.name
+        task = self.model.preset.task
+        name = self.model.preset.name
         wanted = task in TASKS_WITH_PICTURES
         if last is not None and task != "i2v":
             raise ValueError(
@@ -252,7 +269,12 @@ class StagedModel:
                 f"{name} takes no image, got one; disconnect it, or load an i2v or i2i checkpoint"
             )
 
-    def _settings(self, prompt: str, negative_prompt: str | None, still: bool) -> Settings:
+    def _settings(
+        self,
+        prompt: str,
+        negative_prompt: str | None,
+        still: bool,
+    ) -> Settings:
         given = {"num_frames": 1 if still else None}
         (settings,) = self.model.complete_settings([prompt], negative_prompt, 0, given)
         return settings
@@ -261,6 +283,68 @@ class StagedModel:
     def _scaling(self) -> float:
         vae: Any = self.model.vae
         return vae.config.scaling_factor
+
+
+class _Heading:
+    """A callback of `Kandinsky5.sample` that passes on the clean latents which each step heads for:
+    from two successive latents follows the velocity, and from that where it leads at time 0."""
+
+    def __init__(self, run: Run, stepped: Stepped):
+        settings = run.settings[0]
+        times = schedule(settings.num_inference_steps, settings.scheduler_scale)
+        self._times: list[float] = times.tolist()
+        self._latents = run.latents
+        self._stepped = stepped
+
+    def __call__(
+        self,
+        stage: str,
+        done: int,
+        steps: int,
+        latents: Tensor | None,
+    ) -> None:
+        if stage != "sampling":
+            return
+        clean = None
+        if latents is not None:
+            before = self._times[done - 1]
+            now = self._times[done]
+            velocity = (latents.float() - self._latents.to(latents.device).float()) / (now - before)
+            clean = latents - now * velocity
+            self._latents = latents
+        self._stepped(done, steps, clean)
+
+
+class _Progress:
+    """How far decoding has come, in percent: by the values that norms have read, and by frames.
+
+    total: of the values, 0 where it is not known. frames: to decode.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        frames: int,
+        notify: Callable[[int, int], None] | None,
+    ):
+        self._total = total
+        self._frames = frames
+        self._notify = notify
+        self._percent = 0
+
+    def normed(self, values: int) -> None:
+        if self._total:
+            self._tell(min(PERCENT * values // self._total, PERCENT - 1))
+        else:
+            self._tell(0)
+
+    def decoded(self, frames: int) -> None:
+        self._tell(PERCENT * frames // self._frames)
+
+    def _tell(self, percent: int) -> None:
+        self._percent = max(self._percent, percent)
+        if self._notify:
+            self._notify(self._percent, PERCENT)
 
 
 def _levels(image: Tensor) -> Tensor:

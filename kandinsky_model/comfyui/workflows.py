@@ -1,53 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example workflows for ComfyUI, made from the nodes' own definitions: `python -m
-kandinsky_model.comfyui_workflows` writes them.
+"""The example workflows for ComfyUI, made from the nodes' own definitions:
 
-A workflow is the JSON that ComfyUI saves: nodes with sockets and the values of their widgets in
-order, and links between sockets.
+    python -m kandinsky_model.comfyui.workflows
+
+writes them into `templates/`. A workflow is the JSON that ComfyUI saves: nodes, each with its
+sockets and the values of its widgets in order, and links between sockets. ComfyUI shows the name of
+the file as the title.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from .nodes import NODES, RELEASED
+from ..config import PRESETS
+from .nodes import NODES, RELEASED, Node
 
 FOLDER = Path(__file__).parent / "templates"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 COLUMN, ROW, LINE = 420, 60, 26  # pixels: between columns, between nodes, per socket or widget
+TEXT_LINES = 3  # more for a prompt
+TRY = "try it without a download"
 PREFIX = "KandinskyKernels"
 PROMPT = "a red fox walks through fresh snow at dawn, the camera follows it"
 
 
 @dataclass(frozen=True)
 class Definition:
-    """A node's inputs by name, in order: (type, value of the widget or None); whether each widget
-    is followed by one for its next value; and its outputs, (name, type)."""
+    """How a node looks, as far as a workflow needs it.
+
+    inputs: name -> (type, value of its widget, or None where it has none), in order. outputs:
+    (name, type). controlled: names of the widgets that another one follows, which says how the
+    value changes after each run.
+    """
 
     inputs: dict[str, tuple[str, object]]
     outputs: tuple[tuple[str, str], ...]
     controlled: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, node) -> Definition:
+    def of(cls, node: type[Node]) -> Definition:
         """Of one of this package's nodes."""
-        kinds = {name: kind for part in node.INPUT_TYPES().values() for name, kind in part.items()}
-        options = {name: kind[1] if len(kind) > 1 else {} for name, kind in kinds.items()}
-        inputs = {
-            name: ("COMBO" if isinstance(kind[0], list) else kind[0], options[name].get("default"))
-            for name, kind in kinds.items()
-        }
-        return cls(
-            inputs,
-            tuple(zip(node.RETURN_NAMES, node.RETURN_TYPES, strict=True)),
-            tuple(name for name in options if options[name].get("control_after_generate")),
-        )
+        inputs: dict[str, tuple[str, object]] = {}
+        controlled = []
+        for part in node.INPUT_TYPES().values():
+            for name, (kind, options) in part.items():
+                is_choice = isinstance(kind, list)
+                inputs[name] = ("COMBO" if is_choice else kind, options.get("default"))
+                if options.get("control_after_generate"):
+                    controlled.append(name)
+        outputs = tuple(zip(node.RETURN_NAMES, node.RETURN_TYPES, strict=True))
+        return cls(inputs, outputs, tuple(controlled))
 
 
-# What ComfyUI's own nodes look like, as far as the workflows use them.
+@dataclass(frozen=True)
+class ModelFile:
+    """A file that one of ComfyUI's own nodes loads, with where it comes from and belongs to.
+    ComfyUI offers to fetch it where it is missing."""
+
+    name: str
+    url: str
+    directory: str
+
+    @classmethod
+    def on_the_hub(
+        cls,
+        repository: str,
+        path: str,
+        directory: str,
+    ) -> ModelFile:
+        url = f"https://huggingface.co/{repository}/resolve/main/{path}"
+        return cls(path.rpartition("/")[2], url, directory)
+
+
+LITE_10S = PRESETS["t2v-lite-sft-10s"]
+TRANSFORMER = ModelFile.on_the_hub(LITE_10S.repo, f"model/{LITE_10S.filename}", "diffusion_models")
+QWEN = ModelFile.on_the_hub(
+    "Comfy-Org/HunyuanVideo_1.5_repackaged",
+    "split_files/text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors",
+    "text_encoders",
+)
+CLIP = ModelFile.on_the_hub(
+    "comfyanonymous/flux_text_encoders", "clip_l.safetensors", "text_encoders"
+)
+VAE = ModelFile.on_the_hub(
+    "Comfy-Org/HunyuanVideo_repackaged",
+    "split_files/vae/hunyuan_video_vae_bf16.safetensors",
+    "vae",
+)
+
+# ComfyUI's own nodes, as far as the workflows use them.
 CORE = {
     "LoadImage": Definition(
         {"image": ("COMBO", "example.png")}, (("IMAGE", "IMAGE"), ("MASK", "MASK"))
@@ -72,16 +117,14 @@ CORE = {
     ),
     "DualCLIPLoader": Definition(
         {
-            "clip_name1": ("COMBO", "qwen_2.5_vl_7b_fp8_scaled.safetensors"),
-            "clip_name2": ("COMBO", "clip_l.safetensors"),
+            "clip_name1": ("COMBO", QWEN.name),
+            "clip_name2": ("COMBO", CLIP.name),
             "type": ("COMBO", "kandinsky5"),
             "device": ("COMBO", "default"),
         },
         (("CLIP", "CLIP"),),
     ),
-    "VAELoader": Definition(
-        {"vae_name": ("COMBO", "hunyuan_video_vae_bf16.safetensors")}, (("VAE", "VAE"),)
-    ),
+    "VAELoader": Definition({"vae_name": ("COMBO", VAE.name)}, (("VAE", "VAE"),)),
     "CLIPTextEncode": Definition(
         {"text": ("STRING", ""), "clip": ("CLIP", None)}, (("CONDITIONING", "CONDITIONING"),)
     ),
@@ -144,101 +187,120 @@ class Output:
 class Graph:
     """A workflow that grows node by node, each after those it reads from."""
 
-    def __init__(self):
-        self.known, self.nodes, self.links, self._columns = definitions(), [], [], []
+    def __init__(self) -> None:
+        self.known = definitions()
+        self.nodes: list[dict] = []
+        self.links: list[list] = []
+        self._columns: list[int] = []  # of each node, from the left
 
-    def add(self, kind: str, **inputs) -> dict[str, Output]:
-        """Add a node: an input is an `Output` to read from or what its widget says. Its outputs by
-        name. ValueError for what it lacks."""
+    def add(
+        self,
+        kind: str,
+        models: tuple[ModelFile, ...] = (),
+        **inputs: object,
+    ) -> dict[str, Output]:
+        """Add a node and return its outputs by name.
+
+        inputs: each an `Output` to read from, or what the widget says. models: the files that the
+        node loads. Raises ValueError for an input that the node lacks, or of another type.
+        """
         kind = kind if kind in self.known else PREFIX + kind
-        definition, number = self.known[kind], len(self.nodes) + 1
-        sockets = [
-            self._socket(number, name, definition, inputs)
-            for name in definition.inputs
-            if definition.inputs[name][0] not in WIDGETS or isinstance(inputs.get(name), Output)
-        ]
-        for slot, socket in enumerate(sockets):
-            if socket["link"]:
-                self.links[socket["link"] - 1][4] = slot
-        if set(inputs) - set(definition.inputs):
+        definition = self.known[kind]
+        unknown = sorted(set(inputs) - set(definition.inputs))
+        if unknown:
             raise ValueError(
-                f"{kind} has the inputs {', '.join(definition.inputs)}, got "
-                f"{sorted(set(inputs) - set(definition.inputs))}"
+                f"{kind} has the inputs {', '.join(definition.inputs)}, got {unknown}; "
+                "leave these out"
             )
+        number = len(self.nodes) + 1
+        sockets = self._sockets(number, definition, inputs)
         outputs = [
             {"name": name, "type": one, "links": [], "slot_index": i}
             for i, (name, one) in enumerate(definition.outputs)
         ]
-        column = 1 + max(
-            (self._columns[one.node - 1] for one in inputs.values() if isinstance(one, Output)),
-            default=-1,
-        )
         values = list(_widgets(definition, inputs))
-        height = ROW + LINE * (
-            max(len(sockets), len(outputs))
-            + len(values)
-            + 3 * ("text" in inputs or "prompt" in inputs)
-        )
-        above = sum(
-            node["size"][1] + ROW
-            for node, other in zip(self.nodes, self._columns, strict=True)
-            if other == column
-        )
+        text_lines = TEXT_LINES * ("text" in inputs or "prompt" in inputs)
+        height = ROW + LINE * (max(len(sockets), len(outputs)) + len(values) + text_lines)
+        properties: dict[str, object] = {"Node name for S&R": kind}
+        if models:
+            properties["models"] = [asdict(model) for model in models]
         self.nodes.append(
             {
                 "id": number,
                 "type": kind,
-                "pos": [column * COLUMN, above],
+                "pos": self._place(inputs),
                 "size": [COLUMN - ROW, height],
                 "flags": {},
                 "order": number - 1,
                 "mode": 0,
                 "inputs": sockets,
                 "outputs": outputs,
-                "properties": {"Node name for S&R": kind},
+                "properties": properties,
                 "widgets_values": values,
             }
         )
-        self._columns.append(column)
         return {
             name: Output(number, slot, one) for slot, (name, one) in enumerate(definition.outputs)
         }
 
-    def _socket(self, number: int, name: str, definition: Definition, inputs: dict) -> dict:
-        source, (kind, default) = inputs.get(name), definition.inputs[name]
-        socket = {"name": name, "type": kind, "link": None}
-        if default is not None:
-            socket["widget"] = {"name": name}
-        if isinstance(source, Output):
-            if source.kind != kind:
-                raise ValueError(f"{name} reads {kind}, got {source.kind}")
-            socket["link"] = len(self.links) + 1
-            self.links.append([socket["link"], source.node, source.slot, number, 0, kind])
-            self.nodes[source.node - 1]["outputs"][source.slot]["links"].append(socket["link"])
-        return socket
+    def _place(self, inputs: dict[str, object]) -> list[int]:
+        """[x, y] of the next node: one column to the right of all that it reads from, below what
+        stands there."""
+        sources = [one for one in inputs.values() if isinstance(one, Output)]
+        column = 1 + max((self._columns[source.node - 1] for source in sources), default=-1)
+        above = sum(
+            node["size"][1] + ROW
+            for node, other in zip(self.nodes, self._columns, strict=True)
+            if other == column
+        )
+        self._columns.append(column)
+        return [column * COLUMN, above]
+
+    def _sockets(
+        self,
+        number: int,
+        definition: Definition,
+        inputs: dict[str, object],
+    ) -> list[dict]:
+        """The inputs that are sockets: those without a widget, and those that are linked."""
+        sockets: list[dict] = []
+        for name, (kind, default) in definition.inputs.items():
+            source = inputs.get(name)
+            if kind in WIDGETS and not isinstance(source, Output):
+                continue
+            socket: dict = {"name": name, "type": kind, "link": None}
+            if default is not None:
+                socket["widget"] = {"name": name}
+            if isinstance(source, Output):
+                if source.kind != kind:
+                    raise ValueError(
+                        f"{name} reads {kind}, got {source.kind}; link an output of that type"
+                    )
+                link = len(self.links) + 1
+                socket["link"] = link
+                self.links.append([link, source.node, source.slot, number, len(sockets), kind])
+                self.nodes[source.node - 1]["outputs"][source.slot]["links"].append(link)
+            sockets.append(socket)
+        return sockets
 
     def json(self) -> str:
         """As a file that ComfyUI opens."""
-        return (
-            json.dumps(
-                {
-                    "last_node_id": len(self.nodes),
-                    "last_link_id": len(self.links),
-                    "nodes": self.nodes,
-                    "links": self.links,
-                    "groups": [],
-                    "config": {},
-                    "extra": {},
-                    "version": 0.4,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        workflow = {
+            "last_node_id": len(self.nodes),
+            "last_link_id": len(self.links),
+            "nodes": self.nodes,
+            "links": self.links,
+            "groups": [],
+            "config": {},
+            "extra": {},
+            "version": 0.4,
+        }
+        return json.dumps(workflow, indent=1) + "\n"
 
 
 def _widgets(definition: Definition, inputs: dict) -> Iterator[object]:
-    """Their values in order; one that counts up by itself is followed by how."""
+    """The values of a node's widgets in order; one that changes after each run is followed by
+    how."""
     for name, (kind, default) in definition.inputs.items():
         if kind in WIDGETS:
             given = inputs.get(name)
@@ -247,16 +309,25 @@ def _widgets(definition: Definition, inputs: dict) -> Iterator[object]:
             yield "randomize"
 
 
-def _ours(preset: str, prompt: str, takes_image: bool, video: bool, **settings) -> Graph:
+def _staged(
+    preset: str,
+    prompt: str,
+    takes_image: bool,
+    video: bool,
+    **settings,
+) -> Graph:
     """Load, encode, sample, decode and save, with this package's nodes."""
     graph = Graph()
-    model, given = graph.add("LoadModel", model=preset)["model"], {}
+    model = graph.add("LoadModel", model=preset)["model"]
+    begin: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
     if takes_image:
-        given = graph.add("EncodeImage", model=model, image=graph.add("LoadImage")["IMAGE"])
-    seen = {"image": given["image"]} if takes_image and not video else {}
+        picture = graph.add("LoadImage")["IMAGE"]
+        encoded = graph.add("EncodeImage", model=model, image=picture)
+        begin = {"image_latent": encoded["latent"]}
+        seen = {} if video else {"image": encoded["image"]}
     text = graph.add("EncodeText", model=model, prompt=prompt, **seen)["text"]
-    first = {"image_latent": given["latent"]} if takes_image else {}
-    latent = graph.add("Sample", model=model, text=text, **first, **settings)["latent"]
+    latent = graph.add("Sample", model=model, text=text, **begin, **settings)["latent"]
     images = graph.add("Decode", model=model, latent=latent)["images"]
     if video:
         graph.add("SaveVideo", video=graph.add("CreateVideo", images=images)["VIDEO"])
@@ -268,17 +339,21 @@ def _ours(preset: str, prompt: str, takes_image: bool, video: bool, **settings) 
 def _accelerated() -> Graph:
     """ComfyUI's own nodes for the 10 s model, accelerated."""
     graph = Graph()
-    model = graph.add("UNETLoader", unet_name="kandinsky5lite_t2v_sft_10s.safetensors")["MODEL"]
-    model = graph.add(
-        "ModelSamplingSD3", model=graph.add("Accelerate", model=model)["model"], shift=10.0
-    )["MODEL"]
-    clip, vae = graph.add("DualCLIPLoader")["CLIP"], graph.add("VAELoader")["VAE"]
+    loaded = graph.add("UNETLoader", (TRANSFORMER,), unet_name=TRANSFORMER.name)["MODEL"]
+    fast = graph.add("Accelerate", model=loaded)["model"]
+    model = graph.add("ModelSamplingSD3", model=fast, shift=LITE_10S.scheduler_scale)["MODEL"]
+    clip = graph.add("DualCLIPLoader", (QWEN, CLIP))["CLIP"]
+    vae = graph.add("VAELoader", (VAE,))["VAE"]
     positive, negative = (
         graph.add("CLIPTextEncode", clip=clip, text=text)["CONDITIONING"]
         for text in (PROMPT, "static, blurred")
     )
     begun = graph.add(
-        "Kandinsky5ImageToVideo", positive=positive, negative=negative, vae=vae, length=241
+        "Kandinsky5ImageToVideo",
+        positive=positive,
+        negative=negative,
+        vae=vae,
+        length=LITE_10S.frames,
     )
     latent = graph.add(
         "KSampler",
@@ -286,8 +361,8 @@ def _accelerated() -> Graph:
         positive=begun["positive"],
         negative=begun["negative"],
         latent_image=begun["latent"],
-        steps=50,
-        cfg=5.0,
+        steps=LITE_10S.steps,
+        cfg=LITE_10S.guidance,
     )["LATENT"]
     images = graph.add("VAEDecode", samples=latent, vae=vae)["IMAGE"]
     graph.add("SaveVideo", video=graph.add("CreateVideo", images=images)["VIDEO"])
@@ -297,21 +372,26 @@ def _accelerated() -> Graph:
 def workflows() -> dict[str, str]:
     """Name of the file -> its text."""
     made = {
-        "text_to_video": _ours("t2v-lite-sft-5s", PROMPT, False, True, attention=RELEASED),
-        "image_to_video": _ours("i2v-lite-5s", "the bear waves", True, True),
-        "text_to_image": _ours("t2i-lite-sft", PROMPT, False, False),
-        "image_editing": _ours("i2i-lite-sft", "make it night", True, False),
-        "accelerated_native": _accelerated(),
+        TRY: _staged("tiny", "a red circle moving right", False, True),
+        "text to video": _staged("t2v-lite-sft-5s", PROMPT, False, True, attention=RELEASED),
+        "image to video": _staged("i2v-lite-5s", "the bear waves", True, True),
+        "text to image": _staged("t2i-lite-sft", PROMPT, False, False),
+        "image editing": _staged("i2i-lite-sft", "make it night", True, False),
+        "accelerated ComfyUI nodes": _accelerated(),
     }
-    return {f"kandinsky5_{name}.json": graph.json() for name, graph in made.items()}
+    return {f"Kandinsky 5 - {name}.json": graph.json() for name, graph in made.items()}
 
 
 def write(folder: Path = FOLDER) -> list[Path]:
-    """Write all of them into `folder`, and return their paths."""
+    """Write all of them into `folder`, in place of what is there, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in workflows().items():
+    texts = workflows()
+    for path in folder.glob("*.json"):
+        if path.name not in texts:
+            path.unlink()
+    for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in workflows()]
+    return [folder / name for name in texts]
 
 
 if __name__ == "__main__":

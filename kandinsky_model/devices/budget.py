@@ -99,7 +99,11 @@ class Placement:
         return f"{name}: {way.peak_bytes / 1e9:.3g} of {self.budget / 1e9:.3g} GB{how}"
 
 
-def choose_ways(ways: Mapping[str, Iterable[Way]], everything: int, budget: int) -> Placement:
+def choose_ways(
+    ways: Mapping[str, Iterable[Way]],
+    everything: int,
+    budget: int,
+) -> Placement:
     """The first way of each stage that fits into `budget` bytes.
 
     ways: the ways of each stage, fastest first. everything: bytes of all networks together; where

@@ -173,7 +173,12 @@ class Store:
     """All tensors of a layer, in few pieces of host memory: one at first, and one more for every
     later change, such as a new adapter."""
 
-    def __init__(self, modules: Sequence[nn.Module], without: Sequence[nn.Module], pinned: bool):
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        without: Sequence[nn.Module],
+        pinned: bool,
+    ):
         self.modules = modules
         self.without = without
         self.pinned = pinned

@@ -30,7 +30,12 @@ class LayerStream:
     copies and the computing stream.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], stores: Sequence[Store], device: torch.device):
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        stores: Sequence[Store],
+        device: torch.device,
+    ):
         self.stores = stores
         self.device = device
         size = max(store.size for store in stores)

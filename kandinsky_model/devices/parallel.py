@@ -27,7 +27,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def share(world: int, heads: int, guided: bool) -> tuple[int, int]:
+def share(
+    world: int,
+    heads: int,
+    guided: bool,
+) -> tuple[int, int]:
     """How `world` processes share a run: (passes at a time, ranks that split the heads of a pass).
 
     Passes come first, because between them only velocities are exchanged. ValueError where the
@@ -231,7 +235,11 @@ def _termination_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, afterwards)
 
 
-def _is_told(store: dist.Store, rank: int, text: str) -> bool:
+def _is_told(
+    store: dist.Store,
+    rank: int,
+    text: str,
+) -> bool:
     """Whether another process was the first to fail with this text."""
     key = f"kandinsky/failure/{zlib.crc32(text.encode())}"
     try:

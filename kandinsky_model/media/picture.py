@@ -98,7 +98,11 @@ def _from_pil(image: Image) -> Tensor:
     return pixels.permute(2, 0, 1)  # [3, H, W]
 
 
-def crop(image: Tensor, height: int, width: int) -> Tensor:
+def crop(
+    image: Tensor,
+    height: int,
+    width: int,
+) -> Tensor:
     """The largest middle part of uint8 [3, H, W] that has the aspect ratio of height x width."""
     full_height, full_width = image.shape[1:]
     kept_height = min(full_height, round(full_width * height / width))
@@ -108,7 +112,11 @@ def crop(image: Tensor, height: int, width: int) -> Tensor:
     return image[:, top : top + kept_height, left : left + kept_width]
 
 
-def resize(image: Tensor, height: int, width: int) -> Tensor:
+def resize(
+    image: Tensor,
+    height: int,
+    width: int,
+) -> Tensor:
     """uint8 [3, height, width] of uint8 [3, h, w], on the CPU: bilinear, antialiased, with the
     8-bit arithmetic of picture libraries."""
     batch = image.cpu()[None]  # [1, 3, h, w]

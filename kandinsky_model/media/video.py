@@ -84,7 +84,10 @@ def h264_encoder() -> str:
 
 
 def save(
-    frames: Tensor | Iterable[Tensor], path: str | os.PathLike, fps: int = 24, comment: str = ""
+    frames: Tensor | Iterable[Tensor],
+    path: str | os.PathLike,
+    fps: int = 24,
+    comment: str = "",
 ) -> list[Path]:
     """Write uint8 [F, H, W, 3] to `path` in the format of its extension; the files written.
 
@@ -129,7 +132,11 @@ def _checked(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         )
 
 
-def strip(frames: Tensor, count: int = 6, height: int = 160) -> Tensor:
+def strip(
+    frames: Tensor,
+    count: int = 6,
+    height: int = 160,
+) -> Tensor:
     """A contact strip [1, h, w, 3] of frames [F, H, W, 3]: `count` of them, evenly spread from the
     first to the last, `height` pixels high, side by side with white gaps."""
     count = min(count, len(frames))
@@ -145,7 +152,11 @@ def strip(frames: Tensor, count: int = 6, height: int = 160) -> Tensor:
     return torch.cat(columns, dim=2).permute(1, 2, 0)[None]  # [1, h, w, 3]
 
 
-def _save_png(frames: Tensor, path: Path, comment: str) -> list[Path]:
+def _save_png(
+    frames: Tensor,
+    path: Path,
+    comment: str,
+) -> list[Path]:
     from PIL import Image, PngImagePlugin
 
     info = PngImagePlugin.PngInfo()
@@ -165,7 +176,12 @@ def _numbered(path: Path, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}_{i:0{digits}d}{path.suffix}") for i in range(count)]
 
 
-def _write_gif(frames: Tensor, path: Path, fps: int, comment: str) -> None:
+def _write_gif(
+    frames: Tensor,
+    path: Path,
+    fps: int,
+    comment: str,
+) -> None:
     from PIL import Image
 
     images = [Image.fromarray(frame.numpy()) for frame in frames]
@@ -183,7 +199,12 @@ def _write_gif(frames: Tensor, path: Path, fps: int, comment: str) -> None:
     )
 
 
-def _write_mp4(pieces: Iterator[Tensor], path: Path, fps: int, comment: str) -> None:
+def _write_mp4(
+    pieces: Iterator[Tensor],
+    path: Path,
+    fps: int,
+    comment: str,
+) -> None:
     import av
 
     first = next(pieces)

@@ -43,6 +43,7 @@ SHARED = (
     "cache",
     "lora",
     "quantization",
+    "preset",
 )
 
 

@@ -28,7 +28,7 @@ LARGEST_SIDE = 16384
 MOST_FRAMES = 16385
 MOST_STEPS = 1000
 MOST_FPS = 240
-SEEDS = 2**63
+SEEDS = 2**64
 
 # From this many elements of the decoder's widest activation (256 channels at full size) on, clips
 # are decoded in the official tiles. This depends on the clip's size alone, never on free memory, so
@@ -43,7 +43,16 @@ CHOICES = {
     "vae_policy": POLICIES,
 }
 # Settings that `generate` does not take by name: it has them from elsewhere.
-NOT_BY_NAME = ("prompt", "expanded_prompt", "seed", "fps", "model", "lora", "quantization")
+NOT_BY_NAME = (
+    "prompt",
+    "expanded_prompt",
+    "seed",
+    "fps",
+    "model",
+    "preset",
+    "lora",
+    "quantization",
+)
 
 # What others call our settings.
 OTHER_NAMES = {
@@ -92,7 +101,8 @@ class Settings:
     expanded_prompt: what the language model made of the prompt, empty where it was not asked to.
     image, last_image: the paths of the given pictures, "given" for pictures that were no files.
     lora: "path:scale" of the active adapters. quantization: of the transformer's weights, or "".
-    model: the preset, path or repository that the weights came from.
+    model: the preset, path or repository that the weights came from. preset: whose attention and
+    positions were used; two models of one file may differ in it.
     """
 
     prompt: str
@@ -115,6 +125,7 @@ class Settings:
     quantization: str = ""
     fps: int = 24
     model: str = ""
+    preset: str = ""
 
     def __post_init__(self):
         for name in FIELD_TYPES:
@@ -138,7 +149,7 @@ class Settings:
                 f"scheduler_scale must be positive, got {self.scheduler_scale}; 5 is usual"
             )
         if not 0 <= self.seed < SEEDS:
-            raise ValueError(f"the seed must lie in 0 .. 2^63 - 1, got {self.seed}; choose another")
+            raise ValueError(f"the seed must lie in 0 .. 2^64 - 1, got {self.seed}; choose another")
         if not 1 <= self.fps <= MOST_FPS:
             raise ValueError(f"fps must lie in 1 .. {MOST_FPS}, got {self.fps}; 24 is usual")
 
@@ -258,6 +269,7 @@ def complete(
         "attention": "nabla" if preset.nabla else "dense",
         "fps": preset.fps,
         "model": name,
+        "preset": preset.name,
     }
     values = released | chosen
     check_size(values["height"], values["width"])

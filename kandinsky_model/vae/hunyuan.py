@@ -169,6 +169,29 @@ class HunyuanVideoVAE(nn.Module):
 
         return tiled(latents, tiles, decode_tile)
 
+    def normed_values(self, latent_shape: tuple[int, ...], policy: str = "global") -> int:
+        """How many values the norms read, in all, while latents of this shape [B, C, T, Y, X] are
+        decoded: each once, in every scheme. So it measures how far decoding has come.
+
+        policy: as in `decode_frames`. "preview" has no norms.
+        """
+        if policy == "preview":
+            return 0
+        batch, channels, *sizes = latent_shape
+        tiles = 1
+        if policy == "official":
+            tiling = Tiling.for_frame(8 * sizes[1], 8 * sizes[2])
+            tiles = tiling.count(*sizes)
+            longest = (tiling.frames - 1) // 4 + 1
+            largest = (longest, tiling.height // 8, tiling.width // 8)
+            sizes = [min(pair) for pair in zip(sizes, largest, strict=True)]
+        chain = decoding(self.decoder, self.post_quant_conv)
+        read = 0
+        for stage, shape in zip(chain.stages, chain.shapes(channels, *sizes), strict=False):
+            if stage.norm is not None:
+                read += shape.frames * shape.height * shape.width * shape.channels
+        return batch * tiles * read
+
     def _decoding(
         self,
         memory_budget: int | None,

@@ -77,6 +77,14 @@ class Tiling:
         rows, columns = (few, many) if width >= height else (many, few)
         return cls(_tile_side(height, rows), _tile_side(width, columns))
 
+    def count(self, frames: int, height: int, width: int) -> int:
+        """How many tiles latents of T x Y x X = frames x height x width are cut into."""
+        length = (self.frames - 1) // 4
+        tiles = len(starts(frames - 1, length, self.frame_stride // 4))
+        for size, tile in ((height, self.height // 8), (width, self.width // 8)):
+            tiles *= len(starts(size, tile, tile - self.overlap // 8))
+        return tiles
+
     def largest(self, latents: Tensor) -> Tensor:
         """The first tile of `latents` [B, C, T, Y, X]; no other is larger."""
         frames = (self.frames - 1) // 4 + 1

@@ -33,7 +33,10 @@ def both_ways(model, change, order):
 
 # Adapters
 
-ADAPTED = r".*(self_attention|cross_attention|feed_forward)\.(to_query|to_key|to_value|out_layer|in_layer)"
+ADAPTED = (
+    r".*(self_attention|cross_attention|feed_forward)"
+    r"\.(to_query|to_key|to_value|out_layer|in_layer)"
+)
 
 
 def lora():
@@ -45,13 +48,16 @@ def lora():
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_lora_is_added_disabled_fused_and_deleted(order, monkeypatch):
-    model, config, plain = stock(monkeypatch), lora(), None
+    model = stock(monkeypatch)
+    config = lora()
+    plain = None
 
     def add(model):
         torch.manual_seed(3)
         model.add_adapter(config, "one")
 
-    theirs, plain = copy.deepcopy(model), velocity(model)
+    theirs = copy.deepcopy(model)
+    plain = velocity(model)
     add(theirs)
     wanted = velocity(theirs)
     assert off(wanted, plain) > 1e-2
@@ -73,7 +79,8 @@ class Wrapped(nn.Module):
 
     def __init__(self, base):
         super().__init__()
-        self.base, self.down = base, nn.Linear(base.in_features, 2, bias=False)
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
         self.up = nn.Linear(2, base.out_features, bias=False)
 
     def forward(self, x):
@@ -104,11 +111,13 @@ def unwrap(model):
 @pytest.mark.parametrize("order", ORDERS)
 def test_linear_layers_may_be_wrapped_and_unwrapped(order, monkeypatch):
     model = stock(monkeypatch)
-    plain, theirs = velocity(model), copy.deepcopy(model)
+    plain = velocity(model)
+    theirs = copy.deepcopy(model)
     wrap(theirs)
     wanted = velocity(theirs)
     both_ways(model, wrap, order)
-    assert off(wanted, plain) > 1e-2 and off(velocity(model), wanted) <= ROUNDING
+    assert off(wanted, plain) > 1e-2
+    assert off(velocity(model), wanted) <= ROUNDING
     unwrap(model)
     assert off(velocity(model), plain) <= ROUNDING
 
@@ -144,7 +153,8 @@ def test_group_offloading(order, kind, monkeypatch, tmp_path):
     too.
     """
     model = stock(monkeypatch)
-    plain, handle = velocity(model, nabla=True), accelerate(model)
+    plain = velocity(model, nabla=True)
+    handle = accelerate(model)
     wanted = velocity(model, nabla=True)
     handle.undo()
     change = group_offload(kind, tmp_path)
@@ -157,13 +167,12 @@ def test_group_offloading(order, kind, monkeypatch, tmp_path):
     handle.undo()
     theirs = velocity(model, nabla=True)
     if kind == "disk":
-        assert off(ours, wanted) <= ROUNDING and off(theirs, plain) <= ROUNDING
+        assert off(ours, wanted) <= ROUNDING
+        assert off(theirs, plain) <= ROUNDING
     else:
-        assert (
-            torch.equal(ours, wanted)
-            and torch.equal(theirs, plain)
-            and not torch.equal(wanted, plain)
-        )
+        assert torch.equal(ours, wanted)
+        assert torch.equal(theirs, plain)
+        assert not torch.equal(wanted, plain)
 
 
 def weights_on_meta(model):
@@ -182,7 +191,8 @@ def model_offload(model):
 @pytest.mark.parametrize("order", ORDERS)
 def test_cpu_offload(order, change, monkeypatch):
     model = stock(monkeypatch)
-    plain, ours = velocity(model), copy.deepcopy(model)
+    plain = velocity(model)
+    ours = copy.deepcopy(model)
     accelerate(ours)
     wanted = velocity(ours)
     if order == "before":
@@ -190,7 +200,8 @@ def test_cpu_offload(order, change, monkeypatch):
     handle = accelerate(model)
     if order == "after":
         change(model)
-    assert torch.equal(velocity(model), wanted) and not torch.equal(wanted, plain)
+    assert torch.equal(velocity(model), wanted)
+    assert not torch.equal(wanted, plain)
     handle.undo()
     assert torch.equal(velocity(model), plain)
 
@@ -204,11 +215,13 @@ def test_layerwise_casting_to_fp8(order, monkeypatch):
         model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
 
     model = stock(monkeypatch)
-    plain, theirs = velocity(model), copy.deepcopy(model)
+    plain = velocity(model)
+    theirs = copy.deepcopy(model)
     change(theirs)
     wanted = velocity(theirs)
     both_ways(model, change, order)
-    assert off(wanted, plain) > 1e-2 and off(velocity(model), wanted) <= ROUNDING
+    assert off(wanted, plain) > 1e-2
+    assert off(velocity(model), wanted) <= ROUNDING
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -219,11 +232,13 @@ def test_int8_by_torchao(order, monkeypatch):
         quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
 
     model = stock(monkeypatch)
-    plain, theirs = velocity(model), copy.deepcopy(model)
+    plain = velocity(model)
+    theirs = copy.deepcopy(model)
     change(theirs)
     wanted = velocity(theirs)
     both_ways(model, change, order)
-    assert off(wanted, plain) > 1e-4 and off(velocity(model), wanted) <= ROUNDING
+    assert off(wanted, plain) > 1e-4
+    assert off(velocity(model), wanted) <= ROUNDING
 
 
 # Caches, copies, files
@@ -239,7 +254,8 @@ def test_magcache_skips_the_same_passes(order, monkeypatch):
         num_inference_steps=6,
         mag_ratios=[0.97] * 6,
     )
-    model, seen = stock(monkeypatch), []
+    model = stock(monkeypatch)
+    seen = []
     theirs = copy.deepcopy(model)
     theirs.enable_cache(config)
     both_ways(model, lambda model: model.enable_cache(config), order)
@@ -262,16 +278,18 @@ def test_a_saved_model_loads_as_stock(monkeypatch, tmp_path):
     model = accelerated(monkeypatch)
     wanted = velocity(model, nabla=True)
     model.save_pretrained(tmp_path)
-    stock_class = type(model)._stock_class
+    stock_class = type(model)
     loaded = stock_class.from_pretrained(tmp_path)
-    assert type(loaded) is stock_class and loaded.config.attention_P == model.config.attention_P
+    assert "forward" not in vars(loaded)
+    assert loaded.config.attention_P == model.config.attention_P
     with accelerate(loaded.requires_grad_(False)):
         assert torch.equal(velocity(loaded, nabla=True), wanted)
 
 
 def test_a_copy_is_accelerated_and_on_its_own(monkeypatch):
     model = accelerated(monkeypatch)
-    wanted, twin = velocity(model, nabla=True), copy.deepcopy(model)
+    wanted = velocity(model, nabla=True)
+    twin = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

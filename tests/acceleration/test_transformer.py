@@ -51,7 +51,8 @@ def test_is_as_exact_as_stock(nabla, monkeypatch):
                 parameter.data = parameter.to(dtype)
         peer = velocity(model, nabla=nabla, dtype=dtype)
         accelerate(model)
-        ours, truth = velocity(model, nabla=nabla, dtype=dtype), exact(nabla=nabla)
+        ours = velocity(model, nabla=nabla, dtype=dtype)
+        truth = exact(nabla=nabla)
         assert ours.dtype == dtype
         if dtype == torch.float32:
             assert_faithful(ours.contiguous(), truth, peer)
@@ -84,24 +85,20 @@ def test_nabla_as_installed_cannot_run(monkeypatch):
 
 
 def test_undo_restores_every_bit(monkeypatch):
+    """Law 31. Classes never change; only attributes come and go."""
     model = stock(monkeypatch, stripped=False)
-    before, classes = velocity(model), [type(module) for module in model.modules()]
-    state, attributes = (
-        model.state_dict(keep_vars=True),
-        [set(vars(module)) for module in model.modules()],
-    )
+    before = velocity(model)
+    classes = [type(module) for module in model.modules()]
+    attributes = [set(vars(module)) for module in model.modules()]
+    state = model.state_dict(keep_vars=True)
     for _ in range(2):
         with accelerate(model) as handle:
-            assert (
-                "accelerated" in str(handle)
-                and [type(module) for module in model.modules()] != classes
-            )
-            assert [type(m).__name__ for m in model.modules()] == [
-                stock_class.__name__ for stock_class in classes
-            ]
+            assert str(handle).startswith("accelerated")
+            assert [type(module) for module in model.modules()] == classes
             assert not torch.equal(velocity(model), before)
             now = model.state_dict(keep_vars=True)
-            assert list(now) == list(state) and all(now[name] is state[name] for name in state)
+            assert list(now) == list(state)
+            assert all(now[name] is state[name] for name in state)
         assert str(handle).startswith("not accelerated")
         assert [type(module) for module in model.modules()] == classes
         assert [set(vars(module)) for module in model.modules()] == attributes
@@ -112,11 +109,13 @@ def test_says_what_it_did(monkeypatch):
     model = stock(monkeypatch)
     handle = accelerate(model)
     blocks = CONFIG.num_visual_blocks
-    assert handle.replaced["Kandinsky5TransformerDecoderBlock"] == blocks and not handle.kept
+    assert handle.replaced["Kandinsky5TransformerDecoderBlock"] == blocks
+    assert not handle.kept
     assert handle.replaced["RMSNorm"] == 4 * blocks + 2 * CONFIG.num_text_blocks
     assert f"replaced {blocks} x Kandinsky5TransformerDecoderBlock" in repr(handle)
     again = accelerate(model)
-    assert not again.replaced and "accelerated already" in str(again)
+    assert not again.replaced
+    assert "accelerated already" in str(again)
     again.undo()
     # only the first one undoes
     assert off(velocity(model, nabla=True), exact(nabla=True)) <= IN_FP32
@@ -125,17 +124,16 @@ def test_says_what_it_did(monkeypatch):
 
 
 def test_signatures_stay(monkeypatch):
-    """Hooks and caches find arguments by their names."""
+    """Hooks and caches find arguments by their names, on the class and on the bound forward."""
     model = stock(monkeypatch)
     wanted = {
-        name: list(inspect.signature(type(module).forward).parameters)
+        name: list(inspect.signature(module.forward).parameters)
         for name, module in model.named_modules()
     }
     accelerate(model)
     for name, module in model.named_modules():
-        names = list(inspect.signature(type(module).forward).parameters)
+        names = list(inspect.signature(module.forward).parameters)
         assert names[: len(wanted[name])] == wanted[name] or type(module).__name__ == "RMSNorm"
-        assert hasattr(type(module), "_stock_class") or names == wanted[name]
 
 
 def with_wide_weights(model):
@@ -149,7 +147,8 @@ def with_parallel_config(model):
 
 def with_another_processor(model):
     attention = model.visual_transformer_blocks[1].cross_attention
-    attention.set_processor(type(attention.processor)._stock_class())
+    stock_class = type(attention.processor)
+    attention.set_processor(type("Other", (stock_class,), {})())
 
 
 FALLBACKS = {
@@ -179,12 +178,11 @@ def test_falls_back_to_stock_and_says_so_once(change, reason, monkeypatch, caplo
     with told(caplog) as messages, torch.set_grad_enabled("gradients" in reason):
         results = [ours(**data) for _ in range(2)]
         wanted = model(**data)
-    assert torch.equal(results[0], wanted) and torch.equal(results[1], wanted)
-    assert (
-        len(messages) == 1
-        and reason in messages[0]
-        and handle.reports == [messages[0].partition(" ")[2]]
-    )
+    assert torch.equal(results[0], wanted)
+    assert torch.equal(results[1], wanted)
+    assert len(messages) == 1
+    assert reason in messages[0]
+    assert handle.reports == [messages[0].partition(" ")[2]]
     if "gradients" in reason:
         results[0].square().mean().backward()
         wanted.square().mean().backward()
@@ -201,12 +199,14 @@ def test_a_backend_that_was_set_is_used(monkeypatch, caplog):
     model = stock(monkeypatch, stripped=False)
     model.set_attention_backend("_native_math")
     try:
-        wanted, ours = velocity(model, nabla=True), copy.deepcopy(model)
+        wanted = velocity(model, nabla=True)
+        ours = copy.deepcopy(model)
         accelerate(ours)
         with told(caplog) as messages:
             assert torch.equal(velocity(ours, nabla=True), wanted)
             assert off(velocity(ours), exact()) <= IN_FP32
-        assert len(messages) == 1 and "NATIVE_MATH" in messages[0].upper()
+        assert len(messages) == 1
+        assert "NATIVE_MATH" in messages[0].upper()
         ours.reset_attention_backend()
         assert off(velocity(ours, nabla=True), exact(nabla=True)) <= IN_FP32
     finally:
@@ -227,22 +227,20 @@ def test_nabla_has_gradients(monkeypatch, caplog):
     with told(caplog) as messages:
         result = model(**inputs(RAGGED, nabla=True))
     result.square().mean().backward()
-    assert (
-        off(result.detach(), wanted) <= ROUNDING
-        and len(messages) == 1
-        and "gradients" in messages[0]
-    )
+    assert off(result.detach(), wanted) <= ROUNDING
+    assert len(messages) == 1
+    assert "gradients" in messages[0]
     assert model.visual_transformer_blocks[0].feed_forward.in_layer.weight.grad.norm() > 0
 
 
 def test_positions_are_those_given(monkeypatch):
     """A later part of a video, and a batch of one time for all samples."""
-    model, data = stock(monkeypatch), inputs(WHOLE)
-    data["visual_rope_pos"], data["text_rope_pos"] = (
-        [axis + 5 for axis in data["visual_rope_pos"]],
-        torch.arange(7).flip(0),
-    )
+    model = stock(monkeypatch)
+    data = inputs(WHOLE)
+    data["visual_rope_pos"] = [axis + 5 for axis in data["visual_rope_pos"]]
+    data["text_rope_pos"] = torch.arange(7).flip(0)
     with torch.no_grad():
         wanted = model(**data)
         accelerate(model)
-        assert off(model(**data), wanted) <= ROUNDING and off(wanted, exact()) > 1e-3
+        assert off(model(**data), wanted) <= ROUNDING
+        assert off(wanted, exact()) > 1e-3

@@ -100,7 +100,8 @@ def test_an_adapter_of_this_package_stands_alone(tmp_path):
     }
     config = LoRAConfig(4, alpha=16.0, trigger="pan left")
     (tmp_path / "run").mkdir()
-    saved = save_lora(tmp_path / "run", tensors, config, torch.float32, "tiny")
+    save_lora(tmp_path / "run", tensors, config, torch.float32, "tiny")
+    saved = tmp_path / "run" / "lora.safetensors"
     alone = saved.rename(tmp_path / "camera.safetensors")
     dit = build().prepare()
     adapter = Adapters(dit).load(alone)

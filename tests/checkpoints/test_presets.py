@@ -222,6 +222,7 @@ def test_the_command_takes_the_settings_that_are_named(tmp_path, capsys):
     settings = load_latents(tmp_path / "a.latents.safetensors")[1]
     assert settings.num_inference_steps == 16
     assert settings.guidance_scale == 1.0
+    assert settings.preset == "t2v-lite-distilled16steps-5s", "for a run that is gone on with"
 
 
 def test_every_published_name_is_known(home):

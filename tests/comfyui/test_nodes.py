@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The nodes, called as ComfyUI calls them, on random weights: what `generate` gives in ComfyUI's
-forms, its bar and its stop button."""
+forms, and every error one sentence."""
 
 import asyncio
 import subprocess
@@ -16,44 +16,7 @@ from kandinsky_model import comfyui
 from kandinsky_model.comfyui.nodes import MODEL
 
 from ..support import tiny_models
-
-PROMPT = "a red circle moving right"
-SMALL = dict(width=64, height=48, num_frames=5, num_inference_steps=2)
-SIZE = dict(width=64, height=48, frames=5, steps=2)  # the same in the words of the node
-
-
-def call(name, **inputs):
-    """One node, run in inference mode as ComfyUI does, widgets that are left out at their defaults;
-    its only output, or all of them."""
-    node = comfyui.NODE_CLASS_MAPPINGS[f"KandinskyKernels{name}"]
-    widgets = {
-        key: kind[1]["default"]
-        for part in node.INPUT_TYPES().values()
-        for key, kind in part.items()
-        if len(kind) > 1 and "default" in kind[1]
-    }
-    with torch.inference_mode():
-        outputs = getattr(node(), node.FUNCTION)(**widgets | inputs)
-    assert len(outputs) == len(node.RETURN_TYPES) == len(node.RETURN_NAMES)
-    return outputs[0] if len(outputs) == 1 else outputs
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_models.tiny_folder(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return call("LoadModel", path=str(folder))
-
-
-@pytest.fixture(scope="module")
-def from_image(folder):
-    """The same as an image-to-video checkpoint."""
-    model = call("LoadModel", path=str(folder))
-    model.model.preset = replace(model.model.preset, name="tiny-i2v", task="i2v", sizes=((64, 64),))
-    return model
+from ..support.node_calls import PROMPT, SIZE, SMALL, call, image
 
 
 @pytest.fixture(scope="module")
@@ -67,51 +30,6 @@ def pictures(tmp_path_factory, text_parts):
         for task in ("t2i", "i2i")
     }
     return {task: call("LoadModel", path=str(path)) for task, path in folders.items()}
-
-
-@pytest.fixture
-def comfy(monkeypatch):
-    """A stand-in of those of ComfyUI's modules that nodes ask; what the tests look at and set is in
-    the result."""
-
-    class Stopped(Exception):
-        pass
-
-    state = SimpleNamespace(
-        bars=[], asked=0, stop_after=None, Stopped=Stopped, device="cpu", freed=[]
-    )
-
-    class ProgressBar:
-        def __init__(self, total):
-            self.total, self.seen = total, []
-            state.bars.append(self)
-
-        def update_absolute(self, value, total=None, preview=None):
-            self.seen.append((value, total))
-
-    def interrupted():
-        state.asked += 1
-        if state.stop_after is not None and state.asked > state.stop_after:
-            raise Stopped("stopped")
-
-    modules = {
-        name: ModuleType(name)
-        for name in ("comfy", "comfy.utils", "comfy.model_management", "folder_paths")
-    }
-    modules["comfy.utils"].ProgressBar = ProgressBar
-    modules["comfy.model_management"].throw_exception_if_processing_interrupted = interrupted
-    management = modules["comfy.model_management"]
-    management.get_torch_device = lambda: torch.device(state.device)
-    management.unload_all_models = lambda: state.freed.append("models")
-    management.soft_empty_cache = lambda: state.freed.append("cache")
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    state.folders = modules["folder_paths"]
-    return state
-
-
-def image(height=60, width=100, seed=0, channels=3):
-    return torch.rand(1, height, width, channels, generator=torch.Generator().manual_seed(seed))
 
 
 def levels(picture):
@@ -132,13 +50,20 @@ def test_importing_imports_neither_torch_nor_comfyui():
 def test_every_node_is_whole():
     assert comfyui.NODE_CLASS_MAPPINGS.keys() == comfyui.NODE_DISPLAY_NAME_MAPPINGS.keys()
     for node in comfyui.NODE_CLASS_MAPPINGS.values():
-        assert (
-            node.TITLE
-            and node.__doc__ == node.DESCRIPTION
-            and callable(getattr(node, node.FUNCTION))
-        )
-        assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES)
+        assert node.TITLE
+        assert node.__doc__ == node.DESCRIPTION
+        assert callable(getattr(node, node.FUNCTION))
+        assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES) == len(node.OUTPUT_TOOLTIPS)
         assert node.INPUT_TYPES().keys() == {"required", "optional"}
+
+
+@pytest.mark.parametrize("name", comfyui.NODE_CLASS_MAPPINGS)
+def test_every_socket_and_widget_has_a_tooltip(name):
+    node = comfyui.NODE_CLASS_MAPPINGS[name]
+    for part in node.INPUT_TYPES().values():
+        for key, kind in part.items():
+            assert kind[1].get("tooltip"), f"{name} says nothing about {key}"
+    assert all(node.OUTPUT_TOOLTIPS)
 
 
 def test_nodes_make_the_video_that_generate_makes(model):
@@ -146,7 +71,8 @@ def test_nodes_make_the_video_that_generate_makes(model):
     latent = call("Sample", model=model, text=text, seed=7, **SIZE)
     images = call("Decode", model=model, latent=latent)
     video = model.model.generate(PROMPT, seed=7, **SMALL)
-    assert torch.equal(images, video.frames.float() / 255) and images.dtype == torch.float32
+    assert torch.equal(images, video.frames.float() / 255)
+    assert images.dtype == torch.float32
     assert latent["samples"].shape == (1, 16, 2, 6, 8)
     scaled = latent["samples"].permute(0, 2, 3, 4, 1) * model.model.vae.config.scaling_factor
     torch.testing.assert_close(scaled, video.latents, rtol=1e-6, atol=0)
@@ -215,13 +141,12 @@ def test_a_memory_budget_changes_nothing(model):
 
 
 def test_a_video_from_pictures(from_image):
-    first, last = image(), image(seed=1)
+    first = image()
+    last = image(seed=1)
     latent, seen, width, height = call("EncodeImage", model=from_image, image=first, seed=4)
-    assert (
-        (width, height) == (80, 48)
-        and seen.shape == (1, 48, 80, 3)
-        and latent["samples"].shape == (1, 16, 1, 6, 10)
-    )
+    assert (width, height) == (80, 48)
+    assert seen.shape == (1, 48, 80, 3)
+    assert latent["samples"].shape == (1, 16, 1, 6, 10)
     end = call("EncodeImage", model=from_image, image=last, seed=4)[0]
     text = call("EncodeText", model=from_image, prompt=PROMPT)
     for given in ({"last_latent": end}, {"image_latent": latent, "last_latent": end}):
@@ -246,11 +171,9 @@ def test_a_size_cuts_the_picture(from_image):
     _, middle, *_ = call(
         "EncodeImage", model=from_image, image=image()[:, :, 20:80], seed=4, width=64, height=64
     )
-    assert (
-        (width, height) == (64, 64)
-        and torch.equal(seen, middle)
-        and latent["samples"].shape == (1, 16, 1, 8, 8)
-    )
+    assert (width, height) == (64, 64)
+    assert torch.equal(seen, middle)
+    assert latent["samples"].shape == (1, 16, 1, 8, 8)
 
 
 def test_pictures_use_the_scale_of_their_own_vae(pictures):
@@ -274,13 +197,15 @@ def test_pictures_use_the_scale_of_their_own_vae(pictures):
 
 
 def test_an_edited_picture_is_seen_by_the_text_encoder_and_the_transformer(pictures, monkeypatch):
-    model, source = pictures["i2i"], image(channels=4)
+    model = pictures["i2i"]
+    source = image(channels=4)
     source[..., 3].round_()  # so that blending rounds nothing
     monkeypatch.setattr(
         model.model, "preset", replace(model.model.preset, sizes=((64, 96), (96, 64)))
     )
     latent, seen, width, height = call("EncodeImage", model=model, image=source, seed=5)
-    assert (width, height) == (96, 64) and latent["samples"].shape == (1, 16, 8, 12)
+    assert (width, height) == (96, 64)
+    assert latent["samples"].shape == (1, 16, 8, 12)
     text = call("EncodeText", model=model, prompt="make it night", image=seen)
     made = call("Sample", model=model, text=text, seed=5, steps=2, image_latent=latent)
     white = source[..., :3] * source[..., 3:] + 1 - source[..., 3:]
@@ -297,11 +222,8 @@ def test_negative_prompts_are_encoded_where_they_are_used(folder):
     assert call("EncodeText", model=model, prompt=PROMPT).uncond is not None
     model.model.preset = replace(model.model.preset, guidance=1.0)
     text = call("EncodeText", model=model, prompt=PROMPT)
-    assert (
-        text.uncond is None
-        and call("EncodeText", model=model, prompt=PROMPT, negative_prompt="blue").uncond
-        is not None
-    )
+    assert text.uncond is None
+    assert call("EncodeText", model=model, prompt=PROMPT, negative_prompt="blue").uncond is not None
     assert call("Sample", model=model, text=text, **SIZE)["samples"].isfinite().all()
     with pytest.raises(ValueError, match="requires a negative prompt"):
         call("Sample", model=model, text=text, guidance=3.0, **SIZE)
@@ -329,6 +251,7 @@ def test_a_lora_acts_in_its_branch_alone(model, tmp_path):
     assert triggered.shape[1] == plain.shape[1] + 1
     with pytest.raises(FileNotFoundError, match="a LoRA is"):
         call("LoadLora", model=model, path="nowhere")
+    assert call("LoadLora", model=model) is model  # nothing was chosen
 
 
 def test_prompts_are_expanded_by_the_text_encoder(model, monkeypatch):
@@ -346,22 +269,6 @@ def test_prompts_are_expanded_by_the_text_encoder(model, monkeypatch):
         call("ExpandPrompt", model=model, prompt=PROMPT)
 
 
-def test_the_bar_moves_and_the_stop_button_stops(model, comfy):
-    text = call("EncodeText", model=model, prompt=PROMPT)
-    latent = call("Sample", model=model, text=text, **SIZE)
-    assert [bar.seen for bar in comfy.bars] == [[(0, 2), (1, 2), (2, 2)]]
-    call("Decode", model=model, latent=latent)
-    assert comfy.bars[1].seen[-1] == (5, 5) and comfy.bars[1].total == 5
-    comfy.bars.clear()
-    comfy.stop_after = comfy.asked + 2  # at the node's beginning, before the first step, and then
-    with pytest.raises(comfy.Stopped):
-        call("Sample", model=model, text=text, **SIZE)
-    assert comfy.bars[0].seen == [(0, 2)]
-    comfy.stop_after = comfy.asked
-    with pytest.raises(comfy.Stopped):
-        call("Decode", model=model, latent=latent)
-
-
 def test_comfyuis_models_make_room_on_a_gpu(model, comfy):
     latent = {"samples": torch.zeros(1, 16, 1, 4, 4)}
     call("Decode", model=model, latent=latent)
@@ -373,9 +280,8 @@ def test_comfyuis_models_make_room_on_a_gpu(model, comfy):
 
 def test_files_and_folders_of_comfyui_are_found(comfy, folder, tmp_path):
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    comfy.folders.get_filename_list = lambda kind: (
-        ["old.ckpt", "mine.safetensors"] if kind == "diffusion_models" else []
-    )
+    files = {"diffusion_models": ["old.ckpt", "mine.safetensors"], "loras": ["fox.safetensors"]}
+    comfy.folders.get_filename_list = lambda kind: files.get(kind, [])
     comfy.folders.get_full_path = lambda kind, name: (
         str(tmp_path / kind / name) if (tmp_path / kind / name).exists() else None
     )
@@ -383,9 +289,11 @@ def test_files_and_folders_of_comfyui_are_found(comfy, folder, tmp_path):
     choices = comfyui.NODE_CLASS_MAPPINGS["KandinskyKernelsLoadModel"].INPUT_TYPES()["required"][
         "model"
     ][0]
-    assert (
-        "tiny" in choices and "t2v-pro-sft-10s-hd" in choices and choices[-1] == "mine.safetensors"
-    )
+    assert "tiny" in choices
+    assert "t2v-pro-sft-10s-hd" in choices
+    assert choices[-1] == "mine.safetensors"
+    loras = comfyui.NODE_CLASS_MAPPINGS["KandinskyKernelsLoadLora"].INPUT_TYPES()["required"]
+    assert loras["lora"][0] == ["none", "fox.safetensors"]
     (tmp_path / "diffusion_models").mkdir()
     (tmp_path / "diffusion_models" / "mine.safetensors").write_bytes(weights.read_bytes())
     for kind in ("vae", "text_encoders"):
@@ -407,6 +315,7 @@ def test_files_and_folders_of_comfyui_are_found(comfy, folder, tmp_path):
         ("EncodeText", {"prompt": " "}, "the prompt must say something"),
         ("Sample", {"width": 100, "height": 64}, "multiples of 16"),
         ("Sample", {"frames": 6}, "4k \\+ 1"),
+        ("Sample", {"width": 64}, "given together, got 64x0"),
         ("Sample", {"image_latent": {"samples": torch.zeros(1, 16, 1, 8, 8)}}, "takes no image"),
         (
             "Sample",
@@ -451,7 +360,9 @@ def test_the_current_convention_has_the_same_nodes(monkeypatch, model):
     def kind(io_type):
         class Socket:
             def __init__(self, id, **options):
-                self.id, self.io_type, self.options = id, io_type, options
+                self.id = id
+                self.io_type = io_type
+                self.options = options
 
         return type(io_type, (), {"Input": Socket, "Output": Socket})
 
@@ -470,7 +381,8 @@ def test_the_current_convention_has_the_same_nodes(monkeypatch, model):
         },
     )
     latest = ModuleType("comfy_api.latest")
-    latest.io, latest.ComfyExtension = io, object
+    latest.io = io
+    latest.ComfyExtension = object
     monkeypatch.setitem(sys.modules, "comfy_api", ModuleType("comfy_api"))
     monkeypatch.setitem(sys.modules, "comfy_api.latest", latest)
     nodes = asyncio.run(asyncio.run(comfyui.comfy_entrypoint()).get_node_list())

@@ -17,7 +17,15 @@ import torch
 from kandinsky_model import comfyui
 from kandinsky_model.__main__ import main
 from kandinsky_model.comfyui import install as comfyui_install
-from kandinsky_model.comfyui.workflows import CORE, FOLDER, WIDGETS, Graph, definitions, workflows
+from kandinsky_model.comfyui.workflows import (
+    CORE,
+    FOLDER,
+    TRY,
+    WIDGETS,
+    Graph,
+    definitions,
+    workflows,
+)
 
 from ..support import tiny_models
 
@@ -31,7 +39,8 @@ def load(name):
 def widgets(node):
     """Name -> value: the values stand in the order of the definition, each that counts up by itself
     followed by how."""
-    definition, values = definitions()[node["type"]], iter(node["widgets_values"])
+    definition = definitions()[node["type"]]
+    values = iter(node["widgets_values"])
     found = {}
     for name, (kind, _) in definition.inputs.items():
         if kind in WIDGETS:
@@ -48,19 +57,17 @@ def test_files_are_what_the_definitions_make_of_them():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_link_joins_sockets_of_one_type(name):
-    graph, known = load(name), definitions()
+    graph = load(name)
+    known = definitions()
     nodes = {node["id"]: node for node in graph["nodes"]}
-    assert (
-        len(nodes) == len(graph["nodes"]) == graph["last_node_id"]
-        and len(graph["links"]) == graph["last_link_id"]
-    )
+    assert len(nodes) == len(graph["nodes"]) == graph["last_node_id"]
+    assert len(graph["links"]) == graph["last_link_id"]
     for link, source, slot, target, socket, kind in graph["links"]:
-        output, taken = nodes[source]["outputs"][slot], nodes[target]["inputs"][socket]
-        assert (
-            output["type"] == taken["type"] == kind
-            and link in output["links"]
-            and taken["link"] == link
-        )
+        output = nodes[source]["outputs"][slot]
+        taken = nodes[target]["inputs"][socket]
+        assert output["type"] == taken["type"] == kind
+        assert link in output["links"]
+        assert taken["link"] == link
         assert known[nodes[source]["type"]].outputs[slot] == (output["name"], kind)
         assert known[nodes[target]["type"]].inputs[taken["name"]][0] == kind
         assert nodes[source]["order"] < nodes[target]["order"]
@@ -99,10 +106,19 @@ def test_a_wrong_link_or_name_is_refused():
         graph.add("LoadModel", modle="tiny")
 
 
-def execute(graph, change, core):
-    """Runs a workflow as ComfyUI does: change(type) -> values instead of those of widgets, core:
-    functions for nodes of ComfyUI's own."""
-    made, saved = {}, []
+# what ComfyUI's own nodes do, as far as the workflows need it
+CORE_NODES = {
+    "LoadImage": lambda image: (torch.rand(1, 60, 100, 3), None),
+    "CreateVideo": lambda images, fps: (images,),
+    "SaveVideo": lambda video, **_: (video,),
+    "SaveImage": lambda images, **_: (images,),
+}
+
+
+def execute(graph, change):
+    """Runs a workflow as ComfyUI does: change(type) -> values instead of those of widgets."""
+    made = {}
+    saved = []
     for node in sorted(graph["nodes"], key=lambda node: node["order"]):
         inputs = {**widgets(node), **change(node["type"])}
         for socket in node["inputs"]:
@@ -110,7 +126,7 @@ def execute(graph, change, core):
                 _, source, slot, *_ = graph["links"][socket["link"] - 1]
                 inputs[socket["name"]] = made[source][slot]
         if node["type"] in CORE:
-            outputs = core[node["type"]](**inputs)
+            outputs = CORE_NODES[node["type"]](**inputs)
         else:
             with torch.inference_mode():
                 outputs = comfyui.NODE_CLASS_MAPPINGS[node["type"]]().run(**inputs)
@@ -123,8 +139,8 @@ def execute(graph, change, core):
 def folders(tmp_path_factory, text_parts):
     root = tmp_path_factory.mktemp("models")
     video = tiny_models.tiny_folder(root / "tiny")
-    folders = {"text_to_video": video, "image_to_video": video}
-    for task, name in (("t2i", "text_to_image"), ("i2i", "image_editing")):
+    folders = {"text to video": video, "image to video": video}
+    for task, name in (("t2i", "text to image"), ("i2i", "image editing")):
         folders[name] = tiny_models.diffusers_folder(
             root / f"Kandinsky-5.0-{task.upper()}-Lite-Diffusers", text_parts, task
         )
@@ -132,17 +148,18 @@ def folders(tmp_path_factory, text_parts):
 
 
 @pytest.mark.parametrize(
-    "name", ["text_to_video", "image_to_video", "text_to_image", "image_editing"]
+    "name", ["text to video", "image to video", "text to image", "image editing"]
 )
 def test_workflows_run(name, folders, monkeypatch):
-    graph = load(f"kandinsky5_{name}.json")
+    graph = load(f"Kandinsky 5 - {name}.json")
     loader = comfyui.NODE_CLASS_MAPPINGS["KandinskyKernelsLoadModel"]
-    run, video = loader.run, name.endswith("video")
+    run = loader.run
+    video = name.endswith("video")
 
     def load_small(self, **inputs):
         (model,) = run(self, **inputs)
         changes = {"sizes": ((64, 80), (80, 64))} | (
-            {"task": "i2v", "name": "tiny-i2v"} if name == "image_to_video" else {}
+            {"task": "i2v", "name": "tiny-i2v"} if name == "image to video" else {}
         )
         model.model.preset = replace(model.model.preset, **changes)
         return (model,)
@@ -154,18 +171,44 @@ def test_workflows_run(name, folders, monkeypatch):
         "KandinskyKernelsLoadModel": {"path": str(folders[name])},
         "KandinskyKernelsSample": sizes,
     }
-    core = {
-        "LoadImage": lambda image: (torch.rand(1, 60, 100, 3), None),
-        "CreateVideo": lambda images, fps: (images,),
-        "SaveVideo": lambda video, **_: (video,),
-        "SaveImage": lambda images, **_: (images,),
+    (images,) = execute(graph, lambda kind: given.get(kind, {}))
+    assert images.shape[-1] == 3
+    assert images.shape[0] == (5 if video else 1)
+    assert 0 <= images.min() < images.max() <= 1
+
+
+def test_one_workflow_needs_no_download(monkeypatch):
+    """It runs as it is, with the bundled model; two steps of it are enough here."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    given = {"KandinskyKernelsSample": {"steps": 2}}
+    graph = load(f"Kandinsky 5 - {TRY}.json")
+    (images,) = execute(graph, lambda kind: given.get(kind, {}))
+    assert images.shape[0] > 1
+    assert images.shape[-1] == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_comfyui_must_load_say_where_they_are(name):
+    """ComfyUI reads `properties.models` of a node to offer what is missing."""
+    for node in load(name)["nodes"]:
+        files = {value for value in node["widgets_values"] if str(value).endswith(".safetensors")}
+        models = node["properties"].get("models", [])
+        assert {model["name"] for model in models} == files
+        for model in models:
+            assert model["url"].startswith("https://")
+            assert model["url"].endswith(model["name"])
+            assert model["directory"] in ("diffusion_models", "text_encoders", "vae")
+
+
+def test_only_the_seed_of_a_sampler_changes_by_itself():
+    """So that a run with another seed encodes neither pictures nor texts again."""
+    changing = {
+        (node["type"], name)
+        for workflow in NAMES
+        for node in load(workflow)["nodes"]
+        for name in definitions()[node["type"]].controlled
     }
-    (images,) = execute(graph, lambda kind: given.get(kind, {}), core)
-    assert (
-        images.shape[-1] == 3
-        and images.shape[0] == (5 if video else 1)
-        and 0 <= images.min() < images.max() <= 1
-    )
+    assert changing == {("KandinskyKernelsSample", "seed"), ("KSampler", "seed")}
 
 
 @pytest.fixture
@@ -195,10 +238,8 @@ def test_the_command_writes_the_nodes_and_the_workflows(comfy_folder, capsys):
     assert str(target) in capsys.readouterr().out
     assert {path.name for path in (target / "example_workflows").iterdir()} == set(NAMES)
     module = imported(target)
-    assert (
-        module.NODE_CLASS_MAPPINGS is comfyui.NODE_CLASS_MAPPINGS
-        and module.comfy_entrypoint is comfyui.comfy_entrypoint
-    )
+    assert module.NODE_CLASS_MAPPINGS is comfyui.NODE_CLASS_MAPPINGS
+    assert module.comfy_entrypoint is comfyui.comfy_entrypoint
     assert module.NODE_DISPLAY_NAME_MAPPINGS.keys() == module.NODE_CLASS_MAPPINGS.keys()
 
 
@@ -207,7 +248,8 @@ def test_the_command_repeats_and_repairs_itself(comfy_folder):
     before = files(comfy_folder)
     (target / "example_workflows" / "of_another_version.json").write_text("{}")
     (target / "example_workflows" / NAMES[0]).unlink()
-    assert comfyui_install.install(comfy_folder) == target and files(comfy_folder) == before
+    assert comfyui_install.install(comfy_folder) == target
+    assert files(comfy_folder) == before
 
 
 @pytest.mark.parametrize("problem", ["copying", "renaming"])
@@ -217,7 +259,8 @@ def test_a_failure_leaves_what_was_there(comfy_folder, monkeypatch, problem):
 
     target = comfyui_install.install(comfy_folder)
     (target / "mine.txt").write_text("kept")
-    before, rename = files(comfy_folder), Path.rename
+    before = files(comfy_folder)
+    rename = Path.rename
     if problem == "copying":
         monkeypatch.setattr(shutil, "copytree", fail)
     else:
@@ -226,9 +269,8 @@ def test_a_failure_leaves_what_was_there(comfy_folder, monkeypatch, problem):
         )
     with pytest.raises(OSError, match="disk full"):
         comfyui_install.install(comfy_folder)
-    assert files(comfy_folder) == before and [path.name for path in target.parent.iterdir()] == [
-        "kandinsky5"
-    ]
+    assert files(comfy_folder) == before
+    assert [path.name for path in target.parent.iterdir()] == ["kandinsky5"]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +283,9 @@ def test_a_failure_leaves_what_was_there(comfy_folder, monkeypatch, problem):
 def test_what_is_no_comfyui_is_refused(comfy_folder, capsys, make, message):
     assert main(["comfyui", str(make(comfy_folder))]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and files(comfy_folder) == {}
+    assert message in error
+    assert error.count("\n") == 1
+    assert files(comfy_folder) == {}
 
 
 def test_a_folder_of_someone_else_is_left_alone(comfy_folder):
@@ -266,18 +310,13 @@ def test_the_lines_of_the_readme_do_what_it_says(comfy_folder, monkeypatch):
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     section = re.search(r"## Use it from ComfyUI\n(.*?)\n## ", readme, re.DOTALL)[1]
     commands = re.findall(r"^kandinsky (.*)$", section, re.MULTILINE)
-    assert len(commands) == 1 and [main(shlex.split(line, comments=True)) for line in commands] == [
-        0
-    ]
+    assert len(commands) == 1
+    assert [main(shlex.split(line, comments=True)) for line in commands] == [0]
     stub = comfy_folder / "custom_nodes" / "kandinsky5"
-    assert (
-        stub.name in section
-        and "five workflows" in section
-        and len(list((stub / "example_workflows").iterdir())) == 5
-    )
+    assert stub.name in section
+    assert "six workflows" in section
+    assert len(list((stub / "example_workflows").iterdir())) == 6
     module = imported(stub)
-    assert (
-        "Accelerate Kandinsky 5" in section
-        and "Accelerate Kandinsky 5" in module.NODE_DISPLAY_NAME_MAPPINGS.values()
-    )
+    assert "Accelerate Kandinsky 5" in section
+    assert "Accelerate Kandinsky 5" in module.NODE_DISPLAY_NAME_MAPPINGS.values()
     assert {node.CATEGORY for node in module.NODE_CLASS_MAPPINGS.values()} == {"Kandinsky 5"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments for operators: right ones of random sizes, and then what nobody should give."""
+"""Arguments for operators: right ones of random sizes, and ways to spoil them."""
 
 import math
 from collections.abc import Callable
@@ -9,16 +9,61 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WRONG_DTYPES = (*DTYPES, torch.int32, torch.int64, torch.bool, torch.uint8, torch.complex64)
-FLOATS = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e308, -1e308, 1e-308, 0.9, 1.0, -1.0)
-INTEGERS = (-(2**63), 2**63 - 1, 2**62, 2**32, 2**31, -1, 0, 1, 2, 3, 7, 0x6DB6DB6DB6DB6DB7)
-VALUES = (-(2**31), 2**31 - 1, -1, 0, 1, 5, 64, 65, 200_000)  # of int32 tensors
+WRONG_DTYPES = (
+    *DTYPES,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+    torch.uint8,
+    torch.complex64,
+)
+FLOATS = (
+    math.nan,
+    math.inf,
+    -math.inf,
+    0.0,
+    -0.0,
+    1e308,
+    -1e308,
+    1e-308,
+    0.9,
+    1.0,
+    -1.0,
+)
+INTEGERS = (
+    -(2**63),
+    2**63 - 1,
+    2**62,
+    2**32,
+    2**31,
+    -1,
+    0,
+    1,
+    2,
+    3,
+    7,
+    0x6DB6DB6DB6DB6DB7,
+)
+VALUES = (
+    -(2**31),
+    2**31 - 1,
+    -1,
+    0,
+    1,
+    5,
+    64,
+    65,
+    200_000,
+)  # of int32 tensors
 HUGE = 2**40
 
 
 class Arguments:
-    """Makes the right arguments of every operator; `sizes` are small, seldom empty, and now and
-    then huge beside an empty one, so that the tensor takes no memory."""
+    """Makes right arguments of every operator, in a dtype of its choice.
+
+    Sizes are small. Now and then one is 0, and another one beside it huge, so that the tensor takes
+    no memory.
+    """
 
     def __init__(self, rng: Random):
         self.rng = rng
@@ -60,7 +105,12 @@ class Arguments:
 
     def modulated_norm(self) -> list:
         B, S, C = self.sizes(3, 9, 70)
-        return [self.floats(B, S, C), self.vector(B, C), self.vector(B, C), 1e-5]
+        return [
+            self.floats(B, S, C),
+            self.vector(B, C),
+            self.vector(B, C),
+            1e-5,
+        ]
 
     def modulated_norm_backward(self) -> list:
         x, scale, _, eps = self.modulated_norm()
@@ -69,7 +119,13 @@ class Arguments:
     def gated_add_norm(self) -> list:
         x, scale, shift, eps = self.modulated_norm()
         pair = [scale, shift] if self.rng.random() < 0.7 else [None, None]
-        return [x, self.floats(*x.shape), self.vector(*scale.shape), *pair, eps]
+        return [
+            x,
+            self.floats(*x.shape),
+            self.vector(*scale.shape),
+            *pair,
+            eps,
+        ]
 
     def gated_add_norm_backward(self) -> list:
         x, scale, shift, eps = self.modulated_norm()
@@ -79,14 +135,22 @@ class Arguments:
 
     def _heads(self) -> list:
         B, S, H, half = self.sizes(2, 80, 3, 20)
-        x, weight = self.floats(B, S, H, 2 * half), self.vector(2 * half)
+        x = self.floats(B, S, H, 2 * half)
+        weight = self.vector(2 * half)
         if self.rng.random() < 0.3 or S > 10_000:
             return [x, weight, None, None, None, []]
-        axes, P = self.rng.randint(1, 3), self.rng.randint(1, 9)
+        axes = self.rng.randint(1, 3)
+        P = self.rng.randint(1, 9)
         cuts = sorted(self.rng.randint(0, half) for _ in range(axes - 1))
         pairs = [stop - start for start, stop in zip([0, *cuts], [*cuts, half], strict=True)]
         tables = [self.floats(P, half, dtype=torch.float32) for _ in range(2)]
-        return [x, weight, *tables, torch.randint(P, (S, axes), dtype=torch.int32), pairs]
+        return [
+            x,
+            weight,
+            *tables,
+            torch.randint(P, (S, axes), dtype=torch.int32),
+            pairs,
+        ]
 
     def norm_rope(self) -> list:
         heads = self._heads()
@@ -106,10 +170,17 @@ class Arguments:
         shape = (B, H, math.prod(tiles), D)
         window = [self.rng.randint(1, 5) for _ in tiles]
         near = [tiles, window] if self.rng.random() < 0.6 else [[], []]
-        keep, ties = self.rng.choice((0.1, 0.9, 1.0)), self.rng.choice(("all", "stable"))
+        keep = self.rng.choice((0.1, 0.9, 1.0))
+        ties = self.rng.choice(("all", "stable"))
         if shape[2] > 10_000:
             shape = (B, H, 0, D)
-        return [self.floats(*shape), self.floats(*shape), keep, *near, ties]
+        return [
+            self.floats(*shape),
+            self.floats(*shape),
+            keep,
+            *near,
+            ties,
+        ]
 
     def block_sparse_attention(self) -> list:
         B, S, H, D = self.sizes(2, 150, 3, 40)
@@ -118,14 +189,21 @@ class Arguments:
         offsets = self.offsets(S)
         N = len(offsets) - 1
         tensors = [self.floats(B, S, H, D) for _ in range(3)]
-        return [*tensors, self.words(B, H, N, -(-N // 32)), offsets, 0.3, math.inf]
+        return [
+            *tensors,
+            self.words(B, H, N, -(-N // 32)),
+            offsets,
+            0.3,
+            math.inf,
+        ]
 
     def block_sparse_attention_backward(self) -> list:
         query, key, value, selection, offsets, scale, _ = self.block_sparse_attention()
         B, S, H, _ = query.shape
         wide = torch.promote_types(self.dtype, torch.float32)
         lse, grad_lse = (self.floats(B, H, S, dtype=wide) for _ in range(2))
-        out, grad = self.floats(*query.shape), self.floats(*query.shape)
+        out = self.floats(*query.shape)
+        grad = self.floats(*query.shape)
         grad_lse = grad_lse if self.rng.random() < 0.5 else None
         return [query, key, value, out, lse, selection, offsets, grad, grad_lse, scale]
 
@@ -138,18 +216,29 @@ class Arguments:
         pad = self.rng.random() < 0.7
         front = self.floats(B, 2, Y + 2, X + 2, C) if pad and self.rng.random() < 0.5 else None
         vectors = [self.vector(B, C) for _ in range(2)]
-        return [self.floats(B, T, Y, X, C), *vectors, front, pad, self.rng.random() < 0.5]
+        return [
+            self.floats(B, T, Y, X, C),
+            *vectors,
+            front,
+            pad,
+            self.rng.random() < 0.5,
+        ]
 
     def frame_causal_attention(self) -> list:
         B, T, P, D, first, keys = self.sizes(2, 3, 70, 40, 3, 70)
-        first, keys = min(first, 3), min(keys, 70)
+        first = min(first, 3)
+        keys = min(keys, 70)
         key, value = (self.floats(B, T + first, keys, D) for _ in range(2))
         return [self.floats(B, T, P, D), key, value, first, 0.3]
 
     def group_affine(self) -> list:
         B, T, G, width = self.sizes(2, 3, 4, 5)
         vectors = [self.floats(min(G * width, 100), dtype=torch.float32) for _ in range(2)]
-        return [self.floats(B, T, G, 2, dtype=torch.float64).abs(), *vectors, 1e-6]
+        return [
+            self.floats(B, T, G, 2, dtype=torch.float64).abs(),
+            *vectors,
+            1e-6,
+        ]
 
     def causal_conv3d(self) -> list:
         B, C, out, *taps = self.sizes(2, 6, 6, 3, 3, 3)
@@ -180,7 +269,7 @@ class Arguments:
 
 
 def _resized(rng: Random, x: Tensor) -> Tensor:
-    """Another size along a dimension, or another number of them."""
+    """Spoil the size of a dimension, or the number of dimensions."""
     kind = rng.randrange(5)
     if kind == 0 or not x.dim():
         return x[None]
@@ -188,14 +277,18 @@ def _resized(rng: Random, x: Tensor) -> Tensor:
     if kind == 1 and x.shape[axis]:
         return x.select(axis, rng.randrange(x.shape[axis]))
     if kind == 2:
-        return x.narrow(axis, 0, rng.randint(0, min(x.shape[axis], 100)))
+        return x.narrow(
+            axis,
+            0,
+            rng.randint(0, min(x.shape[axis], 100)),
+        )
     if kind == 3 and x.numel() < 1 << 20:
         return torch.cat((x, x), axis)
     return x.new_empty(0) if rng.random() < 0.3 else x.flatten()[:1].reshape(())
 
 
 def _restrided(rng: Random, x: Tensor) -> Tensor:
-    """The same shape, lying otherwise: overlapping, with gaps, transposed or beginning late."""
+    """Keep the values' shape, with other strides: overlapping, apart, transposed or offset."""
     kind = rng.randrange(5)
     if not x.dim() or not x.numel() or x.numel() > 1 << 20:
         return x
@@ -208,11 +301,15 @@ def _restrided(rng: Random, x: Tensor) -> Tensor:
         return torch.stack((x, x), -1)[..., 0]
     if kind == 3:
         return torch.cat((x, x), axis).narrow(axis, x.shape[axis], x.shape[axis])
-    return torch.as_strided(x.contiguous(), x.shape, [min(1, s) for s in x.stride()])
+    return torch.as_strided(
+        x.contiguous(),
+        x.shape,
+        [min(1, s) for s in x.stride()],
+    )
 
 
 def _revalued(rng: Random, x: Tensor) -> Tensor:
-    """Other values in some places, or in all."""
+    """Put other values into some places, or into all."""
     if not x.numel() or x.numel() > 1 << 20:
         return x
     x = x.clone(memory_format=torch.contiguous_format)
@@ -232,11 +329,16 @@ def _elsewhere(rng: Random, x: Tensor) -> Tensor:
         return torch.empty(x.shape, dtype=x.dtype, device="meta")
     if kind == 1 and x.dim() == 2:
         return x.to_sparse()
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    return torch.empty_strided(
+        x.shape,
+        x.stride(),
+        dtype=x.dtype,
+        device="meta",
+    )
 
 
 def huge(rng: Random, x: Tensor) -> Tensor:
-    """A dimension without memory of its own."""
+    """Make a dimension huge, without memory of its own."""
     if not x.dim() or not x.numel():
         return x
     axis = rng.randrange(x.dim())
@@ -261,8 +363,13 @@ SPOILERS: tuple[Callable[[Random, Tensor], Tensor], ...] = (
 )
 
 
-def spoiled(rng: Random, value, optional: bool, spoilers=SPOILERS):
-    """Another argument in the place of this one."""
+def spoiled(
+    rng: Random,
+    value,
+    optional: bool,
+    spoilers=SPOILERS,
+):
+    """Another argument in place of this one."""
     if optional and rng.random() < 0.1:
         return None
     if isinstance(value, Tensor):
@@ -277,5 +384,13 @@ def spoiled(rng: Random, value, optional: bool, spoilers=SPOILERS):
         return rng.choice(("", "all", "stable", "ALL", "\0", "x" * 1000))
     if isinstance(value, list):
         made = [rng.choice(INTEGERS) if rng.random() < 0.5 else n for n in value]
-        return rng.choice((made, made[:-1], [*made, 1], [], [rng.choice(INTEGERS)] * 3))
+        return rng.choice(
+            (
+                made,
+                made[:-1],
+                [*made, 1],
+                [],
+                [rng.choice(INTEGERS)] * 3,
+            )
+        )
     return value

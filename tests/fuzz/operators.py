@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever an operator is given, it answers or refuses: it does not crash, hang or fail in a way
-that nobody foresaw, and its kernel and its reference refuse the same.
+"""Whatever its arguments are, an operator answers or refuses.
+
+It does not crash, hang or fail with an error that it does not document, and its kernel and its
+reference refuse the same calls.
 
     python -m tests.fuzz.operators --minutes 10
 
-Every case is made from its number alone. Cases run in a process of their own, so that a crash is
-seen; what is told of a failure is how to run that case again.
+A case follows from its number alone. Cases run in a process of their own, so that a crash is seen,
+and a failure says how to run its case again.
 """
 
 import argparse
@@ -42,7 +44,7 @@ PUBLIC = [name for name in ops.__all__ if name not in ("Rotary", "kernels")]
 
 
 def _call(name: str, args: list):
-    """The public function of that name, from the arguments of its operator's schema."""
+    """Call the public function ``name`` with the arguments of its operator's schema."""
     function = getattr(ops, name)
     if name in ("norm_rope", "norm_rope_means"):
         x, weight, cos, sin, positions, pairs, offsets, eps = args
@@ -60,7 +62,7 @@ def _call(name: str, args: list):
 
 
 class Case:
-    """One call: of which function, on which arguments."""
+    """One call of one function, made from a number."""
 
     def __init__(self, number: int):
         rng = Random(number)
@@ -81,17 +83,17 @@ class Case:
         self.autocast = rng.random() < 0.1
 
     def __str__(self) -> str:
-        def told(value) -> str:
+        def described(value) -> str:
             if not isinstance(value, Tensor):
                 return repr(value)
-            lying = list(value.stride()) if value.layout == torch.strided else value.layout
-            return f"{value.dtype} {list(value.shape)} strides {lying} on {value.device}"
+            strides = list(value.stride()) if value.layout == torch.strided else value.layout
+            return f"{value.dtype} {list(value.shape)} strides {strides} on {value.device}"
 
         kind = "public" if self.public else "raw"
-        return f"{kind} {self.name}(" + ", ".join(told(value) for value in self.args) + ")"
+        return f"{kind} {self.name}(" + ", ".join(described(value) for value in self.args) + ")"
 
     def outcome(self, function):
-        """("answer", what was returned) or (the name of the error, its words)."""
+        """("answer", result) where the call returned, otherwise (type of the error, its text)."""
         try:
             return "answer", function(*self.args)
         except (*REFUSALS, RuntimeError, NotImplementedError) as error:
@@ -134,7 +136,10 @@ class Case:
         return "derived"
 
     def compare(self, kind: str, result) -> None:
-        """The reference must refuse what the operator refuses, and answer in the same form."""
+        """Require that the reference refuses what the operator refuses.
+
+        Where both answer, results have the same shapes, dtypes and devices.
+        """
         refused = kind in ("ValueError", "TypeError")
         words = result if isinstance(result, str) else ""
         if "expected" in words.lower():
@@ -155,7 +160,11 @@ class Case:
 
 
 def work(first: int, cases: int, seconds: float, progress: str) -> None:
-    """Runs cases from number `first` on, each noted in the file `progress` before it begins."""
+    """Run cases from number ``first`` on.
+
+    The number of each is written to the file ``progress`` before it begins, so that it is known
+    which one crashed.
+    """
     warnings.simplefilter("ignore")
     importlib.import_module("torch._dynamo")  # long, and otherwise within some case
     torch.set_num_threads(2)
@@ -163,7 +172,9 @@ def work(first: int, cases: int, seconds: float, progress: str) -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     note = os.open(progress, os.O_WRONLY)
-    end, kinds, number = time.monotonic() + seconds, Counter(), first
+    end = time.monotonic() + seconds
+    kinds = Counter()
+    number = first
     while number < first + cases and time.monotonic() < end:
         os.pwrite(note, f"{number:<20}".encode(), 0)
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
@@ -180,13 +191,15 @@ def work(first: int, cases: int, seconds: float, progress: str) -> None:
                 )
         number += 1
     faulthandler.cancel_dump_traceback_later()
-    told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    print(f"{number - first} cases from {first} on: {told}")
+    summary = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    print(f"{number - first} cases from {first} on: {summary}")
 
 
 def fuzz(first: int, cases: int, seconds: float, references: bool = False) -> str:
-    """Runs cases in a process of their own; returns what they came to, or raises AssertionError
-    with the case that failed."""
+    """Run cases in a process of their own; return a summary.
+
+    Raises AssertionError, which says how to run the case that failed.
+    """
     environment = {**os.environ, "KANDINSKY_KERNELS": "reference" if references else ""}
     with tempfile.NamedTemporaryFile() as progress:
         command = [sys.executable, "-X", "faulthandler", "-m", "tests.fuzz.operators", "--work"]

@@ -42,15 +42,17 @@ KERNELS = {
     "checks": "",
     "_precision": "",
     "_derivatives": "",
-    "reference": "checks _derivatives _precision",
+    "selections": "checks",
+    "reference": "checks _derivatives _precision selections",
     "_guard": "",
     "_library": "checks _derivatives _guard _precision tuning",
     "norm": "checks _library reference",
     "nabla": "checks _library reference",
     "vae": "checks _library reference",
+    "flops": "_library selections",
     "triton": "",
-    "launch": "_library nabla reference tuning triton",
-    "__init__": "_library norm nabla vae reference",
+    "launch": "_library nabla reference selections tuning triton",
+    "__init__": "_library flops norm nabla vae reference selections",
 }
 PACKAGES = {"kandinsky_model": MODEL, "kandinsky_kernels": KERNELS}
 # packages that are slow to import or may be absent: only inside functions

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import budgets, clock, door, ops, report, vae
+from benchmarks import budgets, clock, diffusers, ops, report, vae
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.convolutions import CONVOLUTIONS
 from kandinsky_model.config import VAEConfig
@@ -263,18 +263,18 @@ def test_diffusers_is_compared_with_itself(monkeypatch):
     """Ours and NABLA by a mask are the same up to diffusers' rounding to bf16; as installed it is
     another function."""
     monkeypatch.setattr(clock, "WARM_UP_S", 0.0)
-    transformer = door.transformer_row("a transformer", door.TINY, Grid(2, 16, 16), 0.0)
+    transformer = diffusers.transformer_row("a transformer", diffusers.TINY, Grid(2, 16, 16), 0.0)
     config = VAEConfig(
         latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4
     )
-    decoder = door.vae_row("a decoder", config, (2, 3, 3), 0.0)
+    decoder = diffusers.vae_row("a decoder", config, (2, 3, 3), 0.0)
     errors = transformer["errors"]
     assert (
         errors["ours"] < 5e-6 < errors["mask"] < 5e-4 < 5e-3 < errors["dense"]
         and 0.2 < transformer["density"] < 0.6
     )
     assert max(decoder["errors"].values()) < 1e-5
-    table = door.table({"machine": clock.machine(), "rows": [transformer, decoder]})
+    table = diffusers.table({"machine": clock.machine(), "rows": [transformer, decoder]})
     assert (
         "| a transformer, 512 tokens |" in table
         and "| a decoder | - |" in table
@@ -284,7 +284,8 @@ def test_diffusers_is_compared_with_itself(monkeypatch):
 
 def test_the_readme_shows_diffusers_as_measured():
     results = [
-        json.loads(path.read_text()) for path in sorted(ROOT.glob("benchmarks/results/door-*.json"))
+        json.loads(path.read_text())
+        for path in sorted(ROOT.glob("benchmarks/results/diffusers-*.json"))
     ]
     readme = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
-    assert results and all(door.table(result) in readme for result in results)
+    assert results and all(diffusers.table(result) in readme for result in results)

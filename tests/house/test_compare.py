@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The comparators catch planted faults: without that, a green table of cases would prove
-nothing."""
+"""The comparators catch planted faults.
+
+If they did not, a green table of cases would prove nothing.
+"""
 
 import math
 
@@ -105,7 +107,11 @@ def test_noise_below_the_largest_error_is_caught():
     peer = exact.float()
     peer[0, 0, 0] += 1e-3  # one outlier makes rule 2 generous
     with pytest.raises(AssertionError, match=r"rule 3 \(RMSE\)"):
-        assert_faithful((exact + 5e-4 * (2 * torch.rand_like(exact) - 1)).float(), exact, peer)
+        assert_faithful(
+            (exact + 5e-4 * (2 * torch.rand_like(exact) - 1)).float(),
+            exact,
+            peer,
+        )
 
 
 @pytest.mark.parametrize(
@@ -131,7 +137,11 @@ def test_non_finite_pattern_must_agree():
     good = torch.tensor([1.0, math.inf, math.nan, math.inf, 2.0])
     assert_faithful(good, exact, good)
     with pytest.raises(AssertionError, match="differ in being finite"):
-        assert_faithful(good * torch.tensor([1, -1, 1, 1, 1]), exact, good)
+        assert_faithful(
+            good * torch.tensor([1, -1, 1, 1, 1]),
+            exact,
+            good,
+        )
 
 
 @pytest.fixture

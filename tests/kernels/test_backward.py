@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradients of the operators: derived right, computed faithfully, by kernels, and the same bits
-every time."""
+"""The gradients of the operators.
+
+Their formulas are the derivatives of the references; kernels compute them faithfully and with the
+same bits every time.
+"""
 
 import importlib.util
 import math
@@ -13,7 +16,7 @@ from torch.library import Library, opcheck
 from torch.profiler import ProfilerActivity, profile
 
 import kandinsky_kernels as ops
-from kandinsky_kernels import _guard, _library, nabla, norm, reference, tuning
+from kandinsky_kernels import _guard, _library, nabla, reference, tuning
 from kandinsky_kernels.launch import nabla as launch_nabla
 from kandinsky_model.dit.geometry import Grid
 
@@ -36,8 +39,10 @@ def kernel_of(case):
 
 @pytest.fixture
 def references():
-    """The operators with their references on the CPU too, which are then differentiated by their
-    backward references, in fp64 as well."""
+    """Let the references run in both directions on the CPU, in place of the kernels.
+
+    Fp64 inputs go through the backward references too, instead of PyTorch's own derivatives.
+    """
     library = Library("kandinsky_kernels", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that kernels are overridden
@@ -45,8 +50,7 @@ def references():
             for op in {kernel_of(case), kernel_of(case.forward)}:
                 library.impl(op, getattr(reference, op), "CPU", allow_override=True)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (nabla, norm):
-            patch.setattr(module, "in_double", lambda *_: False)
+        patch.setattr(_library, "in_double", lambda *_: False)
         yield
     library._destroy()
 
@@ -55,7 +59,7 @@ def references():
     "case", [case for case in BACKWARDS if case.dtype == FP32], ids=lambda case: case.id
 )
 def test_formulas_are_the_derivatives_of_the_references(case, request):
-    """In fp64, where PyTorch differentiates the reference by itself: to the last digits."""
+    """They agree to the last digits with PyTorch's own derivatives of the references, in fp64."""
     inputs = case.inputs()
     inputs = {
         name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
@@ -74,14 +78,21 @@ def doubles(*shapes):
 
 
 def test_formulas_are_the_numerical_derivatives(references):
-    x, branch, *vectors = doubles((1, 3, 6), (1, 3, 6), (1, 6), (1, 6), (1, 6))
+    x, branch, *vectors = doubles(
+        (1, 3, 6),
+        (1, 3, 6),
+        (1, 6),
+        (1, 6),
+        (1, 6),
+    )
     assert torch.autograd.gradcheck(ops.modulated_norm, (x, *vectors[:2]))
     assert torch.autograd.gradcheck(ops.gated_add_norm, (x, branch, *vectors))
     assert torch.autograd.gradcheck(
         lambda *inputs: ops.gated_add_norm(*inputs)[0], (x, branch, vectors[0])
     )
     q, weight = doubles((1, 3, 2, 4), (4,))
-    angles, offsets = torch.rand(3, 2), torch.tensor([0, 2, 3], dtype=torch.int32)
+    angles = torch.rand(3, 2)
+    offsets = torch.tensor([0, 2, 3], dtype=torch.int32)
     rotary = ops.Rotary.per_token(angles.cos(), angles.sin())
     assert torch.autograd.gradcheck(lambda *inputs: ops.norm_rope(*inputs, rotary), (q, weight))
     assert torch.autograd.gradcheck(
@@ -89,14 +100,21 @@ def test_formulas_are_the_numerical_derivatives(references):
     )
 
 
-# and an empty column
+# The second row is empty, and so is the third column.
 EMPTY_ROWS = torch.tensor(
-    [[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 1]], dtype=torch.bool
+    [
+        [1, 1, 0, 0],
+        [0, 0, 0, 0],
+        [0, 1, 0, 0],
+        [1, 0, 0, 1],
+    ],
+    dtype=torch.bool,
 )
 
 
 def test_attention_with_empty_rows_and_columns_is_the_numerical_derivative(references):
-    inputs, offsets = doubles(*[(1, 9, 1, 3)] * 3), torch.tensor([0, 3, 5, 6, 9], dtype=torch.int32)
+    inputs = doubles(*[(1, 9, 1, 3)] * 3)
+    offsets = torch.tensor([0, 3, 5, 6, 9], dtype=torch.int32)
     selection = ops.pack_selection(EMPTY_ROWS[None, None])
 
     def outputs(*inputs):
@@ -120,11 +138,14 @@ def test_nothing_flows_into_empty_rows_and_columns(dtype, simd):  # law 9
     )
     inputs = case.inputs()
     keep = torch.rand(1, 2, 6, 6) < 0.6
-    keep[:, 1, 2], keep[:, 1, :, 4] = False, False
+    keep[:, 1, 2] = False
+    keep[:, 1, :, 4] = False
     inputs["selection"] = ops.pack_selection(keep)
-    gradients, exact = case.run(inputs), case.exact(inputs)
+    gradients = case.run(inputs)
+    exact = case.exact(inputs)
     starts = inputs["block_offsets"].tolist()
-    empty, unseen = slice(*starts[2:4]), slice(*starts[4:6])
+    empty = slice(*starts[2:4])
+    unseen = slice(*starts[4:6])
     assert (
         not gradients[0][:, empty, 1].any()
         and not gradients[1][:, unseen, 1].any()
@@ -155,7 +176,7 @@ def test_kernels_run_in_both_directions(case, simd):  # law 2
         for event in trace.key_averages()
         if event.key.startswith("aten::")
     }
-    # PyTorch spreads the gradients of means over their blocks
+    # PyTorch's own operators spread the gradients of means over their blocks.
     if case.op != "norm_rope_means_backward":
         assert ran <= NOT_ARITHMETIC | {"to"}, "the reference ran"  # which changes nothing
 
@@ -188,7 +209,8 @@ def test_guard_bands(case):  # law 7
 
 @by_op
 def test_deterministic(case):  # law 11
-    inputs, threads = case.inputs(), torch.get_num_threads()
+    inputs = case.inputs()
+    threads = torch.get_num_threads()
     first = case.run(inputs)
     try:
         for attempt in range(10):
@@ -200,8 +222,10 @@ def test_deterministic(case):  # law 11
 
 @needs_extension
 def test_attention_in_strips(simd):
-    """More pairs of blocks than are left behind at once; a head's bits do not depend on where in
-    the strips it comes."""
+    """More pairs of blocks than fit into one strip of stored changes.
+
+    A head's bits do not depend on where in the strips it comes.
+    """
     N = 60
     offsets = torch.arange(0, 2 * N + 1, 2, dtype=torch.int32)
     keep = torch.rand(1, 2, N, N) < 0.9
@@ -229,19 +253,19 @@ def test_attention_in_strips(simd):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 30.0, 1e4])
-# law 10: from uniform weights to one-hot ones; beyond the peer's error that of log-sum-exp's
-# rounding
-def test_extremes(scale, simd):
+def test_extremes(scale, simd):  # law 10
+    """From uniform weights to one-hot ones.
+
+    Besides the peer's error, that of the rounded log-sum-exp is allowed.
+    """
     case = ODD["block_sparse_attention_backward"]
     inputs = case.inputs()
     inputs["query"] = inputs["query"] * scale
     *_, lse = case.forward.run(without_gradients(inputs))
     rounding = torch.finfo(FP32).eps * (8 + lse.abs().max())
-    gradients, exact, peer = (
-        case.run(inputs),
-        case.exact(inputs),
-        case.ready(case.operator.peer, inputs)(),
-    )
+    gradients = case.run(inputs)
+    exact = case.exact(inputs)
+    peer = case.ready(case.operator.peer, inputs)()
     for actual, wanted, other in zip(gradients, exact, peer, strict=True):
         assert actual.isfinite().all()
         assert (actual - wanted).abs().max() <= 2 * (
@@ -252,18 +276,29 @@ def test_extremes(scale, simd):
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
 @pytest.mark.parametrize("D, full", [(64, True), (96, False)])
 def test_triton_of_strided_inputs_with_empty_rows_and_columns(D, full, monkeypatch):
-    """Two launches of one head each, by descriptors where blocks are full; the same bits again."""
+    """Two launches of one head each, by descriptors where blocks are full, repeat their bits."""
     monkeypatch.setattr(tuning, "LIST_BYTES", 1)
     launch = tuning.Launch(4, 2, descriptors=full)
     monkeypatch.setattr(tuning, "attention_backward", lambda *_: (launch, launch))
-    inputs = attention(1, 2, Grid(1, 8, 24) if full else Grid(1, 9, 20), D, 0.7)(
-        torch.Generator().manual_seed(2)
-    )
+    inputs = attention(
+        1,
+        2,
+        Grid(1, 8, 24) if full else Grid(1, 9, 20),
+        D,
+        0.7,
+    )(torch.Generator().manual_seed(2))
     # [B, S, 3, H, D], as one projection gives
     packed = torch.stack([inputs[name] for name in ("query", "key", "value")], 2).to(DEVICE)
-    keep = torch.ones(1, 2, *[len(inputs["block_offsets"]) - 1] * 2, dtype=torch.bool)
-    keep[0, 1, 1], keep[0, 0, :, 2] = False, False
-    selection, offsets = ops.pack_selection(keep).to(DEVICE), inputs["block_offsets"].to(DEVICE)
+    keep = torch.ones(
+        1,
+        2,
+        *[len(inputs["block_offsets"]) - 1] * 2,
+        dtype=torch.bool,
+    )
+    keep[0, 1, 1] = False
+    keep[0, 0, :, 2] = False
+    selection = ops.pack_selection(keep).to(DEVICE)
+    offsets = inputs["block_offsets"].to(DEVICE)
     out, lse = nabla.reference.block_sparse_attention(*packed.unbind(2), selection, offsets, 0.2)
     args = (
         *packed.unbind(2),
@@ -283,7 +318,8 @@ def test_triton_of_strided_inputs_with_empty_rows_and_columns(D, full, monkeypat
         torch.equal(*pair)
         for pair in zip(gradients, launch_nabla.launch_gradients(*args), strict=True)
     )
-    empty, unseen = slice(*offsets[1:3].tolist()), slice(*offsets[2:4].tolist())
+    empty = slice(*offsets[1:3].tolist())
+    unseen = slice(*offsets[2:4].tolist())
     assert not gradients[0][:, empty, 1].any() and not any(
         gradient[:, unseen, 0].any() for gradient in gradients[1:]
     )
@@ -310,10 +346,8 @@ def test_attention_without_tokens_or_samples():  # law 8
     for B, S in ((2, 0), (0, 4)):
         x = torch.empty(B, S, 2, 16, requires_grad=True)
         N = S // 4
-        selection, offsets = (
-            torch.empty(B, 2, N, N, dtype=torch.int32),
-            torch.arange(0, S + 1, 4, dtype=torch.int32),
-        )
+        selection = torch.empty(B, 2, N, N, dtype=torch.int32)
+        offsets = torch.arange(0, S + 1, 4, dtype=torch.int32)
         ops.block_sparse_attention(x, x, x, selection, offsets).sum().backward()
         assert x.grad.shape == x.shape
 
@@ -332,7 +366,7 @@ def test_only_what_is_asked_for_is_recorded():
 
 
 def backward_arguments(case, inputs):
-    """What the dispatcher takes of the backward operator."""
+    """The arguments of the backward operator's schema."""
     outputs = case.forward.run(without_gradients(inputs))
     given = {
         "cos": None,
@@ -401,10 +435,13 @@ TRAINED = {
 def test_compiles_once_for_all_lengths(op):  # law 17
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled, graphs = (
-        torch.compile(OPERATORS[op].call, fullgraph=True, dynamic=True, backend=counter),
-        [],
+    compiled = torch.compile(
+        OPERATORS[op].call,
+        fullgraph=True,
+        dynamic=True,
+        backend=counter,
     )
+    graphs = []
     for make in TRAINED[op]:
         case = Backward(f"{op}_backward", "compiled", make, FP32)
         inputs = case.inputs()
@@ -414,11 +451,9 @@ def test_compiles_once_for_all_lengths(op):  # law 17
     assert graphs[0] == graphs[-1], "another length compiled again"
 
 
-Q, BITS, OFFSETS = (
-    torch.zeros(1, 70, 2, 8),
-    torch.zeros(1, 2, 2, 1, dtype=torch.int32),
-    torch.tensor([0, 64, 70], dtype=torch.int32),
-)
+Q = torch.zeros(1, 70, 2, 8)
+BITS = torch.zeros(1, 2, 2, 1, dtype=torch.int32)
+OFFSETS = torch.tensor([0, 64, 70], dtype=torch.int32)
 LSE = torch.zeros(1, 2, 70)
 
 
@@ -459,7 +494,9 @@ def test_the_kernel_refuses_what_would_corrupt_memory(change, text):  # law 20
         LIBRARY.block_sparse_attention_backward(**given | change)
 
 
-X, HEADS_4, VECTOR = torch.zeros(1, 3, 8), torch.zeros(1, 3, 2, 4), torch.zeros(1, 8)
+X = torch.zeros(1, 3, 8)
+HEADS_4 = torch.zeros(1, 3, 2, 4)
+VECTOR = torch.zeros(1, 8)
 
 
 @needs_extension
@@ -493,7 +530,8 @@ X, HEADS_4, VECTOR = torch.zeros(1, 3, 8), torch.zeros(1, 3, 2, 4), torch.zeros(
     ],
 )
 def test_the_kernels_of_norms_refuse_what_would_corrupt_memory(op, change, text):  # law 20
-    table, positions = torch.zeros(5, 2), torch.zeros(3, 1, dtype=torch.int32)
+    table = torch.zeros(5, 2)
+    positions = torch.zeros(3, 1, dtype=torch.int32)
     given = {
         "modulated_norm": {"x": X, "scale": VECTOR, "grad": X},
         "gated_add_norm": {
@@ -519,11 +557,17 @@ def test_the_kernels_of_norms_refuse_what_would_corrupt_memory(op, change, text)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-20, 1e18, 1e25])
-# law 10: squares over- and underflow; a constant row, whose deviation is eps
-def test_gradients_of_rows_of_any_size(size, simd):
+def test_gradients_of_rows_of_any_size(size, simd):  # law 10
+    """Squares overflow and underflow; the last row is constant, and its deviation is eps."""
     x = torch.cat([torch.randn(1, 5, 24) * size, torch.full((1, 1, 24), 3.0)], 1)
-    scale, grad = torch.randn(1, 24), torch.randn(1, 6, 24)
-    exact = reference.modulated_norm_backward(x.double(), scale.double(), grad.double(), 1e-5)
+    scale = torch.randn(1, 24)
+    grad = torch.randn(1, 6, 24)
+    exact = reference.modulated_norm_backward(
+        x.double(),
+        scale.double(),
+        grad.double(),
+        1e-5,
+    )
     for actual, wanted in zip(
         LIBRARY.modulated_norm_backward(x, scale, grad, 1e-5), exact, strict=True
     ):

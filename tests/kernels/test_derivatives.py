@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Derivatives beyond the first gradient: gradients of gradients and forward-mode derivatives, by
-torch.autograd and by torch.func, are PyTorch's own of upstream's expressions, or none at all; they
-are never silently zero."""
+"""Derivatives beyond the first gradient are never silently zero.
+
+Gradients of gradients and forward-mode derivatives, by torch.autograd and by torch.func, equal
+PyTorch's own derivatives of the usual expressions.
+"""
 
 import contextlib
 import math
@@ -25,7 +27,8 @@ def made(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-V, W = made(2, 8, seed=1), made(2, 8, seed=2)
+V = made(2, 8, seed=1)
+W = made(2, 8, seed=2)
 ANGLES = made(7, 4, seed=3)
 ROTARY = ops.Rotary.per_token(ANGLES.cos(), ANGLES.sin())
 KEEP = torch.tensor([[1] * 7] * 4 + [[0] * 4 + [1] * 3] * 3, dtype=torch.bool)
@@ -77,7 +80,14 @@ CASES = {  # the operator of one tensor, upstream's expression of it, and its sh
         (2, 7, 2, 8),
     ),
     "block_sparse_attention": (
-        lambda x: ops.block_sparse_attention(x, x.cos(), x, SELECTION, OFFSETS, return_lse=True),
+        lambda x: ops.block_sparse_attention(
+            x,
+            x.cos(),
+            x,
+            SELECTION,
+            OFFSETS,
+            return_lse=True,
+        ),
         masked,
         (1, 7, 1, 8),
     ),
@@ -92,7 +102,12 @@ CASES = {  # the operator of one tensor, upstream's expression of it, and its sh
     "group_moments": (
         lambda x: ops.group_moments(x, 2).to(x.dtype),
         lambda x: torch.stack(
-            torch.var_mean(x.unflatten(-1, (2, 4)), (2, 3, 5), correction=0)[::-1], -1
+            torch.var_mean(
+                x.unflatten(-1, (2, 4)),
+                (2, 3, 5),
+                correction=0,
+            )[::-1],
+            -1,
         ),
         (2, 1, 2, 3, 8),
     ),
@@ -107,11 +122,15 @@ CASES = {  # the operator of one tensor, upstream's expression of it, and its sh
     ),
 }
 WEIGHT = made(4, 8, 3, 3, 3, seed=5)
-each = pytest.mark.parametrize(("operator", "peer", "shape"), CASES.values(), ids=CASES.keys())
+each = pytest.mark.parametrize(
+    ("operator", "peer", "shape"),
+    CASES.values(),
+    ids=CASES.keys(),
+)
 
 
 def loss(function):
-    """A number whose derivatives of every order are not simple."""
+    """A number of the outputs, none of whose derivatives vanishes."""
 
     def total(x):
         outputs = function(x)
@@ -130,7 +149,7 @@ def second(function, x):
 
 
 def forward(function, x):
-    """The derivative along a direction."""
+    """The derivative along the direction cos(x), in forward mode."""
     with forward_ad.dual_level():
         outputs = function(forward_ad.make_dual(x, x.cos()))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -140,11 +159,16 @@ def forward(function, x):
 
 def judged(derive, operator, peer, shape):
     x = made(*shape, seed=7)
-    exact, usual = derive(peer, x.double()), derive(peer, x)
+    exact = derive(peer, x.double())
+    usual = derive(peer, x)
     assert exact.abs().max() > 0
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*autograd kernel was not registered.*")
-        assert_faithful(derive(operator, x).contiguous(), exact.contiguous(), usual.contiguous())
+        assert_faithful(
+            derive(operator, x).contiguous(),
+            exact.contiguous(),
+            usual.contiguous(),
+        )
 
 
 @each
@@ -207,11 +231,17 @@ def test_a_choice_has_no_derivative():
 
 
 def test_kernels_run_where_nothing_more_is_wanted():
-    """The reference is for further derivatives only: the first gradient is the kernel's."""
+    """The first gradient is a kernel's; references serve further derivatives only."""
     called = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self,
+            function,
+            types,
+            args=(),
+            kwargs=None,
+        ):
             called.append(function.name())
             return function(*args, **(kwargs or {}))
 
@@ -226,7 +256,7 @@ def test_kernels_run_where_nothing_more_is_wanted():
 
 
 def wide_heads(D):
-    """Three blocks; the second, of one token, keeps itself alone."""
+    """Inputs of three blocks, of which the second has one token and keeps itself alone."""
     offsets = torch.tensor([0, 64, 65, 100], dtype=torch.int32)
     keep = torch.tensor([[1, 1, 1], [0, 1, 0], [0, 1, 1]], dtype=torch.bool)
     selection = ops.pack_selection(keep[None, None].expand(1, 2, 3, 3).contiguous())
@@ -248,14 +278,21 @@ def test_gradients_of_wide_heads(D, simd):  # laws 1 and 3
         return torch.autograd.grad(out, inputs, grad.to(dtype))
 
     actual = torch.autograd.grad(ops.block_sparse_attention(*qkv, selection, offsets), qkv, grad)
-    for outputs in zip(actual, peer(torch.float64), peer(torch.float32), strict=True):
+    for outputs in zip(
+        actual,
+        peer(torch.float64),
+        peer(torch.float32),
+        strict=True,
+    ):
         assert_faithful(*(x.contiguous() for x in outputs))
 
 
 @pytest.mark.parametrize("D", [8, 128, 160, 192, 256])
 def test_the_gradient_of_a_weight_of_one_is_zero(D, simd):
-    """A query that sees a single token has the weight 1, whatever the logit: exactly no gradient
-    reaches query and key."""
+    """Where a query sees one token, the weight is 1 whatever the logit.
+
+    So exactly no gradient reaches the query and the key.
+    """
     qkv, selection, offsets, _ = wide_heads(D)
     out = ops.block_sparse_attention(*qkv, selection, offsets)
     grad = torch.zeros_like(out)

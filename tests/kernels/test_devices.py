@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors without values, and tensors in several places: the right shapes, or a refusal."""
+"""Meta and fake tensors give the right shapes; tensors on different devices are refused."""
 
 import pytest
 import torch
@@ -11,9 +11,17 @@ from kandinsky_kernels import reference
 Q = torch.randn(1, 70, 2, 8)
 OFFSETS = torch.tensor([0, 64, 70], dtype=torch.int32)
 SELECTION = torch.full((1, 2, 2, 1), -1, dtype=torch.int32)
-FRAMES, WEIGHT = torch.randn(1, 3, 4, 5, 8), torch.randn(4, 8, 3, 3, 3)
-ROWS, VECTOR, MEANS = torch.randn(1, 3, 8), torch.randn(1, 8), torch.randn(1, 2, 6, 8)
-HEADS = (Q, torch.randn(8), torch.randn(9, 4), torch.randn(9, 4))
+FRAMES = torch.randn(1, 3, 4, 5, 8)
+WEIGHT = torch.randn(4, 8, 3, 3, 3)
+ROWS = torch.randn(1, 3, 8)
+VECTOR = torch.randn(1, 8)
+MEANS = torch.randn(1, 2, 6, 8)
+HEADS = (
+    Q,
+    torch.randn(8),
+    torch.randn(9, 4),
+    torch.randn(9, 4),
+)
 PLACES = torch.zeros(70, 1, dtype=torch.int32)
 
 CALLS = {
@@ -34,10 +42,18 @@ CALLS = {
     "causal_conv3d": (ops.causal_conv3d, (FRAMES, WEIGHT)),
     "group_affine": (
         ops.group_affine,
-        (torch.rand(1, 3, 2, 2), torch.randn(8), torch.randn(8)),
+        (
+            torch.rand(1, 3, 2, 2),
+            torch.randn(8),
+            torch.randn(8),
+        ),
     ),
 }
-each = pytest.mark.parametrize(("call", "args"), CALLS.values(), ids=CALLS.keys())
+each = pytest.mark.parametrize(
+    ("call", "args"),
+    CALLS.values(),
+    ids=CALLS.keys(),
+)
 
 
 def forms(result) -> list:
@@ -61,7 +77,7 @@ def test_fake_tensors_give_shapes(call, args):
 @each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_mixed_devices_are_refused(call, args, dtype):
-    """Whichever of the tensors is elsewhere, in the kernels' precision and in the references'."""
+    """It does not matter which tensor is elsewhere, nor whether a kernel or a reference runs."""
     args = [x.to(dtype) if x.dtype == torch.float32 else x for x in args]
     for i in range(len(args) if len(args) > 1 else 0):
         mixed = [x.to("meta") if i == j else x for j, x in enumerate(args)]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What operators refuse, in the same words by kernels and references: offsets and positions that
-point elsewhere, numbers whose products overflow, other shapes and dtypes, memory that is not
-there."""
+"""What operators refuse, in the same words by kernels and references.
+
+That is offsets and positions that point elsewhere, numbers whose products overflow, other shapes
+and dtypes, and results that do not fit into memory.
+"""
 
 import math
 
@@ -14,7 +16,9 @@ from kandinsky_kernels import _library, reference
 LIBRARY = torch.ops.kandinsky_kernels
 HUGE = 2**63 - 1
 
-X, ROWS, V = torch.randn(1, 100, 1, 8), torch.randn(2, 3, 8), torch.randn(2, 8)
+X = torch.randn(1, 100, 1, 8)
+ROWS = torch.randn(2, 3, 8)
+V = torch.randn(2, 8)
 TABLE = torch.randn(3, 4)
 Q = torch.randn(1, 2, 1, 8)
 FALLING = [0, 200_000, 100]
@@ -27,7 +31,11 @@ def int32(*values: int) -> torch.Tensor:
 def attention(offsets, **changed):
     N = len(offsets) - 1
     made = {"query": X, "key": X, "value": X} | changed
-    selection = torch.full((1, 1, N, -(-N // 32)), -1, dtype=torch.int32)
+    selection = torch.full(
+        (1, 1, N, -(-N // 32)),
+        -1,
+        dtype=torch.int32,
+    )
     return *made.values(), selection, int32(*offsets), 0.3, math.inf
 
 
@@ -58,11 +66,28 @@ REFUSED = {
     **{
         f"means of {offsets}": (
             "norm_rope",
-            lambda offsets=offsets: (X, V[0], None, None, None, [], int32(*offsets), 1e-6),
+            lambda offsets=offsets: (
+                X,
+                V[0],
+                None,
+                None,
+                None,
+                [],
+                int32(*offsets),
+                1e-6,
+            ),
             ValueError,
             OFFSETS,
         )
-        for offsets in (FALLING, [0, 60, 60, 100], [0, 99], [0, 101], [1, 100], [0, -5, 100], [0])
+        for offsets in (
+            FALLING,
+            [0, 60, 60, 100],
+            [0, 99],
+            [0, 101],
+            [1, 100],
+            [0, -5, 100],
+            [0],
+        )
     },
     **{
         f"attention over {offsets}": (
@@ -71,7 +96,13 @@ REFUSED = {
             ValueError,
             BLOCKS,
         )
-        for offsets in (FALLING, [0, 100], [0, 50, 50, 100], [0, 50, 101], [0, 2**31 - 1, 100])
+        for offsets in (
+            FALLING,
+            [0, 100],
+            [0, 50, 50, 100],
+            [0, 50, 101],
+            [0, 2**31 - 1, 100],
+        )
     },
     "gradient over falling offsets": (
         "block_sparse_attention_backward",
@@ -136,13 +167,27 @@ REFUSED = {
     ),
     "attention of integers": (
         "block_sparse_attention",
-        lambda: attention([0, 50, 100], query=X.int(), key=X.int(), value=X.int()),
+        lambda: attention(
+            [0, 50, 100],
+            query=X.int(),
+            key=X.int(),
+            value=X.int(),
+        ),
         TypeError,
         "query must be .*, got int32; cast it first",
     ),
     "strided offsets": (
         "norm_rope",
-        lambda: (X, V[0], None, None, None, [], int32(0, 9, 100, 9)[::2], 1e-6),
+        lambda: (
+            X,
+            V[0],
+            None,
+            None,
+            None,
+            [],
+            int32(0, 9, 100, 9)[::2],
+            1e-6,
+        ),
         ValueError,
         "block_offsets must be contiguous",
     ),
@@ -156,22 +201,35 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("by", ["operator", "reference"])
-@pytest.mark.parametrize(("op", "args", "error", "text"), REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize(
+    ("op", "args", "error", "text"),
+    REFUSED.values(),
+    ids=REFUSED.keys(),
+)
 def test_kernels_and_references_refuse(op, args, error, text, by):  # law 20
     function = getattr(LIBRARY if by == "operator" else reference, op)
     with pytest.raises(error, match=text):
         function(*args())
 
 
-@pytest.mark.parametrize("offsets", [FALLING, [0, 60, 60, 100], [0, 99], [5, 100]])
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        FALLING,
+        [0, 60, 60, 100],
+        [0, 99],
+        [5, 100],
+    ],
+)
 def test_block_means_refuses_offsets(offsets):
     with pytest.raises(ValueError, match=OFFSETS):
         ops.block_means(X, int32(*offsets))
 
 
 def test_doubles_refuse_offsets():
-    """The public functions run the references in fp64."""
-    x, weight = X.double(), V[0].double()
+    """For fp64 the public functions run the references, which refuse the same."""
+    x = X.double()
+    weight = V[0].double()
     with pytest.raises(ValueError, match=OFFSETS):
         ops.norm_rope_means(x, weight, None, int32(*FALLING))
     query, key, value, selection, offsets, *_ = attention(FALLING, query=x, key=x, value=x)
@@ -194,17 +252,30 @@ def test_doubles_refuse_offsets():
         ),
         (lambda: ops.selection_density(int32(1), 1), ValueError, "a row for each"),
         (
-            lambda: ops.causal_conv3d(ROWS[None, None], torch.ones(1, 8, 1, 1, 1), None, (0, 1, 1)),
+            lambda: ops.causal_conv3d(
+                ROWS[None, None],
+                torch.ones(1, 8, 1, 1, 1),
+                None,
+                (0, 1, 1),
+            ),
             ValueError,
             "stride must be three numbers from 1 on",
         ),
         (
-            lambda: ops.causal_conv3d(ROWS[None, None], torch.ones(2, 8, 1, 1, 1), torch.ones(3)),
+            lambda: ops.causal_conv3d(
+                ROWS[None, None],
+                torch.ones(2, 8, 1, 1, 1),
+                torch.ones(3),
+            ),
             ValueError,
             r"bias must have shape \[2\], got \[3\]",
         ),
         (
-            lambda: ops.group_affine(torch.ones(1, 1, 0, 2), torch.ones(4), torch.ones(4)),
+            lambda: ops.group_affine(
+                torch.ones(1, 1, 0, 2),
+                torch.ones(4),
+                torch.ones(4),
+            ),
             ValueError,
             "a multiple of 0 groups",
         ),
@@ -217,7 +288,8 @@ def test_public_functions_refuse(call, error, text):
 
 @pytest.mark.parametrize("sizes", [(2**31, 0, 8), (2**31, 3, 0), (0, 2**31, 8)])
 def test_nothing_is_done_for_nothing(sizes):  # law 8: however many empty rows there are
-    x, (B, _, C) = torch.empty(sizes), sizes
+    x = torch.empty(sizes)
+    B, _, C = sizes
     vector = torch.zeros(1, C).expand(B, C)
     if not B * C:
         assert LIBRARY.modulated_norm_backward(x, vector, x, 1e-5)[1].shape == (B, C)
@@ -226,7 +298,15 @@ def test_nothing_is_done_for_nothing(sizes):  # law 8: however many empty rows t
     selection = torch.empty(2**31, 2**20, 0, 0, dtype=torch.int32)
     lse = torch.empty(2**31, 2**20, 0)
     for op in (LIBRARY, reference):
-        out, _ = op.block_sparse_attention(heads, heads, heads, selection, int32(0), 1.0, math.inf)
+        out, _ = op.block_sparse_attention(
+            heads,
+            heads,
+            heads,
+            selection,
+            int32(0),
+            1.0,
+            math.inf,
+        )
         assert out.shape == heads.shape
         gradients = op.block_sparse_attention_backward(
             heads, heads, heads, heads, lse, selection, int32(0), heads, None, 1.0
@@ -244,15 +324,20 @@ def test_nothing_is_done_for_nothing(sizes):  # law 8: however many empty rows t
     ],
 )
 def test_missing_memory_is_told_with_its_size(call, size):
-    x, v = torch.zeros(1, 1, 8).expand(1, 1 << 40, 8), torch.zeros(1, 8)
+    x = torch.zeros(1, 1, 8).expand(1, 1 << 40, 8)
+    v = torch.zeros(1, 8)
     with pytest.raises(torch.OutOfMemoryError, match=f"needs {size} bytes of memory, which this"):
         call(x, v)
 
 
 def test_the_block_of_a_token_is_a_block_whatever_the_offsets():
-    """Where values cannot be looked at, on a GPU or in a graph, nothing is indexed beyond the
-    blocks."""
-    for offsets in (FALLING, [0, -7, 3, 100], [5, 2**31 - 1, -(2**31), 100], [0, 100]):
+    """Nothing is indexed beyond the blocks where values cannot be read, on a GPU or in a graph."""
+    for offsets in (
+        FALLING,
+        [0, -7, 3, 100],
+        [5, 2**31 - 1, -(2**31), 100],
+        [0, 100],
+    ):
         owner = reference.block_of_token(int32(*offsets), 100)
         assert owner.shape == (100,)
         assert owner.min() >= 0 and owner.max() < len(offsets) - 1

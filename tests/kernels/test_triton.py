@@ -93,15 +93,18 @@ def test_every_case(case, monkeypatch):  # law 1
 
 
 @pytest.mark.parametrize("grid", [Grid(1, 11, 10), Grid(1, 16, 8)], ids=["ragged", "full"])
-@pytest.mark.parametrize("D", [32, 64, 96, 128])
-def test_attention_of_every_head_size_in_groups_of_heads(D, grid, monkeypatch):
+@pytest.mark.parametrize(
+    ("D", "split"), [(32, False), (64, False), (96, False), (128, False), (96, True), (128, True)]
+)
+def test_attention_of_every_head_size_in_groups_of_heads(D, split, grid, monkeypatch):
     """A small scratch for lists cuts the heads into launches of one; by pointers where blocks are
-    ragged, by descriptors where full."""
+    ragged, by descriptors where full; a wide head in one tile and in two."""
     monkeypatch.setattr(tuning, "LIST_BYTES", 1)
     full = grid.tokens == tuning.TOKENS * grid.blocks
     launch = dataclasses.replace(
         tuning.attention(D, torch.float32, (9, 0), full),
         descriptors=full and (DEVICE == "cpu" or D <= 64),
+        split=split,
     )
     monkeypatch.setattr(tuning, "attention", lambda *_: launch)
     inputs = attention(2, 2, grid, D, 0.5)(torch.Generator().manual_seed(1))
@@ -114,6 +117,18 @@ def test_attention_of_every_head_size_in_groups_of_heads(D, grid, monkeypatch):
     )
     for actual, *others in zip(outputs, exact, peer, strict=True):
         assert_faithful(actual.cpu(), *others)
+
+
+@pytest.mark.parametrize("size", ["wide", "all"])
+def test_gradients_of_split_heads(size, monkeypatch):  # law 1
+    """Both kernels with a head in two tiles: ragged blocks by pointers, full ones by
+    descriptors."""
+    launch = tuning.Launch(4, 2, descriptors=size == "all" and DEVICE == "cpu", split=True)
+    monkeypatch.setattr(tuning, "attention_backward", lambda *_: (launch, launch))
+    name = f"block_sparse_attention_backward-{size}-float32"
+    case = next(case for case in TRITON_CASES if case.id == name)
+    inputs = case.inputs()
+    case.check(launched(case, inputs, monkeypatch), inputs)
 
 
 @pytest.mark.parametrize("bound", [math.inf, 20.0], ids=["online", "bounded"])

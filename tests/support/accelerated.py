@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the door for diffusers share: tiny models of theirs, what their pipelines would
-pass to them, and the differences."""
+"""What the tests of acceleration share: tiny models of diffusers, what its pipelines pass to them,
+and the distances between results."""
 
 import contextlib
 import functools
@@ -30,10 +30,13 @@ CONFIG = DiTConfig(
     axes_dims=(16, 24, 24),
     visual_cond=True,
 )
-NABLA, SCALE = NablaConfig(0.6, (3, 1, 1)), (1.0, 2.0, 2.0)
-WHOLE, RAGGED = Grid(2, 16, 16), Grid(2, 9, 12)
+NABLA = NablaConfig(0.6, (3, 1, 1))
+SCALE = (1.0, 2.0, 2.0)
+WHOLE = Grid(2, 16, 16)
+RAGGED = Grid(2, 9, 12)
 # between two fp32 results, and from one to fp64 (5.3e-6 seen, as stock)
-ROUNDING, IN_FP32 = 2e-6, 1e-5
+ROUNDING = 2e-6
+IN_FP32 = 1e-5
 LOGGER = "kandinsky_model.acceleration"
 
 
@@ -124,8 +127,9 @@ def off(actual, wanted):
 
 @contextlib.contextmanager
 def told(caplog):
-    """The messages of the door, collected meanwhile."""
-    messages, before = [], len(caplog.records)
+    """The lines that acceleration logs meanwhile, as a list."""
+    messages = []
+    before = len(caplog.records)
     with caplog.at_level(logging.WARNING, LOGGER):
         yield messages
     messages += [record.getMessage() for record in caplog.records[before:] if record.name == LOGGER]
@@ -180,7 +184,8 @@ def pipeline(task, monkeypatch, nabla=None, shift=5.0):
 def run(pipe, size=(64, 96), steps=3, guidance=4.0, output="latent", **options):
     """What a pipeline makes of two fixed texts; videos of 9 frames, from images of 25, whose first
     ones take later ones' statistics."""
-    generator, arguments = torch.Generator().manual_seed(4), {}
+    generator = torch.Generator().manual_seed(4)
+    arguments = {}
     for prefix, length in (("", 9), ("negative_", 6)):
         arguments |= {
             f"{prefix}prompt_embeds_qwen": torch.randn(1, length, 64, generator=generator),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of the backward operators: every row of an operator that has a gradient is one of its
-backward too, test and benchmark.
+"""The rows of the backward operators.
 
-``exact`` is PyTorch's derivative of the reference on fp64 inputs, ``peer`` its derivative of
-upstream's expression.
+Every row of an operator that has a gradient is a row of its backward operator too, as a test and as
+a benchmark. ``exact`` is PyTorch's derivative of the reference on fp64 inputs, and ``peer`` its
+derivative of the peer.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..cases import BENCHES, CASES, OPERATORS, Case, Operator, as_tuple, head_first
+from ..cases import BENCHES, CASES, OPERATORS, Case, Operator, as_tuple
+from ..peers import head_first
 
 INPUTS = {  # the gradients that a row is about
     "modulated_norm": ("x", "scale", "shift"),
@@ -24,23 +25,33 @@ INPUTS = {  # the gradients that a row is about
 
 
 def without_gradients(inputs: dict) -> dict:
-    """What the forward pass takes of a row's inputs: all but ``grad_i``, the gradient of the i-th
-    output."""
+    """The inputs of the forward pass: all of a row's but ``grad_i``, the gradient of output i."""
     return {name: x for name, x in inputs.items() if not name.startswith("grad_")}
 
 
 def derived(
     function: Callable, names: tuple[str, ...], inputs: dict
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """Runs the forward pass; calling what it returns runs the backward pass, as often as wanted."""
+    """Run the forward pass; return a function that runs the backward pass, any number of times."""
     grads = [x for name, x in inputs.items() if name.startswith("grad_")]
     leaves = {name: inputs[name].detach().requires_grad_() for name in names if name in inputs}
     outputs = as_tuple(function(**without_gradients(inputs) | leaves))
-    return lambda: torch.autograd.grad(outputs, list(leaves.values()), grads, retain_graph=True)
+    return lambda: torch.autograd.grad(
+        outputs,
+        list(leaves.values()),
+        grads,
+        retain_graph=True,
+    )
 
 
-def dense_backward(query: Tensor, key: Tensor, value: Tensor, grad_0: Tensor, **_) -> Callable:
-    """The gradient of PyTorch's dense attention, ready to run, in the layout it likes best."""
+def dense_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_0: Tensor,
+    **_,
+) -> Callable:
+    """A function that runs the gradient of PyTorch's dense attention, in its fastest layout."""
     query, key, value, grad = head_first(query, key, value, grad_0)
     return derived(
         torch.nn.functional.scaled_dot_product_attention,
@@ -51,16 +62,21 @@ def dense_backward(query: Tensor, key: Tensor, value: Tensor, grad_0: Tensor, **
 
 @dataclass(frozen=True)
 class Backward(Case):
-    """A row of the backward of ``forward``'s operator, with a random gradient for each of its
-    outputs."""
+    """A row of a backward operator: the row ``forward``, and a random gradient of each output."""
 
     @property
     def forward(self) -> Case:
-        return Case(self.op.removesuffix("_backward"), self.size, self.make, self.dtype, self.bench)
+        return Case(
+            self.op.removesuffix("_backward"),
+            self.size,
+            self.make,
+            self.dtype,
+            self.bench,
+        )
 
     @property
     def operator(self) -> Operator:
-        """Five products where the forward pass has two."""
+        """Its gradient has five products where the forward pass has two."""
         operator = OPERATORS[self.forward.op]
         return replace(
             operator,
@@ -69,7 +85,8 @@ class Backward(Case):
         )
 
     def inputs(self, seed: int = 0) -> dict:
-        inputs, g = self.forward.inputs(seed), torch.Generator().manual_seed(seed + 1)
+        inputs = self.forward.inputs(seed)
+        g = torch.Generator().manual_seed(seed + 1)
         outputs = self.forward.run(inputs)
         return inputs | {
             f"grad_{i}": torch.randn(x.shape, generator=g).to(x.dtype)

@@ -25,10 +25,12 @@ def turned(x, matrices):
 class SelfAttention(nn.Module):
     def __init__(self, dim, head_dim):
         super().__init__()
-        self.num_heads, self.head_dim = dim // head_dim, head_dim
+        self.num_heads = dim // head_dim
+        self.head_dim = head_dim
         for name in ("to_query", "to_key", "to_value", "out_layer"):
             self.add_module(name, nn.Linear(dim, dim))
-        self.query_norm, self.key_norm = nn.RMSNorm(head_dim), nn.RMSNorm(head_dim)
+        self.query_norm = nn.RMSNorm(head_dim)
+        self.key_norm = nn.RMSNorm(head_dim)
 
     def heads(self, x):
         return x.unflatten(-1, (self.num_heads, -1))
@@ -38,10 +40,8 @@ class SelfAttention(nn.Module):
         return self.out_layer(out.transpose(1, 2).flatten(-2))
 
     def forward(self, x, freqs, transformer_options={}):  # noqa: B006 - ComfyUI's signature
-        query, key = (
-            turned(self.query_norm(self.heads(self.to_query(x))), freqs),
-            turned(self.key_norm(self.heads(self.to_key(x))), freqs),
-        )
+        query = turned(self.query_norm(self.heads(self.to_query(x))), freqs)
+        key = turned(self.key_norm(self.heads(self.to_key(x))), freqs)
         return self.mix(query, key, self.heads(self.to_value(x)))
 
 
@@ -60,10 +60,8 @@ class Stack(nn.Module):
     def __init__(self, sizes, between, bias=True):
         super().__init__()
         self.between = between
-        self.in_layer, self.out_layer = (
-            nn.Linear(*sizes[:2], bias=bias),
-            nn.Linear(*sizes[1:], bias=bias),
-        )
+        self.in_layer = nn.Linear(*sizes[:2], bias=bias)
+        self.out_layer = nn.Linear(*sizes[1:], bias=bias)
 
     def forward(self, x):
         return self.out_layer(self.between(self.in_layer(x)))
@@ -159,12 +157,10 @@ class Kandinsky5(nn.Module):
 
     def __init__(self, config, scale=(1.0, 2.0, 2.0)):
         super().__init__()
-        self.config, self.scale, self.model_dim, self.patch_size = (
-            config,
-            scale,
-            config.model_dim,
-            config.patch_size,
-        )
+        self.config = config
+        self.scale = scale
+        self.model_dim = config.model_dim
+        self.patch_size = config.patch_size
         self.time_embeddings = Stack((config.model_dim, config.time_dim, config.time_dim), F.silu)
         self.text_embeddings = Embedding(config.in_text_dim, config.model_dim)
         self.pooled_text_embeddings = Embedding(config.in_text_dim2, config.time_dim)
@@ -206,21 +202,20 @@ class Kandinsky5(nn.Module):
         tokens = self.visual_embeddings(
             rearrange(x, "b c t (y p) (x q) -> b t y x (p q c)", p=2, q=2)
         )
-        shape, tokens = tokens.shape[:-1], tokens.flatten(1, -2)
+        shape = tokens.shape[:-1]
+        tokens = tokens.flatten(1, -2)
         replaced = transformer_options.get("patches_replace", {}).get("dit", {})
-        transformer_options["total_blocks"], transformer_options["block_type"] = (
-            len(self.visual_transformer_blocks),
-            "double",
-        )
+        transformer_options["total_blocks"] = len(self.visual_transformer_blocks)
+        transformer_options["block_type"] = "double"
         for i, block in enumerate(self.visual_transformer_blocks):
             transformer_options["block_index"] = i
             if ("double_block", i) in replaced:
 
                 def original(args, block=block):
                     return block(
-                        args["x"],
-                        args["context"],
-                        args["time_embed"],
+                        x=args["x"],
+                        context=args["context"],
+                        time_embed=args["time_embed"],
                         freqs=args["freqs"],
                         transformer_options=args.get("transformer_options"),
                     )
@@ -240,10 +235,13 @@ class Kandinsky5(nn.Module):
         return self.out_layer(tokens.reshape(*shape, -1), time)
 
     def inner(self, x, timestep, context, y, transformer_options={}, **_):  # noqa: B006
-        picture, x = x.dim() == 4, x[:, :, None] if x.dim() == 4 else x
+        picture = x.dim() == 4
+        x = x[:, :, None] if x.dim() == 4 else x
         height, width = x.shape[-2:]
         x = F.pad(x, (0, width % 2, 0, height % 2, 0, 0))
-        T, rows, columns = x.shape[2], -(-height // 2), -(-width // 2)
+        T = x.shape[2]
+        rows = -(-height // 2)
+        columns = -(-width // 2)
         positions = torch.cartesian_prod(
             *(torch.arange(n, dtype=torch.float64) for n in (T, rows, columns))
         )
@@ -271,7 +269,8 @@ class Executor:
     """The next wrapper, or in the end the network."""
 
     def __init__(self, network, wrappers):
-        self.class_obj, self.wrappers = network, wrappers
+        self.class_obj = network
+        self.wrappers = wrappers
 
     def __call__(self, *args, **kwargs):
         if not self.wrappers:
@@ -283,11 +282,9 @@ class ModelPatcher:
     """ComfyUI's MODEL: a network that clones share, and options that they do not."""
 
     def __init__(self, network):
-        self.model, self.model_options, self.wrappers = (
-            SimpleNamespace(diffusion_model=network),
-            {"transformer_options": {}},
-            {},
-        )
+        self.model = SimpleNamespace(diffusion_model=network)
+        self.model_options = {"transformer_options": {}}
+        self.wrappers = {}
 
     def clone(self):
         other = ModelPatcher(self.model.diffusion_model)

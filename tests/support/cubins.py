@@ -118,8 +118,9 @@ def kernels(capability):
                 "FULL": full,
                 "BOUNDED": bounded,
                 "TMA": launch.descriptors,
+                "SPLIT": launch.split,
                 "PRECISION": "ieee",
-                "BLOCK": D,
+                "WIDTH": D // 2 if launch.split else D,
                 "TOKENS": tuning.TOKENS,
             }
             kind = f"{'' if full else '-ragged'}{'-bounded' if bounded else ''}"
@@ -141,8 +142,9 @@ def gradient_kernels(D, capability, full):
         constants = {
             "FULL": full,
             "TMA": launch.descriptors,
+            "SPLIT": launch.split,
             "PRECISION": "ieee",
-            "BLOCK": D,
+            "WIDTH": D // 2 if launch.split else D,
             "TOKENS": tuning.TOKENS,
             **options,
         }
@@ -203,7 +205,7 @@ def compiled(kernel, constants, launch, architecture):
         if name in constants:
             signature[name] = "constexpr"
         elif constants.get("TMA") and name in DESCRIBED.get(kernel.__name__, ("p_key", "p_value")):
-            signature[name] = f"tensordesc<bf16[1,{tuning.TOKENS},1,{constants['BLOCK']}]>"
+            signature[name] = f"tensordesc<bf16[1,{tuning.TOKENS},1,{constants['WIDTH']}]>"
         elif name.startswith("p_"):
             signature[name] = "*" + POINTERS.get(name, "bf16")
         else:
@@ -219,7 +221,7 @@ def compiled(kernel, constants, launch, architecture):
     return triton.compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options=launch.options,
     )
 
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""diffusers' models as installed and accelerated, side by side in one process: ``python -m
-benchmarks.door`` on the CPU.
+"""diffusers' models as installed and accelerated, side by side in one process:
 
-NABLA as installed needs a compiled FlexAttention, which PyTorch cannot compile for CPUs, and
-uncompiled attends to everything. So it is represented here by its own block lists as a mask for
-dense attention; on a GPU (`benchmarks.gpu --only door`) by the compiled one.
+    python -m benchmarks.diffusers
+
+diffusers' NABLA needs a compiled FlexAttention. PyTorch cannot compile it for CPUs, and uncompiled
+it attends to everything. On the CPU NABLA is therefore represented by dense attention under a mask
+of the blocks that diffusers chooses; on a GPU (`benchmarks.gpu --only diffusers`) by the compiled
+FlexAttention.
 """
 
 import argparse
@@ -32,9 +34,11 @@ from .ops import results_file
 from .report import insert
 from .vae import diffusers_peer
 
-# Random weights spread attention evenly, so that the share of blocks kept is nearly the share of
-# mass asked for
-KEEP_MASS, WINDOW, SCALE = 0.25, (3, 1, 1), (1.0, 2.0, 2.0)
+# Random weights spread attention evenly, so that the share of blocks that NABLA keeps is nearly the
+# share of the attention that it is to keep.
+KEEP_MASS = 0.25
+WINDOW = (3, 1, 1)
+SCALE = (1.0, 2.0, 2.0)
 TINY = DiTConfig(
     in_text_dim=64,
     in_text_dim2=32,
@@ -52,13 +56,15 @@ TRANSFORMERS = {
         Grid(2, 32, 48),
     ),
 }
-MARKERS = ("<!-- door: begin -->", "<!-- door: end -->")
+MARKERS = ("<!-- diffusers: begin -->", "<!-- diffusers: end -->")
 VAES = {"VAE, full size, decoding latents 2x16x16": (VAEConfig(), (2, 16, 16))}
 
 
 def random_model(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Their transformer with NABLA, every parameter random: untrained modulations are zero and
-    would switch every block off."""
+    """diffusers' transformer with NABLA.
+
+    Every parameter is random, because fresh modulations are zero and would switch the blocks off.
+    """
     from diffusers import Kandinsky5Transformer3DModel
 
     names = {
@@ -88,7 +94,8 @@ def random_model(config: DiTConfig, device: torch.device, dtype: torch.dtype) ->
 def arguments(
     config: DiTConfig, grid: Grid, device: torch.device, dtype: torch.dtype
 ) -> tuple[dict, dict]:
-    """What a pipeline gives the transformer, and what it adds for NABLA."""
+    """What a pipeline passes to the transformer, and the `sparse_params` that it adds for
+    NABLA."""
     from diffusers import Kandinsky5T2VPipeline
 
     make = dict(device=device, dtype=dtype)
@@ -119,7 +126,8 @@ def arguments(
 
 def density(call: Callable) -> float:
     """The share of blocks that NABLA keeps in the first visual block of a call."""
-    chosen, select = [], nabla.select_blocks
+    chosen = []
+    select = nabla.select_blocks
 
     def watch(query_means: Tensor, *rest) -> Tensor:
         chosen.append((select(query_means, *rest), query_means.shape[2]))
@@ -136,21 +144,22 @@ def relative(actual: Tensor, wanted: Tensor) -> float:
 
 @torch.no_grad()
 def transformer_row(name: str, config: DiTConfig, grid: Grid, budget_s: float) -> dict:
-    """Dense, NABLA by a mask, ours; errors relative to NABLA by a mask without diffusers' rounding
-    of queries and keys to bf16."""
+    """Times of dense attention, NABLA under a mask, and the accelerated model.
+
+    Errors are relative to NABLA under a mask, without diffusers' rounding of queries and keys to
+    bf16.
+    """
     from diffusers.models.transformers import transformer_kandinsky as module
 
     torch.manual_seed(0)
-    theirs = random_model(config, torch.device("cpu"), torch.float32)
-    ours, (data, sparse) = (
-        copy.deepcopy(theirs),
-        arguments(config, grid, torch.device("cpu"), torch.float32),
-    )
+    stock = random_model(config, torch.device("cpu"), torch.float32)
+    ours = copy.deepcopy(stock)
+    data, sparse = arguments(config, grid, torch.device("cpu"), torch.float32)
     accelerate(ours)
     with mock.patch.object(module, "nablaT_v2", dense_mask(module.nablaT_v2)):
         calls = {
-            "dense": lambda: theirs(**data),
-            "mask": lambda: theirs(**data, sparse_params=sparse),
+            "dense": lambda: stock(**data),
+            "mask": lambda: stock(**data, sparse_params=sparse),
             "ours": lambda: ours(**data, sparse_params=sparse),
         }
         with mock.patch.object(
@@ -164,15 +173,14 @@ def transformer_row(name: str, config: DiTConfig, grid: Grid, budget_s: float) -
 
 @torch.no_grad()
 def vae_row(name: str, config: VAEConfig, latent: tuple[int, int, int], budget_s: float) -> dict:
-    """Errors relative to diffusers' in fp64."""
+    """Times of decoding as installed and accelerated; errors relative to diffusers in fp64."""
     torch.manual_seed(0)
-    theirs, z = (
-        diffusers_peer(HunyuanVideoVAE(config).requires_grad_(False)),
-        torch.randn(1, config.latent_channels, *latent),
-    )
-    ours, wanted = copy.deepcopy(theirs), copy.deepcopy(theirs).double().decode(z.double()).sample
+    stock = diffusers_peer(HunyuanVideoVAE(config).requires_grad_(False))
+    z = torch.randn(1, config.latent_channels, *latent)
+    ours = copy.deepcopy(stock)
+    wanted = copy.deepcopy(stock).double().decode(z.double()).sample
     accelerate(ours)
-    calls = {"dense": lambda: theirs.decode(z).sample, "ours": lambda: ours.decode(z).sample}
+    calls = {"dense": lambda: stock.decode(z).sample, "ours": lambda: ours.decode(z).sample}
     return {"case": name} | timed(
         calls, {who: relative(call(), wanted) for who, call in calls.items()}, budget_s
     )
@@ -193,7 +201,7 @@ def timed(calls: dict[str, Callable], errors: dict[str, float], budget_s: float)
 
 
 def table(result: dict) -> str:
-    """The machine, and medians with the errors behind them."""
+    """The machine and one line for each case, in Markdown: medians, ratios and errors."""
     m = result["machine"]
     lines = [
         f"{m['cpu']}, threads: {m['threads']}, {m['simd']}, torch {m['torch']}, commit "
@@ -220,16 +228,17 @@ def table(result: dict) -> str:
 
 
 @torch.no_grad()
-def door(clock: Clock, size: Size, _: dict) -> list[dict]:
+def on_gpu(clock: Clock, size: Size, _: dict) -> list[dict]:
     """For `benchmarks.gpu`: Lite as installed, dense and by compiled FlexAttention, and
-    accelerated; selections are made by each."""
+    accelerated. Each of the latter two chooses its blocks itself."""
     if size is FULL[1]:
         return []
     toy = size is not FULL[0]
     config, dtype = (TINY, torch.float32) if toy else (LITE_DIT, torch.bfloat16)
     ours = random_model(config, clock.device, dtype)
-    dense, flex = copy.deepcopy(ours), copy.deepcopy(ours)
-    # for all models without one of their own, until the next line
+    dense = copy.deepcopy(ours)
+    flex = copy.deepcopy(ours)
+    # diffusers sets a backend for all models without one; the second line sets it back
     flex.set_attention_backend("flex")
     dense.set_attention_backend("native")
     if not toy:
@@ -254,7 +263,7 @@ def door(clock: Clock, size: Size, _: dict) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Times diffusers' models and writes benchmarks/results/door-<machine>.json."
+        description="Times diffusers' models, and writes results/diffusers-<machine>.json."
     )
     parser.add_argument(
         "--budget",
@@ -273,7 +282,7 @@ def main() -> None:
             result["rows"].append(row(name, *case, options.budget))
             print(json.dumps(result["rows"][-1]), flush=True)
     path = results_file(result["machine"])
-    path.with_name(f"door-{path.name}").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_name(f"diffusers-{path.name}").write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
     if options.into:
         options.into.write_text(insert(options.into.read_text(), table(result), MARKERS))
