@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test shares: seeds, poisoned memory, the threads and the place of the golden files."""
+"""What every test shares: seeds, poisoned memory, the number of threads, the place of the golden
+files, and what is made once for all workers."""
 
+import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from kandinsky_kernels import _library
 
@@ -53,8 +58,8 @@ def simd(request):
 
 @pytest.fixture(autouse=True)
 def seeds_and_poison():
-    """Fixed seeds; fresh memory is full of NaN (of the largest integer), so that reading it
-    shows."""
+    """Law 6 and a fixed seed: fresh memory is full of NaN, or of the largest integer, so that a
+    kernel that reads it gives itself away."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -64,8 +69,8 @@ def seeds_and_poison():
 
 @pytest.fixture(autouse=True)
 def log_levels():
-    """What a test lets the package's loggers say (every run of the command line does) the next one
-    does not hear."""
+    """Levels of the package's loggers are reset: every run of the command line lets them speak, and
+    the next test must not hear them."""
     yield
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("kandinsky_")]:
         logging.getLogger(name).setLevel(logging.NOTSET)
@@ -93,8 +98,32 @@ def empty_inductor_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], Any]], Any]:
+    """once(name, make): what `make(folder)` returns, as JSON, made once for all workers of a run.
+
+    For what takes many seconds to make, such as compiled kernels: with pytest-xdist a fixture of a
+    module or a session is made by each worker that runs one of its tests.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the workers' folders lie side by side
+
+    def result(name: str, make: Callable[[Path], Any]) -> Any:
+        folder = root / f"once-{name}"
+        made = folder / "result.json"
+        with FileLock(root / f"once-{name}.lock"):
+            if not made.exists():
+                folder.mkdir(exist_ok=True)
+                text = json.dumps(make(folder))
+                made.write_text(text, encoding="utf-8")
+        return json.loads(made.read_text(encoding="utf-8"))
+
+    return result
+
+
+@pytest.fixture(scope="session")
 def text_parts():
-    """Tiny text encoders, to be left as they are."""
+    """Tiny text encoders; tests must not change them."""
     from .support import tiny_models
 
     return tiny_models.text_parts()
@@ -102,7 +131,7 @@ def text_parts():
 
 @pytest.fixture(scope="session")
 def diffusers_folder(tmp_path_factory, text_parts):
-    """A whole model around them on disk, to be left as it is."""
+    """A whole model around them, in diffusers' layout on disk; tests must not change it."""
     from .support import tiny_models
 
     return tiny_models.diffusers_folder(tmp_path_factory.mktemp("diffusers"), text_parts)

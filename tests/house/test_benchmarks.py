@@ -217,6 +217,39 @@ def test_vaes_are_compared_on_equal_results(monkeypatch):
         vae.agree(torch.zeros(3), torch.ones(3))
 
 
+def results(*names):
+    """Result files of the operators and the VAE on CPUs, those whose name begins with one."""
+    found = sorted(ROOT.joinpath("benchmarks/results").glob("*-threads-*.json"))
+    return [json.loads(path.read_text()) for path in found if path.name.startswith(names)]
+
+
+def test_the_readme_shows_operators_and_vae_as_measured():
+    readme = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    measured = results("intel", "vae")
+    assert len(measured) >= 4
+    assert all(report.markdown(result) in readme for result in measured)
+
+
+def test_the_front_page_shows_the_bars_as_measured():
+    """The README of the tree has the bars of one result, that of AVX-512."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (measured,) = [one for one in results("intel") if one["machine"]["simd"] == "avx512"]
+    assert report.bars_table(measured["bars"]) in readme
+
+
+def test_the_readme_counts_the_bundled_models_clips_as_judged():
+    readme = " ".join((ROOT / "benchmarks/README.md").read_text(encoding="utf-8").split())
+    right = {}
+    for name in ("tiny_check", "tiny_check_nocfg", "tiny_check_unguided"):
+        path = ROOT / "benchmarks/results" / f"{name}.json"
+        samples = json.loads(path.read_text())["samples"]
+        assert len(samples) == 96
+        right[name] = sum(all(sample["right"].values()) for sample in samples)
+    assert f"all words are right in {right['tiny_check_nocfg']} of the 96 clips" in readme
+    assert f"without the adapter in {right['tiny_check_unguided']}" in readme
+    assert f"in twice the passes, in {right['tiny_check']}." in readme
+
+
 def test_the_readme_shows_the_schemes_as_they_are_accounted():
     readme = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
     assert all(vae.schemes_table(doing) in readme for doing in vae.SCHEMES)

@@ -57,21 +57,19 @@ def test_a_kernel_is_tried_again_when_a_source_of_it_changes(name, tmp_path, mon
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel of the tree without compiled files."""
-    folder = tmp_path_factory.mktemp("wheel")
+def wheel(once):
+    """The path of a wheel of the tree without compiled files."""
+    return Path(once("wheel", build_wheel))
+
+
+def build_wheel(folder):
     command = [sys.executable, "setup.py", "-q", "egg_info", "-e", folder, "build", "-b"]
     command += [folder / "build", "bdist_wheel", "-b", folder / "wheel", "-d", folder]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "KANDINSKY_KERNELS_BUILD": "none"},
-        text=True,
-        capture_output=True,
-    )
+    environment = {**os.environ, "KANDINSKY_KERNELS_BUILD": "none"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert "pure Python, because KANDINSKY_KERNELS_BUILD=none" in done.stderr
-    return next(folder.glob("*.whl"))
+    return str(next(folder.glob("*.whl")))
 
 
 def test_a_wheel_holds_every_source_and_every_data_file(wheel):

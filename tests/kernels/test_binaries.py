@@ -16,15 +16,16 @@ from kandinsky_kernels import tuning
 
 
 @pytest.fixture(scope="module")
-def cubins():
+def cubins(once):
+    """One row for each kernel and architecture, as `tests.support.cubins` prints them."""
+    return once("cubins", compile_everything)
+
+
+def compile_everything(_folder):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.support.cubins"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parents[2],
-    )
+    command = [sys.executable, "-m", "tests.support.cubins"]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
 

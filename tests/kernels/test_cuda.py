@@ -25,29 +25,25 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGURATIONS = ((2, 24), (2, 46), (1, 46), (1, 60), (1, 122))
 
 
+def compile_emulated(folder):
+    """The path of a library of the kernels for this CPU."""
+    library = str(folder / "select_blocks.so")
+    command = ["g++", "-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas"]
+    command += ["-shared", "-fPIC", "-o", library]
+    command.append(str(ROOT / "tests/cuda_on_cpu/select_blocks.cpp"))
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return library
+
+
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
+def emulated(once):
     """select(query, key, keep_mass, ...) -> (packed selection, rows per thread block), by the
     kernel's source compiled for this CPU."""
     if not shutil.which("g++"):
         pytest.skip("needs g++ to compile the kernels for this processor")
-    library = tmp_path_factory.mktemp("cuda") / "select_blocks.so"
-    command = [
-        "g++",
-        "-std=c++20",
-        "-O2",
-        "-U_FORTIFY_SOURCE",
-        "-Wall",
-        "-Wno-unknown-pragmas",
-        "-shared",
-        "-fPIC",
-        "-o",
-        str(library),
-        str(ROOT / "tests/cuda_on_cpu/select_blocks.cpp"),
-    ]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    function = ctypes.CDLL(str(library)).select_blocks
+    library = once("emulated-cuda", compile_emulated)
+    function = ctypes.CDLL(library).select_blocks
     pointer, number = ctypes.c_void_p, ctypes.c_int
     function.argtypes = (
         [pointer] * 3

@@ -181,6 +181,8 @@ def text_parts():
             **{key: tokenizer.convert_tokens_to_ids(text) for key, text in names.items()},
         )
     )
+    # ids without a token are not generated: transformers before 5 cannot decode them
+    qwen.lm_head.weight.data[len(tokenizer) :] = 0
     clip = CLIPTextModel(
         CLIPTextConfig(
             hidden_size=32,
