@@ -200,9 +200,10 @@ def attach(
     def decide(*args) -> Callable:
         if cards.refuse_card(args[0].device):
             return fallback or reference
-        kernel = compiled(name) if refuse_compiled and name in tuning.CUDA_CPP else None
+        kernel = compiled(name) if name in tuning.CUDA_CPP else None
         if (
             kernel
+            and refuse_compiled
             and refuse_compiled(*args) is None
             and _guard.trusted(f"{name}_cuda", kernel, reference, trial, args)
         ):

@@ -184,7 +184,7 @@ def launch_modulated_norm_backward(
             BLOCK=block,
             **launch.options,
         )
-    return grad_x, *(sums[:, :, i].sum(1) for i in range(2))
+    return grad_x, sums[:, :, 0].sum(1), sums[:, :, 1].sum(1)
 
 
 def launch_gated_add_norm_backward(
@@ -232,7 +232,8 @@ def launch_gated_add_norm_backward(
             BLOCK=block,
             **launch.options,
         )
-    return grad_x, grad_branch, *(sums[:, :, i].sum(1) for i in range(3))
+    grad_gate, grad_scale, grad_shift = (sums[:, :, i].sum(1) for i in range(3))
+    return grad_x, grad_branch, grad_gate, grad_scale, grad_shift
 
 
 def launch_norm_rope_backward(

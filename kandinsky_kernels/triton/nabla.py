@@ -125,50 +125,6 @@ def _block_tokens(p_offsets, i_block, S):
 
 
 @triton.jit
-def _block_tokens(p_offsets, i_block, S):
-    """A block's first token and its number of tokens.
-
-    Both are held inside of the S tokens that there are, because nobody has waited for the GPU to
-    check the offsets.
-    """
-    start = tl.minimum(tl.maximum(tl.load(p_offsets + i_block), 0), S)
-    return start, tl.minimum(tl.load(p_offsets + i_block + 1), S) - start
-
-
-@triton.jit
-def _block_tokens(p_offsets, i_block, S):
-    """A block's first token and its number of tokens.
-
-    Both are held inside of the S tokens that there are, because nobody has waited for the GPU to
-    check the offsets.
-    """
-    start = tl.minimum(tl.maximum(tl.load(p_offsets + i_block), 0), S)
-    return start, tl.minimum(tl.load(p_offsets + i_block + 1), S) - start
-
-
-@triton.jit
-def _block_tokens(p_offsets, i_block, S):
-    """A block's first token and its number of tokens.
-
-    Both are held inside of the S tokens that there are, because nobody has waited for the GPU to
-    check the offsets.
-    """
-    start = tl.minimum(tl.maximum(tl.load(p_offsets + i_block), 0), S)
-    return start, tl.minimum(tl.load(p_offsets + i_block + 1), S) - start
-
-
-@triton.jit
-def _block_tokens(p_offsets, i_block, S):
-    """A block's first token and its number of tokens.
-
-    Both are held inside of the S tokens that there are, because nobody has waited for the GPU to
-    check the offsets.
-    """
-    start = tl.minimum(tl.maximum(tl.load(p_offsets + i_block), 0), S)
-    return start, tl.minimum(tl.load(p_offsets + i_block + 1), S) - start
-
-
-@triton.jit
 def _tile(
     p_rows,
     start,
