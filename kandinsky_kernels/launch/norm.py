@@ -65,13 +65,14 @@ def launch_gated_add_norm(
     from ..triton import norm as kernels
 
     B, S, C = x.shape
-    normed = scale is not None and shift is not None
     y = x.new_empty(B, S, C)
+    normed = scale is not None and shift is not None
     out = x.new_empty(B, S, C) if normed else x.new_empty(0)
     block = tuning.padded(C)
     rows = rows or tuning.norm_rows(S)
     launch = tuning.norm(block)
-    scale, shift = (scale, shift) if normed else (gate, gate)
+    if scale is None or shift is None:  # the kernel wants addresses, which it does not read
+        scale = shift = gate
     with on(x):
         kernels.gated_add_norm[(-(-S // rows), B)](
             x,
