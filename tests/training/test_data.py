@@ -348,7 +348,7 @@ def spoil(folder):
     for name in names:
         (folder / f"{name}.txt").write_text("something")
     return {
-        "cut.mp4": "cannot be decoded: there is not one frame",
+        "cut.mp4": "it cannot be decoded",
         "noise.mp4": "cannot be decoded",
         "empty.webm": "cannot be decoded",
         "no_caption.mp4": "it has no caption, neither in no_caption.txt or no_caption.caption",
