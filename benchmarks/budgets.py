@@ -3,7 +3,7 @@
 same planner as ``kandinsky generate --memory``.
 
 ``python -m benchmarks.budgets`` prints a table of several presets.
-``python -m benchmarks.budgets --budget 12GB t2v-pro-sft-5s`` prints the plan of one run.
+``python -m benchmarks.budgets --budget 12GB t2v-pro-sft-5s`` prints the placement of one run.
 
 Nothing is measured: the networks live on the meta device, with shapes and dtypes but no weights.
 """
@@ -97,7 +97,7 @@ def ways(preset: Preset, policy: str | None = None) -> dict[str, list[Way]]:
     )
 
 
-def plan(preset: Preset, budget: int, policy: str | None = None) -> Placement:
+def choose_placement(preset: Preset, budget: int, policy: str | None = None) -> Placement:
     """The placement chosen for a default run within ``budget`` bytes of GPU memory.
 
     Raises ValueError if the budget does not suffice.
@@ -131,9 +131,9 @@ def table() -> str:
 
 
 def cell(preset: Preset, budget: int, policy: str) -> str:
-    """The plan of one row within one budget, in a few words; "-" if the budget does not suffice."""
+    """The placement of one row within one budget, in a few words; "-" if the budget does not suffice."""
     try:
-        chosen = plan(preset, budget, policy)
+        chosen = choose_placement(preset, budget, policy)
     except ValueError:
         return "-"
     if chosen.together:
@@ -156,14 +156,14 @@ def main() -> None:
         "preset",
         nargs="?",
         choices=[name for name in PRESETS if name != "tiny"],
-        help="print the plan of this preset (default: a table of several)",
+        help="print the placement of this preset (default: a table of several)",
     )
     parser.add_argument(
         "--budget",
         type=parse_bytes,
         default=12 * 10**9,
         metavar="SIZE",
-        help="GPU memory for the plan of one preset (default: 12GB)",
+        help="GPU memory for the placement of one preset (default: 12GB)",
     )
     parser.add_argument(
         "--policy",
@@ -172,7 +172,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.preset:
-        print(plan(PRESETS[options.preset], options.budget, options.policy))
+        print(choose_placement(PRESETS[options.preset], options.budget, options.policy))
     else:
         print(table())
 

@@ -184,10 +184,10 @@ def schemes_table(doing: str = "decoding") -> str:
         "|---|" + "---:|" * 5,
     ]
     for scheme in SCHEMES[doing]:
-        plans = {name: account.scheme(scheme) for name, account in accounts.items()}
-        peaks = [plan.predicted_peak_bytes / 1e9 for plan in plans.values()]
+        schemes = {name: account.scheme(scheme) for name, account in accounts.items()}
+        peaks = [one.predicted_peak_bytes / 1e9 for one in schemes.values()]
         cells = [f"{peak:.0f} GB" if peak >= 100 else f"{peak:.1f} GB" for peak in peaks]
-        flops = plans["10 s 512x768"].relative_flops
+        flops = schemes["10 s 512x768"].relative_flops
         lines.append(f"| {scheme} | {' | '.join(cells)} | {flops:.2f}x |")
     return "\n".join(lines)
 

@@ -151,7 +151,7 @@ def run(model: Kandinsky5, budget: int, settings: dict) -> dict:
             "ours": 1e3 * sum(ends.values()),
             **{stage: 1e3 * seconds for stage, seconds in ends.items()},
         },
-        "plan": str(model.placement).splitlines(),
+        "placement": str(model.placement).splitlines(),
         "predicted_gb": gigabytes(model.placement.stages[stage].peak_bytes for stage in ends),
     }
     if on_gpu:

@@ -11,7 +11,7 @@ from torch import Tensor
 import kandinsky_kernels as ops
 from kandinsky_model.config import HUNYUAN_VAE, LITE_DIT, DiTConfig, NablaConfig, VAEConfig
 from kandinsky_model.dit import nabla
-from kandinsky_model.dit.layout import make_layout
+from kandinsky_model.dit.layout import Layout, make_layout
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 from kandinsky_model.vae.tiles import Tiling
@@ -36,7 +36,7 @@ def transformer(clock: Clock, size: Size, _: dict) -> list[dict]:
     dit = random_transformer(
         config, clock.device, torch.float32 if toy else torch.bfloat16
     ).prepare()
-    plan = make_layout(config, size.grid, SCALE, NablaConfig(0.9), clock.device)
+    layout = make_layout(config, size.grid, SCALE, NablaConfig(0.9), clock.device)
     grid, make = size.grid, dict(device=clock.device)
     inputs = (
         torch.randn(1, grid.T, 2 * grid.Y, 2 * grid.X, config.in_channels, **make),
@@ -47,8 +47,8 @@ def transformer(clock: Clock, size: Size, _: dict) -> list[dict]:
     chosen = masks(Size(size.name, grid, config.num_heads, config.head_dim), 0.15, clock.device)[
         "clustered"
     ]
-    calls = {"ours": lambda: dit(*inputs, plan)}
-    theirs = diffusers_transformer(dit, inputs, plan, chosen)
+    calls = {"ours": lambda: dit(*inputs, layout)}
+    theirs = diffusers_transformer(dit, inputs, layout, chosen)
     if theirs is not None:
         calls["diffusers"] = theirs
     with mock.patch.object(nabla, "select_blocks", lambda *_: chosen):
@@ -78,7 +78,7 @@ def random_transformer(
 
 
 def diffusers_transformer(
-    dit: DiffusionTransformer3D, inputs: tuple[Tensor, ...], plan, chosen: Tensor
+    dit: DiffusionTransformer3D, inputs: tuple[Tensor, ...], layout: Layout, chosen: Tensor
 ) -> Callable | None:
     """diffusers' network with the same weights and blocks: compiled block by block on a GPU, its
     selection left out as ours is; or None.
@@ -102,10 +102,12 @@ def diffusers_transformer(
         )
     model.load_state_dict(dit.state_dict())
     model.set_attention_backend("flex")
-    blocks = block_mask(chosen, plan.grid.blocks)
+    blocks = block_mask(chosen, layout.grid.blocks)
     if x.device.type == "cuda":
         model.compile_repeated_blocks(fullgraph=True)
-    positions = [torch.arange(n, device=x.device) for n in (plan.grid.T, plan.grid.Y, plan.grid.X)]
+    positions = [
+        torch.arange(n, device=x.device) for n in (layout.grid.T, layout.grid.Y, layout.grid.X)
+    ]
     sparse, given = {"sta_mask": None, "P": 0.9, "to_fractal": True}, lambda *_, **__: blocks
 
     def call() -> Tensor:
@@ -128,7 +130,7 @@ def diffusers_transformer(
 @torch.no_grad()
 def vae(clock: Clock, size: Size, _: dict) -> list[dict]:
     """Decoding 5 s and 10 s of 512 x 768 (random weights, bf16): `global`, and `official` against
-    diffusers' tiles of the same plan."""
+    diffusers' tiles of the same size."""
     if size is FULL[1]:
         return []
     toy, rows = size is not FULL[0], []
@@ -150,7 +152,7 @@ def vae(clock: Clock, size: Size, _: dict) -> list[dict]:
             device=clock.device,
             dtype=ours.post_quant_conv.weight.dtype,
         )
-        plan = Tiling.for_frame(8 * latents.shape[3], 8 * latents.shape[4])
+        tiles = Tiling.for_frame(8 * latents.shape[3], 8 * latents.shape[4])
         _, peak = peak_memory(
             lambda latents=latents: drain(ours.decode_frames(latents)), clock.device
         )
@@ -165,8 +167,8 @@ def vae(clock: Clock, size: Size, _: dict) -> list[dict]:
             }
         )
         calls = {
-            "ours": lambda latents=latents, plan=plan: drain(
-                ours.decode_frames(latents, "official", plan)
+            "ours": lambda latents=latents, tiles=tiles: drain(
+                ours.decode_frames(latents, "official", tiles)
             )
         }
         if theirs is not None:

@@ -191,7 +191,7 @@ def save_tensors(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / CONFIG_NAME) as target:
-        target.write_text(json.dumps(config, indent=2) + "\n")
+        target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     with replacing(folder / WEIGHTS_NAME) as target:
         save_file(dict(tensors), target, metadata)
 

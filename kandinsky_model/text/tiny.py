@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..files import replacing
 from .embeddings import Conditioning
 
 CONFIG_NAME = "config.json"
@@ -131,16 +132,19 @@ class TinyTextEncoder(nn.Module):
         return Conditioning(embeds, lengths, pooled)
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json and model.safetensors, with weights stored as `dtype`."""
+        """Write config.json and model.safetensors, with weights stored as `dtype`. Each file is
+        written whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = json.dumps(self.config, indent=2) + "\n"
-        (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
+        with replacing(folder / CONFIG_NAME) as target:
+            target.write_text(config, encoding="utf-8")
         weights = {
             name: tensor.detach().to(dtype).contiguous()
             for name, tensor in self.state_dict().items()
         }
-        save_file(weights, folder / WEIGHTS_NAME)
+        with replacing(folder / WEIGHTS_NAME) as target:
+            save_file(weights, target)
 
     @classmethod
     def load(cls, folder: str | Path) -> TinyTextEncoder:

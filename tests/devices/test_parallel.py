@@ -56,7 +56,7 @@ def run(name, ranks_of=None):
     guidance, nabla, cache = CASES[name]
     dit = DiffusionTransformer3D(CONFIG)
     dit.load_state_dict(random_state(CONFIG))
-    plan = make_layout(
+    layout = make_layout(
         CONFIG,
         GRID,
         (1.0, 2.0, 2.0),
@@ -77,7 +77,7 @@ def run(name, ranks_of=None):
         dit.requires_grad_(False).prepare(),
         start,
         cond,
-        plan,
+        layout,
         Sampling(4, 5.0, guidance, cache=cache),
         uncond,
     )

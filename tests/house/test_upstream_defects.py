@@ -98,9 +98,9 @@ SIZES += [(1024, 1024), (896, 1152), (416, 960), (512, 768)]
 @pytest.mark.parametrize("size", SIZES)
 def test_06_tiles_cover_the_frame_whatever_memory_is_free(size):
     """Theirs lose up to 24 columns, depending on what is free."""
-    plan = Tiling.for_frame(*size)
-    for side, tile in zip(size, (plan.height, plan.width), strict=True):
-        last = max(min(start, side - tile) for start in starts(side, tile, tile - plan.overlap))
+    tiles = Tiling.for_frame(*size)
+    for side, tile in zip(size, (tiles.height, tiles.width), strict=True):
+        last = max(min(start, side - tile) for start in starts(side, tile, tile - tiles.overlap))
         assert last + tile >= side
 
 

@@ -243,7 +243,7 @@ def test_weights_stream_from_pinned_memory(resident):
     cond = Conditioning(
         torch.randn(1, 64, 256, device=device, dtype=BF16), None, torch.randn(1, 64, device=device)
     )
-    plan = make_layout(
+    layout = make_layout(
         config, grid, (1.0, 2.0, 2.0), NablaConfig(0.9, (3, 1, 1)), device, chunks=chunks
     )
 
@@ -255,7 +255,7 @@ def test_weights_stream_from_pinned_memory(resident):
                 for piece in store.pieces
             )
             *_, (_, last) = sample(
-                placed, noise(0, (1, 4, 64, 64, 16), device), cond, plan, Sampling(3, 5.0, 1.0)
+                placed, noise(0, (1, 4, 64, 64, 16), device), cond, layout, Sampling(3, 5.0, 1.0)
             )
         return last
 

@@ -96,30 +96,30 @@ def test_frames_go_to_the_file_while_decoding_goes_on(model, tmp_path, monkeypat
 
 def test_a_memory_budget_changes_nothing_and_is_checked_before_the_work(model, tmp_path, caplog):
     """One budget for all stages: the least, one between, one for all parts together; and a second
-    run under another plan."""
+    run within another budget."""
     settings = dict(seed=5, **SMALL | {"num_frames": 17})
     free = model.generate(PROMPT, **settings)
     told = []
-    plans = []
+    placements = []
     least = least_budget(model, settings)
     for budget in (least, 10**9, least):
         with caplog.at_level(logging.INFO, "kandinsky_model.pipeline"):
             video = model.generate(PROMPT, memory_budget=budget, **settings)
-        plans.append([line for line in caplog.messages if " GB" in line])
+        placements.append([line for line in caplog.messages if " GB" in line])
         caplog.clear()
         assert torch.equal(video.latents, free.latents)
         assert video.settings == free.settings
         video.save(tmp_path / "a.mp4", notify=told.append)
         assert torch.equal(video.frames, free.frames)
-    assert [[line.split(":")[0] for line in plan] for plan in plans] == [
+    assert [[line.split(":")[0] for line in placement] for placement in placements] == [
         ["text", "sampling", "decoding"]
     ] * 3
-    assert plans[0] == plans[2]
-    assert "all weights stay" in plans[1][1]
-    assert "scheme" in plans[0][2]
+    assert placements[0] == placements[2]
+    assert "all weights stay" in placements[1][1]
+    assert "scheme" in placements[0][2]
     schemes = [line.split()[3].rstrip(",") for line in told if line.startswith("decoding in")]
     assert schemes[1] == "KKKK" != schemes[0] == schemes[2]
-    assert f"scheme {schemes[0]}" in plans[0][2]
+    assert f"scheme {schemes[0]}" in placements[0][2]
     again = model.open(tmp_path / "a.latents.safetensors", memory_budget=least)
     assert torch.equal(again.frames, free.frames)
     for wrong, kind in ((1000, ValueError), ("10GB", TypeError)):

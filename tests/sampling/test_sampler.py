@@ -43,7 +43,7 @@ class Formula:
     def modulate(self, time, pooled):
         return SimpleNamespace(step=lambda i: Modulations([], [], ShiftScale(time[i], pooled)))
 
-    def __call__(self, x, text, pooled, time, plan, text_lengths, modulations):
+    def __call__(self, x, text, pooled, time, layout, text_lengths, modulations):
         # made for all steps before the first one
         assert torch.equal(modulations.out.shift, time)
         assert torch.equal(modulations.out.scale, pooled)
@@ -437,7 +437,7 @@ def test_a_batch_of_prompts_equals_single_runs():
     dit = DiffusionTransformer3D(config).requires_grad_(False)
     dit.load_state_dict(random_state(config))
     grid = Grid(3, 2, 3)
-    plan = make_layout(config, grid, (1.0, 1.0, 1.0))
+    layout = make_layout(config, grid, (1.0, 1.0, 1.0))
     start = noise(0, SHAPE)
     settings = Sampling(3, 5.0, 3.0)
     words, nothing = (
@@ -448,7 +448,7 @@ def test_a_batch_of_prompts_equals_single_runs():
         )
         for length in (5, 3)
     )
-    together = last(sample(dit, start, words, plan, settings, nothing))
+    together = last(sample(dit, start, words, layout, settings, nothing))
     for i in range(2):
         alone = [
             Conditioning(c.embeds[i : i + 1, : c.lengths[i]], None, c.pooled[i : i + 1])
@@ -456,7 +456,7 @@ def test_a_batch_of_prompts_equals_single_runs():
         ]
         assert torch.allclose(
             together[i : i + 1],
-            last(sample(dit, start[i : i + 1], alone[0], plan, settings, alone[1])),
+            last(sample(dit, start[i : i + 1], alone[0], layout, settings, alone[1])),
             atol=2e-5,
         )
 
@@ -483,7 +483,7 @@ def test_golden_latents(conditioned, monkeypatch):
     size = settings["grid"]
     window = settings["nabla"]
     how = settings["sampler"]
-    plan = make_layout(
+    layout = make_layout(
         config,
         Grid(size["latent_T"], size["latent_H"] // 2, size["latent_W"] // 2),
         settings["scale_factor"],
@@ -494,7 +494,7 @@ def test_golden_latents(conditioned, monkeypatch):
             dit,
             golden["noise"][None],
             Conditioning(golden["text"], None, golden["pooled"]),
-            plan,
+            layout,
             Sampling(how["steps"], how["scheduler_scale"], how["guidance"]),
             Conditioning(golden["neg_text"], None, golden["neg_pooled"]),
             Given({0: golden["first_frame"][None]} if conditioned else {}),

@@ -30,10 +30,10 @@ def run(cache, guidance=3.0, steps=6, stop=None, tokens=10**6):
         )
         for n in (5, 3)
     )
-    plan = make_layout(CONFIG, GRID, SCALE, NABLA, chunks=Chunks(None, tokens))
+    layout = make_layout(CONFIG, GRID, SCALE, NABLA, chunks=Chunks(None, tokens))
     start = noise(1, (1, GRID.T, 2 * GRID.Y, 2 * GRID.X, 16))
     sampling = Sampling(steps, 5.0, guidance, cache=cache)
-    steps = sample(build(), start, cond, plan, sampling, uncond if sampling.guided else None)
+    steps = sample(build(), start, cond, layout, sampling, uncond if sampling.guided else None)
     *_, (_, latents) = itertools.islice(steps, stop)
     return latents
 

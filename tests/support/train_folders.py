@@ -33,11 +33,7 @@ def clips(folder: Path, count: int = 4, frames: int = 5, window=(32, 32, 96, 80)
 
 
 def pictures(folder: Path, count: int = 2) -> Path:
-    """`count` pictures of 64 x 64 pixels with captions.
-
-    Where samples are compared bit by bit, they must be pictures: of equal frames, x264 does not
-    always make equal files on processors with AVX-512.
-    """
+    """`count` pictures of 64 x 64 pixels with captions."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = random.Random(2)
     for i in range(count):

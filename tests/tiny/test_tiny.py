@@ -220,6 +220,20 @@ def test_text_encoder_round_trip_and_damage(encoder, tmp_path):
         TinyTextEncoder.load(tmp_path)
 
 
+def test_text_encoder_is_written_whole_or_not_at_all(encoder, tmp_path, monkeypatch):
+    encoder.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(_, target):
+        target.write_bytes(b"half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("kandinsky_model.text.tiny.save_file", fail)
+    with pytest.raises(OSError, match="full"):
+        encoder.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 # ---- training
 
 
