@@ -131,7 +131,7 @@ def table() -> str:
 
 
 def cell(preset: Preset, budget: int, policy: str) -> str:
-    """The placement of one row within one budget, in a few words; "-" if the budget does not suffice."""
+    """The placement of one row within one budget, in a few words; "-" where it does not suffice."""
     try:
         chosen = choose_placement(preset, budget, policy)
     except ValueError:
