@@ -359,8 +359,8 @@ def causal_conv3d(
         m_in = m_row[:, None] if WHOLE else m_row[:, None] & m_c[None]
         b_x = tl.load(p_in + (o_tap + i_c), m_in, 0.0)
         p_tap = p_w + (i_tap * C + i_c)
-        m_w = None if WHOLE else m_c[:, None] & m_n[None]
-        b_weight = tl.load(p_tap, m_w, None if WHOLE else 0.0)
+        m_w = m_c[:, None] & m_n[None]
+        b_weight = tl.load(p_tap) if WHOLE else tl.load(p_tap, m_w, 0.0)
         b_out = tl.dot(b_x, b_weight, b_out, input_precision=PRECISION)
 
     if BIAS:
