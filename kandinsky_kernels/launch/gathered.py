@@ -144,7 +144,8 @@ def block_sparse_attention_backward(
     for batch in range(B):
         for head in range(H):
             q, k, v, g = (x[batch, :, head] for x in (query, key, value, grad_out))  # [S, D]
-            common = (out[batch, :, head].float() * g.float()).sum(-1)  # [S]
+            weighted = out[batch, :, head].float() * g.float()  # [S, D]
+            common = weighted.sum(-1)  # [S]
             if grad_lse is not None:
                 common = common - grad_lse[batch, head]
             pieces: list[list[Tensor]] = [[], [], []]
@@ -152,10 +153,12 @@ def block_sparse_attention_backward(
                 own = blocks.token[rows]  # queries [R, 64]; tokens are keys
                 keys = k[tokens].float()  # [R, M, D]
                 values = v[tokens].float()
-                logits = q[own].float() @ keys.mT * scale  # [R, 64, M]
+                queries = q[own].float()  # [R, 64, D]
+                grads = g[own].float()
+                logits = queries @ keys.mT * scale  # [R, 64, M]
                 share = logits.sub_(lse[batch, head, own, None])
                 share = share.masked_fill_(~there[:, None], -math.inf).exp_()
-                grad_share = g[own].float() @ values.mT  # [R, 64, M]
+                grad_share = grads @ values.mT  # [R, 64, M]
                 grad_logits = grad_share.sub_(common[own, None]).mul_(share)
                 grad_queries = grad_logits @ keys * scale  # [R, 64, D]
                 pieces[0].append(grad_queries.to(query.dtype))
@@ -163,10 +166,12 @@ def block_sparse_attention_backward(
                 own = blocks.token[rows]  # keys [R, 64]; tokens are queries
                 queries = q[tokens].float()  # [R, M, D]
                 grads = g[tokens].float()
-                logits = k[own].float() @ queries.mT * scale  # [R, 64, M]
+                keys = k[own].float()  # [R, 64, D]
+                values = v[own].float()
+                logits = keys @ queries.mT * scale  # [R, 64, M]
                 share = logits.sub_(lse[batch, head, tokens][:, None])
                 share = share.masked_fill_(~there[:, None], -math.inf).exp_()
-                grad_share = v[own].float() @ grads.mT  # [R, 64, M]
+                grad_share = values @ grads.mT  # [R, 64, M]
                 grad_logits = grad_share.sub_(common[tokens][:, None]).mul_(share)
                 grad_keys = grad_logits @ queries * scale  # [R, 64, D]
                 grad_values = share @ grads

@@ -72,8 +72,10 @@ def launch_selection(
     selection = torch.empty(B, H, N, words, dtype=torch.int32, device=query.device)
     of_heads = selection.view(B * H, N, words)
     block = block or tuning.padded(N, 32)
-    heads = max(1, tuning.MAP_BYTES // (4 * N * N))
-    rows = min(N, max(1, tuning.MAP_BYTES // (4 * N)))
+    row_bytes = 4 * N
+    head_bytes = N * row_bytes
+    heads = max(1, tuning.MAP_BYTES // head_bytes)
+    rows = min(N, max(1, tuning.MAP_BYTES // row_bytes))
     near = [width // 2 for width in window] or [0, 0, 0]
     with on(query):
         for head in range(0, B * H, heads):
@@ -252,7 +254,8 @@ def launch_attention(
     B, S, H, D = query.shape
     N = selection.shape[2]
     block = tuning.padded(D, 16)
-    group = max(1, tuning.LIST_BYTES // (2 * N * N))
+    head_bytes = 2 * N * N  # of a head's block lists, int16 [N, N]
+    group = max(1, tuning.LIST_BYTES // head_bytes)
     chunk = chunk or list_chunk(N)
     block_offsets = block_offsets.contiguous()
     out = query.new_empty(B, S, H, D)
@@ -260,6 +263,8 @@ def launch_attention(
     strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
     full, usable = attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
     bounded = usable if bounded is None else bounded
+    scale_log2 = scale / math.log(2)
+    bound_log2 = logit_bound / math.log(2) if bounded else 0.0
     launch = tuning.attention(block, query.dtype, capability(query), full)
     width = block // 2 if launch.split else block
     key, value, tma = described(key, value, launch, width)
@@ -282,8 +287,8 @@ def launch_attention(
                 N,
                 D,
                 *strides,
-                scale / math.log(2),
-                logit_bound / math.log(2) if bounded else 0.0,
+                scale_log2,
+                bound_log2,
                 FULL=full,
                 BOUNDED=bounded,
                 TMA=tma,
@@ -317,7 +322,8 @@ def launch_gradients(
     N = selection.shape[2]
     block = tuning.padded(D, 16)
     (full,) = gradients_kind(query, key, value, out, lse, selection)
-    group = max(1, tuning.LIST_BYTES // (2 * N * N))
+    head_bytes = 2 * N * N  # of a head's block lists, int16 [N, N]
+    group = max(1, tuning.LIST_BYTES // head_bytes)
     chunk = chunk or list_chunk(N)
     transposed = transpose_selection(selection)
     offsets = block_offsets.contiguous()

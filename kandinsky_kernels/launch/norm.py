@@ -349,7 +349,8 @@ def trial_norm(x: Tensor, *args) -> tuple:
         shape = (1, S, C) if tensor.dim() == 3 else (1, C)
         return draw.like(tensor, *shape)
 
-    return *(small(tensor) for tensor in (x, *tensors)), eps
+    smaller = [small(tensor) for tensor in (x, *tensors)]
+    return *smaller, eps
 
 
 def trial_norm_rope(

@@ -188,6 +188,7 @@ def launch_attention(
     key = key.flatten(1, 2)  # [B, T' P', D]
     value = value.flatten(1, 2)
     tile = tuning.frame_attention(block, capability(query))
+    scale_log2 = scale / math.log(2)
     grid = (-(-P // tile.rows), T, B)
     with on(query):
         kernels.frame_causal_attention[grid](
@@ -208,7 +209,7 @@ def launch_attention(
             key.stride(1),
             value.stride(0),
             value.stride(1),
-            scale / math.log(2),
+            scale_log2,
             PRECISION="ieee",
             WHOLE=block == D,
             ROWS=tile.rows,

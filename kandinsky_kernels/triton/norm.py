@@ -48,7 +48,8 @@ def modulated_norm(
     m_c = o_c < C
     b_scale = tl.load(p_scale + i_batch * scale_batch + o_c, m_c, 0.0)  # [BLOCK]
     b_scale = 1.0 + b_scale.to(tl.float32)
-    b_shift = tl.load(p_shift + i_batch * shift_batch + o_c, m_c, 0.0).to(tl.float32)
+    b_shift = tl.load(p_shift + i_batch * shift_batch + o_c, m_c, 0.0)
+    b_shift = b_shift.to(tl.float32)
     first = tl.program_id(0).to(tl.int64) * ROWS
     last = tl.minimum(first + ROWS, S)
     for i_row in range(first, last):
@@ -56,7 +57,8 @@ def modulated_norm(
         b_x = tl.load(p_row, m_c, 0.0).to(tl.float32)
         b_y = _normalise(b_x, m_c, C, eps) * b_scale + b_shift
         p_row = p_out + (i_batch * S + i_row) * C + o_c
-        tl.store(p_row, b_y.to(p_out.dtype.element_ty), m_c)
+        b_out = b_y.to(p_out.dtype.element_ty)
+        tl.store(p_row, b_out, m_c)
 
 
 @triton.jit
@@ -91,11 +93,13 @@ def gated_add_norm(
     i_batch = tl.program_id(1).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < C
-    b_gate = tl.load(p_gate + i_batch * gate_batch + o_c, m_c, 0.0).to(tl.float32)
+    b_gate = tl.load(p_gate + i_batch * gate_batch + o_c, m_c, 0.0)  # [BLOCK]
+    b_gate = b_gate.to(tl.float32)
     if NORM:
         b_scale = tl.load(p_scale + i_batch * scale_batch + o_c, m_c, 0.0)  # [BLOCK]
         b_scale = 1.0 + b_scale.to(tl.float32)
-        b_shift = tl.load(p_shift + i_batch * shift_batch + o_c, m_c, 0.0).to(tl.float32)
+        b_shift = tl.load(p_shift + i_batch * shift_batch + o_c, m_c, 0.0)
+        b_shift = b_shift.to(tl.float32)
     first = tl.program_id(0).to(tl.int64) * ROWS
     last = tl.minimum(first + ROWS, S)
     for i_row in range(first, last):
@@ -108,7 +112,9 @@ def gated_add_norm(
         tl.store(p_y + o_out, b_y, m_c)
         if NORM:
             b_out = _normalise(b_y.to(tl.float32), m_c, C, eps) * b_scale + b_shift
-            tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), m_c)
+            p_row = p_out + o_out
+            b_out = b_out.to(p_out.dtype.element_ty)
+            tl.store(p_row, b_out, m_c)
 
 
 @triton.jit
@@ -185,7 +191,8 @@ def norm_rope(
     i_batch = tl.program_id(2).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
-    b_weight = tl.load(p_weight + o_d, m_d, 0.0).to(tl.float32)
+    b_weight = tl.load(p_weight + o_d, m_d, 0.0)  # [BLOCK]
+    b_weight = b_weight.to(tl.float32)
     if MEANS:
         # held inside of the S tokens, because nobody has waited for the GPU to check the offsets
         first = tl.maximum(tl.load(p_offsets + i_block), 0)
@@ -203,7 +210,8 @@ def norm_rope(
             m_tile = m_token[:, None] & m_d[None]
             o_x = i_batch * x_batch + o_token[:, None] * x_token + i_head * x_head + o_d[None]
             b_x = tl.load(p_x + o_x, m_tile, 0.0).to(tl.float32)  # [TOKENS, BLOCK]
-            b_inverse = 1.0 / tl.sqrt(tl.sum(b_x * b_x, 1) / D + eps)  # [TOKENS]
+            b_square = tl.sum(b_x * b_x, 1) / D  # [TOKENS]
+            b_inverse = 1.0 / tl.sqrt(b_square + eps)
             b_y = b_x * b_inverse[:, None] * b_weight[None]
             if AXES > 0:
                 b_cos, b_sin = _angles(
@@ -239,7 +247,8 @@ def _normalise_backward(b_x, b_grad, m_c, C, eps):
     the norm removes them from the row."""
     mean = tl.sum(b_x, 0) / C
     b_x = tl.where(m_c, b_x - mean, 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(b_x * b_x, 0) / C + eps)
+    variance = tl.sum(b_x * b_x, 0) / C
+    inverse = 1.0 / tl.sqrt(variance + eps)
     b_normed = b_x * inverse
     b_centred = b_grad - tl.sum(b_grad, 0) / C
     projection = tl.sum(b_grad * b_normed, 0) / C
@@ -287,7 +296,8 @@ def modulated_norm_backward(
         b_of_scale += b_grad * b_normed
         b_of_shift += b_grad
         p_row = p_grad_x + (i_batch * S + i_row) * C + o_c
-        tl.store(p_row, b_grad_x.to(p_grad_x.dtype.element_ty), m_c)
+        b_grad_x = b_grad_x.to(p_grad_x.dtype.element_ty)
+        tl.store(p_row, b_grad_x, m_c)
     i_program = i_batch * tl.num_programs(0) + tl.program_id(0)
     p_sum = p_sums + i_program * 2 * C + o_c
     tl.store(p_sum, b_of_scale, m_c)
@@ -327,7 +337,8 @@ def gated_add_norm_backward(
     i_batch = tl.program_id(1).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < C
-    b_gate = tl.load(p_gate + i_batch * gate_batch + o_c, m_c, 0.0).to(tl.float32)
+    b_gate = tl.load(p_gate + i_batch * gate_batch + o_c, m_c, 0.0)  # [BLOCK]
+    b_gate = b_gate.to(tl.float32)
     b_scale = tl.load(p_scale + i_batch * scale_batch + o_c, m_c, 0.0)  # [BLOCK]
     b_scale = 1.0 + b_scale.to(tl.float32)
     b_of_gate = tl.zeros([BLOCK], tl.float32)
@@ -350,7 +361,9 @@ def gated_add_norm_backward(
         b_of_gate += b_grad_x * b_branch
         tl.store(p_grad_x + o_row, b_grad_x.to(p_grad_x.dtype.element_ty), m_c)
         b_grad_branch = b_grad_x * b_gate
-        tl.store(p_grad_branch + o_row, b_grad_branch.to(p_grad_branch.dtype.element_ty), m_c)
+        p_row = p_grad_branch + o_row
+        b_grad_branch = b_grad_branch.to(p_grad_branch.dtype.element_ty)
+        tl.store(p_row, b_grad_branch, m_c)
     i_program = i_batch * tl.num_programs(0) + tl.program_id(0)
     p_sum = p_sums + i_program * 3 * C + o_c
     tl.store(p_sum, b_of_gate, m_c)
@@ -391,7 +404,8 @@ def norm_rope_backward(
     i_batch = tl.program_id(2).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
-    b_weight = tl.load(p_weight + o_d, m_d, 0.0).to(tl.float32)
+    b_weight = tl.load(p_weight + o_d, m_d, 0.0)  # [BLOCK]
+    b_weight = b_weight.to(tl.float32)
     o_token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     m_token = o_token < S
     m_tile = m_token[:, None] & m_d[None]
@@ -412,13 +426,17 @@ def norm_rope_backward(
         p_tile = p_x + i_batch * x_batch + o_token[:, None] * x_token
         p_tile = p_tile + i_head * x_head + o_d[None]
         b_x = tl.load(p_tile, m_tile, 0.0).to(tl.float32)
-        b_inverse = (1.0 / tl.sqrt(tl.sum(b_x * b_x, 1) / D + eps))[:, None]
+        b_square = tl.sum(b_x * b_x, 1) / D  # [TOKENS]
+        b_inverse = (1.0 / tl.sqrt(b_square + eps))[:, None]  # [TOKENS, 1]
         b_normed = b_x * b_inverse
         b_sum += tl.sum(b_grad * b_normed, 0)
         b_grad = b_grad * b_weight[None]
         b_projection = tl.sum(b_grad * b_normed, 1) / D  # [TOKENS]
         b_grad = b_inverse * (b_grad - b_normed * b_projection[:, None])
-        tl.store(p_grad_x + o_row, b_grad.to(p_grad_x.dtype.element_ty), m_tile)
+        p_tile = p_grad_x + o_row
+        b_grad_x = b_grad.to(p_grad_x.dtype.element_ty)
+        tl.store(p_tile, b_grad_x, m_tile)
     i_program = i_batch * tl.num_programs(1) + tl.program_id(1)
     i_program = i_program * tl.num_programs(0) + tl.program_id(0)
-    tl.store(p_sums + i_program * D + o_d, b_sum, m_d)
+    p_sum = p_sums + i_program * D + o_d
+    tl.store(p_sum, b_sum, m_d)

@@ -193,13 +193,16 @@ def group_norm_silu(
         o_from_y = tl.minimum(tl.maximum(o_y - PAD, 0), Y - 1).to(tl.int64)
         o_from_x = tl.minimum(tl.maximum(o_x - PAD, 0), X - 1).to(tl.int64)
         o_from = i_batch * x_batch + i_frame * x_frame + o_from_y * x_row + o_from_x * x_pixel
-        b_scale = tl.load(p_scale + i_batch * scale_batch + o_c, m_c, 0.0).to(tl.float32)
-        b_shift = tl.load(p_shift + i_batch * shift_batch + o_c, m_c, 0.0).to(tl.float32)
+        b_scale = tl.load(p_scale + i_batch * scale_batch + o_c, m_c, 0.0)  # [BLOCK]
+        b_scale = b_scale.to(tl.float32)
+        b_shift = tl.load(p_shift + i_batch * shift_batch + o_c, m_c, 0.0)
+        b_shift = b_shift.to(tl.float32)
         b_x = tl.load(p_x + o_from[:, None] + o_c[None], m_tile, 0.0)  # [ROWS, BLOCK]
         b_y = b_x.to(tl.float32) * b_scale[None] + b_shift[None]
         if SILU:
             b_y = b_y / (1.0 + tl.exp(-b_y))
-        tl.store(p_o, b_y.to(p_out.dtype.element_ty), m_tile)
+        b_y = b_y.to(p_out.dtype.element_ty)
+        tl.store(p_o, b_y, m_tile)
 
 
 @triton.jit(do_not_specialize=["first_frame"])
@@ -289,7 +292,8 @@ def frame_causal_attention(
     i_out = (i_batch * T + i_frame) * P + i_row
     m_out = m_row[:, None] if WHOLE else m_row[:, None] & (o_d < D)[None]
     p_o = p_out + i_out * D + (o_row[:, None] * D + o_d[None])
-    tl.store(p_o, b_out.to(p_out.dtype.element_ty), m_out)
+    b_out = b_out.to(p_out.dtype.element_ty)
+    tl.store(p_o, b_out, m_out)
     p_l = p_lse + i_out + o_row
     b_lse = (b_max + tl.log2(b_sum)) * 0.6931471805599453  # ln 2
     tl.store(p_l, b_lse, m_row)
