@@ -9,22 +9,28 @@ from dataclasses import dataclass
 
 import torch
 
-VERIFIED: frozenset[str] = frozenset()  # operators with a GPU result in benchmarks/results
+# operators with a GPU result in benchmarks/results
+VERIFIED: frozenset[str] = frozenset()
 # operators whose CUDA C++ kernel a GPU has found right and faster than Triton's: they run it
 CUDA_CPP: frozenset[str] = frozenset()
-PYTORCH = frozenset({"causal_conv3d"})  # operators for which PyTorch has a kernel of its own
-# those of them whose Triton kernel a GPU has found right and over 15 % faster: they run it
+# operators for which PyTorch has a kernel of its own
+PYTORCH = frozenset({"causal_conv3d"})
+# operators of `PYTORCH` whose Triton kernel a GPU has found right and over 15 % faster: they run it
 TRITON: frozenset[str] = frozenset()
-TOKENS = 64  # per block of NABLA, and per tile of everything that works on tokens
-# scratch for block lists per launch of attention; longer ones are cut by heads
+# tokens of a block of NABLA, and of a tile of everything that works on tokens
+TOKENS = 64
+# scratch for the block lists of one launch of attention; longer lists are cut by heads
 LIST_BYTES = 64 << 20
+# blocks that `list_blocks` looks at at a time
 LIST_CHUNK = 1024
-MAP_BYTES = 64 << 20  # scratch for the block map: seven heads of Lite 10 s, one of Pro 10 s HD
-# of logits in base 2 that need no maximum: shares from 2^-112 on stay normal numbers of fp32 and
-# bf16, times values too
+# scratch for the block map: seven heads of Lite 10 s, one of Pro 10 s HD
+MAP_BYTES = 64 << 20
+# the largest bound of logits, in base 2, that replaces a maximum: shares from 2^-112 on stay normal
+# numbers of fp32 and bf16, times values too
 BOUND_LOG2 = 56.0
-LONGEST_ROW = 16384  # blocks; a row of the map stays in registers
-# blocks; a lane of the CUDA C++ kernel holds 122 masses, more than 10 s of HD need
+# blocks of a row of the map, which stays in registers
+LONGEST_ROW = 16384
+# the same for the CUDA C++ kernel, whose lanes hold 122 masses each, more than 10 s of HD need
 LONGEST_COMPILED_ROW = 3904
 # below this many rows a norm takes one row per program, so that small inputs still reach every
 # multiprocessor
@@ -99,21 +105,24 @@ def attention(block: int, dtype: torch.dtype, capability: tuple[int, int], full:
     split = split_head(block, dtype, capability)
     if not full:
         wide = block > 64 and not split and not has_large_tiles(capability)
-        return Launch(8 if wide else 4, 2 if dtype.itemsize == 2 else 1, split=split)
+        warps = 8 if wide else 4
+        stages = 2 if dtype.itemsize == 2 else 1
+        return Launch(warps, stages, split=split)
     roomy = has_large_tiles(capability) or capability == (8, 0)
     stage = 2 * TOKENS * block * dtype.itemsize
     if stage <= 16 << 10 or (roomy and stage <= 32 << 10):
         stages = 3
     else:
         stages = 2 if stage <= 32 << 10 else 1
-    return Launch(4, stages, capability[0] >= 9 and dtype.itemsize == 2, split)
+    descriptors = capability[0] >= 9 and dtype.itemsize == 2
+    return Launch(4, stages, descriptors, split)
 
 
 def attention_backward(
     block: int, dtype: torch.dtype, capability: tuple[int, int], full: bool
 ) -> tuple[Launch, Launch]:
-    """Of the gradient of queries, which sums up one tile, and of that of keys and values, which
-    sums up two.
+    """How the kernel of the gradient of queries is launched, which sums up one tile, and that of
+    the gradients of keys and values, which sums up two.
 
     Registers decide. Split heads take four warps, which mma.sync leaves just enough registers for:
     the queries' kernel takes up to 255, that of keys and values keeps 8 to 24 bytes of addresses on
@@ -137,7 +146,8 @@ def attention_backward(
     heavy = wide + (not full) + (not hopper) > 1
     keys_split = split and full
     warps = 8 if heavy and not keys_split else 4
-    return of_queries, Launch(warps, 2 if narrow else 1, descriptors, keys_split)
+    of_keys = Launch(warps, 2 if narrow else 1, descriptors, keys_split)
+    return of_queries, of_keys
 
 
 def norm_rows(rows: int) -> int:
@@ -185,17 +195,21 @@ def row(block: int) -> Launch:
     return Launch(max(1, min(16, block // 512)), 1)
 
 
+# of `list_blocks`, and of `join_moments` of the VAE
 LIST = Launch(4, 1)
 
 # ---- video VAE
 
-# of one program's statistics: 8 terms per fp32 sum, 48 programs for one latent frame of 64 x 96 x
-# 512
+# elements of which one program of `slab_moments` takes the statistics: 8 terms per fp32 sum, 48
+# programs for one latent frame of 64 x 96 x 512
 SLAB_ELEMENTS = 1 << 16
-SLAB_TILE = 1 << 13  # two fp32 sums of 32 elements per thread
+# elements at a time: two fp32 sums of 32 elements per thread
+SLAB_TILE = 1 << 13
 SLABS = Launch(8, 1)
-JOINED = 32  # slabs at a time
-NORM_TILE = 1 << 12  # elements: 32 per thread, and a pixel's channels are read whole
+# slabs that `join_moments` adds at a time
+JOINED = 32
+# elements of a tile of `group_norm_silu`: 32 per thread, and a pixel's channels are read whole
+NORM_TILE = 1 << 12
 NORMED = Launch(4, 1)
 
 

@@ -21,28 +21,35 @@
 namespace kandinsky {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kStep =
-    32;  // keys a warp scores at once: two tiles of 16, so that a fragment of queries serves twice
-constexpr int kChunk = 16;  // head dims a warp scores at once: one 16-byte load per lane and two
-                            // matrix instructions deep
-constexpr uint32_t kHeaviest =
-    0xFFFFFFFF;  // stands for 2^32, the mass of the maximum: the next lower one is 2^32 - 256
-constexpr uint32_t kOne = 0x3F800000, kTwoTo32 = 0x4F800000;  // bits of 1.0f and of 2^32 in fp32
+// keys a warp scores at once: two tiles of 16, so that a fragment of queries serves twice
+constexpr int kStep = 32;
+// head dims a warp scores at once: one 16-byte load per lane and two matrix instructions deep
+constexpr int kChunk = 16;
+// stands for 2^32, the mass of the maximum: the next lower one is 2^32 - 256
+constexpr uint32_t kHeaviest = 0xFFFFFFFF;
+// bits of 1.0f and of 2^32 in fp32
+constexpr uint32_t kOne = 0x3F800000, kTwoTo32 = 0x4F800000;
 
 struct SelectBlocks {
-  const float *query = nullptr,
-              *key = nullptr;  // [B, H, N, D] with these strides, rows aligned to 16 bytes
+  // [B, H, N, D] with these strides, rows aligned to 16 bytes
+  const float *query = nullptr, *key = nullptr;
   int64_t query_batch = 0, query_head = 0, query_row = 0, key_batch = 0, key_head = 0, key_row = 0;
-  uint32_t* selection = nullptr;  // [B, H, N, words]
+  // [B, H, N, words]
+  uint32_t* selection = nullptr;
   int H = 0, N = 0, D = 0;
-  int rows = 0;         // of a thread block
-  float factor = 0;     // log2(e) / sqrt(D)
-  double drop = 0;      // 1 - keep_mass
-  bool stable = false;  // ties by index, otherwise all or none
-  int T = 0, Y = 0, X = 0, near_t = 0, near_y = 0,
-      near_x = 0;    // grid of blocks and half widths of the window; T = 0: no window
-  uint32_t one = 1;  // unknown to the compiler, which else makes of a multiplication and 64-bit
-                     // addition in one four instructions
+  // rows of the map that a thread block takes
+  int rows = 0;
+  // log2(e) / sqrt(D)
+  float factor = 0;
+  // 1 - keep_mass
+  double drop = 0;
+  // whether ties are broken by index; otherwise all of them are kept or none
+  bool stable = false;
+  // grid of blocks and half widths of the window; T = 0: no window
+  int T = 0, Y = 0, X = 0, near_t = 0, near_y = 0, near_x = 0;
+  // Always 1, which the compiler does not know: it would make four instructions of what
+  // multiply_add does in one, a multiplication and a 64-bit addition.
+  uint32_t one = 1;
 
   __host__ __device__ int words() const { return (N + 31) / 32; }
   __host__ __device__ int chunks() const { return (D + kChunk - 1) / kChunk; }
@@ -180,9 +187,12 @@ __device__ inline void score(const SelectBlocks& p, const float* query, const fl
 
 template <int SLOTS>
 struct Row {
-  uint32_t mass[SLOTS];  // of blocks 32 i + lane, zeros beyond N
-  uint64_t total;        // exact, with 2^32 for the heaviest
-  uint32_t least;        // no mass is below
+  // masses of blocks 32 i + lane, zeros beyond N
+  uint32_t mass[SLOTS];
+  // exact sum of all masses, with 2^32 for the heaviest
+  uint64_t total;
+  // no mass is below this one
+  uint32_t least;
 
   // Sum of the masses that are at most `limit`, which is not the heaviest.
   __device__ uint64_t up_to(uint32_t limit, uint32_t one) const {
@@ -194,8 +204,8 @@ struct Row {
 };
 
 __device__ inline uint32_t mass_of(float logit, float top, float factor) {
-  return __float2uint_rn(exp2_approximate((logit - top) * factor) *
-                         0x1p32f);  // half to even; 2^32 saturates to kHeaviest
+  // half to even; 2^32 saturates to kHeaviest
+  return __float2uint_rn(exp2_approximate((logit - top) * factor) * 0x1p32f);
 }
 
 // Turns a row of logits into masses; false where its maximum is not finite or a logit is NaN.
@@ -247,10 +257,8 @@ __device__ inline uint32_t lightest(const Row<SLOTS>& row, uint32_t low, uint32_
   const uint32_t own = lane < count ? memory[lane] : high;
   for (int i = 0; i < count; ++i) below += memory[i] <= own ? memory[i] : 0;
   __syncwarp();
-  return __reduce_min_sync(
-      ~0u, below >= target
-               ? own
-               : high);  // the sum up to `high` reaches the target, however it is counted
+  // the sum up to `high` reaches the target, however it is counted
+  return __reduce_min_sync(~0u, below >= target ? own : high);
 }
 
 // The lightest mass worth keeping: the smallest up to which the row's masses sum to target, or zero
@@ -329,9 +337,9 @@ __device__ inline void add_window(const SelectBlocks& p, int at, uint32_t* packe
 template <int SLOTS>
 __device__ inline void choose(const SelectBlocks& p, int at, float* logits, uint32_t* selection) {
   Row<SLOTS> row;
-  uint32_t least = 0, skip = 0,
-           *memory = reinterpret_cast<uint32_t*>(
-               logits);  // the row's place is free once it is in registers
+  uint32_t least = 0, skip = 0;
+  // the row's place is free once it is in registers
+  uint32_t* memory = reinterpret_cast<uint32_t*>(logits);
   const bool usual = weigh(p, logits, row);
   __syncwarp();
   if (usual) {  // the same in the whole warp

@@ -42,8 +42,9 @@ def thirds(x: float) -> list[float]:
     """Three fp32 numbers whose sum is x exactly: each has 24 of its 53 bits."""
     parts = []
     for _ in range(3):
-        parts.append(torch.tensor(x, dtype=torch.float32).item())
-        x -= parts[-1]
+        part = torch.tensor(x, dtype=torch.float32).item()
+        parts.append(part)
+        x -= part
     return parts
 
 
@@ -56,29 +57,36 @@ def launch_selection(
     ties: str,
     block: int | None = None,
 ) -> Tensor:
-    """block: what a row is padded to, by default the next power of two.
+    """The packed selection int32 [B, H, N, words]. A row is padded to `block`, by default the next
+    power of two.
 
-    The map is made and used in pieces of `tuning.MAP_BYTES`: several heads at once, or some rows
-    of one."""
+    The block map is made and used in pieces of `tuning.MAP_BYTES`: several heads at once, or some
+    rows of one.
+    """
     from ..triton import nabla as kernels
 
     B, H, N, D = query_means.shape
     query = query_means.float().flatten(0, 1)  # [BH, N, D]
     key = key_means.float().flatten(0, 1).transpose(1, 2)  # [BH, D, N]
-    selection = torch.empty(B, H, N, -(-N // 32), dtype=torch.int32, device=query.device)
-    words = selection.shape[-1]
+    words = -(-N // 32)
+    selection = torch.empty(B, H, N, words, dtype=torch.int32, device=query.device)
+    of_heads = selection.view(B * H, N, words)
     block = block or tuning.padded(N, 32)
-    heads = max(1, tuning.MAP_BYTES // (4 * N * N))
-    rows = min(N, max(1, tuning.MAP_BYTES // (4 * N)))
+    row_bytes = 4 * N
+    head_bytes = N * row_bytes
+    heads = max(1, tuning.MAP_BYTES // head_bytes)
+    rows = min(N, max(1, tuning.MAP_BYTES // row_bytes))
     near = [width // 2 for width in window] or [0, 0, 0]
     with on(query):
         for head in range(0, B * H, heads):
+            some_heads = slice(head, head + heads)
             for first in range(0, N, rows):
-                # [heads, rows, N]
-                logits = query[head : head + heads, first : first + rows] @ key[head : head + heads]
-                kernels.select_blocks[(logits.shape[1], logits.shape[0])](
+                some_rows = slice(first, first + rows)
+                logits = query[some_heads, some_rows] @ key[some_heads]  # [heads, rows, N]
+                grid = (logits.shape[1], logits.shape[0])
+                kernels.select_blocks[grid](
                     logits,
-                    selection.view(B * H, N, words)[head:],
+                    of_heads[head:],
                     first,
                     N,
                     words,
@@ -118,18 +126,23 @@ def trial_selection(
         return words, blocks * words, blocks * blocks
 
     if tiles:
-        T, Y, X = tiles
-        Y, X = alike(2, Y), alike(3, X)
-        candidates = [T * Y * X for T in range(-(-min(40, N) // (Y * X)), -(-N // (Y * X)))]
+        _, Y, X = tiles
+        Y = alike(2, Y)
+        X = alike(3, X)
+        area = Y * X
+        fewest = -(-min(40, N) // area)
+        candidates = [T * area for T in range(fewest, -(-N // area))]
         N = alike(40, N, derived, candidates)
-        tiles = [N // (Y * X), Y, X] if N in candidates else tiles
+        tiles = [N // area, Y, X] if N in candidates else tiles
     else:
         N = alike(40, N, derived)
     draw = Draw(query_means.device)
-    query = draw.like(query_means, 1, min(2, B * H), N, D).zero_()
+    heads = min(2, B * H)
+    query = draw.like(query_means, 1, heads, N, D).zero_()
     query[..., 0] = math.log(2.0) * math.sqrt(D)
-    key = draw.like(key_means, 1, min(2, B * H), N, D).zero_()
-    key[..., 0] = -(torch.arange(N, device=key.device) * 7 % 40).float()
+    key = draw.like(key_means, 1, heads, N, D).zero_()
+    powers = torch.arange(N, device=key.device) * 7 % 40
+    key[..., 0] = -powers.float()
     return query, key, 0.9, tiles, window, ties
 
 
@@ -163,7 +176,8 @@ def attention_kind(
     fp16 ends at 2^-24.
     """
     full = query.shape[1] == tuning.TOKENS * selection.shape[2]
-    return full, logit_bound / math.log(2) <= tuning.BOUND_LOG2 and query.dtype == torch.bfloat16
+    low = logit_bound / math.log(2) <= tuning.BOUND_LOG2
+    return full, low and query.dtype == torch.bfloat16
 
 
 def descriptor(x: Tensor, width: int):
@@ -177,16 +191,18 @@ def descriptor(x: Tensor, width: int):
     ]
     if x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in strides):
         return None
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, tuning.TOKENS, 1, width])
+    tile = [1, tuning.TOKENS, 1, width]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], tile)
 
 
 def described(first: Tensor, second: Tensor, launch: tuning.Launch, width: int) -> tuple:
     """(first, second, True) as tensor descriptors, where `launch` reads by them and the hardware
     can; otherwise (first, second, False) as they are."""
     if launch.descriptors:
-        descriptors = descriptor(first, width), descriptor(second, width)
-        if None not in descriptors:
-            return *descriptors, True
+        of_first = descriptor(first, width)
+        of_second = descriptor(second, width)
+        if of_first is not None and of_second is not None:
+            return of_first, of_second, True
     return first, second, False
 
 
@@ -227,16 +243,19 @@ def launch_attention(
     chunk: int | None = None,
     bounded: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """chunk: of `list_blocks`; bounded: whether logit_bound is used. By default what suits the
-    inputs.
+    """out [B, S, H, D] and the natural log-sum-exp fp32 [B, H, S].
 
-    Heads are taken in groups whose block lists fit into `tuning.LIST_BYTES`."""
+    `chunk` is what `list_blocks` takes, and `bounded` says whether logit_bound replaces the running
+    maximum; by default both are what suits the inputs. Heads are taken in groups whose block lists
+    fit into `tuning.LIST_BYTES`.
+    """
     from ..triton import nabla as kernels
 
     B, S, H, D = query.shape
     N = selection.shape[2]
     block = tuning.padded(D, 16)
-    group = max(1, tuning.LIST_BYTES // (2 * N * N))
+    head_bytes = 2 * N * N  # of a head's block lists, int16 [N, N]
+    group = max(1, tuning.LIST_BYTES // head_bytes)
     chunk = chunk or list_chunk(N)
     block_offsets = block_offsets.contiguous()
     out = query.new_empty(B, S, H, D)
@@ -244,6 +263,8 @@ def launch_attention(
     strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
     full, usable = attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
     bounded = usable if bounded is None else bounded
+    scale_log2 = scale / math.log(2)
+    bound_log2 = logit_bound / math.log(2) if bounded else 0.0
     launch = tuning.attention(block, query.dtype, capability(query), full)
     width = block // 2 if launch.split else block
     key, value, tma = described(key, value, launch, width)
@@ -266,8 +287,8 @@ def launch_attention(
                 N,
                 D,
                 *strides,
-                scale / math.log(2),
-                logit_bound / math.log(2) if bounded else 0.0,
+                scale_log2,
+                bound_log2,
                 FULL=full,
                 BOUNDED=bounded,
                 TMA=tma,
@@ -301,11 +322,14 @@ def launch_gradients(
     N = selection.shape[2]
     block = tuning.padded(D, 16)
     (full,) = gradients_kind(query, key, value, out, lse, selection)
-    group = max(1, tuning.LIST_BYTES // (2 * N * N))
+    head_bytes = 2 * N * N  # of a head's block lists, int16 [N, N]
+    group = max(1, tuning.LIST_BYTES // head_bytes)
     chunk = chunk or list_chunk(N)
     transposed = transpose_selection(selection)
     offsets = block_offsets.contiguous()
-    out, lse, grad_out = out.contiguous(), lse.contiguous(), grad_out.contiguous()
+    out = out.contiguous()
+    lse = lse.contiguous()
+    grad_out = grad_out.contiguous()
     grad_sums = lse if grad_lse is None else grad_lse.contiguous()
     common = torch.empty_like(lse)  # fp32 [B, H, S], from the first kernel to the second
     grad_query, grad_key, grad_value = (query.new_empty(B, S, H, D) for _ in range(3))
@@ -392,8 +416,10 @@ def small_attention(query: Tensor, key: Tensor, value: Tensor, selection: Tensor
     H = alike(2, H)
     ends = [tuning.TOKENS * i for i in range(N + 1)] if full else block_ends(N, S)
     draw = Draw(query.device)
-    tensors = (draw.like(x, 1, ends[-1], H, D) for x in (query, key, value))
-    keep = (draw.integers(5, 1, H, N, N) == 0) | torch.eye(N, dtype=torch.bool, device=query.device)
+    tensors = [draw.like(x, 1, ends[-1], H, D) for x in (query, key, value)]
+    itself = torch.eye(N, dtype=torch.bool, device=query.device)
+    others = draw.integers(5, 1, H, N, N) == 0
+    keep = others | itself
     keep[:, :, 1:2] = True
     offsets = torch.tensor(ends, dtype=torch.int32, device=query.device)
     return *tensors, pack_selection(keep), offsets
@@ -411,9 +437,12 @@ def trial_attention(
     """`small_attention`, by the caller's bound where it has one that is used."""
     _, bounded = attention_kind(query, key, value, selection, block_offsets, scale, logit_bound)
     query, key, *rest = small_attention(query, key, value, selection)
-    if bounded:  # and must be here as well
-        longest = query.float().norm(dim=-1).max() * key.float().norm(dim=-1).max()
-        scale = logit_bound / longest.item()
+    if bounded:
+        # no logit of the small inputs may exceed the caller's bound either
+        longest_query = query.float().norm(dim=-1).max()
+        longest_key = key.float().norm(dim=-1).max()
+        largest = longest_query * longest_key
+        scale = logit_bound / largest.item()
     return query, key, *rest, scale, logit_bound
 
 
@@ -454,11 +483,21 @@ def trial_gradients(
     tensors = small_attention(query, key, value, selection)
     out, lse = reference.block_sparse_attention(*tensors, scale)
     draw = Draw(query.device)
-    grads = (
-        draw.normal(*out.shape, dtype=grad_out.dtype),
-        None if grad_lse is None else draw.normal(*lse.shape),
+    small_grad_out = draw.normal(*out.shape, dtype=grad_out.dtype)
+    small_grad_lse = None if grad_lse is None else draw.normal(*lse.shape)
+    query, key, value, selection, block_offsets = tensors
+    return (
+        query,
+        key,
+        value,
+        out,
+        lse,
+        selection,
+        block_offsets,
+        small_grad_out,
+        small_grad_lse,
+        scale,
     )
-    return *tensors[:3], out, lse, *tensors[3:], *grads, scale
 
 
 attach(

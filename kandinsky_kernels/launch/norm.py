@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launchers of the Triton kernels for norms."""
+"""Launchers of the Triton kernels for the DiT's norms and their gradients.
+
+Each returns what the operator of its name returns. `rows`, where a launcher takes it, is how many
+rows a program of the grid goes through, by default what `tuning` chooses for the sequence: a trial
+on a small input passes the number of the caller's binary.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +30,7 @@ def refuse_norm(x: Tensor, *_) -> str | None:
 def launch_modulated_norm(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: int | None = None
 ) -> Tensor:
-    """rows: of a program, by default what `tuning` chooses for x; so below."""
+    """LayerNorm(x) * (1 + scale) + shift of x [B, S, C], with scale and shift [B, C]."""
     from ..triton import norm as kernels
 
     B, S, C = x.shape
@@ -33,8 +38,9 @@ def launch_modulated_norm(
     block = tuning.padded(C)
     rows = rows or tuning.norm_rows(S)
     launch = tuning.norm(block)
+    grid = (-(-S // rows), B)
     with on(x):
-        kernels.modulated_norm[(-(-S // rows), B)](
+        kernels.modulated_norm[grid](
             x,
             scale,
             shift,
@@ -62,6 +68,8 @@ def launch_gated_add_norm(
     eps: float,
     rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """y = x + gate * branch of x [B, S, C], and the modulated norm of y, or an empty tensor without
+    scale and shift."""
     from ..triton import norm as kernels
 
     B, S, C = x.shape
@@ -71,10 +79,13 @@ def launch_gated_add_norm(
     block = tuning.padded(C)
     rows = rows or tuning.norm_rows(S)
     launch = tuning.norm(block)
-    if scale is None or shift is None:  # the kernel wants addresses, which it does not read
-        scale = shift = gate
+    if scale is None or shift is None:
+        # the kernel wants addresses, which it does not read
+        scale = gate
+        shift = gate
+    grid = (-(-S // rows), B)
     with on(x):
-        kernels.gated_add_norm[(-(-S // rows), B)](
+        kernels.gated_add_norm[grid](
             x,
             branch,
             gate,
@@ -100,6 +111,16 @@ def launch_gated_add_norm(
     return y, out
 
 
+def rotary(
+    weight: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rotary tables and positions as a kernel takes them: contiguous. Without a rotation the
+    kernel does not read them but wants addresses, which those of the weight are."""
+    if cos is None or sin is None or positions is None:
+        return weight, weight, weight
+    return cos.contiguous(), sin.contiguous(), positions.contiguous()
+
+
 def launch_norm_rope(
     x: Tensor,
     weight: Tensor,
@@ -110,36 +131,43 @@ def launch_norm_rope(
     block_offsets: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
+    """RMSNorm and rotation of every head of x [B, S, H, D], and the means of the result over blocks
+    of tokens, fp32 [B, H, N, D], or an empty tensor without block_offsets."""
     from ..triton import norm as kernels
 
     B, S, H, D = x.shape
-    N = -(-S // tuning.TOKENS) if block_offsets is None else block_offsets.shape[0] - 1
     y = x.new_empty(B, S, H, D)
-    heads = tuning.rope_heads(H)
-    launch = tuning.rope(tuning.padded(D))
-    means = x.new_empty(0 if block_offsets is None else (B, H, N, D), dtype=torch.float32)
     weight = weight.contiguous()
+    if block_offsets is None:
+        N = -(-S // tuning.TOKENS)
+        means = x.new_empty(0, dtype=torch.float32)
+        offsets = weight  # an address that the kernel does not read
+    else:
+        N = block_offsets.shape[0] - 1
+        means = x.new_empty((B, H, N, D), dtype=torch.float32)
+        offsets = block_offsets.contiguous()
+    heads = tuning.rope_heads(H)
+    block = tuning.padded(D)
+    launch = tuning.rope(block)
     axes = 0 if cos is None else len(pairs)
-    cos, sin, positions = (
-        weight if tensor is None else tensor.contiguous() for tensor in (cos, sin, positions)
-    )
-    first, second = (sum(pairs[:count]) for count in (1, 2))
+    cos, sin, positions = rotary(weight, cos, sin, positions)
+    grid = (N, -(-H // heads), B)
     with on(x):
-        kernels.norm_rope[(N, -(-H // heads), B)](
+        kernels.norm_rope[grid](
             x,
             weight,
             cos,
             sin,
             positions,
-            weight if block_offsets is None else block_offsets.contiguous(),
+            offsets,
             y,
             means,
             S,
             H,
             N,
             D,
-            first,
-            second,
+            sum(pairs[:1]),
+            sum(pairs[:2]),
             x.stride(0),
             x.stride(1),
             x.stride(2),
@@ -148,7 +176,7 @@ def launch_norm_rope(
             MEANS=block_offsets is not None,
             HEADS=heads,
             TOKENS=tuning.TOKENS,
-            BLOCK=tuning.padded(D),
+            BLOCK=block,
             **launch.options,
         )
     return y, means
@@ -157,8 +185,8 @@ def launch_norm_rope(
 def launch_modulated_norm_backward(
     x: Tensor, scale: Tensor, grad: Tensor, eps: float, rows: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of vectors are sums of sums over `tuning.norm_backward_rows` tokens: the same
-    bits every time."""
+    """The gradients of x, scale and shift. Those of scale and shift are sums over programs of sums
+    over a program's rows, so that they have the same bits every time."""
     from ..triton import norm as kernels
 
     B, S, C = x.shape
@@ -167,9 +195,11 @@ def launch_modulated_norm_backward(
     launch = tuning.norm_backward(block)
     grad = grad.contiguous()
     grad_x = x.new_empty(B, S, C)
-    sums = x.new_empty((B, -(-S // rows), 2, C), dtype=torch.float32)
+    programs = -(-S // rows)
+    sums = x.new_empty((B, programs, 2, C), dtype=torch.float32)
+    grid = (programs, B)
     with on(x):
-        kernels.modulated_norm_backward[(sums.shape[1], B)](
+        kernels.modulated_norm_backward[grid](
             x,
             scale,
             grad,
@@ -185,7 +215,8 @@ def launch_modulated_norm_backward(
             BLOCK=block,
             **launch.options,
         )
-    return grad_x, sums[:, :, 0].sum(1), sums[:, :, 1].sum(1)
+    grad_scale, grad_shift = (sums[:, :, i].sum(1) for i in range(2))  # [B, C] each
+    return grad_x, grad_scale, grad_shift
 
 
 def launch_gated_add_norm_backward(
@@ -198,6 +229,8 @@ def launch_gated_add_norm_backward(
     eps: float,
     rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, branch, gate, scale and shift, from that of the norm's result and, where
+    y is used beside it, that of y."""
     from ..triton import norm as kernels
 
     B, S, C = y.shape
@@ -207,14 +240,18 @@ def launch_gated_add_norm_backward(
     grad_normed = grad_normed.contiguous()
     grad_x = y.new_empty(B, S, C)
     grad_branch = y.new_empty(B, S, C)
-    sums = y.new_empty((B, -(-S // rows), 3, C), dtype=torch.float32)
+    # an address that the kernel does not read without a gradient of y
+    grad_y_or_any = grad_normed if grad_y is None else grad_y.contiguous()
+    programs = -(-S // rows)
+    sums = y.new_empty((B, programs, 3, C), dtype=torch.float32)
+    grid = (programs, B)
     with on(y):
-        kernels.gated_add_norm_backward[(sums.shape[1], B)](
+        kernels.gated_add_norm_backward[grid](
             y,
             branch,
             gate,
             scale,
-            grad_normed if grad_y is None else grad_y.contiguous(),
+            grad_y_or_any,
             grad_normed,
             grad_x,
             grad_branch,
@@ -233,7 +270,7 @@ def launch_gated_add_norm_backward(
             BLOCK=block,
             **launch.options,
         )
-    grad_gate, grad_scale, grad_shift = (sums[:, :, i].sum(1) for i in range(3))
+    grad_gate, grad_scale, grad_shift = (sums[:, :, i].sum(1) for i in range(3))  # [B, C] each
     return grad_x, grad_branch, grad_gate, grad_scale, grad_shift
 
 
@@ -247,19 +284,19 @@ def launch_norm_rope_backward(
     grad: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight, from that of the rotated heads."""
     from ..triton import norm as kernels
 
     B, S, H, D = x.shape
     heads = tuning.rope_heads(H)
-    launch = tuning.rope_backward(tuning.padded(D))
+    block = tuning.padded(D)
+    launch = tuning.rope_backward(block)
     grid = (-(-S // tuning.TOKENS), -(-H // heads), B)
     axes = 0 if cos is None else len(pairs)
-    first, second = (sum(pairs[:count]) for count in (1, 2))
     weight = weight.contiguous()
+    grad = grad.contiguous()
     grad_x = x.new_empty(B, S, H, D)
-    cos, sin, positions = (
-        weight if tensor is None else tensor.contiguous() for tensor in (cos, sin, positions)
-    )
+    cos, sin, positions = rotary(weight, cos, sin, positions)
     sums = x.new_empty((math.prod(grid), D), dtype=torch.float32)
     with on(x):
         kernels.norm_rope_backward[grid](
@@ -268,20 +305,22 @@ def launch_norm_rope_backward(
             cos,
             sin,
             positions,
-            grad.contiguous(),
+            grad,
             grad_x,
             sums,
             S,
             H,
             D,
-            first,
-            second,
-            *x.stride()[:3],
+            sum(pairs[:1]),
+            sum(pairs[:2]),
+            x.stride(0),
+            x.stride(1),
+            x.stride(2),
             eps,
             AXES=axes,
             HEADS=heads,
             TOKENS=tuning.TOKENS,
-            BLOCK=tuning.padded(D),
+            BLOCK=block,
             **launch.options,
         )
     return grad_x, sums.sum(0)
@@ -293,6 +332,7 @@ def norm_constants(x: Tensor, *_) -> dict[str, int]:
 
 
 def norm_backward_constants(x: Tensor, *_) -> dict[str, int]:
+    """The same for gradients."""
     return {"rows": tuning.norm_backward_rows(x.shape[1])}
 
 
@@ -306,9 +346,11 @@ def trial_norm(x: Tensor, *args) -> tuple:
     def small(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        return draw.like(tensor, 1, S, C) if tensor.dim() == 3 else draw.like(tensor, 1, C)
+        shape = (1, S, C) if tensor.dim() == 3 else (1, C)
+        return draw.like(tensor, *shape)
 
-    return *(small(tensor) for tensor in (x, *tensors)), eps
+    smaller = [small(tensor) for tensor in (x, *tensors)]
+    return *smaller, eps
 
 
 def trial_norm_rope(
@@ -335,15 +377,19 @@ def trial_norm_rope(
         ends = block_ends(N, S)
         S = ends[-1]
         offsets = torch.tensor(ends, dtype=torch.int32, device=x.device)
-    angles = places = None
+    small_cos = None
+    small_sin = None
+    places = None
     if cos is not None:
         angles = draw.normal(9, D // 2)
+        small_cos = angles.cos()
+        small_sin = angles.sin()
         places = draw.integers(9, S, len(pairs))
     return (
         draw.like(x, 1, S, H, D),
         draw.like(weight, D).abs(),
-        None if angles is None else angles.cos(),
-        None if angles is None else angles.sin(),
+        small_cos,
+        small_sin,
         places,
         pairs,
         offsets,
@@ -361,9 +407,12 @@ def trial_norm_rope_backward(
     grad: Tensor,
     eps: float,
 ) -> tuple:
+    """The case of `trial_norm_rope` without blocks, and a random gradient."""
     *case, _, eps = trial_norm_rope(x, weight, cos, sin, positions, pairs, None, eps)
     _, S, H, D = case[0].shape
-    return *case, Draw(x.device).like(grad, 1, S, H, D), eps
+    draw = Draw(x.device)
+    small_grad = draw.like(grad, 1, S, H, D)
+    return *case, small_grad, eps
 
 
 attach("modulated_norm", launch_modulated_norm, refuse_norm, trial_norm, norm_constants)

@@ -15,8 +15,14 @@ from torch import Tensor
 
 
 def kinds(*sizes: int) -> tuple[int, ...]:
-    """The kind of each size: 1, 16 for multiples of it, and 0 for all others."""
-    return tuple(1 if size == 1 else 16 if size % 16 == 0 else 0 for size in sizes)
+    """The kind of each size: 1, 16 for multiples of 16, and 0 for all others."""
+
+    def kind(size: int) -> int:
+        if size == 1:
+            return 1
+        return 16 if size % 16 == 0 else 0
+
+    return tuple(kind(size) for size in sizes)
 
 
 def alike(
@@ -44,39 +50,55 @@ class Draw:
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Contiguous normal numbers."""
-        return torch.randn(shape, generator=self.generator, dtype=dtype, device=self.device)
+        return torch.randn(
+            shape,
+            generator=self.generator,
+            dtype=dtype,
+            device=self.device,
+        )
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Contiguous int32 from 0 to high - 1."""
         return torch.randint(
-            high, shape, generator=self.generator, dtype=torch.int32, device=self.device
+            high,
+            shape,
+            generator=self.generator,
+            dtype=torch.int32,
+            device=self.device,
         )
 
     def like(self, tensor: Tensor, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normal numbers times `scale` of the tensor's dtype, whose strides lie in the same order
-        and are of the same kinds, and whose address is as well aligned."""
+        """Normal numbers times `scale`, of this shape and the tensor's dtype. Their strides are in
+        the same order as the tensor's and of the same kinds, and their address is aligned alike."""
         strides = [0] * len(shape)
         span = 1  # elements that the dimensions so far take
-        for i in sorted(range(len(shape)), key=tensor.stride):
+        inner_first = sorted(range(len(shape)), key=tensor.stride)
+        for i in inner_first:
             wanted = tensor.stride(i)
             if wanted == 0:
                 continue
-            strides[i] = span
-            while span > 1 and kinds(strides[i]) != kinds(wanted) and wanted > 1:
-                strides[i] += 1
-            span = strides[i] * shape[i]
-        offset = tensor.data_ptr() % 16 // tensor.element_size()
-        numbers = self.normal(offset + max(1, span), dtype=tensor.dtype) * scale
+            stride = span
+            while span > 1 and kinds(stride) != kinds(wanted) and wanted > 1:
+                stride += 1
+            strides[i] = stride
+            span = stride * shape[i]
+        bytes_past = tensor.data_ptr() % 16
+        offset = bytes_past // tensor.element_size()
+        numbers = self.normal(offset + max(1, span), dtype=tensor.dtype)
+        numbers = numbers * scale
         return numbers.as_strided(shape, strides, offset)
 
 
 def block_ends(N: int, tokens: int) -> list[int]:
-    """Offsets of N ragged blocks, whose last one ends at a number of the same kind as `tokens`."""
+    """Offsets [N + 1] of N ragged blocks, the last of which ends at a number of the same kind as
+    `tokens`."""
+    lengths = (64, 5, 32)
     ends = [0]
     for i in range(N - 1):
-        ends.append(ends[-1] + (64, 5, 32)[i % 3])
-    last = ends[-1]
-    ends.append(
-        next(n for n in range(last + 3, last + 64) if kinds(n) == kinds(tokens) or tokens == 1)
-    )
-    return ends
+        ends.append(ends[-1] + lengths[i % 3])
+    shortest = ends[-1] + 3
+    longest = ends[-1] + 63
+    for end in range(shortest, longest + 1):
+        if kinds(end) == kinds(tokens) or tokens == 1:
+            break
+    return [*ends, end]

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launchers of the Triton kernels for the VAE."""
+"""Launchers of the Triton kernels for the VAE. Activations are [B, T, Y, X, C]."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,28 +22,35 @@ def refuse_moments(x: Tensor, groups: int) -> str | None:
         return "there is nothing to compute"
     if C & (C - 1) or groups & (groups - 1):
         return f"channels and groups must be powers of two, got {C} and {groups}"
-    return None if C <= tuning.SLAB_TILE else f"it holds up to {tuning.SLAB_TILE} channels, got {C}"
+    if C <= tuning.SLAB_TILE:
+        return None
+    return f"it holds up to {tuning.SLAB_TILE} channels, got {C}"
 
 
 def launch_moments(x: Tensor, groups: int) -> Tensor:
+    """Mean and variance of every group of channels in every frame, fp64 [B, T, groups, 2]."""
     from ..triton import vae as kernels
 
     B, T, Y, X, C = x.shape
     slab = max(1, tuning.SLAB_ELEMENTS // C)
     rows = max(1, tuning.SLAB_TILE // C)
     slabs = -(-Y * X // slab)
-    parts = x.new_empty((2, B, T, slabs, groups), dtype=torch.float64)
+    means = x.new_empty((B, T, slabs, groups), dtype=torch.float64)
+    spreads = torch.empty_like(means)
     moments = x.new_empty((B, T, groups, 2), dtype=torch.float64)
     with on(x):
         kernels.slab_moments[(slabs, T, B)](
             x,
-            parts[0],
-            parts[1],
+            means,
+            spreads,
             T,
             Y * X,
             X,
             slabs,
-            *x.stride()[:4],
+            x.stride(0),
+            x.stride(1),
+            x.stride(2),
+            x.stride(3),
             SLAB=slab,
             GROUPS=groups,
             ROWS=rows,
@@ -50,8 +58,8 @@ def launch_moments(x: Tensor, groups: int) -> Tensor:
             **tuning.SLABS.options,
         )
         kernels.join_moments[(B * T,)](
-            parts[0],
-            parts[1],
+            means,
+            spreads,
             moments,
             Y * X,
             slabs,
@@ -71,11 +79,15 @@ def trial_moments(x: Tensor, groups: int) -> tuple:
     slab = max(1, tuning.SLAB_ELEMENTS // C)
     columns = alike(2, X)
     least = min(Y * X, 2 * slab + 1)
-    rows = range(-(-least // columns), 64 * slab)
     wanted = kinds(Y * X, -(-Y * X // slab))
-    pixels = (Y * columns for Y in rows)
-    found = next((n for n in pixels if kinds(n, -(-n // slab)) == wanted), Y * columns)
-    small = Draw(x.device).like(x, 1, alike(2, T), found // columns, columns, C)
+    rows = Y
+    for candidate in range(-(-least // columns), 64 * slab):
+        pixels = candidate * columns
+        if kinds(pixels, -(-pixels // slab)) == wanted:
+            rows = candidate
+            break
+    draw = Draw(x.device)
+    small = draw.like(x, 1, alike(2, T), rows, columns, C)
     return small.add_(3), groups
 
 
@@ -91,15 +103,21 @@ def refuse_normed(x: Tensor, *_) -> str | None:
 def launch_normed(
     x: Tensor, scale: Tensor, shift: Tensor, front: Tensor | None, pad: bool, silu: bool
 ) -> Tensor:
+    """silu(x * scale + shift), with `pad` in the edges of the next convolution: [B, T + 2, Y + 2,
+    X + 2, C]."""
     from ..triton import vae as kernels
 
     B, T, Y, X, C = x.shape
-    edge, block = 2 * pad, tuning.padded(C)
-    out = x.new_empty((B, T + edge, Y + edge, X + edge, C))
+    edge = 2 * pad
+    block = tuning.padded(C)
     rows = max(1, tuning.NORM_TILE // block)
+    out = x.new_empty((B, T + edge, Y + edge, X + edge, C))
+    area = (Y + edge) * (X + edge)
+    grid = (-(-area // rows), T + edge, B)
+    # the kernel wants an address, which it does not read without a front
     before = x if front is None else front
     with on(x):
-        kernels.group_norm_silu[(-(-out.shape[2] * out.shape[3] // rows), out.shape[1], B)](
+        kernels.group_norm_silu[grid](
             x,
             before,
             scale,
@@ -109,8 +127,14 @@ def launch_normed(
             Y,
             X,
             C,
-            *x.stride()[:4],
-            *before.stride()[:4],
+            x.stride(0),
+            x.stride(1),
+            x.stride(2),
+            x.stride(3),
+            before.stride(0),
+            before.stride(1),
+            before.stride(2),
+            before.stride(3),
             scale.stride(0),
             shift.stride(0),
             FRONT=front is not None,
@@ -129,7 +153,9 @@ def trial_normed(
     """Two frames of 3 x 5 pixels of the caller's width, or of its kinds of sizes."""
     _, T, Y, X, C = x.shape
     draw = Draw(x.device)
-    T, Y, X = alike(2, T), alike(3, Y), alike(5, X)
+    T = alike(2, T)
+    Y = alike(3, Y)
+    X = alike(5, X)
     vectors = (draw.like(vector, 1, C) for vector in (scale, shift))
     before = None if front is None else draw.like(front, 1, 2, Y + 2, X + 2, C)
     return draw.like(x, 1, T, Y, X, C), *vectors, before, pad, silu
@@ -140,28 +166,32 @@ def refuse_attention(query: Tensor, *_) -> str | None:
     if not query.numel():
         return "there is nothing to compute"
     if query.dtype not in (torch.float16, torch.bfloat16):
-        return (
-            "its matrix products take float16 and bfloat16, got "
-            f"{str(query.dtype).removeprefix('torch.')}"
-        )
-    return (
-        None if query.shape[-1] <= 512 else (f"it holds head dims up to 512, got {query.shape[-1]}")
-    )
+        got = str(query.dtype).removeprefix("torch.")
+        return f"its matrix products take float16 and bfloat16, got {got}"
+    if query.shape[-1] <= 512:
+        return None
+    return f"it holds head dims up to 512, got {query.shape[-1]}"
 
 
 def launch_attention(
     query: Tensor, key: Tensor, value: Tensor, first_frame: int, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """out [B, T, P, D] and the natural log-sum-exp fp32 [B, T, P], of query [B, T, P, D] over keys
+    and values [B, T', P', D]."""
     from ..triton import vae as kernels
 
     B, T, P, D = query.shape
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    tokens, block = key.shape[2], tuning.padded(D, 16)
-    key, value = key.flatten(1, 2), value.flatten(1, 2)  # [B, T' P', D]
+    tokens = key.shape[2]
+    block = tuning.padded(D, 16)
+    key = key.flatten(1, 2)  # [B, T' P', D]
+    value = value.flatten(1, 2)
     tile = tuning.frame_attention(block, capability(query))
+    scale_log2 = scale / math.log(2)
+    grid = (-(-P // tile.rows), T, B)
     with on(query):
-        kernels.frame_causal_attention[(-(-P // tile.rows), T, B)](
+        kernels.frame_causal_attention[grid](
             query,
             key,
             value,
@@ -172,10 +202,14 @@ def launch_attention(
             tokens,
             first_frame,
             D,
-            *query.stride()[:3],
-            *key.stride()[:2],
-            *value.stride()[:2],
-            scale / math.log(2),
+            query.stride(0),
+            query.stride(1),
+            query.stride(2),
+            key.stride(0),
+            key.stride(1),
+            value.stride(0),
+            value.stride(1),
+            scale_log2,
             PRECISION="ieee",
             WHOLE=block == D,
             ROWS=tile.rows,
@@ -194,7 +228,8 @@ def trial_attention(
     of sizes."""
     _, T, P, D = query.shape
     draw = Draw(query.device)
-    T, P = alike(2, T), alike(70, P)
+    T = alike(2, T)
+    P = alike(70, P)
     tokens = alike(37, key.shape[2])
     return (
         draw.like(query, 1, T, P, D),
@@ -220,17 +255,27 @@ def refuse_conv(x: Tensor, weight: Tensor, *_) -> str | None:
     return None
 
 
+def results(sizes: Sequence[int], taps: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """How many frames, rows and columns a convolution without padding makes of these."""
+    return [(n - k) // step + 1 for n, k, step in zip(sizes, taps, stride, strict=True)]
+
+
 def launch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> Tensor:
+    """x [B, T', Y', X', C], weight [N, C, KT, KY, KX] -> [B, T, Y, X, N]."""
     from ..triton import vae as kernels
 
-    (B, *sizes, C), (N, _, *taps) = x.shape, weight.shape
-    T, Y, X = ((n - k) // step + 1 for n, k, step in zip(sizes, taps, stride, strict=True))
+    B, *sizes, C = x.shape
+    N, _, *taps = weight.shape
+    T, Y, X = results(sizes, taps, stride)
     out = x.new_empty(B, T, Y, X, N)
     # [N, KT, KY, KX, C]: no copy where the weights are channels-last
     weight = weight.permute(0, 2, 3, 4, 1).contiguous()
     tile = tuning.convolution(C, N, capability(x))
+    tiles_down = -(-Y * X // tile.rows)
+    tiles_across = -(-N // tile.columns)
+    grid = (tiles_down * tiles_across, T, B)
     with on(x):
-        kernels.causal_conv3d[(-(-Y * X // tile.rows) * -(-N // tile.columns), T, B)](
+        kernels.causal_conv3d[grid](
             x,
             weight,
             weight if bias is None else bias,
@@ -239,7 +284,10 @@ def launch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int
             X,
             C,
             N,
-            *x.stride()[:4],
+            x.stride(0),
+            x.stride(1),
+            x.stride(2),
+            x.stride(3),
             PRECISION="ieee",
             BIAS=bias is not None,
             WHOLE=C % tile.depth == 0 and N % tile.columns == 0,
@@ -260,13 +308,14 @@ def launch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int
 def trial_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> tuple:
     """Two frames of 9 x 17 pixels, more than a tile, through weights like the caller's."""
     N, C, *taps = weight.shape
-    wanted = [(n - k) // step + 1 for n, k, step in zip(x.shape[1:4], taps, stride, strict=True)]
-    results = [alike(least, size) for least, size in zip((2, 9, 17), wanted, strict=True)]
-    sizes = ((n - 1) * step + k for n, k, step in zip(results, taps, stride, strict=True))
+    T, Y, X = results(x.shape[1:4], taps, stride)
+    small = (alike(2, T), alike(9, Y), alike(17, X))
+    sizes = ((n - 1) * step + k for n, k, step in zip(small, taps, stride, strict=True))
     draw = Draw(x.device)
+    scale = 1 / math.sqrt(weight[0].numel())
     return (
         draw.like(x, 1, *sizes, C),
-        draw.like(weight, N, C, *taps, scale=1 / math.sqrt(weight[0].numel())),
+        draw.like(weight, N, C, *taps, scale=scale),
         None if bias is None else draw.like(bias, N),
         stride,
     )
