@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kandinsky_model import accelerate
-from kandinsky_model.vae import winograd as vae_pairs
+from kandinsky_model.vae import winograd
 
 from ..support import tiny_models
 from ..support.accelerated import ROUNDING, off, told
@@ -39,7 +39,7 @@ def both(vae, z, x):
 def test_equals_stock(frames, in_pairs, monkeypatch):
     """As exact as diffusers against fp64, for one frame, two and more, with convolutions frame by
     frame and in pairs of frames."""
-    monkeypatch.setattr(vae_pairs, "LEAST_FLOPS", 0 if in_pairs else 2**60)
+    monkeypatch.setattr(winograd, "LEAST_FLOPS", 0 if in_pairs else 2**60)
     vae = stock()
     z = latents(frames, batch=2)
     x = video(4 * frames - 3)

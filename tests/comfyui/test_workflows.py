@@ -16,7 +16,7 @@ import torch
 
 from kandinsky_model import comfyui
 from kandinsky_model.__main__ import main
-from kandinsky_model.comfyui import install as comfyui_install
+from kandinsky_model.comfyui.install import install
 from kandinsky_model.comfyui.workflows import (
     CORE,
     FOLDER,
@@ -244,11 +244,11 @@ def test_the_command_writes_the_nodes_and_the_workflows(comfy_folder, capsys):
 
 
 def test_the_command_repeats_and_repairs_itself(comfy_folder):
-    target = comfyui_install.install(comfy_folder)
+    target = install(comfy_folder)
     before = files(comfy_folder)
     (target / "example_workflows" / "of_another_version.json").write_text("{}")
     (target / "example_workflows" / NAMES[0]).unlink()
-    assert comfyui_install.install(comfy_folder) == target
+    assert install(comfy_folder) == target
     assert files(comfy_folder) == before
 
 
@@ -257,7 +257,7 @@ def test_a_failure_leaves_what_was_there(comfy_folder, monkeypatch, problem):
     def fail(*_):
         raise OSError("disk full")
 
-    target = comfyui_install.install(comfy_folder)
+    target = install(comfy_folder)
     (target / "mine.txt").write_text("kept")
     before = files(comfy_folder)
     rename = Path.rename
@@ -268,7 +268,7 @@ def test_a_failure_leaves_what_was_there(comfy_folder, monkeypatch, problem):
             Path, "rename", lambda self, to: fail() if self.name == "new" else rename(self, to)
         )
     with pytest.raises(OSError, match="disk full"):
-        comfyui_install.install(comfy_folder)
+        install(comfy_folder)
     assert files(comfy_folder) == before
     assert [path.name for path in target.parent.iterdir()] == ["kandinsky5"]
 
@@ -293,12 +293,12 @@ def test_a_folder_of_someone_else_is_left_alone(comfy_folder):
     other.mkdir()
     (other / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}")
     with pytest.raises(FileExistsError, match="holds something else"):
-        comfyui_install.install(comfy_folder)
+        install(comfy_folder)
     assert files(other) == {"__init__.py": b"NODE_CLASS_MAPPINGS = {}"}
 
 
 def test_a_python_without_the_package_is_told_so_in_one_sentence(comfy_folder, monkeypatch):
-    target = comfyui_install.install(comfy_folder)
+    target = install(comfy_folder)
     monkeypatch.setitem(sys.modules, "kandinsky_model.comfyui", None)
     with pytest.raises(ImportError, match="require the package kandinsky-kernels") as error:
         imported(target)
