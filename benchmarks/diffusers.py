@@ -27,12 +27,12 @@ from kandinsky_model.dit import nabla
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 from tests.support.diffusers_dit import dense_mask, without_cast
+from tests.support.tiny_models import diffusers_video_vae
 
 from .clock import keep_memory, machine, measure, roofs
 from .gpu.card import FULL, Clock, Size, ratios, show
 from .ops import results_file
 from .report import insert
-from .vae import diffusers_peer
 
 # Random weights spread attention evenly, so that the share of blocks that NABLA keeps is nearly the
 # share of the attention that it is to keep.
@@ -175,7 +175,7 @@ def transformer_row(name: str, config: DiTConfig, grid: Grid, budget_s: float) -
 def vae_row(name: str, config: VAEConfig, latent: tuple[int, int, int], budget_s: float) -> dict:
     """Times of decoding as installed and accelerated; errors relative to diffusers in fp64."""
     torch.manual_seed(0)
-    stock = diffusers_peer(HunyuanVideoVAE(config).requires_grad_(False))
+    stock = diffusers_video_vae(HunyuanVideoVAE(config).requires_grad_(False))
     z = torch.randn(1, config.latent_channels, *latent)
     ours = copy.deepcopy(stock)
     wanted = copy.deepcopy(stock).double().decode(z.double()).sample

@@ -22,7 +22,7 @@ from kandinsky_model.vae.schemes import Accounting
 from kandinsky_model.vae.stages import Chunk, Enlarge
 from kandinsky_model.vae.stream import decoding, encoding
 from tests.support.live_memory import LiveMemory
-from tests.support.tiny_models import diffusers_video_vae as diffusers_peer
+from tests.support.tiny_models import diffusers_video_vae
 
 from .clock import keep_memory, machine, measure, roofs
 from .ops import results_file
@@ -85,7 +85,7 @@ def _both(config: VAEConfig) -> tuple[HunyuanVideoVAE, nn.Module]:
     torch.manual_seed(0)
     vae = HunyuanVideoVAE(config).eval().requires_grad_(False)
     vae = vae.to(memory_format=torch.channels_last_3d)
-    return vae, diffusers_peer(vae)
+    return vae, diffusers_video_vae(vae)
 
 
 def decode_row(name: str, config: VAEConfig, size: tuple[int, int, int], budget_s: float) -> dict:

@@ -1,14 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python module `kandinsky_kernels._C`. Importing it registers every kernel that is linked into
 // it. Its functions only describe the build and choose the instruction set.
-#include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
+#include <cstdint>
 #include <exception>
 #include <string>
 
 #include "check.h"
 #include "cpu/simd.h"
+
+// The oldest PyTorch that the extension runs on. PyTorch 2.11 and 2.12 refuse pybind11 where this
+// is defined; the headers above have read it, and pybind11 is no part of PyTorch's interface.
+constexpr std::uint64_t kStableAbi = TORCH_TARGET_VERSION;
+#undef TORCH_TARGET_VERSION
+#include <pybind11/pybind11.h>
 
 namespace {
 
@@ -26,8 +32,8 @@ pybind11::dict build_info() {
   pybind11::dict info;
   info["compiler"] = compiler();
   info["torch"] = TORCH_VERSION;
-  info["stable_abi"] = std::to_string(TORCH_TARGET_VERSION >> 56) + "." +
-                       std::to_string((TORCH_TARGET_VERSION >> 48) & 0xff);
+  info["stable_abi"] =
+      std::to_string(kStableAbi >> 56) + "." + std::to_string((kStableAbi >> 48) & 0xff);
 #if defined(__x86_64__)
   info["simd"] = pybind11::make_tuple("scalar", "avx2", "avx512");
 #else

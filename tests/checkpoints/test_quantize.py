@@ -15,12 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kandinsky_model.__main__ import main
-from kandinsky_model.checkpoints import quantize as quant_file
 from kandinsky_model.checkpoints.configs import read_dit_config
 from kandinsky_model.checkpoints.headers import WEIGHTS_NAME
 from kandinsky_model.checkpoints.load import load_dit, save_dit
 from kandinsky_model.checkpoints.locate import TINY
-from kandinsky_model.checkpoints.quantize import quantize_file
+from kandinsky_model.checkpoints.quantize import (
+    HEADER_BYTES,
+    PROGRESS_NAME,
+    pack,
+    quantize_file,
+)
 from kandinsky_model.checkpoints.verify import verify
 from kandinsky_model.config import QUANTIZATIONS, get_preset
 from kandinsky_model.dit.quantized import mode_of, quantization_report, quantize
@@ -154,7 +158,7 @@ def split(dit, folder):
 @pytest.mark.parametrize("mode", ["int8", "fp8-dynamic"])
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 400_000], ids=["one file", "shards"])
 def test_a_checkpoint_is_quantised_as_the_network_is(mode, shard_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(quant_file, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr("kandinsky_model.checkpoints.quantize.SHARD_BYTES", shard_bytes)
     mixed = build(dtype=torch.bfloat16)
     mixed.visual_transformer_blocks[0].visual_modulation.float()
     save_dit(mixed, tmp_path / "full" / "transformer", NABLA)
@@ -162,7 +166,7 @@ def test_a_checkpoint_is_quantised_as_the_network_is(mode, shard_bytes, tmp_path
         tmp_path / "full" / "transformer", tmp_path / "small" / "transformer", mode
     )
     files = sorted((tmp_path / "small" / "transformer").glob("*.safetensors"))
-    assert all(file.stat().st_size <= shard_bytes + quant_file.HEADER_BYTES + 8 for file in files)
+    assert all(file.stat().st_size <= shard_bytes + HEADER_BYTES + 8 for file in files)
     assert (len(files) > 3) == (shard_bytes < 10**9)
     assert not list(tmp_path.rglob("*.part"))
     loaded = load_dit(tmp_path / "small")
@@ -184,7 +188,7 @@ def test_a_checkpoint_is_quantised_as_the_network_is(mode, shard_bytes, tmp_path
 
 
 def test_the_index_is_that_of_diffusers(tmp_path, monkeypatch):
-    monkeypatch.setattr(quant_file, "SHARD_BYTES", 10**6)
+    monkeypatch.setattr("kandinsky_model.checkpoints.quantize.SHARD_BYTES", 10**6)
     split(build(), tmp_path / "full")
     quantize_file(tmp_path / "full", tmp_path / "small", "int8")
     index = json.loads((tmp_path / "small" / f"{WEIGHTS_NAME}.index.json").read_text())
@@ -284,7 +288,6 @@ def test_what_cannot_be_quantised_leaves_nothing_that_loads(tmp_path):
 def packed_by(monkeypatch, most=10**9, error=KeyboardInterrupt):
     """Counts the layers that are quantised, and fails after so many."""
     made = []
-    pack = quant_file.pack
 
     def counted(layer, *args):
         if len(made) == most:
@@ -292,13 +295,13 @@ def packed_by(monkeypatch, most=10**9, error=KeyboardInterrupt):
         made.append(layer)
         return pack(layer, *args)
 
-    monkeypatch.setattr(quant_file, "pack", counted)
+    monkeypatch.setattr("kandinsky_model.checkpoints.quantize.pack", counted)
     return made
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interrupted_command_leaves_no_folder_and_goes_on(tmp_path, monkeypatch, error):
-    monkeypatch.setattr(quant_file, "SHARD_BYTES", 300_000)
+    monkeypatch.setattr("kandinsky_model.checkpoints.quantize.SHARD_BYTES", 300_000)
     save_dit(build(), tmp_path / "full", NABLA)
     whole = quantize_file(tmp_path / "full", tmp_path / "whole", "int8")
     with monkeypatch.context() as patch:
@@ -321,7 +324,7 @@ def test_an_interrupted_command_leaves_no_folder_and_goes_on(tmp_path, monkeypat
 
 @pytest.mark.parametrize("change", ["mode", "source", "shard", "progress"])
 def test_what_was_begun_from_something_else_is_not_gone_on_with(tmp_path, monkeypatch, change):
-    monkeypatch.setattr(quant_file, "SHARD_BYTES", 300_000)
+    monkeypatch.setattr("kandinsky_model.checkpoints.quantize.SHARD_BYTES", 300_000)
     save_dit(build(), tmp_path / "full", NABLA)
     with monkeypatch.context() as patch:
         packed_by(patch, 15)
@@ -336,7 +339,7 @@ def test_what_was_begun_from_something_else_is_not_gone_on_with(tmp_path, monkey
         shard = sorted(partial.glob("*.safetensors"))[0]
         shard.write_bytes(shard.read_bytes()[:-7])
     if change == "progress":
-        (partial / quant_file.PROGRESS_NAME).write_text('{"identity": [], "shards": 7}')
+        (partial / PROGRESS_NAME).write_text('{"identity": [], "shards": 7}')
     mode = "fp8" if change == "mode" else "int8"
     made = packed_by(monkeypatch)
     quantize_file(tmp_path / "full", tmp_path / "small", mode)

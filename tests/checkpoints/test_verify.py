@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kandinsky_model.__main__ import main
-from kandinsky_model.checkpoints import locate as locate_module
 from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.checkpoints.verify import verify
 
@@ -139,7 +138,7 @@ def test_download_tells_where_the_parts_are(monkeypatch, tmp_path, capsys):
         (tmp_path / repo / ("vae" if "Hunyuan" in repo else "model")).mkdir(parents=True)
         return tmp_path / repo
 
-    monkeypatch.setattr(locate_module, "download", fetch)
+    monkeypatch.setattr("kandinsky_model.checkpoints.locate.download", fetch)
     assert main(["download", "t2v-lite-sft-10s", "--revision", "abc"]) == 0
     assert asked[0] == ("kandinskylab/Kandinsky-5.0-T2V-Lite-sft-10s", "abc")
     assert len(asked) == 4

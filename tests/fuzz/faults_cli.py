@@ -34,7 +34,7 @@ from kandinsky_model.__main__ import main as command_line
 from kandinsky_model.media import video
 from kandinsky_model.sampling import result
 from kandinsky_model.sampling.result import load_latents
-from kandinsky_model.text import cache as text_cache
+from kandinsky_model.text import cache
 
 from ..support import tiny_models
 
@@ -167,7 +167,7 @@ def run(line: str, root: Path, stops: bool, writes: Writes | None = None) -> Out
     model = pipeline.Kandinsky5
     patches = [
         mock.patch.object(tempfile, "tempdir", str(root / "tmp")),
-        mock.patch.object(text_cache, "default_folder", lambda: root / "cache"),
+        mock.patch.object(cache, "default_folder", lambda: root / "cache"),
         mock.patch.object(model, "generate", finishing(model.generate)),
         mock.patch.object(model, "resume", finishing(model.resume)),
         mock.patch.object(result, "save_file", writes.halfway(result.save_file, lambda a: a[1])),

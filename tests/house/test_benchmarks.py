@@ -17,7 +17,7 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.convolutions import CONVOLUTIONS
 from kandinsky_model.config import VAEConfig
 from kandinsky_model.dit.geometry import Grid
-from kandinsky_model.vae import stages as vae_stages
+from kandinsky_model.vae import stages
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 
 from ..cases import BENCHES, CASES
@@ -168,7 +168,7 @@ def test_the_convolutions_are_the_decoders(monkeypatch):
     """
     config = VAEConfig(block_out_channels=(8, 16, 32, 32), norm_num_groups=4)
     decoder = HunyuanVideoVAE(config).bfloat16().requires_grad_(False)
-    convolve = vae_stages.ops.causal_conv3d
+    convolve = stages.ops.causal_conv3d
 
     def frames(latent_frames):
         counts = Counter()
@@ -180,7 +180,7 @@ def test_the_convolutions_are_the_decoders(monkeypatch):
             counts[C, N, Y, X, tuple(taps)] += T
             return out
 
-        monkeypatch.setattr(vae_stages.ops, "causal_conv3d", count)
+        monkeypatch.setattr(stages.ops, "causal_conv3d", count)
         decoder.decode(torch.randn(1, 16, latent_frames, 4, 6).bfloat16())
         monkeypatch.undo()
         return counts

@@ -16,15 +16,17 @@ from ..support.tiny_models import random_vae
 COLOUR = (200, 100, 50)
 
 
-def picture(mode, size=(32, 24)):
-    rgb = Image.new("RGB", size, COLOUR)
-    width, height = size
+def picture(mode):
+    """32 x 24 pixels, all in COLOUR, or in another grey where the mode has no colour."""
+    width = 32
+    height = 24
     if mode == "I;16":
         grey = numpy.full((height, width), 100 * 257, numpy.uint16)
         return Image.fromarray(grey)
     if mode == "F":
         ramp = numpy.linspace(0, 1, width * height, dtype=numpy.float32)
         return Image.fromarray(ramp.reshape(height, width))
+    rgb = Image.new("RGB", (width, height), COLOUR)
     return rgb.convert(mode)
 
 
@@ -46,7 +48,8 @@ def picture(mode, size=(32, 24)):
 def test_every_mode_becomes_rgb(mode, wanted, slack, saved, tmp_path):
     image = picture(mode)
     if saved:
-        path = tmp_path / ("a.tif" if mode in ("CMYK", "F") else "a.png")
+        suffix = "tif" if mode in ("CMYK", "F") else "png"
+        path = tmp_path / f"a.{suffix}"
         image.save(path)
         image = str(path)
     pixels = read_image(image)
@@ -63,23 +66,28 @@ def test_every_mode_becomes_rgb(mode, wanted, slack, saved, tmp_path):
 
 def test_transparency_is_white():
     image = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
-    assert (read_image(image) == 255).all()
+    pixels = read_image(image)
+    assert (pixels == 255).all()
     palette = Image.new("P", (20, 20), 0)
     palette.info["transparency"] = 0
-    assert (read_image(palette) == 255).all()
+    pixels = read_image(palette)
+    assert (pixels == 255).all()
 
 
 def test_photographs_are_turned(tmp_path):
     image = Image.new("RGB", (40, 20))
     exif = Image.Exif()
     exif[274] = 6  # turned by a quarter
-    image.save(tmp_path / "a.jpg", exif=exif)
-    assert read_image(tmp_path / "a.jpg").shape == (3, 40, 20)
+    path = tmp_path / "a.jpg"
+    image.save(path, exif=exif)
+    pixels = read_image(path)
+    assert pixels.shape == (3, 40, 20)
 
 
 def test_tensors_are_taken_as_they_are():
     pixels = torch.randint(256, (20, 30, 3), dtype=torch.uint8)
-    assert torch.equal(read_image(pixels), pixels.permute(2, 0, 1))
+    channels_first = pixels.permute(2, 0, 1)  # [3, 20, 30]
+    assert torch.equal(read_image(pixels), channels_first)
 
 
 @pytest.mark.parametrize(
@@ -106,12 +114,16 @@ def test_refusals(make, error, message, tmp_path):
 
 
 def test_damaged_files_are_named(tmp_path):
-    (tmp_path / "text.png").write_text("no picture")
-    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:400])
-    for name in ("text.png", "cut.png"):
-        with pytest.raises(ValueError, match=f"{name} is not .*save it as png or jpg"):
-            read_image(tmp_path / name)
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    whole = tmp_path / "whole.png"
+    Image.effect_noise((64, 64), 50).save(whole)
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(whole.read_bytes()[:400])
+    for damaged in (text, cut):
+        words = f"{damaged.name} is not .*save it as png or jpg"
+        with pytest.raises(ValueError, match=words):
+            read_image(damaged)
 
 
 @pytest.mark.parametrize(
@@ -138,15 +150,20 @@ def test_sizes(size, preset, wanted):
 @pytest.mark.parametrize("level, value", [(255, 1.0), (0, -1.0), (51, -0.6)])
 def test_first_frame_is_a_seeded_sample_of_the_scaled_posterior(level, value):
     vae = random_vae().requires_grad_(False)
-    image = resize(torch.full((3, 40, 56), level, dtype=torch.uint8), 32, 48)
+    flat = torch.full((3, 40, 56), level, dtype=torch.uint8)
+    image = resize(flat, 32, 48)
     latent = latent_of(image, vae, seed=3)
     assert latent.shape == (1, 1, 4, 6, vae.config.latent_channels)
     assert latent.dtype == torch.float32
-    mean, logvar = vae.encode(torch.full((1, 3, 1, 32, 48), value))
-    sampled = sample_posterior(mean, logvar, torch.Generator().manual_seed(3))  # [1, C, 1, h, w]
-    wanted = sampled.permute(0, 2, 3, 4, 1) * vae.config.scaling_factor
+    frame = torch.full((1, 3, 1, 32, 48), value)
+    mean, logvar = vae.encode(frame)
+    generator = torch.Generator().manual_seed(3)
+    sampled = sample_posterior(mean, logvar, generator)  # [1, C, 1, Y, X]
+    channels_last = sampled.permute(0, 2, 3, 4, 1)  # [1, 1, Y, X, C]
+    wanted = channels_last * vae.config.scaling_factor
     assert torch.allclose(latent, wanted, atol=1e-5)
-    assert not torch.equal(latent, latent_of(image, vae, seed=4))
+    other = latent_of(image, vae, seed=4)
+    assert not torch.equal(latent, other)
 
 
 def test_the_latents_of_a_still_video_are_equal():
@@ -162,12 +179,13 @@ def test_the_latents_of_a_still_video_are_equal():
 def test_resizing_is_that_of_picture_libraries():
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(256, (40, 56, 3), dtype=torch.uint8, generator=generator)
+    channels_first = image.permute(2, 0, 1)  # [3, 40, 56]
+    pil = Image.fromarray(image.numpy())
     for height, width in ((32, 48), (100, 70)):
-        resized = Image.fromarray(image.numpy()).resize(
-            (width, height),
-            Image.Resampling.BILINEAR,
-        )
+        resized = pil.resize((width, height), Image.Resampling.BILINEAR)
         theirs = torch.from_numpy(numpy.array(resized))
-        ours = resize(image.permute(2, 0, 1), height, width).permute(1, 2, 0)
-        assert (ours.int() - theirs.int()).abs().max() <= 1
-        assert (ours == theirs).float().mean() > 0.9
+        ours = resize(channels_first, height, width).permute(1, 2, 0)
+        error = ours.int() - theirs.int()
+        assert error.abs().max() <= 1
+        equal = (ours == theirs).float()
+        assert equal.mean() > 0.9

@@ -14,7 +14,16 @@ from ..support.text_peers import image_processor, picture, pil
 
 
 @pytest.mark.parametrize(
-    "size", [(130, 206), (5, 9), (28, 28), (515, 512), (60, 1000), (333, 77), (1100, 1400)]
+    "size",
+    [
+        (130, 206),
+        (5, 9),
+        (28, 28),
+        (515, 512),
+        (60, 1000),
+        (333, 77),
+        (1100, 1400),
+    ],
 )
 @pytest.mark.parametrize("limits", [{}, {"min_pixels": 50000, "max_pixels": 200000}])
 def test_patches_are_those_of_transformers(size, limits):
@@ -34,43 +43,60 @@ def test_patches_are_what_their_order_says():
     patches, rows, columns = Preprocessor(min_pixels=1).patches(image)
     assert (rows, columns) == (8, 12)
     assert patches.shape == (96, 3 * 2 * 14 * 14)
-    mean = torch.tensor(Preprocessor.image_mean)
-    std = torch.tensor(Preprocessor.image_std)
-    exact = (image.double() / 255 - mean.double()[:, None, None]) / std.double()[:, None, None]
+    mean = torch.tensor(Preprocessor.image_mean).double().view(3, 1, 1)
+    std = torch.tensor(Preprocessor.image_std).double().view(3, 1, 1)
+    normalised = (image.double() / 255 - mean) / std  # [3, 112, 168]
+
+    def patch(row, column):
+        y = row * 14
+        x = column * 14
+        frame = normalised[:, y : y + 14, x : x + 14]
+        return torch.stack([frame, frame], dim=1).flatten()  # [3 * 2 * 14 * 14]
+
     expected = []
-    for y in range(0, 8, 2):
-        for x in range(0, 12, 2):
-            for row, column in ((y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1)):
-                patch = exact[:, row * 14 : row * 14 + 14, column * 14 : column * 14 + 14]
-                expected.append(torch.stack([patch, patch], dim=1).flatten())
-    torch.testing.assert_close(patches, torch.stack(expected).float(), rtol=0, atol=1e-6)
+    for row in range(0, 8, 2):
+        for column in range(0, 12, 2):
+            # the four patches of one token
+            expected.append(patch(row, column))
+            expected.append(patch(row, column + 1))
+            expected.append(patch(row + 1, column))
+            expected.append(patch(row + 1, column + 1))
+    expected = torch.stack(expected).float()
+    torch.testing.assert_close(patches, expected, rtol=0, atol=1e-6)
 
 
 def test_a_picture_to_edit_is_halved_first():
     image = picture(1024, 1024)
-    small = torch.from_numpy(numpy.array(pil(image).resize((512, 512))))
-    halved, *grid = Preprocessor().patches(image, shrink=2)
-    assert grid == [36, 36]  # 504 pixels: 324 tokens
-    assert torch.equal(halved, Preprocessor().patches(small.permute(2, 0, 1))[0])
+    resized = pil(image).resize((512, 512))
+    small = torch.from_numpy(numpy.array(resized)).permute(2, 0, 1)  # [3, 512, 512]
+    preprocessor = Preprocessor()
+    halved, rows, columns = preprocessor.patches(image, shrink=2)
+    # 504 pixels: 324 tokens
+    assert rows == 36
+    assert columns == 36
+    expected, _, _ = preprocessor.patches(small)
+    assert torch.equal(halved, expected)
 
 
 def test_settings_come_from_the_folder_that_has_them(tmp_path):
     assert Preprocessor.read(tmp_path) == Preprocessor()
-    image_processor(
+    saved = image_processor(
         min_pixels=784,
         max_pixels=7840,
         image_mean=[0.1, 0.2, 0.3],
-    ).save_pretrained(tmp_path / "a")
-    assert Preprocessor.read(tmp_path, tmp_path / "a") == Preprocessor(
-        784, 7840, image_mean=(0.1, 0.2, 0.3)
     )
-    (tmp_path / "processor_config.json").write_text(
-        '{"image_processor": {"size": {"shortest_edge": 5, "longest_edge": 6}}}'
-    )
-    assert Preprocessor.read(tmp_path, tmp_path / "a") == Preprocessor(5, 6)
-    (tmp_path / "preprocessor_config.json").write_text('{"min_pixels": 7}')
+    other = tmp_path / "a"
+    saved.save_pretrained(other)
+    expected = Preprocessor(784, 7840, image_mean=(0.1, 0.2, 0.3))
+    assert Preprocessor.read(tmp_path, other) == expected
+    edges = '{"shortest_edge": 5, "longest_edge": 6}'
+    config = tmp_path / "processor_config.json"
+    config.write_text(f'{{"image_processor": {{"size": {edges}}}}}')
+    assert Preprocessor.read(tmp_path, other) == Preprocessor(5, 6)
+    config = tmp_path / "preprocessor_config.json"
+    config.write_text('{"min_pixels": 7}')
     assert Preprocessor.read(tmp_path) == Preprocessor(7)
-    (tmp_path / "preprocessor_config.json").write_text("{")
+    config.write_text("{")
     with pytest.raises(ValueError, match=r"preprocessor_config\.json must be valid JSON"):
         Preprocessor.read(tmp_path)
 
@@ -88,10 +114,11 @@ def test_positions():
 def test_the_table_of_tokens_may_stay_on_the_cpu():
     """ "meta" stands for the accelerator that the rest of the model is on."""
     table = torch.nn.Embedding(5, 3)
-    assert torch.equal(
-        look_up(SimpleNamespace(embed_tokens=table, norm=torch.nn.LayerNorm(3)), [4, 0]),
-        table.weight[None, [4, 0]],
-    )
-    assert look_up(
-        SimpleNamespace(embed_tokens=table, norm=torch.nn.LayerNorm(3, device="meta")), [4, 0]
-    ).is_meta
+    tokens = [4, 0]
+    norm = torch.nn.LayerNorm(3)
+    together = SimpleNamespace(embed_tokens=table, norm=norm)
+    expected = table.weight[None, tokens]  # [1, 2, 3]
+    assert torch.equal(look_up(together, tokens), expected)
+    elsewhere = torch.nn.LayerNorm(3, device="meta")
+    apart = SimpleNamespace(embed_tokens=table, norm=elsewhere)
+    assert look_up(apart, tokens).is_meta

@@ -5,6 +5,7 @@ checkpoint."""
 import json
 import random
 from dataclasses import replace
+from operator import attrgetter
 
 import pytest
 import torch
@@ -66,8 +67,10 @@ def test_enough_words_and_nothing_drawn_in_its_own_color():
     assert len(scenes.SHAPES) >= 4
     assert len(scenes.MOTIONS) >= 5
     assert len(scenes.BACKGROUNDS) >= 4
-    assert all(one.color != one.background for one in scenes.combinations())
-    assert len(set(scenes.combinations())) == len(scenes.combinations())
+    combinations = scenes.combinations()
+    assert len(set(combinations)) == len(combinations)
+    for one in combinations:
+        assert one.color != one.background
 
 
 def test_held_out_is_disjoint_from_training_and_every_pair_of_words_is_seen():
@@ -83,19 +86,19 @@ def test_held_out_is_disjoint_from_training_and_every_pair_of_words_is_seen():
         ("shape", "motion"),
         ("shape", "background"),
     ):
-
-        def pairs(combinations, first=first, second=second):
-            return {(getattr(one, first), getattr(one, second)) for one in combinations}
-
-        assert pairs(seen) == pairs(scenes.combinations())
+        pair = attrgetter(first, second)
+        pairs_seen = set(map(pair, seen))
+        pairs = set(map(pair, scenes.combinations()))
+        assert pairs_seen == pairs
 
 
 def test_training_scenes_never_show_a_held_out_combination():
     generator = random.Random(0)
-    drawn = {
-        scenes.training_scene(generator.randrange(10**6), generator).combination
-        for _ in range(4000)
-    }
+    drawn = set()
+    for _ in range(4000):
+        index = generator.randrange(10**6)
+        scene = scenes.training_scene(index, generator)
+        drawn.add(scene.combination)
     assert not drawn & set(scenes.held_out())
     assert len(drawn) > 400
 
@@ -105,15 +108,18 @@ def test_prompts_name_the_words():
     assert scenes.prompt(combination) == "an orange star moving up on a gray background"
     for wording in range(scenes.FULL):
         prompt = scenes.prompt(combination, wording)
-        assert all(word in prompt for word in ("orange", "star", "up", "gray"))
+        for word in ("orange", "star", "up", "gray"):
+            assert word in prompt
     assert "gray" not in scenes.prompt(combination, 4)
     assert "up" not in scenes.prompt(combination, 5)
 
 
 def test_a_window_is_a_cut_of_the_whole_frame():
     scene = scenes.random_scene(scenes.combinations()[7], random.Random(3))
-    whole = scenes.draw(scene, (5, 6))
-    assert torch.equal(scenes.draw(scene, (5, 6), (40, 48, 64, 96)), whole[:, 40:104, 48:144])
+    frames = (5, 6)
+    whole = scenes.draw(scene, frames)
+    window = scenes.draw(scene, frames, (40, 48, 64, 96))
+    assert torch.equal(window, whole[:, 40:104, 48:144])
 
 
 # ---- judge
@@ -122,32 +128,35 @@ def test_a_window_is_a_cut_of_the_whole_frame():
 def test_judge_is_right_about_drawn_clips():
     generator = random.Random(1)
     for combination in scenes.combinations()[::19]:
-        verdict = judge(scenes.draw(scenes.random_scene(combination, generator)))
-        assert all(marks(verdict, combination).values()), (combination, verdict)
+        scene = scenes.random_scene(combination, generator)
+        verdict = judge(scenes.draw(scene))
+        right = marks(verdict, combination)
+        assert all(right.values()), (combination, verdict)
 
 
 @pytest.mark.parametrize(
     "word, other",
-    [("color", "green"), ("shape", "square"), ("motion", "left"), ("background", "black")],
+    [
+        ("color", "green"),
+        ("shape", "square"),
+        ("motion", "left"),
+        ("background", "black"),
+    ],
 )
 def test_judge_sees_one_wrong_word(word, other):
     wanted = scenes.Combination("red", "circle", "right", "blue")
-    found = marks(judge(clip(**{word: other})), wanted)
+    shown = clip(**{word: other})
+    found = marks(judge(shown), wanted)
     assert found == {name: name != word for name in found}
 
 
 def test_judge_finds_nothing_in_noise_emptiness_and_smears():
     flat = torch.full((17, 160, 160, 3), 20, dtype=torch.uint8)
-    assert judge(flat).color == "none"
-    assert judge(flat).background == "black"
+    verdict = judge(flat)
+    assert verdict.color == "none"
+    assert verdict.background == "black"
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(
-        0,
-        256,
-        flat.shape,
-        dtype=torch.uint8,
-        generator=generator,
-    )
+    noise = torch.randint(0, 256, flat.shape, dtype=torch.uint8, generator=generator)
     assert judge(noise).shape == "none"
     smear = flat.clone()
     smear[:, 72:84, 15:145] = torch.tensor([205, 25, 40], dtype=torch.uint8)
@@ -157,7 +166,11 @@ def test_judge_finds_nothing_in_noise_emptiness_and_smears():
 def test_judge_calls_a_short_path_still_and_a_diagonal_none():
     frames = clip(motion="still")
     assert judge(frames).motion == "still"
-    diagonal = torch.stack([f.roll((2 * i, 2 * i), (0, 1)) for i, f in enumerate(frames)])
+    moved = []
+    for i, frame in enumerate(frames):
+        down_and_right = (2 * i, 2 * i)
+        moved.append(frame.roll(down_and_right, (0, 1)))
+    diagonal = torch.stack(moved)
     assert judge(diagonal).motion == "none"
 
 
@@ -197,9 +210,11 @@ def test_words_case_aliases_unknown_and_empty(encoder):
     assert encoder.tokens("zebra") == [START, UNKNOWN]
     assert encoder.encode([""]).lengths.tolist() == [1]
     assert len(encoder.tokens("star " * 100)) == encoder.config["max_length"]
+    wordings = range(len(scenes.WORDINGS))
     for combination in scenes.combinations():
-        for wording in range(len(scenes.WORDINGS)):
-            assert UNKNOWN not in encoder.tokens(scenes.prompt(combination, wording))
+        for wording in wordings:
+            prompt = scenes.prompt(combination, wording)
+            assert UNKNOWN not in encoder.tokens(prompt)
 
 
 def test_encode_errors(encoder):
@@ -241,15 +256,23 @@ def test_optimizer_moves_every_direction_of_a_kernel_alike():
     """A convolution's kernel is a matrix, a bias is not: AdamW's first step is one of its rate."""
     torch.manual_seed(0)
     layer = torch.nn.Conv3d(8, 24, 2)
-    weight, bias = (p.detach().clone() for p in (layer.weight, layer.bias))
+    weight = layer.weight.detach().clone()
+    bias = layer.bias.detach().clone()
     x = torch.randn(4, 8, 4, 4, 4)
-    Optimizer(layer, decay=0.0, boost=2.0).step((layer(x) - 1).square().mean(), 0.01)
-    change = (layer.weight.detach() - weight).flatten(1) / (2.0 * 0.01)  # [24, 64]
+    rate = 0.01
+    boost = 2.0
+    optimizer = Optimizer(layer, decay=0.0, boost=boost)
+    loss = (layer(x) - 1).square().mean()
+    optimizer.step(loss, rate)
+    moved = layer.weight.detach() - weight
+    change = moved.flatten(1) / (boost * rate)  # [24, 64]
     values = torch.linalg.svdvals(change) / (0.2 * 64**0.5)
     assert values.min() > 0.5
     assert values.max() < 1.4
-    assert change.square().mean().sqrt() == pytest.approx(0.2, rel=0.25)
-    torch.testing.assert_close((layer.bias.detach() - bias).abs(), torch.full((24,), 0.01))
+    root_mean_square = change.square().mean().sqrt()
+    assert root_mean_square == pytest.approx(0.2, rel=0.25)
+    moved = (layer.bias.detach() - bias).abs()
+    torch.testing.assert_close(moved, torch.full((24,), rate))
 
 
 def test_optimizer_moves_matrices_and_vectors_downhill():
@@ -269,8 +292,13 @@ def test_optimizer_decays_at_the_rate_of_the_others():
     """The longer steps of `boost` do not make weights decay faster."""
     layer = torch.nn.Linear(8, 8)
     before = layer.weight.detach().clone()
-    Optimizer(layer, decay=0.1, boost=2.5).step(0 * layer(torch.ones(1, 8)).sum(), 0.5)
-    torch.testing.assert_close(layer.weight.detach(), before * (1 - 0.5 * 0.1))
+    rate = 0.5
+    decay = 0.1
+    optimizer = Optimizer(layer, decay=decay, boost=2.5)
+    without_gradient = 0 * layer(torch.ones(1, 8)).sum()
+    optimizer.step(without_gradient, rate)
+    after = layer.weight.detach()
+    torch.testing.assert_close(after, before * (1 - rate * decay))
 
 
 def test_centred_latents_decode_to_the_same_picture():
@@ -291,12 +319,8 @@ def test_folding_time_keeps_stills_and_undoes_delay():
     with torch.no_grad():
         before = vae.encode(still)[0]
         fold_time(vae)
-        torch.testing.assert_close(
-            vae.encode(still)[0],
-            before,
-            rtol=1e-4,
-            atol=1e-5,
-        )
+        after = vae.encode(still)[0]
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
         video = crop_batch(1, 5, 64, random.Random(1))
         conv = vae.encoder.conv_in
         within = conv(video)[:, :, 3]
@@ -306,19 +330,19 @@ def test_folding_time_keeps_stills_and_undoes_delay():
 
 def test_stars_are_shown_as_often_as_asked():
     pool = pool_scenes(1, 0)
+    # each value says which clip it is of
     rows = torch.arange(len(pool) * 2.0).view(-1, 2, 1, 1, 1)
     starry = sum(scene.combination.shape == "star" for scene in pool)
     others = len(pool) - starry
     for stars in (1.0, 3.0):
-        latents, shown = Pool(rows, pool).batch(
-            3000,
-            1,
-            random.Random(0),
-            stars,
-        )
-        assert [pool[int(row) // 2].combination for row in latents.flatten()] == shown
-        share = sum(combination.shape == "star" for combination in shown) / len(shown)
-        assert abs(share - stars * starry / (stars * starry + others)) < 0.03
+        latents, shown = Pool(rows, pool).batch(3000, 1, random.Random(0), stars)
+        clips = [int(row) // 2 for row in latents.flatten()]
+        assert [pool[i].combination for i in clips] == shown
+        shapes = [combination.shape for combination in shown]
+        share = shapes.count("star") / len(shapes)
+        weighted = stars * starry
+        wanted = weighted / (weighted + others)
+        assert abs(share - wanted) < 0.03
 
 
 def test_sample_times_cover_the_schedule():
@@ -359,7 +383,9 @@ def test_a_pool_belongs_to_its_scenes(tmp_path, monkeypatch):
 
     def encode(vae, scenes):
         made.append(scenes)
-        return Pool(torch.full((len(scenes), 1, 1, 1, 16), float(len(made))).half(), scenes)
+        shape = (len(scenes), 1, 1, 1, 16)
+        latents = torch.full(shape, float(len(made)))
+        return Pool(latents.half(), scenes)
 
     monkeypatch.setattr("kandinsky_model.tiny.recipe.encode_pool", encode)
     monkeypatch.setattr("kandinsky_model.tiny.recipe.load_vae", lambda *_, **__: None)
@@ -374,7 +400,8 @@ def test_a_pool_belongs_to_its_scenes(tmp_path, monkeypatch):
     assert len(made) == 2
     assert other.scenes == pool_scenes(1, 2)
     (tmp_path / "pool.safetensors").write_bytes(b"damaged")
-    assert torch.equal(pool(2).latents, torch.full_like(first.latents, 3.0))
+    third = torch.full_like(first.latents, 3.0)
+    assert torch.equal(pool(2).latents, third)
 
 
 @pytest.mark.parametrize("text", ["[1]", '{"stages": [1]}', '{"stages": [{"stage": "vae"}]}', "{}"])
@@ -387,7 +414,8 @@ def test_a_log_of_another_kind_is_refused(tmp_path, text):
 def test_flow_training_learns():
     torch.manual_seed(0)
     networks = new_networks(SMALL.dit, 0)
-    latents = torch.randn(2, 1, 1, 1, 16).half().expand(2, 1, 4, 4, 16)
+    colours = torch.randn(2, 1, 1, 1, 16).half()
+    latents = colours.expand(2, 1, 4, 4, 16)
     pool = Pool(latents, pool_scenes(1, 0)[:2])
     recipe = FlowRecipe(
         rate=1e-2,
@@ -409,9 +437,11 @@ def test_bundle_is_small_and_says_where_it_came_from():
     files = [path for path in TINY.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= LARGEST_BUNDLE
     assert {path.suffix for path in files} <= {".json", ".safetensors"}
-    stages = json.loads((TINY / "training.json").read_text())["stages"]
-    assert {"vae", "flow"} == {s["stage"] for s in stages}
-    assert all({"seed", "machine", "plan", "seconds", "losses"} <= set(s) for s in stages)
+    log = json.loads((TINY / "training.json").read_text())
+    stages = log["stages"]
+    assert {stage["stage"] for stage in stages} == {"vae", "flow"}
+    for stage in stages:
+        assert {"seed", "machine", "plan", "seconds", "losses"} <= set(stage)
 
 
 def test_bundle_loads_strictly_and_equals_the_preset():

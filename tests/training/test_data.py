@@ -18,12 +18,10 @@ from kandinsky_model.__main__ import main
 from kandinsky_model.checkpoints.locate import locate
 from kandinsky_model.media import video
 from kandinsky_model.tiny import scenes
-from kandinsky_model.training import cache as cache_module
-from kandinsky_model.training import data as data_module
 from kandinsky_model.training.batches import Draws, Passes, draw
-from kandinsky_model.training.cache import Cache, Sample, Wanted
+from kandinsky_model.training.cache import Cache, Sample, Wanted, load
 from kandinsky_model.training.clips import nearest_size, read_clip
-from kandinsky_model.training.data import Bad, Item, find_items, read_item
+from kandinsky_model.training.data import Bad, Item, find_items, read_image, read_item
 
 from ..conftest import shared_data
 from ..support.train_folders import SMALL, clips
@@ -397,14 +395,13 @@ def test_whatever_a_library_raises_belongs_to_the_policy(tmp_path, monkeypatch, 
     folder = pictures(tmp_path / "data", "a.png", "b.png")
     for name in "ab":
         (folder / f"{name}.txt").write_text("x")
-    read_image = data_module.read_image
 
     def failing(path):
         if path.name == "a.png":
             raise error
         return read_image(path)
 
-    monkeypatch.setattr(data_module, "read_image", failing)
+    monkeypatch.setattr("kandinsky_model.training.data.read_image", failing)
     items = find_items(folder, Bad())
     cache = cache_of(tmp_path / "cache", lengths=(1,))
     with pytest.raises(ValueError, match=f"a.png cannot be trained on: .* {type(error).__name__}"):
@@ -438,7 +435,7 @@ def test_equal_names_in_two_folders_are_two_samples(tmp_path):
     items = find_items(folder, Bad())
     cache = cache_of(tmp_path / "cache", lengths=(1,))
     cache.fill(items, Bad())
-    dark, light = (cache_module.load(one.latents)["latents"] for one in cache.samples(items))
+    dark, light = (load(one.latents)["latents"] for one in cache.samples(items))
     assert not torch.equal(dark, light)
 
 
@@ -475,7 +472,7 @@ def test_entries_are_made_once_and_again_where_broken(data, tmp_path, monkeypatc
     samples = cache.samples(items)
     assert [sample.shape for sample in samples] == [(2, 8, 8)] * 4
     assert len(list(tmp_path.iterdir())) == 4 + 4 + 1  # latents, captions and the null prompt
-    latents = cache_module.load(samples[0].latents)["latents"]
+    latents = load(samples[0].latents)["latents"]
     assert latents.shape == (2, 8, 8, 16)
     assert 0.1 < latents.float().std() < 3
 
@@ -563,7 +560,7 @@ def test_times_and_dropping_are_distributed_as_said(samples):
     z = torch.logit(u.double())
     assert abs(z.mean()) < 0.1
     assert abs(z.std() - 1) < 0.1
-    null = cache_module.load(samples[0].null)["embeds"]
+    null = load(samples[0].null)["embeds"]
     dropped = (batch.cond.lengths == len(null)).double().mean()
     assert abs(dropped - 0.3) < 0.05
     assert abs(batch.noise.std() - 1) < 0.01

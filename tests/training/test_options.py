@@ -15,7 +15,6 @@ from kandinsky_model.__main__ import main
 from kandinsky_model.checkpoints.load import empty_dit
 from kandinsky_model.config import LITE_DIT
 from kandinsky_model.training import LoRAConfig, TrainConfig, Trainer, train
-from kandinsky_model.training import trainer as trainer_module
 from kandinsky_model.training.budget import Trained
 from kandinsky_model.training.optimizers import learning_rate
 from kandinsky_model.training.state import ABOUT, read_about
@@ -63,7 +62,9 @@ def test_a_schedule_that_ends_needs_the_same_steps(data, config, tmp_path):
 
 def test_options_on_the_command_line(monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(trainer_module, "train", lambda *arguments: seen.append(arguments[2]))
+    monkeypatch.setattr(
+        "kandinsky_model.training.trainer.train", lambda *arguments: seen.append(arguments[2])
+    )
     options = ["--schedule", "linear", "--optimizer", "adamw8bit", "--lora-alpha", "16"]
     assert main(["train", "clips", "-o", "out", *options]) == 0
     lora = LoRAConfig(32, 16.0)

@@ -26,7 +26,6 @@ from kandinsky_model.checkpoints.lora import Adapters
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_layout
 from kandinsky_model.files import replacing
-from kandinsky_model.training import trainer as trainer_module
 from kandinsky_model.training.config import LoRAConfig, TrainConfig
 from kandinsky_model.training.trainer import Trainer, train
 
@@ -142,7 +141,9 @@ def test_a_lora_from_the_command_line(data, cache, tmp_path, capsys):
 
 def test_settings_on_the_command_line(monkeypatch):
     seen = []
-    monkeypatch.setattr(trainer_module, "train", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(
+        "kandinsky_model.training.trainer.train", lambda *arguments: seen.append(arguments)
+    )
     options = ["--dtype", "bf16", "--distill", "guidance", "--lora-rank", "8", "--passes", "1"]
     assert run("train", "clips", "-o", "out", *options) == 0
     config = TrainConfig(

@@ -36,9 +36,11 @@ def warnings(caplog):
 @pytest.fixture(scope="module")
 def bundled():
     """The bundled VAE in float32 and float16, a clip [1, 3, 9, 96, 96] and its latents."""
-    vae = load_vae(TINY / "vae", dtype=torch.float32)
+    wide = load_vae(TINY / "vae", dtype=torch.float32)
+    narrow = load_vae(TINY / "vae", dtype=torch.float16)
     video = crop_batch(1, 9, 96, random.Random(3))
-    return vae, load_vae(TINY / "vae", dtype=torch.float16), video, vae.encode(video)[0]
+    latents, _ = wide.encode(video)
+    return wide, narrow, video, latents
 
 
 @pytest.mark.parametrize(
@@ -62,32 +64,38 @@ def test_the_bundled_vae_decodes_in_float16(bundled, caplog, policy, tiles):
 def test_the_bundled_vae_encodes_in_float16(bundled, caplog):
     wide, narrow, video, wanted = bundled
     mean, logvar = narrow.encode(video)
-    assert mean.dtype == logvar.dtype == torch.float16
+    assert mean.dtype == torch.float16
+    assert logvar.dtype == torch.float16
     assert (mean - wanted).norm() <= 1e-2 * wanted.norm()
-    assert warnings(caplog) == [LINE.replace("decoding", "encoding")]
+    line = LINE.replace("decoding", "encoding")
+    assert warnings(caplog) == [line]
 
 
 def test_weights_stay_as_they_were(bundled):
-    narrow = bundled[1]
-    assert {parameter.dtype for parameter in narrow.parameters()} == {torch.float16}
+    _, narrow, _, _ = bundled
+    dtypes = {parameter.dtype for parameter in narrow.parameters()}
+    assert dtypes == {torch.float16}
 
 
 def test_what_fits_float16_stays_in_it(caplog):
     vae = frozen_vae(dtype=torch.float16)
     latents = torch.randn(1, 4, 3, 4, 5).half()
     wanted = frozen_vae().decode(latents.float())
-    assert psnr(vae.decode(latents), wanted) >= 45
+    actual = vae.decode(latents)
+    assert psnr(actual, wanted) >= 45
     assert not warnings(caplog)
 
 
 def test_the_budget_changes_no_bit_and_is_exceeded_with_a_word(bundled, caplog):
-    narrow = bundled[1]
-    latents = bundled[3][..., :6, :6].half()
+    _, narrow, _, latents = bundled
+    latents = latents[..., :6, :6].half()
     wanted = narrow.decode(latents)
-    budgets = [scheme.predicted_peak_bytes for scheme in narrow.decoding_schemes(latents.shape)]
+    schemes = narrow.decoding_schemes(latents.shape)
+    budgets = [scheme.predicted_peak_bytes for scheme in schemes]
     caplog.clear()
     for budget in budgets:
-        assert torch.equal(narrow.decode(latents, memory_budget=budget), wanted)
+        actual = narrow.decode(latents, memory_budget=budget)
+        assert torch.equal(actual, wanted)
     lines = warnings(caplog)
     assert lines.count(LINE) == len(budgets)
     assert f"more than the memory budget of {budgets[-1]}; it goes on" in lines[-1]
@@ -114,9 +122,10 @@ def test_pieces_that_were_given_out_are_not_given_again(monkeypatch, caplog):
     pieces = list(vae.decode_frames(latents))
     assert warnings(caplog) == [LINE]
     assert [piece.shape for piece in pieces] == [piece.shape for piece in narrow]
-    for index, piece in enumerate(pieces):
-        # the bits of each piece say in which dtype it was computed
-        assert torch.equal(piece, narrow[index] if index < 2 else wide[index].half())
+    # the bits of each piece say in which dtype it was computed
+    expected = narrow[:2] + [piece.half() for piece in wide[2:]]
+    for piece, same in zip(pieces, expected, strict=True):
+        assert torch.equal(piece, same)
     assert not torch.equal(narrow[2], wide[2].half())
 
 
@@ -130,24 +139,33 @@ def test_broken_weights_are_an_error(dtype, layer, recorded):
     video = torch.rand(1, 3, 5, 16, 24).to(dtype)
     with torch.no_grad():
         for network in (vae.encoder, vae.decoder):
-            getattr(network, layer).conv.weight[0, 0, 0, 0, 0] = torch.nan
-    for doing, call in (("decoding", vae.decode), ("encoding", vae.encode)):
+            weight = getattr(network, layer).conv.weight
+            weight[0, 0, 0, 0, 0] = torch.nan
+    remedy = "verify the weights"
+    # streamed, float32 was tried as well
+    if dtype == torch.float16 and recorded:
+        remedy = "load the VAE in bfloat16 or float32"
+    for doing, call, x in (
+        ("decoding", vae.decode, latents),
+        ("encoding", vae.encode, video),
+    ):
+        words = f"^{doing} must give finite values, got NaN"
         with (
             torch.set_grad_enabled(recorded),
-            pytest.raises(NotFinite, match=f"^{doing} must give finite values, got NaN") as caught,
+            pytest.raises(NotFinite, match=words) as caught,
         ):
-            call(latents if doing == "decoding" else video)
+            call(x)
+        message = str(caught.value)
         assert isinstance(caught.value, RuntimeError)
-        assert "\n" not in str(caught.value)
-        overflow = dtype == torch.float16 and recorded  # streamed, float32 was tried as well
-        remedy = "load the VAE in bfloat16 or float32" if overflow else "verify the weights"
-        assert remedy in str(caught.value)
+        assert "\n" not in message
+        assert remedy in message
 
 
 def test_results_beyond_float16_are_an_error():
     vae = frozen_vae(dtype=torch.float16)
-    vae.decoder.conv_out.conv.weight.mul_(2**15)
-    vae.decoder.conv_out.conv.bias.fill_(65504)
+    last = vae.decoder.conv_out.conv
+    last.weight.mul_(2**15)
+    last.bias.fill_(65504)
     with pytest.raises(NotFinite, match="in torch.float16: load the VAE in bfloat16 or float32"):
         vae.decode(torch.randn(1, 4, 2, 3, 3).half())
 
@@ -159,9 +177,9 @@ def overflowing_pictures(dtype):
     """A picture VAE whose activations, behind its first convolutions, reach several 100,000."""
     vae = picture_vae().eval().requires_grad_(False)
     for network in (vae.encoder, vae.decoder):
-        network.conv_in.weight.mul_(2.0**20)
-    vae.decoder.conv_in.weight.clamp_(-60000, 60000)
-    vae.encoder.conv_in.weight.clamp_(-60000, 60000)
+        weight = network.conv_in.weight
+        weight.mul_(2.0**20)
+        weight.clamp_(-60000, 60000)
     return ImageVAE(vae.to(dtype))
 
 
@@ -172,20 +190,26 @@ def test_pictures_in_float16(caplog):
     latents = 10 * torch.randn(1, 16, 1, 2, 3)
     (picture,) = narrow.decode_frames(latents.half())
     mean, logvar = narrow.encode(video)
-    assert picture.dtype == mean.dtype == logvar.dtype == torch.float16
-    assert psnr(picture, next(wide.decode_frames(latents))) >= 45
-    wanted = wide.encode(video)[0]
+    assert picture.dtype == torch.float16
+    assert mean.dtype == torch.float16
+    assert logvar.dtype == torch.float16
+    wanted = next(wide.decode_frames(latents))
+    assert psnr(picture, wanted) >= 45
+    wanted, _ = wide.encode(video)
     assert (mean - wanted).norm() <= 1e-2 * wanted.norm()
     assert warnings(caplog) == [
-        f"{doing} overflows float16; it is done again in float32"
-        for doing in ("decoding", "encoding")
+        "decoding overflows float16; it is done again in float32",
+        "encoding overflows float16; it is done again in float32",
     ]
 
 
 def test_broken_pictures_are_an_error():
     vae = picture_vae().eval().requires_grad_(False)
     vae.decoder.conv_out.bias.fill_(torch.inf)
+    pictures = ImageVAE(vae)
+    latents = torch.randn(1, 16, 1, 4, 6)
     with pytest.raises(NotFinite, match="decoding must give finite values"):
-        list(ImageVAE(vae).decode_frames(torch.randn(1, 16, 1, 4, 6)))
+        list(pictures.decode_frames(latents))
+    broken = torch.full_like(latents, torch.nan)
     with pytest.raises(ValueError, match="latents must be finite"):
-        list(ImageVAE(vae).decode_frames(torch.full((1, 16, 1, 4, 6), torch.nan)))
+        list(pictures.decode_frames(broken))

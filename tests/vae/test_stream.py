@@ -19,17 +19,24 @@ from kandinsky_model.vae.tiles import Tiling
 from ..support.live_memory import LiveMemory
 from .test_hunyuan import SMALL, frozen_vae, rel_l2, small_vae
 
+# latent T, Y, X
 SIZES = [
     (1, 3, 4),
     (2, 5, 2),
     (5, 3, 3),
     (6, 2, 5),
-]  # latent T, Y, X
+]
 DEEP = VAEConfig(
-    latent_channels=4, block_out_channels=(8, 8, 16, 16, 16), layers_per_block=1, norm_num_groups=4
+    latent_channels=4,
+    block_out_channels=(8, 8, 16, 16, 16),
+    layers_per_block=1,
+    norm_num_groups=4,
 )
 FLAT = VAEConfig(
-    latent_channels=4, block_out_channels=(8, 8, 16), layers_per_block=2, norm_num_groups=4
+    latent_channels=4,
+    block_out_channels=(8, 8, 16),
+    layers_per_block=2,
+    norm_num_groups=4,
 )
 SECONDS = {
     "5 s SD": (1, 16, 31, 64, 96),
@@ -74,10 +81,9 @@ def test_every_scheme_is_the_plain_decoder(monkeypatch, size, positions):
     plain = vae.decoder(vae.post_quant_conv(latents)).detach()
     schemes = scheme_names(vae, latents)
     assert len(schemes) == 30
-    results = [
-        decoded(vae, latents, scheme)
-        for scheme in schemes[:: 1 if size == (5, 3, 3) and positions == 20 else 6]
-    ]
+    every_scheme = size == (5, 3, 3) and positions == 20
+    step = 1 if every_scheme else 6
+    results = [decoded(vae, latents, scheme) for scheme in schemes[::step]]
     assert rel_l2(results[0], plain) <= 1e-12
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -88,13 +94,17 @@ def test_schemes_of_other_depths(config):
     latents = torch.randn(1, 4, 4, 3, 2).double()
     plain = vae.decoder(vae.post_quant_conv(latents)).detach()
     for scheme in scheme_names(vae, latents)[::5]:
-        assert rel_l2(decoded(vae, latents, scheme), plain) <= 1e-12
+        result = decoded(vae, latents, scheme)
+        assert rel_l2(result, plain) <= 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("policy", "tiles"),
-    [("global", None), ("official", Tiling(48, 56, frames=9, frame_stride=4))],
+    [
+        ("global", None),
+        ("official", Tiling(48, 56, frames=9, frame_stride=4)),
+    ],
     ids=str,
 )
 def test_the_budget_changes_no_bit(monkeypatch, dtype, policy, tiles):
@@ -120,22 +130,19 @@ def test_frames_leave_in_order_while_the_last_pass_runs(monkeypatch):
     monkeypatch.setattr(winograd, "suits", lambda *_: False)
     convolve = stages.ops.causal_conv3d
     calls = []
-    monkeypatch.setattr(
-        stages.ops, "causal_conv3d", lambda *args: calls.append(1) or convolve(*args)
-    )
+
+    def count(*args):
+        calls.append(1)
+        return convolve(*args)
+
+    monkeypatch.setattr(stages.ops, "causal_conv3d", count)
     seen = []
     pieces = []
     for piece in vae.decode_frames(latents):
         pieces.append(piece)
         seen.append(len(calls))
     assert [piece.shape[2] for piece in pieces] == [1] + [2] * 8
-    assert pieces[0].shape == (
-        2,
-        3,
-        1,
-        320,
-        320,
-    )
+    assert pieces[0].shape == (2, 3, 1, 320, 320)
     # work is left when the first ones leave
     assert seen == sorted(set(seen))
     assert torch.equal(torch.cat(pieces, 2), vae.decode(latents))
@@ -144,18 +151,33 @@ def test_frames_leave_in_order_while_the_last_pass_runs(monkeypatch):
 def test_upsampling_weights_are_folded_once(monkeypatch):
     from kandinsky_model.vae.layers import Upsample
 
-    folded = Upsample.folded
-    count = []
-    monkeypatch.setattr(Upsample, "folded", lambda self: count.append(self) or folded(self))
+    fold = Upsample.folded
+    folded = []
+
+    def count(layer):
+        folded.append(layer)
+        return fold(layer)
+
+    monkeypatch.setattr(Upsample, "folded", count)
     vae = frozen_vae()
     latents = torch.randn(1, 4, 6, 8, 8)
-    vae.decode(latents, memory_budget=budgets(vae, latents)[-1])  # many passes over many chunks
-    vae.decode(latents, "official", Tiling(48, 48, frames=9, frame_stride=4))  # many tiles
-    assert len(count) == 2 * len(set(count)) == 6
+    # many passes over many chunks
+    least = budgets(vae, latents)[-1]
+    vae.decode(latents, memory_budget=least)
+    # many tiles
+    tiles = Tiling(48, 48, frames=9, frame_stride=4)
+    vae.decode(latents, "official", tiles)
+    assert len(set(folded)) == 3
+    assert len(folded) == 6
 
 
 @pytest.mark.parametrize(
-    ("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=str
+    ("dtype", "limit"),
+    [
+        (torch.float64, 1e-14),
+        (torch.float32, 1e-6),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("first", [True, False])
@@ -166,14 +188,17 @@ def test_convolution_in_pairs_is_convolution(dtype, limit, frames, first, kernel
     if first:
         padded[:, :2] = padded[:, 2:3]
     direct = stages.ops.causal_conv3d(padded, conv.weight, conv.bias)
-    in_pairs = winograd.convolve(padded, winograd.taps_of(conv.weight), conv.bias, first)
+    taps = winograd.taps_of(conv.weight)
+    in_pairs = winograd.convolve(padded, taps, conv.bias, first)
     assert in_pairs.shape == direct.shape
     assert rel_l2(in_pairs, direct) <= limit
 
 
 def test_pairs_are_for_fp32_on_a_cpu_and_as_exact(monkeypatch):
-    for dtype, wanted in ((torch.float32, True), (torch.float64, False), (torch.bfloat16, False)):
-        assert winograd.suits(torch.nn.Conv3d(4, 4, 3).to(dtype)) == wanted
+    small = torch.nn.Conv3d(4, 4, 3)
+    assert winograd.suits(small.to(torch.float32))
+    assert not winograd.suits(small.to(torch.float64))
+    assert not winograd.suits(small.to(torch.bfloat16))
     conv = torch.nn.Conv3d(48, 48, 3)
     assert winograd.suits(conv, 80 * 80)
     assert not winograd.suits(conv, 20 * 20)
@@ -196,7 +221,10 @@ def test_pairs_are_for_fp32_on_a_cpu_and_as_exact(monkeypatch):
 def test_predicted_peak_is_the_measured_one(monkeypatch, name, pairs):
     monkeypatch.setattr(winograd, "suits", lambda *_: pairs)
     config = VAEConfig(
-        latent_channels=4, block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4
+        latent_channels=4,
+        block_out_channels=(8, 16, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
     )
     vae = frozen_vae(config)
     latents = torch.randn(1, 4, 9, 12, 16)
@@ -205,7 +233,9 @@ def test_predicted_peak_is_the_measured_one(monkeypatch, name, pairs):
     with LiveMemory() as memory:
         for _ in stream(chain, latents, scheme.kept, {}):
             pass
-    assert 0.9 <= scheme.predicted_peak_bytes / memory.peak <= 1.1
+    ratio = scheme.predicted_peak_bytes / memory.peak
+    assert ratio >= 0.9
+    assert ratio <= 1.1
 
 
 @pytest.mark.parametrize(
@@ -222,7 +252,8 @@ def test_predicted_peak_is_the_measured_one(monkeypatch, name, pairs):
     ids=str,
 )
 def test_the_ladder_of_the_released_vae(clip, name, peak_gb, flops):
-    scheme = decoding_scheme(VAEConfig(), SECONDS[clip], torch.bfloat16, int(peak_gb * 1e9))
+    budget = int(peak_gb * 1e9)
+    scheme = decoding_scheme(VAEConfig(), SECONDS[clip], torch.bfloat16, budget)
     assert scheme.name == name
     assert scheme.predicted_peak_bytes <= peak_gb * 1e9
     assert scheme.relative_flops <= flops
@@ -240,13 +271,16 @@ def test_flops_are_those_of_the_folded_network():
     with torch.device("meta"):
         vae = small_vae(VAEConfig(), torch.bfloat16)
     latents = torch.empty(SECONDS["10 s SD"], device="meta", dtype=torch.bfloat16)
-    assert sum(accounted(vae, latents)[1].flops) == pytest.approx(1379e12, rel=1e-3)
+    _, accounting = accounted(vae, latents)
+    assert sum(accounting.flops) == pytest.approx(1379e12, rel=1e-3)
 
 
 def test_a_ladder_falls_in_bytes_and_rises_in_flops():
     for shape in SECONDS.values():
         with torch.device("meta"):
-            accounting = accounted(small_vae(VAEConfig(), torch.bfloat16), torch.empty(shape))[1]
+            vae = small_vae(VAEConfig(), torch.bfloat16)
+            latents = torch.empty(shape)
+        _, accounting = accounted(vae, latents)
         schemes = ladder(accounting)
         peaks = [scheme.predicted_peak_bytes for scheme in schemes]
         flops = [scheme.relative_flops for scheme in schemes]
@@ -312,17 +346,18 @@ def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
     latents = torch.randn(1, 4, 12, 8, 9)
     wanted = vae.decode(latents)
     convolve = stages.ops.causal_conv3d
-    state = {"calls": 0, "failures": 0, "frames": 0}
+    state = SimpleNamespace(calls=0, failures=0, frames=0)
+
+    def is_due():
+        if when == "after some frames":
+            return state.frames >= 5
+        return state.calls >= (1 if when == "at once" else 7)
 
     def fail(*args):
-        state["calls"] += 1
-        due = {
-            "at once": 1,
-            "in the first pass": 7,
-            "after some frames": 1 if state["frames"] >= 5 else 10**9,
-        }[when]
-        if state["failures"] < 2 and state["calls"] >= due:
-            state.update(calls=0, failures=state["failures"] + 1)
+        state.calls += 1
+        if state.failures < 2 and is_due():
+            state.calls = 0
+            state.failures += 1
             raise torch.OutOfMemoryError("injected")
         return convolve(*args)
 
@@ -331,13 +366,18 @@ def test_out_of_memory_falls_to_the_next_scheme(monkeypatch, caplog, when):
     told = []
     for piece in vae.decode_frames(latents, notify=told.append):
         pieces.append(piece)
-        state.update(calls=0, frames=state["frames"] + piece.shape[2])
+        state.calls = 0
+        state.frames += piece.shape[2]
     assert torch.equal(torch.cat(pieces, 2), wanted)  # nothing twice, nothing missing
+    tried = [line.split()[3].rstrip(",") for line in told]
     names = [scheme.name for scheme in schemes_of(vae, latents)]
-    assert [line.split()[3].rstrip(",") for line in told] == names[:3]
-    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(lines) == 2
-    assert all("memory ran out" in line and "\n" not in line for line in lines)
+    assert tried == names[:3]
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2
+    for warning in warnings:
+        line = warning.getMessage()
+        assert "memory ran out" in line
+        assert "\n" not in line
 
 
 def test_out_of_memory_in_the_smallest_scheme_is_an_error(monkeypatch):
@@ -372,16 +412,23 @@ def test_without_a_budget_a_gpu_is_asked(monkeypatch):
     with torch.device("meta"):
         chain = decoding(small_vae(VAEConfig(), torch.bfloat16).decoder)
     chain = OnCard(chain.doing, chain.stages, chain.lengths)
-    # too little for any: the smallest is tried
-    for free_gb, name in ((140, "KKKK"), (40, "KKKR"), (12, "KKRS"), (1, "KSSS")):
-        monkeypatch.setattr(
-            torch.cuda, "mem_get_info", lambda _, free=free_gb: (free * 10**9 - 10**9, 0)
-        )
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2 * 10**9)
-        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 10**9)
-        assert schemes_within(chain, SECONDS["10 s SD"], None)[0].name == name
+    shape = SECONDS["10 s SD"]
+    # PyTorch holds 1 GB that nothing occupies; the card reports the rest of what is free
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 10**9)
+    expected = {
+        140: "KKKK",
+        40: "KKKR",
+        12: "KKRS",
+        1: "KSSS",  # too little for any: the smallest is tried
+    }
+    for free_gb, name in expected.items():
+        free = (free_gb - 1) * 10**9
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 0))
+        assert schemes_within(chain, shape, None)[0].name == name
+    smallest = schemes_within(chain, shape, None)
     with pytest.raises(ValueError, match="at least"):
-        choose(schemes_within(chain, SECONDS["10 s SD"], None), 10**9)
+        choose(smallest, 10**9)
 
 
 # Preview
@@ -400,9 +447,8 @@ def test_preview_is_deterministic_and_of_the_right_colours():
         latents = vae.encode(clip)[0]
         preview = vae.decode(latents, "preview")
         video = vae.decode(latents)
-        assert torch.equal(
-            preview, load_vae(TINY / "vae", dtype=torch.float32).decode(latents, "preview")
-        )
+        loaded_again = load_vae(TINY / "vae", dtype=torch.float32)
+        assert torch.equal(preview, loaded_again.decode(latents, "preview"))
     assert preview.shape == video.shape
     assert preview.dtype == video.dtype
     both = torch.stack([preview.flatten(), video.flatten()])
