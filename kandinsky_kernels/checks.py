@@ -12,6 +12,7 @@ Shapes, dtypes and devices are known without waiting for a GPU. Values are read 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -351,10 +352,15 @@ def select_blocks(
         _tiles(tiles, window, query_means.shape[2])
 
 
-def tiles_and_window(tiles: object | None, window: object | None) -> None:
-    """Both are given or neither."""
+def tiles_and_window(tiles: Sequence[int] | None, window: Sequence[int] | None) -> None:
+    """Both are given or neither, and they are whole numbers."""
     if (tiles is None) != (window is None):
         raise ValueError("tiles and window must be given together, got only one of them.")
+    for name, numbers in (("tiles", tiles), ("window", window)):
+        for number in numbers or ():
+            if not isinstance(number, int | torch.SymInt):
+                kind = type(number).__name__
+                raise TypeError(f"{name} must be whole numbers, got {kind} {number!r}; cast it.")
 
 
 def _tiles(tiles: list[int], window: list[int], N: int) -> None:

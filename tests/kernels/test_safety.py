@@ -361,3 +361,11 @@ def test_the_block_of_a_token_is_a_block_whatever_the_offsets():
     offsets = int32(0, *lengths.cumsum(0).tolist())
     wanted = torch.arange(4).repeat_interleave(lengths)
     assert torch.equal(reference.block_of_token(offsets, 100), wanted)
+
+
+@pytest.mark.parametrize("name", ["tiles", "window"])
+def test_tiles_and_window_of_floats_are_a_type_error_in_one_sentence(name):
+    means = torch.randn(1, 1, 6, 8)
+    grid = {"tiles": [1, 1, 6], "window": [1, 1, 1], name: [1.0, 1, 6]}
+    with pytest.raises(TypeError, match=f"{name} must be whole numbers, got float 1.0"):
+        ops.select_blocks(means, means, 0.9, **grid)
