@@ -101,12 +101,7 @@ def _known(tensor: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or tensor.is_meta or is_fake(tensor))
 
 
-def offsets(
-    block_offsets: Tensor,
-    tokens: int,
-    most: int | None,
-    values: bool,
-) -> None:
+def offsets(block_offsets: Tensor, tokens: int, most: int | None, values: bool) -> None:
     """block_offsets is int32 [N + 1] and ascends from 0 to the number of tokens.
 
     ``most``, where given, is the largest number of tokens in a block.
@@ -146,12 +141,7 @@ def _row_norm(x: Tensor, name: str, *vectors: tuple[str, Tensor | None]) -> None
             rows(**{label: vector})
 
 
-def _like(
-    name: str,
-    tensor: Tensor,
-    of: str,
-    x: Tensor,
-) -> None:
+def _like(name: str, tensor: Tensor, of: str, x: Tensor) -> None:
     """The tensor has the shape and dtype of x, which the caller knows by the name ``of``."""
     shape(name, tensor, *x.shape)
     if tensor.dtype != x.dtype:
@@ -162,13 +152,7 @@ def _like(
     rows(**{name: tensor})
 
 
-def modulated_norm(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    *_,
-    values: bool = False,
-) -> None:
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, *_, values: bool = False) -> None:
     one_place(x=x, scale=scale, shift=shift)
     _row_norm(x, "x", ("scale", scale), ("shift", shift))
 
@@ -308,12 +292,7 @@ def norm_rope_backward(
     _like("grad", grad, "x", x)
 
 
-def block_means(
-    x: Tensor,
-    block_offsets: Tensor,
-    *,
-    values: bool = False,
-) -> None:
+def block_means(x: Tensor, block_offsets: Tensor, *, values: bool = False) -> None:
     one_place(x=x, block_offsets=block_offsets)
     dimensions("x", x, "B, S, H, D")
     floats("x", x)
@@ -374,12 +353,7 @@ def _tiles(tiles: list[int], window: list[int], N: int) -> None:
         )
 
 
-def _attention(
-    selection: Tensor,
-    block_offsets: Tensor,
-    values: bool,
-    **alike: Tensor,
-) -> None:
+def _attention(selection: Tensor, block_offsets: Tensor, values: bool, **alike: Tensor) -> None:
     """The first tensor of ``alike`` is [B, S, H, D], and the others are like it."""
     (name, query), *rest = alike.items()
     dimensions(name, query, "B, S, H, D")
@@ -488,12 +462,7 @@ def transpose_selection(selection: Tensor) -> None:
 # ---- video VAE
 
 
-def group_moments(
-    x: Tensor,
-    groups: int,
-    *,
-    values: bool = False,
-) -> None:
+def group_moments(x: Tensor, groups: int, *, values: bool = False) -> None:
     one_place(x=x)
     dimensions("x", x, "B, T, Y, X, C")
     floats("x", x)
