@@ -173,7 +173,7 @@ def attach(
     inputs; trial(*args) makes small inputs of the caller's kind, on which that binary must agree
     with the reference before it is first used. Otherwise ``fallback`` runs, by default the
     reference. refuse_compiled is `refuse` for the CUDA C++ kernel, which comes first once
-    `tuning.CUDA_CPP` names the op.
+    `tuning.CUDA_CPP` names the op. On an Apple GPU, which has neither kernel, ``fallback`` runs.
 
     What runs is decided once for each signature of a call; later calls look it up.
     """
@@ -216,6 +216,17 @@ def attach(
 
     if triton_absence() is None:
         _library.impl(name, run, "CUDA")
+    _attach_to_apple(name, check, fallback)
+
+
+def _attach_to_apple(name: str, check: Callable, fallback: Callable | None) -> None:
+    def run(*args):
+        check(*args)
+        with full_precision(args[0].device):
+            return fallback(*args)
+
+    if fallback and not REFERENCE_ONLY:
+        _library.impl(name, run, "MPS")
 
 
 def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # The fp32_precision of CUDA and of oneDNN that torch.set_float32_matmul_precision sets.
 _PRECISIONS_OF_NAME = {"high": ("tf32", "tf32"), "medium": ("tf32", "bf16")}
@@ -110,3 +111,8 @@ def full_precision(
     if torch.compiler.is_compiling():  # a graph can hold this switch; TF32 is the compiler's choice
         return torch.autocast(kind, enabled=False)
     return _exact(kind, convolutions)
+
+
+def double(x: Tensor) -> Tensor:
+    """x in fp64: on the CPU if it lies on an Apple GPU, which has no such numbers."""
+    return (x.cpu() if x.device.type == "mps" else x).double()

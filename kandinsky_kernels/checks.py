@@ -477,7 +477,10 @@ def group_affine(moments: Tensor, weight: Tensor, bias: Tensor) -> None:
             "moments must have shape [B, T, G, 2] with a frame at least, got "
             f"{list(moments.shape)}; make them with group_moments."
         )
-    one_place(moments=moments, weight=weight, bias=bias)
+    if isinstance(weight, Tensor) and weight.device.type == "mps" and isinstance(moments, Tensor):
+        one_place(weight=weight, bias=bias)  # moments, which are in fp64, lie on the CPU
+    else:
+        one_place(moments=moments, weight=weight, bias=bias)
     for name, tensor in (("moments", moments), ("weight", weight), ("bias", bias)):
         floats(name, tensor)
     G = moments.shape[2]

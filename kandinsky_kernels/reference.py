@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from . import checks
 from ._derivatives import derives
-from ._precision import full_precision
+from ._precision import double, full_precision
 from .selections import pack_selection, unpack_selection
 
 # The mass of a block is an integer, in units of 2^-32 of the row's largest: sums are exact in any
@@ -282,8 +282,8 @@ def _top_mass(
     """Keep a row's largest masses until they hold keep_mass of it: bool [R, N] for R rows."""
     ascending, order = mass.sort(dim=-1, stable=True)
     below = ascending.cumsum(-1)
-    total = below[:, -1:].double()
-    kept = below >= (1.0 - keep_mass) * total
+    least = (1.0 - keep_mass) * double(below[:, -1:])
+    kept = below >= least.ceil().long().to(mass.device)
     if ties == "stable":
         return torch.zeros_like(kept).scatter(-1, order, kept)
     first_kept = kept.int().argmax(-1, keepdim=True)
@@ -338,7 +338,7 @@ def select_blocks(
             logits = query[rows] @ key.T / math.sqrt(D)  # [R, N]
             top = logits.amax(-1, keepdim=True)
             share = torch.exp(logits - top).nan_to_num(0.0)
-            mass = (share.double() * 2.0**MASS_BITS).round().long()
+            mass = (share * 2.0**MASS_BITS).round().long()  # a power of two, so nothing is lost
             keep = _top_mass(mass, keep_mass, ties)
             if window:
                 stop = start + logits.shape[0]
@@ -442,12 +442,12 @@ def group_moments(
 ) -> Tensor:
     """Mean and biased variance of every group of channels in every frame: fp64 [B, T, G, 2]."""
     B, T = x.shape[:2]
-    moments = x.new_empty((B, T, groups, 2), dtype=torch.float64)
+    moments = double(x.new_empty((B, T, groups, 2)))
     if not x.numel():
         return moments.fill_(math.nan)  # the mean of nothing
     for b in range(B):
         for t in range(T):  # one by one, so that other frames cannot change a frame's bits
-            wide = x[b, t].double().unflatten(-1, (groups, -1))  # [Y, X, G, C / G]
+            wide = double(x[b, t]).unflatten(-1, (groups, -1))  # [Y, X, G, C / G]
             mean = wide.mean((0, 1, 3))  # [G]
             apart = wide - mean[:, None]
             variance = apart.square().mean((0, 1, 3))  # [G]

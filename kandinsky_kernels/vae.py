@@ -115,19 +115,19 @@ def group_affine(
     """
     checks.group_affine(moments, weight, bias)
     G = moments.shape[2]
-    means, variances = moments.double().unbind(-1)  # [B, T, G] each
+    means, variances = reference.double(moments).unbind(-1)  # [B, T, G] each
     mean = means.mean(1)  # [B, G]
     apart = means - mean[:, None]  # [B, T, G]
     variance = (variances + apart.square()).mean(1)  # [B, G]
     deviation = (variance + eps).sqrt()
-    weight_of_groups = weight.double().view(G, -1)  # [G, C / G]
-    bias_of_groups = bias.double().view(G, -1)  # [G, C / G]
+    weight_of_groups = reference.double(weight).view(G, -1)  # [G, C / G]
+    bias_of_groups = reference.double(bias).view(G, -1)  # [G, C / G]
     scale = weight_of_groups / deviation[..., None]  # [B, G, C / G]
     shift = bias_of_groups - mean[..., None] * scale  # [B, G, C / G]
     scale = scale.flatten(1)  # [B, C]
     shift = shift.flatten(1)  # [B, C]
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return scale.to(dtype), shift.to(dtype)
+    return scale.to(weight.device, dtype), shift.to(weight.device, dtype)
 
 
 def group_norm_silu(

@@ -153,11 +153,13 @@ def frequencies(count: int, device: torch.device | str | None = None) -> Tensor:
     embedding and the rotary angles share.
 
     The exponent is rounded to fp32, as in the official code. The power of it is exact to the last
-    bit, so that angles are the same on every processor.
+    bit, so that angles are the same on every processor; Apple's GPUs, which have no fp64, are given
+    it from the CPU.
     """
-    index = torch.arange(count, dtype=torch.float32, device=device)
+    apple = torch.device(device or "cpu").type == "mps"
+    index = torch.arange(count, dtype=torch.float32, device="cpu" if apple else device)
     exponent = -math.log(10000.0) * index / count
-    return torch.exp(exponent.double()).float()
+    return torch.exp(exponent.double()).float().to(device)
 
 
 def positions(grid: Grid) -> Tensor:

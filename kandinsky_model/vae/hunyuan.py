@@ -255,7 +255,7 @@ class HunyuanVideoVAE(nn.Module):
         for one in latents_in_dtype.split(1):
             videos += list(decode(one))  # one frame each, so one piece
         video = torch.cat(videos)  # [4, 3, 1, 128, 128]
-        colours = F.avg_pool2d(video[:, :, 0].double().cpu(), 8)  # [4, 3, 16, 16]
+        colours = F.avg_pool2d(video[:, :, 0].cpu().double(), 8)  # [4, 3, 16, 16]
         colours = colours.movedim(1, -1).flatten(0, 2)  # [1024, 3]
         known = latents[:, :, 0].double()  # [4, C, 16, 16]
         known = known.movedim(1, -1).flatten(0, 2)  # [1024, C]

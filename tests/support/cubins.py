@@ -203,7 +203,7 @@ def vae_kernels(capability):
 
 def compiled(kernel, constants, launch, architecture):
     """The compiled kernel, with the hints a real call gives: pointers and strides are multiples of
-    16."""
+    16. architecture: 90 for sm_90, or any target of Triton's."""
     signature, hints = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -222,11 +222,8 @@ def compiled(kernel, constants, launch, architecture):
         if signature[name] != "constexpr" and (signature[name][0] == "*" or multiple):
             hints[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, hints)
-    return triton.compile(
-        source,
-        target=GPUTarget("cuda", architecture, 32),
-        options=launch.options,
-    )
+    target = GPUTarget("cuda", architecture, 32) if isinstance(architecture, int) else architecture
+    return triton.compile(source, target=target, options=launch.options)
 
 
 def tool(name, *arguments, cubin):
