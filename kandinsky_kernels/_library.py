@@ -22,9 +22,9 @@ import torch
 
 from . import _guard, cards, checks, tuning
 from ._derivatives import has_tangents
+from ._ops import add_op_namespace_prefix, ops
 from ._precision import full_precision
 
-NAMESPACE = "kandinsky_kernels"
 REFERENCE_ONLY = os.environ.get("KANDINSKY_KERNELS", "") == "reference"
 _SWITCHED_OFF = "KANDINSKY_KERNELS=reference asks for references only"
 
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 # signatures of calls; training has a new bound of its logits in every step
 _MOST_DECISIONS = 4096
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library = torch.library.Library(ops.name, "DEF")
 _references: dict[str, Callable] = {}
 _gradients: dict[str, type[torch.autograd.Function]] = {}
 # the operators of the compiled library, introspection among them: simd, set_simd, build_info
@@ -57,9 +57,9 @@ def declare(schema: str, reference: Callable, fake: Callable | None = None) -> C
             check(*args)
             return fake(*args)
 
-        torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=_library)
+        torch.library.register_fake(add_op_namespace_prefix(name), checked_fake, lib=_library)
     _references[name] = reference
-    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    operator = getattr(ops, name).default
     _library.impl(name, _derivable(name, operator, reference), "Autograd", with_keyset=True)
 
     def call(*args):
@@ -120,7 +120,7 @@ def differentiate(name: str, keep: Callable, backward: Callable) -> None:
     the outputs, None where an output was not used. ``backward`` calls an operator in its turn, so
     that kernels run in both directions.
     """
-    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    operator = getattr(ops, name).default
 
     class Gradient(torch.autograd.Function):
         @staticmethod
@@ -158,7 +158,7 @@ def compiled(name: str) -> Callable | None:
     """
     if extension is None:
         return None
-    packet = getattr(getattr(torch.ops, NAMESPACE), f"{name}_cuda", None)
+    packet = getattr(ops, f"{name}_cuda", None)
     return packet and packet.default
 
 
@@ -256,8 +256,9 @@ def load_extension() -> None:
         return
     path = Path(__file__).with_name("libkandinsky_kernels.so")
     try:
-        torch.ops.load_library(str(path))
-        extension = getattr(torch.ops, NAMESPACE)
+        if not hasattr(ops, "build_info"):  # in a package of the hub it is loaded already
+            torch.ops.load_library(str(path))
+        extension = ops
     except OSError as error:
         reason = (error.__cause__ or error) if path.exists() else f"there is no {path.name}"
         extension_absence = (
@@ -287,7 +288,7 @@ def kernels() -> dict[str, dict[str, str]]:
 
 
 def _has_kernel(name: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix(name), key)
 
 
 def _cpu_state(name: str) -> str:
