@@ -3,6 +3,8 @@
 # make test   runs the tests, JOBS at a time       make lint    checks formats and types
 # make clean  forgets everything that was built    make format  formats the sources
 # make test-oldest, make test-newest   run the tests with the oldest and the newest packages that pyproject.toml allows
+# make wheel  builds dist/*.whl, which runs with every Python and torch that pyproject.toml allows
+# make hub    lays build/hub out as the Hugging Face hub builds kernels from it, and compiles it for this machine's CPU
 # make fuzz   gives operators and loaders what nobody should, for MINUTES each; make fuzz-asan does so under sanitizers
 # All of them set up .venv first where it is missing: PYTHON=... chooses the interpreter, TORCH=... the torch to install.
 
@@ -20,7 +22,7 @@ FORMATTED := $(SOURCES) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h
 COMMA := ,
 PIP := $(PY) -m pip install --disable-pip-version-check
 
-.PHONY: demo test test-oldest test-newest bench lint format fuzz fuzz-asan clean
+.PHONY: demo test test-oldest test-newest wheel hub bench lint format fuzz fuzz-asan clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -41,11 +43,23 @@ define suite
 endef
 
 # The oldest packages have wheels for Python 3.10 to 3.12. Golden files beside the checkout are not seen by the copy.
-test-oldest:
+test-oldest: wheel
 	$(call suite,oldest,$$("$(PYTHON)" tests/support/oldest.py))
 
-test-newest:
+test-newest: wheel
 	$(call suite,newest,--upgrade --upgrade-strategy eager $$("$(PYTHON)" tests/support/oldest.py --names))
+
+# $(call wheel,what to build): KANDINSKY_KERNELS_BUILD is cpu or cuda. setuptools would also pack what earlier builds left.
+define wheel
+	rm -rf build/lib build/bdist.* dist/*.whl
+	KANDINSKY_KERNELS_BUILD=$(1) PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+endef
+
+wheel: $(VENV)/.installed
+	$(call wheel,cpu)
+
+hub: $(VENV)/.installed
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) hub/make.py --variant build/hub
 
 bench: $(VENV)/.built $(VENV)/.test
 	$(PY) -m benchmarks.ops

@@ -130,7 +130,7 @@ def machine() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "simd": extension.simd() if extension else "none",
-        "compiler": extension.build_info()["compiler"] if extension else "none",
+        "compiler": _library.build_info()["compiler"] if extension else "none",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

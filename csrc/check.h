@@ -12,10 +12,13 @@
 #include <cstdint>
 #include <exception>
 #include <iomanip>
+#include <memory>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace kandinsky {
@@ -25,13 +28,19 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Python sees std::invalid_argument as a ValueError. module.cpp translates these two: WrongType to
-// a TypeError, OutOfMemory to a torch.OutOfMemoryError.
+// Python sees std::invalid_argument as a ValueError and std::bad_alloc as a MemoryError. Of these
+// two _library.py makes a TypeError, known by its remedy "; cast ...", and a
+// torch.OutOfMemoryError.
 struct WrongType : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
-struct OutOfMemory : std::runtime_error {
-  using std::runtime_error::runtime_error;
+class OutOfMemory : public std::bad_alloc {
+  std::shared_ptr<const std::string> sentence;
+
+ public:
+  explicit OutOfMemory(std::string text)
+      : sentence(std::make_shared<const std::string>(std::move(text))) {}
+  const char* what() const noexcept override { return sentence->c_str(); }
 };
 
 // Throws one sentence, made of the arguments.

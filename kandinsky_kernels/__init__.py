@@ -4,7 +4,7 @@
 Each has one meaning, in `reference`, and at most one kernel for each kind of device.
 """
 
-from ._library import kernels, load_extension, load_launchers
+from ._library import build_info, kernels, load_extension, load_launchers
 from .flops import register_with_the_counter
 from .nabla import block_sparse_attention, select_blocks
 from .norm import Rotary, gated_add_norm, modulated_norm, norm_rope, norm_rope_means
@@ -21,6 +21,7 @@ __all__ = [
     "Rotary",
     "block_means",
     "block_sparse_attention",
+    "build_info",
     "causal_conv3d",
     "frame_causal_attention",
     "gated_add_norm",

@@ -140,12 +140,12 @@ def _card(device: torch.device) -> str:
 
 @cache
 def _version() -> str:
-    """What could change a kernel's result: its source, the compiled extension, torch, Triton and
+    """What could change a kernel's result: its source, the compiled library, torch, Triton and
     the driver's CUDA."""
     import triton
 
     here = Path(__file__).parent
-    sources = sorted([*here.rglob("*.py"), *here.glob("_C.*")])
+    sources = sorted([*here.rglob("*.py"), *here.glob("*.so")])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     return (
         f"{digest} torch {torch.__version__} triton {triton.__version__} cuda {torch.version.cuda}"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Declares operators, attaches kernels and loads the compiled extension.
+"""Declares operators, attaches kernels and loads the compiled library.
 
 This module is the only user of ``torch.library``. An operator is declared once, with its reference
 as ``CompositeExplicitAutograd``: that makes the reference the fallback on every device and the fake
 kernel of ``torch.compile`` at once. Kernels register themselves under ``CPU`` (those of the
-compiled module ``_C``) or ``CUDA`` (the launchers that `attach` is given), and PyTorch's dispatcher
+compiled library) or ``CUDA`` (the launchers that `attach` is given), and PyTorch's dispatcher
 chooses among them.
 """
 
@@ -16,15 +16,15 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from pathlib import Path
 
 import torch
 
 from . import _guard, cards, checks, tuning
 from ._derivatives import has_tangents
+from ._ops import add_op_namespace_prefix, ops
 from ._precision import full_precision
 
-NAMESPACE = "kandinsky_kernels"
 REFERENCE_ONLY = os.environ.get("KANDINSKY_KERNELS", "") == "reference"
 _SWITCHED_OFF = "KANDINSKY_KERNELS=reference asks for references only"
 
@@ -32,10 +32,11 @@ _log = logging.getLogger(__name__)
 # signatures of calls; training has a new bound of its logits in every step
 _MOST_DECISIONS = 4096
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library = torch.library.Library(ops.name, "DEF")
 _references: dict[str, Callable] = {}
 _gradients: dict[str, type[torch.autograd.Function]] = {}
-extension: ModuleType | None = None  # the compiled module
+# the operators of the compiled library, introspection among them: simd, set_simd, build_info
+extension: torch._ops._OpNamespace | None = None
 extension_absence = ""  # why there is none
 
 
@@ -56,13 +57,13 @@ def declare(schema: str, reference: Callable, fake: Callable | None = None) -> C
             check(*args)
             return fake(*args)
 
-        torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=_library)
+        torch.library.register_fake(add_op_namespace_prefix(name), checked_fake, lib=_library)
     _references[name] = reference
-    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    operator = getattr(ops, name).default
     _library.impl(name, _derivable(name, operator, reference), "Autograd", with_keyset=True)
 
     def call(*args):
-        return reference(*args) if in_double(*args) else operator(*args)
+        return reference(*args) if in_double(*args) else _run(operator, *args)
 
     return call
 
@@ -70,6 +71,22 @@ def declare(schema: str, reference: Callable, fake: Callable | None = None) -> C
 def in_double(*args) -> bool:
     """Whether any tensor among the arguments is fp64."""
     return any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args)
+
+
+def _run(operator: Callable, *args):
+    """The operator's result, or its error as Python has it.
+
+    The compiled library knows no Python. Its refusals arrive as ValueErrors, also those of a dtype,
+    which ask for a cast, and a lack of memory arrives as a MemoryError.
+    """
+    try:
+        return operator(*args)
+    except MemoryError as error:
+        raise torch.OutOfMemoryError(str(error)) from None
+    except ValueError as error:
+        if "; cast " in str(error):
+            raise TypeError(str(error)) from None
+        raise
 
 
 def _derivable(name: str, operator: torch._ops.OpOverload, reference: Callable) -> Callable:
@@ -91,7 +108,7 @@ def _derivable(name: str, operator: torch._ops.OpOverload, reference: Callable) 
             return gradient.apply(*args)
         below = keyset & torch._C._after_autograd_keyset
         with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(below, *args)
+            return _run(functools.partial(operator.redispatch, below), *args)
 
     return run
 
@@ -103,7 +120,7 @@ def differentiate(name: str, keep: Callable, backward: Callable) -> None:
     the outputs, None where an output was not used. ``backward`` calls an operator in its turn, so
     that kernels run in both directions.
     """
-    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    operator = getattr(ops, name).default
 
     class Gradient(torch.autograd.Function):
         @staticmethod
@@ -141,7 +158,7 @@ def compiled(name: str) -> Callable | None:
     """
     if extension is None:
         return None
-    packet = getattr(getattr(torch.ops, NAMESPACE), f"{name}_cuda", None)
+    packet = getattr(ops, f"{name}_cuda", None)
     return packet and packet.default
 
 
@@ -240,7 +257,7 @@ def load_launchers() -> None:
 
 
 def load_extension() -> None:
-    """Import ``_C``, whose static initialisers register the CPU kernels.
+    """Load the compiled library, whose static initialisers register the CPU kernels.
 
     Without it every operator runs its reference.
     """
@@ -248,13 +265,29 @@ def load_extension() -> None:
     if REFERENCE_ONLY:
         extension_absence = _SWITCHED_OFF
         return
+    path = Path(__file__).with_name("libkandinsky_kernels.so")
     try:
-        extension = importlib.import_module("._C", __package__)
-    except ImportError as error:
+        if not hasattr(ops, "build_info"):  # in a package of the hub it is loaded already
+            torch.ops.load_library(str(path))
+        extension = ops
+    except OSError as error:
+        reason = (error.__cause__ or error) if path.exists() else f"there is no {path.name}"
         extension_absence = (
-            f"the compiled extension is not available ({error}); build it with: pip install ."
+            f"the compiled library is not available ({reason}); build it with: pip install "
+            "--no-build-isolation ."
         )
         _log.info("%s", extension_absence)
+
+
+def build_info() -> dict[str, str]:
+    """What the compiled library was built with: compiler, torch, stable_abi (the oldest torch it
+    runs on), simd (instruction sets, separated by spaces) and cuda ("with" or "without").
+
+    Raises RuntimeError where the library is not available.
+    """
+    if extension is None:
+        raise RuntimeError(extension_absence)
+    return dict(line.split(": ", 1) for line in extension.build_info().splitlines())
 
 
 def kernels() -> dict[str, dict[str, str]]:
@@ -266,13 +299,13 @@ def kernels() -> dict[str, dict[str, str]]:
 
 
 def _has_kernel(name: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix(name), key)
 
 
 def _cpu_state(name: str) -> str:
     if extension is not None and _has_kernel(name, "CPU"):
         return f"cpp ({extension.simd()})"
-    absence = extension_absence or "the compiled extension has no kernel for this operator"
+    absence = extension_absence or "the compiled library has no kernel for this operator"
     return f"reference: {absence}"
 
 

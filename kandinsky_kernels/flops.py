@@ -19,11 +19,10 @@ from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from ._library import NAMESPACE
+from ._ops import ops
 from .selections import unpack_selection
 
 COUNTER = "torch.utils.flop_counter"
@@ -94,9 +93,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
 def _register() -> None:
     """Give every formula to PyTorch's counter."""
     register_flop_formula = importlib.import_module(COUNTER).register_flop_formula
-    operators = getattr(torch.ops, NAMESPACE)
     for name, formula in FORMULAS.items():
-        register_flop_formula(getattr(operators, name), get_raw=True)(formula)
+        register_flop_formula(getattr(ops, name), get_raw=True)(formula)
 
 
 class _Registering(Loader):

@@ -32,7 +32,7 @@ def simd_levels() -> list[str]:
     """The instruction sets this build and this processor have; none without the compiled
     extension."""
     levels = []
-    for name in _library.extension.build_info()["simd"] if _library.extension else ():
+    for name in _library.build_info()["simd"].split() if _library.extension else ():
         try:
             _library.extension.set_simd(name)
         except ValueError:

@@ -4,7 +4,6 @@ where files are read from."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -97,14 +96,12 @@ def _torch_version() -> str:
 
 
 def _compiled() -> str:
-    """What the extension was built with."""
+    """What the compiled library was built with."""
     try:
-        extension = importlib.import_module("kandinsky_kernels._C")
-    except ImportError as error:
+        info = kandinsky_kernels.build_info()
+    except RuntimeError as error:
         return f"absent ({error})"
-    info = extension.build_info()
-    cuda = "with" if info["cuda"] else "without"
-    return f"{cuda} CUDA C++ kernels, by {info['compiler']} against torch {info['torch']}"
+    return f"{info['cuda']} CUDA C++ kernels, by {info['compiler']} against torch {info['torch']}"
 
 
 def _devices() -> Iterator[tuple[str, str]]:

@@ -345,6 +345,17 @@ def test_missing_memory_is_told_with_its_size(call, size):
         call(x, v)
 
 
+@pytest.mark.skipif(_library.extension is None, reason="the compiled library is not built")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_wrong_dtype_is_a_type_error_in_every_mode(mode):
+    """The library throws what C++ has; Python's type of error is made of it."""
+    x, v = torch.zeros(1, 2, 8, dtype=torch.int32), torch.zeros(1, 8)
+    with mode(), pytest.raises(TypeError, match="cast it first"):
+        ops.modulated_norm(x, v, v)
+    with pytest.raises(TypeError, match="must be float32, bfloat16 or float16, got float64"):
+        torch.ops.kandinsky_kernels.modulated_norm(v[None].double(), v, v, 1e-6)
+
+
 def test_the_block_of_a_token_is_a_block_whatever_the_offsets():
     """Nothing is indexed beyond the blocks where values cannot be read, on a GPU or in a graph."""
     for offsets in (
