@@ -25,24 +25,38 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with INTERRUPTS.handled(is_program=argv is None):
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        except KeyboardInterrupt as stop:
+            INTERRUPTS.end()
+            _complain(argparse.Namespace(), "interrupted" + _detail(stop))
+            return 128 + INTERRUPTS.number
+
+
+def _run(argv: list[str]) -> int:
+    """See `main`."""
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
+        args = parse(argv)
     except (ValueError, OSError) as error:
         _complain(argparse.Namespace(), _one_sentence(error))
         return 2
     logging.basicConfig(format="%(message)s" if args.chatty else "note: %(message)s")
     logging.getLogger(__package__).setLevel(logging.INFO if args.chatty else logging.WARNING)
-    with INTERRUPTS.handled():
-        try:
-            args.run(args)
-        except KeyboardInterrupt as stop:
-            _complain(args, "interrupted" + _detail(stop))
+    try:
+        args.run(args)
+    except KeyboardInterrupt as stop:
+        INTERRUPTS.end()
+        _complain(args, "interrupted" + _detail(stop))
+        return 128 + INTERRUPTS.number
+    except Exception as error:
+        if args.debug:
+            raise
+        if INTERRUPTS.came:  # a library has made an error of the interruption
+            _complain(args, f"interrupted; {_one_sentence(error)}")
             return 128 + INTERRUPTS.number
-        except Exception as error:
-            if args.debug:
-                raise
-            _complain(args, _one_sentence(error), getattr(error, "is_told", None))
-            return 2
+        _complain(args, _one_sentence(error), getattr(error, "is_told", None))
+        return 2
     return 0
 
 

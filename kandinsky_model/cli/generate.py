@@ -332,7 +332,9 @@ def _interrupted_run_is_kept(output: Path | None, rest: Sequence[Job] = ()) -> I
 def _save_latents(result: Video, output: Path) -> Path:
     from ..sampling.result import latents_path
 
-    return save_somewhere(result.save_latents, latents_path(output), "the latents")
+    path = save_somewhere(result.save_latents, latents_path(output), "the latents")
+    INTERRUPTS.say(f"; go on with: kandinsky decode {path}")
+    return path
 
 
 def _finish(result: Video, job: Job, latents: Path, progress: Progress) -> None:
