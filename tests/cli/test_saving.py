@@ -146,7 +146,7 @@ def test_a_signal_waits_for_the_latents(run, tmp_path, monkeypatch):
 
 
 def test_a_second_signal_belongs_to_the_first(run, monkeypatch):
-    """Such as Ctrl-C pressed twice: it neither ends the clean-up of the first, nor is a traceback."""
+    """Such as Ctrl-C pressed twice: it neither ends the clean-up nor is a traceback."""
     cleaned = []
 
     def locate(*_, **__):
