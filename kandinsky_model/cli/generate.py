@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import PRESETS
 from .interrupts import INTERRUPTS
 from .progress import Progress
-from .saving import check_not_inputs, save_somewhere
+from .saving import check_apart, check_not_inputs, save_somewhere
 
 if TYPE_CHECKING:
     import torch
@@ -255,6 +255,8 @@ def _jobs(args: Namespace, wanted: Sequence[tuple[str, int | None]]) -> list[Job
         strip = video.check_output(named(args.strip, i), (".png",)) if args.strip else None
         written = [output, latents, *([strip] if strip else [])]
         check_not_inputs(written, _inputs(args))
+        if strip:
+            check_apart(output, strip)
         arguments = _arguments(args) | {"prompt": prompt, "seed": seed}
         jobs.append(Job(output, strip, arguments))
     return jobs

@@ -95,6 +95,16 @@ def check_not_inputs(outputs: Iterable[Path], inputs: Iterable[str | os.PathLike
                 )
 
 
+def check_apart(output: Path, strip: Path) -> None:
+    """Raise ValueError if a strip would take the place of the output or of one of its frames."""
+    named_alike = output.name == strip.name and _is_same(output.parent, strip.parent)
+    if named_alike or _is_same(output, strip) or _is_numbered(output, strip):
+        raise ValueError(
+            f"the strip must not be the output, but {strip} would overwrite a frame of {output}; "
+            "choose another name"
+        )
+
+
 def _is_same(one: Path, other: Path) -> bool:
     try:
         return one.samefile(other)

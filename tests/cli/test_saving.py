@@ -210,7 +210,16 @@ def test_other_threads_cannot_receive_signals():
     assert not failures
 
 
-# Outputs that are inputs
+# Outputs that are inputs, or one another
+
+
+@pytest.mark.parametrize("names", ["a.png b/../a.png", "a.png a_002.png"])
+def test_a_strip_does_not_take_the_place_of_a_frame(run, tmp_path, names):
+    (tmp_path / "b").mkdir()
+    output, strip = names.split()
+    status, out, err = run(f"generate x -o {output} --strip {strip}")
+    assert (status, out) == (2, "") and "the strip must not be the output" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def picture(path):
