@@ -41,7 +41,9 @@ def _run(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         _complain(argparse.Namespace(), _one_sentence(error))
         return 2
-    logging.basicConfig(format="%(message)s" if args.chatty else "note: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(message)s" if args.chatty else "note: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger(__package__).setLevel(logging.INFO if args.chatty else logging.WARNING)
     try:
         args.run(args)
@@ -77,7 +79,19 @@ def _complain(args: argparse.Namespace, text: str, is_told: bool | None = None) 
         is_told = os.environ.get("RANK", "0") != "0" and not own_videos
     if not is_told:
         with suppress(OSError):  # the terminal has hung up, which may be why the command ends
-            print(f"kandinsky: {text}", file=sys.stderr)
+            print(f"kandinsky: {_printable(text)}", file=sys.stderr)
+
+
+class _OneLine(logging.Formatter):
+    """Messages that are printable, each on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _printable(super().format(record))
+
+
+def _printable(text: str) -> str:
+    """`text`, in which a name from a file may hold what steers a terminal or breaks the line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _one_sentence(error: Exception) -> str:

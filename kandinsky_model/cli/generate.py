@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import PRESETS
+from ..files import read_limited
 from .interrupts import INTERRUPTS
 from .progress import Progress
 from .saving import check_apart, check_not_inputs, save_somewhere
@@ -146,7 +147,7 @@ def _prompts(args: Namespace) -> list[str]:
 
 def _lines(path: str) -> list[str]:
     """The lines of a file in UTF-8 that say something; of stdin for "-"."""
-    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    data = sys.stdin.buffer.read() if path == "-" else read_limited(Path(path))
     lines = []
     for number, line in enumerate(data.splitlines(), 1):
         try:
