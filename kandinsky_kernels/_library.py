@@ -94,8 +94,8 @@ def _derivable(name: str, operator: torch._ops.OpOverload, reference: Callable) 
 
     First gradients are those that `differentiate` registered. PyTorch runs and differentiates the
     reference for everything else: the gradients of operators that have none of their own (backward
-    operators among them, so that the gradient of a gradient is right), forward-mode derivatives,
-    and the transforms of torch.func, which need PyTorch's own operators.
+    operators among them, so that the gradient of a gradient is right), gradients of constants,
+    forward-mode derivatives, and the transforms of torch.func, which need PyTorch's own operators.
     """
 
     def run(keyset, *args):
@@ -105,6 +105,8 @@ def _derivable(name: str, operator: torch._ops.OpOverload, reference: Callable) 
             gradient = _gradients.get(name)
             if gradient is None or torch._C._are_functorch_transforms_active():
                 return reference(*args)
+            if torch._C._any_requires_grad(*args[gradient.constants]):
+                return reference(*args)
             return gradient.apply(*args)
         below = keyset & torch._C._after_autograd_keyset
         with torch._C._AutoDispatchBelowAutograd():
@@ -113,8 +115,12 @@ def _derivable(name: str, operator: torch._ops.OpOverload, reference: Callable) 
     return run
 
 
-def differentiate(name: str, keep: Callable, backward: Callable) -> None:
+def differentiate(
+    name: str, keep: Callable, backward: Callable, constants: slice = slice(0)
+) -> None:
     """Register the gradient of the declared operator ``name``.
+
+    constants: the arguments that ``backward`` has no gradients for, though they have some.
 
     keep(ctx, inputs, output) saves what backward(ctx, *gradients) reads. The gradients are those of
     the outputs, None where an output was not used. ``backward`` calls an operator in its turn, so
@@ -139,6 +145,7 @@ def differentiate(name: str, keep: Callable, backward: Callable) -> None:
                 return (None,) * len(ctx.needs_input_grad)
             return backward(ctx, *grads)
 
+    Gradient.constants = constants
     _gradients[name] = Gradient
 
 

@@ -252,4 +252,5 @@ def _norm_rope_gradients(ctx, grad_y: Tensor | None, grad_means: Tensor | None) 
 
 differentiate("modulated_norm", _keep_modulated_norm, _modulated_norm_gradients)
 differentiate("gated_add_norm", _keep_gated_add_norm, _gated_add_norm_gradients)
-differentiate("norm_rope", _keep_norm_rope, _norm_rope_gradients)
+ANGLES = slice(2, 4)
+differentiate("norm_rope", _keep_norm_rope, _norm_rope_gradients, ANGLES)

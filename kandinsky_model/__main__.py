@@ -25,24 +25,40 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with INTERRUPTS.handled(is_program=argv is None):
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        except KeyboardInterrupt as stop:
+            INTERRUPTS.end()
+            _complain(argparse.Namespace(), "interrupted" + _detail(stop))
+            return 128 + INTERRUPTS.number
+
+
+def _run(argv: list[str]) -> int:
+    """See `main`."""
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
+        args = parse(argv)
     except (ValueError, OSError) as error:
         _complain(argparse.Namespace(), _one_sentence(error))
         return 2
-    logging.basicConfig(format="%(message)s" if args.chatty else "note: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(message)s" if args.chatty else "note: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger(__package__).setLevel(logging.INFO if args.chatty else logging.WARNING)
-    with INTERRUPTS.handled():
-        try:
-            args.run(args)
-        except KeyboardInterrupt as stop:
-            _complain(args, "interrupted" + _detail(stop))
+    try:
+        args.run(args)
+    except KeyboardInterrupt as stop:
+        INTERRUPTS.end()
+        _complain(args, "interrupted" + _detail(stop))
+        return 128 + INTERRUPTS.number
+    except Exception as error:
+        if args.debug:
+            raise
+        if INTERRUPTS.came:  # a library has made an error of the interruption
+            _complain(args, f"interrupted; {_one_sentence(error)}")
             return 128 + INTERRUPTS.number
-        except Exception as error:
-            if args.debug:
-                raise
-            _complain(args, _one_sentence(error), getattr(error, "is_told", None))
-            return 2
+        _complain(args, _one_sentence(error), getattr(error, "is_told", None))
+        return 2
     return 0
 
 
@@ -63,7 +79,19 @@ def _complain(args: argparse.Namespace, text: str, is_told: bool | None = None) 
         is_told = os.environ.get("RANK", "0") != "0" and not own_videos
     if not is_told:
         with suppress(OSError):  # the terminal has hung up, which may be why the command ends
-            print(f"kandinsky: {text}", file=sys.stderr)
+            print(f"kandinsky: {_printable(text)}", file=sys.stderr)
+
+
+class _OneLine(logging.Formatter):
+    """Messages that are printable, each on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _printable(super().format(record))
+
+
+def _printable(text: str) -> str:
+    """`text`, in which a name from a file may hold what steers a terminal or breaks the line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _one_sentence(error: Exception) -> str:

@@ -123,12 +123,33 @@ def check_regular(path: Path) -> int:
         raise FileNotFoundError(
             f"{path} must be a file, but does not exist; check the path"
         ) from None
+    except OSError as error:  # a link to itself, a forbidden folder
+        raise unreadable(path, error) from None
     if not stat.S_ISREG(status.st_mode):
         raise OSError(
             f"{path} must be a regular file, but is {_kind(status.st_mode)}; "
             "give the path of a file"
         )
     return status.st_size
+
+
+def unreadable(path: Path, error: OSError) -> OSError:
+    """What to raise where reading the file at `path` fails."""
+    reason = error.strerror or error
+    return OSError(f"{path} must be a file that can be read, got {reason!r}; check it and its disk")
+
+
+def read_limited(path: Path) -> bytes:
+    """The bytes of a file of text, which may be a FIFO, as a shell gives for <(...). ValueError
+    where they are too many: those of a device may have no end."""
+    with path.open("rb") as file:
+        data = file.read(MOST_JSON_BYTES + 1)
+    if len(data) > MOST_JSON_BYTES:
+        raise ValueError(
+            f"{path} must be a file of at most {MOST_JSON_BYTES:,} bytes, but goes on; choose "
+            "another file"
+        )
+    return data
 
 
 def _kind(mode: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files import check_regular, read_json
+from ..files import check_regular, read_json, unreadable
 from .gguf_file import GGUFFile
 from .kinds import describe
 
@@ -110,9 +110,9 @@ def _indexed(index: Path) -> list[Path]:
     files = [index.parent / name for name in sorted(names)]
     missing = [file.name for file in files if not file.exists()]
     if missing:
+        name = printable(missing[0])
         raise FileNotFoundError(
-            f"the index lists {missing[0]}, but {index.parent / missing[0]} does not exist; "
-            "download all shards"
+            f"the index lists {name}, but {index.parent / name} does not exist; download all shards"
         )
     return files
 
@@ -141,17 +141,10 @@ def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for path in files:
         check_regular(path)
-        if GGUFFile.is_one(path):
-            with opened(path) as file:
-                found = {
-                    name: Entry(path, file.shape(name), file.dtype(name), name)
-                    for name in file.keys()  # noqa: SIM118 - not a mapping
-                }
-        else:
-            found = {
-                name: Entry(path, tuple(item["shape"]), item["dtype"], name)
-                for name, item in _read_header(path).items()
-            }
+        try:
+            found = _entries(path)
+        except OSError as error:
+            raise unreadable(path, error) from None
         twice = sorted(found.keys() & entries.keys())
         if twice:
             raise ValueError(
@@ -160,6 +153,19 @@ def read_headers(files: Iterable[Path]) -> dict[str, Entry]:
             )
         entries.update(found)
     return entries
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    if GGUFFile.is_one(path):
+        with opened(path) as file:
+            return {
+                name: Entry(path, file.shape(name), file.dtype(name), name)
+                for name in file.keys()  # noqa: SIM118 - not a mapping
+            }
+    return {
+        name: Entry(path, tuple(item["shape"]), item["dtype"], name)
+        for name, item in _read_header(path).items()
+    }
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -40,6 +42,11 @@ from .variants import read
 SHARD_BYTES = 5 * 10**9
 HEADER_BYTES = 2**20  # for 5,000 tensors and more; Pro has 2,000 when quantised
 PROGRESS_NAME = ".progress.json"
+# What a half-finished result may hold: nothing else is taken for one, and removed.
+_OWN_NAME = re.compile(
+    r"\.progress\.json|\.\d{5}\.safetensors|\..*\.partial-.*|config\.json"
+    r"|diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+)
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -86,7 +93,8 @@ def quantize_file(model: str | Path, folder: str | Path, mode: str) -> list[str]
     stand as `transformer/` in a model's folder. What is not quantised keeps its dtype. It appears
     when it is complete; what an interrupted call has written lies beside it, and the same call goes
     on from there. Raises what `locate` and `load_dit` raise, and ValueError: a folder with
-    something in it, weights that are quantised already or not finite.
+    something in it, weights that are quantised already or not finite; RuntimeError while another
+    process writes the same folder.
     """
     check_mode(mode)
     folder = Path(folder).resolve()
@@ -96,18 +104,21 @@ def quantize_file(model: str | Path, folder: str | Path, mode: str) -> list[str]
         )
     original = _original(model)
     partial = folder.with_name(f".{folder.name}.quantizing")
-    progress = _begin(partial, original.identity(mode))
-    shards = Shards(partial, {QUANTIZATION_KEY: mode}, progress)
-    try:
-        for path in original.files:
-            _quantize_into(shards, path, original.entries, mode)
-    except ValueError:
-        shutil.rmtree(partial, ignore_errors=True)  # going on would find the same fault
-        raise
-    written = shards.close()
-    config = dit_config_json(original.config, original.nabla, mode)
-    (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _finish(partial, folder)
+    _check_own(partial, original.files)
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial):
+        progress = _begin(partial, original.identity(mode))
+        shards = Shards(partial, {QUANTIZATION_KEY: mode}, progress)
+        try:
+            for path in original.files:
+                _quantize_into(shards, path, original.entries, mode)
+        except ValueError:
+            shutil.rmtree(partial, ignore_errors=True)  # going on would find the same fault
+            raise
+        written = shards.close()
+        config = dit_config_json(original.config, original.nabla, mode)
+        (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _finish(partial, folder)
     before, after = (
         sum(path.stat().st_size for path in paths) / 1e9
         for paths in (original.files, [folder / path.name for path in written])
@@ -141,6 +152,53 @@ def _original(model: str | Path) -> _Original:
     return _Original(files, entries, config, nabla)
 
 
+def _check_own(partial: Path, inputs: list[Path]) -> None:
+    """ValueError unless `partial` is absent or a half-finished result of this user, whose files
+    may be written to and removed. inputs: the files of the original."""
+    if not os.path.lexists(partial):
+        return
+    if any(path.resolve().is_relative_to(partial) for path in inputs):
+        raise ValueError(
+            f"a result is made in {partial}, but the model lies there; choose another folder"
+        )
+    is_own = partial.is_dir() and not partial.is_symlink()
+    is_own = is_own and (os.name == "nt" or partial.stat().st_uid == os.getuid())
+    if not is_own or not all(map(_is_own, os.scandir(partial))):
+        raise ValueError(
+            f"what is half-finished is kept in {partial}, but something else lies there; move it "
+            "away, or choose another folder"
+        )
+
+
+def _is_own(entry: os.DirEntry) -> bool:
+    return bool(_OWN_NAME.fullmatch(entry.name)) and not entry.is_symlink()
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Keep other processes out of the folder; the lock goes with the process."""
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RuntimeError(
+            f"one process at a time writes a quantised model, but another is writing {partial}; "
+            "wait for it, or choose another folder"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _begin(partial: Path, identity: dict) -> _Progress:
     """What an interrupted call for the same result has left in `partial`, or a new beginning."""
     try:
@@ -153,8 +211,11 @@ def _begin(partial: Path, identity: dict) -> _Progress:
             return progress
     except (OSError, ValueError, LookupError, TypeError):
         pass  # there is none, or it is damaged
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    for entry in partial.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
     return _Progress(identity)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from ..files import check_regular, read_limited
+
 FLAGS = {"expand": "--expand", "offload": "--offload"}
 OPTIONS = (
     "model",
@@ -93,8 +95,9 @@ def _written(path: Path) -> dict[str, Any]:
     """The object in a YAML or JSON file."""
     import yaml
 
-    text = path.read_text(encoding="utf-8-sig")
+    data = read_limited(path)
     try:
+        text = data.decode("utf-8-sig")
         is_json = path.suffix.lower() == ".json"
         values = json.loads(text) if is_json else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
@@ -114,6 +117,7 @@ def _made(path: Path) -> dict[str, Any]:
     from ..media.comment import read_comment
     from ..sampling.result import load_latents
 
+    check_regular(path)
     if path.suffix.lower() == ".safetensors":
         text = load_latents(path)[1].to_json()
     else:

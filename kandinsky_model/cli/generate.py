@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import PRESETS
+from ..files import read_limited
 from .interrupts import INTERRUPTS
 from .progress import Progress
-from .saving import check_not_inputs, save_somewhere
+from .saving import check_apart, check_not_inputs, save_somewhere
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +147,7 @@ def _prompts(args: Namespace) -> list[str]:
 
 def _lines(path: str) -> list[str]:
     """The lines of a file in UTF-8 that say something; of stdin for "-"."""
-    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    data = sys.stdin.buffer.read() if path == "-" else read_limited(Path(path))
     lines = []
     for number, line in enumerate(data.splitlines(), 1):
         try:
@@ -255,6 +256,8 @@ def _jobs(args: Namespace, wanted: Sequence[tuple[str, int | None]]) -> list[Job
         strip = video.check_output(named(args.strip, i), (".png",)) if args.strip else None
         written = [output, latents, *([strip] if strip else [])]
         check_not_inputs(written, _inputs(args))
+        if strip:
+            check_apart(output, strip)
         arguments = _arguments(args) | {"prompt": prompt, "seed": seed}
         jobs.append(Job(output, strip, arguments))
     return jobs
@@ -332,7 +335,9 @@ def _interrupted_run_is_kept(output: Path | None, rest: Sequence[Job] = ()) -> I
 def _save_latents(result: Video, output: Path) -> Path:
     from ..sampling.result import latents_path
 
-    return save_somewhere(result.save_latents, latents_path(output), "the latents")
+    path = save_somewhere(result.save_latents, latents_path(output), "the latents")
+    INTERRUPTS.say(f"; go on with: kandinsky decode {path}")
+    return path
 
 
 def _finish(result: Video, job: Job, latents: Path, progress: Progress) -> None:

@@ -56,24 +56,30 @@ def _places(path: Path, what: str, reasons: list[str]) -> Iterator[Path]:
         yield folder / path.name
         folder.rmdir()  # nothing could be written into it
     while sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
-        chosen = _ask(f"{what} cannot be saved ({reasons[-1]}); another folder, or nothing: ")
-        if not chosen:
-            return
-        place = Path(chosen).expanduser()
-        place = place / path.name if place.is_dir() else place
-        if place.exists():
-            reasons.append(f"{place} exists")
+        try:
+            chosen = _ask(f"{what} cannot be saved ({reasons[-1]}); another folder, or nothing: ")
+            if not chosen:
+                return
+            place = Path(chosen).expanduser()
+            place = place / path.name if place.is_dir() else place
+            if place.exists():
+                raise FileExistsError(f"{place} exists")
+        except (OSError, RuntimeError, ValueError) as error:  # what is typed may be no path at all
+            reasons.append(str(error))
         else:
             yield place
 
 
 def _ask(question: str) -> str:
-    """A line that the user types; "" at the end of the input."""
+    """A line that the user types; "" at the end of the input, or where the terminal is gone."""
     from tqdm import tqdm
 
-    with tqdm.external_write_mode(file=sys.stderr):
-        print(question, end="", file=sys.stderr, flush=True)
-        return sys.stdin.readline().strip()
+    try:
+        with tqdm.external_write_mode(file=sys.stderr):
+            print(question, end="", file=sys.stderr, flush=True)
+            return sys.stdin.readline().strip()
+    except OSError:
+        return ""
 
 
 def check_not_inputs(outputs: Iterable[Path], inputs: Iterable[str | os.PathLike | None]) -> None:
@@ -87,6 +93,16 @@ def check_not_inputs(outputs: Iterable[Path], inputs: Iterable[str | os.PathLike
                     f"the output must not be one of the inputs, but {output} would overwrite "
                     f"{path}; choose another name"
                 )
+
+
+def check_apart(output: Path, strip: Path) -> None:
+    """Raise ValueError if a strip would take the place of the output or of one of its frames."""
+    named_alike = output.name == strip.name and _is_same(output.parent, strip.parent)
+    if named_alike or _is_same(output, strip) or _is_numbered(output, strip):
+        raise ValueError(
+            f"the strip must not be the output, but {strip} would overwrite a frame of {output}; "
+            "choose another name"
+        )
 
 
 def _is_same(one: Path, other: Path) -> bool:

@@ -4,12 +4,15 @@ trained for."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ..files import check_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,6 +56,8 @@ def _checked(image: Tensor) -> Tensor:
 def _open(path: str | Path) -> Image:
     from PIL import Image, UnidentifiedImageError
 
+    if os.path.exists(path):
+        check_regular(Path(path))
     try:
         image = Image.open(path)
         if image.width * image.height > MOST_PIXELS:

@@ -19,6 +19,7 @@ from torch import nn
 from ..checkpoints.headers import find_weights, read_headers
 from ..checkpoints.locate import Sources
 from ..devices.budget import Weights
+from ..files import check_regular
 from .vision import Preprocessor
 
 HEAD = "lm_head.weight"
@@ -47,6 +48,8 @@ class Parts:
             )
         self.dtype = dtype
         self.folders: dict[str, Path] = {name: getattr(sources, name) for name in FOLDERS}
+        for folder in self.folders.values():
+            _check_files(folder)
         qwen_files, _ = find_weights(self.folders["text_encoder"], "text_encoder")
         clip_files, _ = find_weights(self.folders["text_encoder_2"], "text_encoder_2")
         self._entries = read_headers(qwen_files)
@@ -162,6 +165,13 @@ def _part_of(name: str) -> str:
     if name == HEAD:
         return "head"
     return "table" if "embed_tokens" in name else "language"
+
+
+def _check_files(folder: Path) -> None:
+    """OSError for a FIFO or a device among the files, where a library's read would never end."""
+    for path in folder.iterdir():
+        if path.exists() and not path.is_dir():
+            check_regular(path)
 
 
 def _from_folder(kind: type, folder: Path, dtype: torch.dtype, **options) -> nn.Module:

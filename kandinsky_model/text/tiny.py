@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..files import replacing
+from ..files import check_regular, replacing
 from .embeddings import Conditioning
 
 CONFIG_NAME = "config.json"
@@ -149,8 +149,10 @@ class TinyTextEncoder(nn.Module):
     @classmethod
     def load(cls, folder: str | Path) -> TinyTextEncoder:
         """Read what `save` wrote, strictly, into fp32. Raises ValueError, naming the folder, where
-        something is missing or does not fit."""
+        something does not fit, and what `check_regular` raises."""
         folder = Path(folder)
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            check_regular(folder / name)
         try:
             encoder = cls(**json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
             weights = load_file(folder / WEIGHTS_NAME)

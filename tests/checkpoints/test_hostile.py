@@ -16,6 +16,7 @@ from kandinsky_model.checkpoints.headers import CONFIG_NAME, INDEX_NAMES, WEIGHT
 from kandinsky_model.checkpoints.load import load_dit, load_vae
 from kandinsky_model.checkpoints.verify import verify
 from kandinsky_model.config import VAEConfig
+from kandinsky_model.text.tiny import TinyTextEncoder
 
 from ..support.tiny_models import tiny_folder
 
@@ -201,6 +202,52 @@ def test_what_never_ends_is_not_opened(folder, tmp_path):
         assert "but is a FIFO" in refusal(load_dit, path)
         assert "but is a FIFO" in refusal(verify, path)
     assert "but is a device" in refusal(load_dit, "/dev/zero")
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, "model.safetensors"])
+def test_a_text_encoder_of_fifos_is_not_opened(folder, name):
+    (folder / "text_encoder" / name).unlink()
+    os.mkfifo(folder / "text_encoder" / name)
+    assert "but is a FIFO" in refusal(TinyTextEncoder.load, folder / "text_encoder")
+
+
+def test_links_to_themselves_and_failing_disks_are_told(folder):
+    weights = folder / "transformer" / WEIGHTS_NAME
+    weights.unlink()
+    weights.symlink_to(weights)
+    told = refusal(load_dit, folder / "transformer")
+    assert "must be a file that can be read, got 'Too many" in told
+    weights.unlink()
+    weights.symlink_to("/proc/self/mem")  # a regular file, of which no byte can be read
+    assert "must be a file that can be read, got 'Input/output" in refusal(load_dit, weights)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate --prompts /dev/zero",
+        "generate --config zero.yaml",
+        "generate x --image /dev/zero",
+        "generate x --image fifo.png",
+        "generate --config fifo.mp4",
+    ],
+)
+def test_inputs_of_a_command_end(tmp_path, monkeypatch, capsys, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    for name in ("fifo.png", "fifo.mp4"):
+        os.mkfifo(tmp_path / name)
+    assert main([*line.split(), "-o", "a.gif"]) == 2
+    err = capsys.readouterr().err
+    assert "but goes on" in err or "must be a regular file" in err
+
+
+def test_no_name_steers_the_terminal(folder, capsys):
+    index = {"weight_map": {"a": "x\x1b[2J\nkandinsky: all is well"}}
+    (folder / "transformer" / INDEX_NAMES[0]).write_text(json.dumps(index))
+    assert main(["verify", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert err[:-1].isprintable() and "the index lists x\\x1b[2J\\nkandinsky" in err
 
 
 @pytest.mark.parametrize(

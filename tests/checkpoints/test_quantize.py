@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kandinsky_model.__main__ import main
+from kandinsky_model.checkpoints import quantize as quantize_module
 from kandinsky_model.checkpoints.configs import read_dit_config
 from kandinsky_model.checkpoints.headers import WEIGHTS_NAME
 from kandinsky_model.checkpoints.load import load_dit, save_dit
@@ -378,3 +379,44 @@ def test_a_killed_command_is_repeated(tmp_path, capsys):
     assert main(["quantize", str(tmp_path / "full"), str(tmp_path / "small")]) == 0
     same(load_dit(tmp_path / "small"), quantize(load_dit(tmp_path / "full"), "int8"))
     assert {path.name for path in tmp_path.iterdir()} == {"full", "small"}
+
+
+@pytest.mark.parametrize("place", ["folder", "link", "file"])
+def test_what_is_not_a_half_finished_result_stays(tmp_path, place):
+    save_dit(build(), tmp_path / "full")
+    partial = tmp_path / ".small.quantizing"
+    if place == "folder":
+        partial.mkdir()
+        (partial / "notes.txt").write_text("mine")
+    elif place == "link":
+        (tmp_path / "elsewhere").mkdir()
+        partial.symlink_to(tmp_path / "elsewhere")
+    else:
+        partial.write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="but something else lies there"):
+        quantize_file(tmp_path / "full", tmp_path / "small", "int8")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_model_cannot_lie_where_its_result_is_made(tmp_path):
+    save_dit(build(), tmp_path / ".small.quantizing")
+    with pytest.raises(ValueError, match="the model lies there"):
+        quantize_file(tmp_path / ".small.quantizing", tmp_path / "small", "int8")
+    load_dit(tmp_path / ".small.quantizing")
+
+
+def test_one_process_at_a_time_writes_a_folder(tmp_path, monkeypatch):
+    save_dit(build(), tmp_path / "full")
+
+    def begin(*args):
+        with pytest.raises(RuntimeError, match="another is writing"):
+            quantize_file(tmp_path / "full", tmp_path / "small", "int8")
+        begun.append(args)
+        return real(*args)
+
+    begun, real = [], quantize_module._begin
+    monkeypatch.setattr(quantize_module, "_begin", begin)
+    quantize_file(tmp_path / "full", tmp_path / "small", "int8")
+    assert len(begun) == 1
+    same(load_dit(tmp_path / "small"), quantize(load_dit(tmp_path / "full"), "int8"))

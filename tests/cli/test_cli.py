@@ -4,6 +4,7 @@ status 2."""
 
 import io
 import json
+import logging
 import re
 import shlex
 import sys
@@ -14,7 +15,7 @@ import torch
 
 import kandinsky_kernels
 from kandinsky_model import pipeline
-from kandinsky_model.__main__ import main
+from kandinsky_model.__main__ import _OneLine, main
 from kandinsky_model.checkpoints.locate import TINY
 from kandinsky_model.cli.grammar import parser
 from kandinsky_model.cli.models import preset_rows
@@ -340,3 +341,8 @@ def test_train_and_check_hand_their_arguments_on(run, monkeypatch, tmp_path):
         ("here", 0, None, None, held_out()[:3], None, None),
         ("here", 0, None, None, held_out() + held_out()[:2], None, "some"),
     ]
+
+
+def test_no_log_line_steers_the_terminal():
+    record = logging.LogRecord("x", 30, "", 0, "skipped %s", ("a\x1b[2J\nb.mp4",), None)
+    assert _OneLine("note: %(message)s").format(record) == "note: skipped a\\x1b[2J\\nb.mp4"

@@ -13,7 +13,8 @@ import threading
 import pytest
 import torch
 
-from kandinsky_model import pipeline
+from kandinsky_model import __main__, pipeline
+from kandinsky_model.checkpoints import locate as locations
 from kandinsky_model.cli.interrupts import NUMBERS, Interrupts
 from kandinsky_model.sampling import result
 from kandinsky_model.sampling.result import Video, load_latents
@@ -77,12 +78,13 @@ def test_a_user_at_a_terminal_is_asked_where_to_write(run, tmp_path, temporary, 
 
     real = result.save_file
     monkeypatch.setattr(result, "save_file", save)
-    monkeypatch.setattr(sys, "stdin", Terminal("absent/folder/x\ntaken\nelsewhere\n"))
+    answers = ["absent/folder/x", "taken", "~nobody-here/x", "x" * 300, "a\0b", "elsewhere"]
+    monkeypatch.setattr(sys, "stdin", Terminal("\n".join(answers) + "\n"))
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     status, out, _ = run(GENERATE)
     assert status == 0 and "latents in elsewhere/a.latents.safetensors" in out
-    assert terminal.getvalue().count("another folder, or nothing:") == 3
+    assert terminal.getvalue().count("another folder, or nothing:") == 6
     assert (tmp_path / "taken").read_text() == "as it was"
     assert not list(temporary.iterdir())
 
@@ -138,8 +140,49 @@ def test_a_signal_waits_for_the_latents(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Video, "save_latents", interrupted)
     status, out, err = run(GENERATE)
-    assert (status, out) == (130, "") and err.endswith("kandinsky: interrupted\n")
+    assert (status, out) == (130, "")
+    assert err.endswith("interrupted; go on with: kandinsky decode a.latents.safetensors\n")
     assert [path.name for path in tmp_path.iterdir()] == ["a.latents.safetensors"]
+
+
+def test_a_second_signal_belongs_to_the_first(run, monkeypatch):
+    """Such as Ctrl-C pressed twice: it neither ends the clean-up nor is a traceback."""
+    cleaned = []
+
+    def locate(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            cleaned.append(True)
+
+    def complain(args, text, *rest):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return told(args, text, *rest)
+
+    told = __main__._complain
+    monkeypatch.setattr(locations, "locate", locate)
+    monkeypatch.setattr(__main__, "_complain", complain)
+    assert run(GENERATE) == (128 + signal.SIGTERM, "", "kandinsky: interrupted\n")
+    assert cleaned
+
+
+def test_an_interruption_that_a_library_makes_an_error_of(run, monkeypatch):
+    def locate(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise TypeError("could not determine the shape") from None
+
+    monkeypatch.setattr(locations, "locate", locate)
+    status, out, err = run(GENERATE)
+    assert (status, out) == (130, "")
+    assert err == "kandinsky: interrupted; could not determine the shape\n"
+
+
+def test_a_signal_before_any_work(run, monkeypatch):
+    monkeypatch.setattr(__main__, "parse", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert run(GENERATE) == (130, "", "kandinsky: interrupted\n")
 
 
 def test_signals_that_the_parent_ignores_stay_ignored(monkeypatch):
@@ -167,7 +210,16 @@ def test_other_threads_cannot_receive_signals():
     assert not failures
 
 
-# Outputs that are inputs
+# Outputs that are inputs, or one another
+
+
+@pytest.mark.parametrize("names", ["a.png b/../a.png", "a.png a_002.png"])
+def test_a_strip_does_not_take_the_place_of_a_frame(run, tmp_path, names):
+    (tmp_path / "b").mkdir()
+    output, strip = names.split()
+    status, out, err = run(f"generate x -o {output} --strip {strip}")
+    assert (status, out) == (2, "") and "the strip must not be the output" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def picture(path):

@@ -32,8 +32,8 @@ MODEL = {
     "comfyui": "config media sampling text.embeddings pipeline acceleration",
     "training": "kernels config files devices dit vae media checkpoints text sampling pipeline",
     "tiny": "config files devices dit vae text checkpoints pipeline training",
-    "cli": "kernels config devices media checkpoints sampling inspection pipeline comfyui training"
-    " tiny __init__",
+    "cli": "kernels config files devices media checkpoints sampling inspection pipeline comfyui"
+    " training tiny __init__",
     "__main__": "cli",
     "__init__": "config pipeline sampling acceleration",
 }

@@ -238,6 +238,27 @@ def test_raw_operators_have_derivatives_too():
     assert all(grad.requires_grad for grad in grads)
 
 
+@pytest.mark.parametrize("derive", [torch.autograd.grad, torch.func.grad])
+@pytest.mark.parametrize("wanted", [(0, 1, 2, 3), (2,)], ids=["all", "cos"])
+def test_angles_have_gradients(derive, wanted):
+    inputs = (made(2, 7, 2, 8, seed=7), made(8, seed=8), ANGLES.cos(), ANGLES.sin())
+
+    def total(x, weight, cos, sin):
+        rotary = ops.Rotary.per_token(cos, sin)
+        y, means = ops.norm_rope_means(x, weight, rotary, OFFSETS)
+        return (y * y.sin()).sum() + means.square().sum()
+
+    def grads(inputs):
+        if derive is torch.func.grad:
+            return torch.func.grad(total, wanted)(*inputs)
+        leaves = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+        return torch.autograd.grad(total(*leaves), [leaves[i] for i in wanted])
+
+    exact = grads([x.double() for x in inputs])
+    assert all(grad.any() for grad in exact)
+    torch.testing.assert_close(grads(inputs), tuple(grad.float() for grad in exact))
+
+
 def test_a_choice_has_no_derivative():
     means = made(1, 1, 6, 8).requires_grad_()
     assert not ops.select_blocks(means, means, 0.5).requires_grad
