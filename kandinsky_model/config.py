@@ -135,6 +135,7 @@ class VAEConfig:
 
 # Ways to store and multiply large weights in 8 bits: see dit/quantized.py.
 QUANTIZATIONS = ("int8", "fp8", "int8-dynamic", "fp8-dynamic")
+TEXT_QUANTIZATIONS = ("int8", "int4")  # of the text encoder's language model
 ATTENTIONS = ("nabla", "dense")
 # Ways to reuse what the blocks did at earlier steps: see sampling/step_cache.py.
 CACHES = ("none", "mag", "first-block")

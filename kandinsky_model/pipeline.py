@@ -99,28 +99,27 @@ class Kandinsky5:
     ) -> Kandinsky5:
         """Load a preset, a local path or a hub repository `owner/name`.
 
-        `checkpoints.locate` says which layouts of files are understood. Parts are loaded into the
-        CPU's memory and move to the device when first used, so that offloading can still be chosen.
+        `checkpoints.locate` says which layouts are understood. Parts are loaded into the CPU's
+        memory and move to the device when first used.
 
         device: None takes a CUDA device where there is one. dtype: of weights and activations; None
         means fp32, on CUDA bf16, while latents and schedule stay fp32; diffusers' name for it,
-        `torch_dtype`, is taken as well. parts: the parts to load. text_cache: keep embedded prompts
-        on disk, so that large text encoders are read for new prompts only. quantize: keep the
-        transformer's large weights in 8 bits, in one of the `QUANTIZATIONS`; None keeps them as
-        they are stored. options: `preset=`, whose settings to take, where it should not be found
-        out which checkpoint this is; the folders `vae=`, `text_encoder=` and `text_encoder_2=` of
-        an official checkpoint whose parts do not lie together.
+        `torch_dtype`, is taken too. parts: to load. text_cache: keep embedded prompts on disk.
+        quantize: keep the transformer's large weights in 8 bits, in one of the `QUANTIZATIONS`.
+        options: `text_quantize=`, "int8" or "int4" for the language model that reads prompts;
+        `preset=`, whose settings to take; `vae=`, `text_encoder=` and `clip=`, files or folders.
 
         Raises ValueError or OSError for names, files and weights that do not fit, and RuntimeError
         for a device or package that is missing.
         """
         dtype = options.pop("torch_dtype", dtype)
         preset = options.pop("preset", None)
+        text_quantize = options.pop("text_quantize", None)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype, got {shown(dtype)}; pass torch.bfloat16")
         chosen = choose_device(device)
         sources = locate(model, revision, cls.fallback_preset, options, parts, preset)
-        return cls.from_sources(sources, chosen, dtype, text_cache, quantize)
+        return cls.from_sources(sources, chosen, dtype, text_cache, quantize, text_quantize)
 
     @classmethod
     def from_sources(
@@ -130,6 +129,7 @@ class Kandinsky5:
         dtype: torch.dtype | None = None,
         text_cache: bool = True,
         quantize: str | None = None,
+        text_quantize: str | None = None,
     ) -> Kandinsky5:
         """`from_pretrained` for a model that was already located."""
         if dtype is None:
@@ -140,9 +140,9 @@ class Kandinsky5:
             dit = load_dit(sources.dit, dtype=dtype, quantize=quantize).prepare()
             preset = replace(preset, dit=dit.config)
         if sources.vae:
-            vae = load_any_vae(sources.vae, dtype)
+            vae = load_any_vae(sources.vae, dtype, sources.preset)
         if sources.text_encoder:
-            text = load_text(sources, dtype, text_cache)
+            text = load_text(sources, dtype, text_cache, text_quantize)
         return cls(text, dit, vae, preset, _lasting(sources.name), device)
 
     def enable_model_cpu_offload(self) -> None:

@@ -123,12 +123,12 @@ def check_dit_config(config: DiTConfig, entries: Mapping[str, Entry]) -> None:
         "head dim": config.head_dim,
         "in_channels": config.in_channels,
     }
-    _compare(claimed, _dit_sizes(entries, math.prod(config.patch_size)))
+    compare_sizes(claimed, _dit_sizes(entries, math.prod(config.patch_size)))
 
 
 def check_vae_config(config: VAEConfig, entries: Mapping[str, Entry]) -> None:
     """`check_dit_config` for a VAE, of videos or of pictures."""
-    levels = _count(entries, "encoder.down_blocks")
+    levels = count_blocks(entries, "encoder.down_blocks")
     if not levels:
         raise ValueError(
             "the file must hold a VAE, but "
@@ -143,12 +143,12 @@ def check_vae_config(config: VAEConfig, entries: Mapping[str, Entry]) -> None:
         widths.append(shapes[0][0] if shapes and shapes[0] else 0)
     found = {
         "block_out_channels": tuple(widths),
-        "layers_per_block": _count(entries, "encoder.down_blocks.0.resnets"),
+        "layers_per_block": count_blocks(entries, "encoder.down_blocks.0.resnets"),
     }
-    _compare({name: getattr(config, name) for name in found}, found)
+    compare_sizes({name: getattr(config, name) for name in found}, found)
 
 
-def _compare(claimed: Mapping[str, object], found: Mapping[str, object]) -> None:
+def compare_sizes(claimed: Mapping[str, object], found: Mapping[str, object]) -> None:
     wrong = [
         f"{name} {claimed[name]} instead of {value}"
         for name, value in found.items()
@@ -200,13 +200,13 @@ def _dit_sizes(
         "out_visual_dim": shapes["out"][0] // patch,
         "model_dim": shapes["visual"][0],
         "ff_dim": shapes["feed_forward"][0],
-        "num_text_blocks": _count(entries, "text_transformer_blocks"),
-        "num_visual_blocks": _count(entries, "visual_transformer_blocks"),
+        "num_text_blocks": count_blocks(entries, "text_transformer_blocks"),
+        "num_visual_blocks": count_blocks(entries, "visual_transformer_blocks"),
         "head dim": shapes["query_norm"][0],
     }
 
 
-def _count(entries: Mapping[str, Entry], prefix: str) -> int:
+def count_blocks(entries: Mapping[str, Entry], prefix: str) -> int:
     """How many blocks there are whose tensors are called `prefix`.0., `prefix`.1. and so on.
 
     ValueError where numbers are left out: the highest number alone may be any.

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import DiTConfig, NablaConfig, VAEConfig
+from ..config import DiTConfig, NablaConfig, Preset, VAEConfig
 from ..dit.quantized import check_mode, kind_of, mode_of, pack, replace_layers
 from ..dit.transformer import DiffusionTransformer3D
 from ..files import read_json, replacing
@@ -38,6 +38,7 @@ from .configs import (
     read_dit_config,
     read_vae_config,
 )
+from .contents import what_it_is
 from .headers import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -279,35 +280,63 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(torch.promote_types(dtype, torch.float32) if sensitive else dtype)
 
 
-def load_any_vae(path: Path, dtype: torch.dtype) -> nn.Module:
+def load_any_vae(path: Path, dtype: torch.dtype, preset: Preset | None = None) -> nn.Module:
     """The VAE at `path`, of pictures or of videos: a folder of which the config.json says which, or
-    one file, of which the names do."""
+    one file, of which the names do. ValueError where it is not of the kind that a preset needs."""
     if path.is_file():
-        return load_vae_file(path, dtype)
-    return load_image_vae(path, dtype) if is_image_vae(path) else load_vae(path, dtype=dtype)
+        vae = load_vae_file(path, dtype)
+    else:
+        vae = load_image_vae(path, dtype) if is_image_vae(path) else load_vae(path, dtype=dtype)
+    makes_pictures = preset is not None and preset.vae is None
+    if preset is not None and isinstance(vae, ImageVAE) != makes_pictures:
+        wanted, given = ("pictures", "videos") if makes_pictures else ("videos", "pictures")
+        raise ValueError(
+            f"{preset.name} needs a VAE of {wanted}, but {path} is one of {given}; give another, "
+            "or name the preset that the transformer is with --preset (preset=)"
+        )
+    return vae
 
 
 def load_vae_file(path: str | Path, dtype: torch.dtype) -> nn.Module:
     """The VAE in one file, under the names of diffusers or those of its authors, alone or beside
     other networks. Raises what `load_vae` raises, and RuntimeError without diffusers for a VAE of
     pictures."""
-    files, folder = find_weights(path, "vae")
-    entries = with_scales(read_headers(files))
-    own = names.our_names(entries)
-    prefix = names.prefix_of(entries) or ""
-    is_video = names.is_video(name.removeprefix(prefix) for name in own)
-    build: Any = flux.from_weights
-    if is_video:
-        config = read_vae_config(folder) if describes_vae(folder) else None
-        build = partial(hunyuan.from_weights, config=config)
-    # The header alone shows whether the tensors are those of a VAE.
-    build({name: torch.empty(entries[name].shape, device="meta") for name in own})
+    build, own = _vae_in(Path(path))
     state: dict[str, Tensor] = {}
-    for file_path in files:
+    for file_path in sorted({entry.path for entry in own.values()}):
         with opened(file_path) as file:
-            found = {name: entries[name] for name in own if entries[name].path == file_path}
+            found = {name: entry for name, entry in own.items() if entry.path == file_path}
             state |= {name: read(file, entry) for name, entry in found.items()}
     return build(state, dtype=dtype)
+
+
+def check_vae_file(path: Path) -> dict[str, Entry]:
+    """The tensors of the VAE in one file, by our names for them. Raises what `load_vae_file`
+    raises, of the file's header alone."""
+    _, own = _vae_in(path)
+    ours = names.our_names(own)
+    return {ours[name]: entry for name, entry in own.items()}
+
+
+def _vae_in(path: Path) -> tuple[Any, dict[str, Entry]]:
+    """What builds the VAE in one file of its tensors, and those by their names there. ValueError
+    where the header shows that they are not those of a VAE."""
+    files, folder = find_weights(path, "vae")
+    entries = with_scales(read_headers(files))
+    check_formats(files, entries)
+    prefix = names.prefix_of(entries)
+    if prefix is None:
+        raise ValueError(
+            f"a VAE must be HunyuanVideo's, or FLUX.1's for pictures, but {path} is "
+            f"{what_it_is(entries)}; give another file"
+        )
+    own = {name: entries[name] for name in names.our_names(entries)}
+    build: Any = flux.from_weights
+    if names.is_video(name.removeprefix(prefix) for name in own):
+        config = read_vae_config(folder) if describes_vae(folder) else None
+        build = partial(hunyuan.from_weights, config=config)
+    build({name: torch.empty(entry.shape, device="meta") for name, entry in own.items()})
+    return build, own
 
 
 def describes_vae(folder: Path) -> bool:

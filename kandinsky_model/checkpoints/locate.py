@@ -9,7 +9,11 @@ cache; its HF_HOME and HF_HUB_OFFLINE are honoured). Three layouts are understoo
   model has the first three;
 - official folder: `model/<one>.safetensors vae/ text_encoder/ text_encoder2/`, for image
   checkpoints with `flux/vae/`;
-- official file: a .safetensors file whose folder, or the folder above it, holds the other parts.
+- official file: a .safetensors file that holds the other parts too, or whose folder, or the folder
+  above it, does.
+
+The text encoders and the VAE may also be single files, as ComfyUI keeps them. Those hold weights
+alone: their tokenizers come from where the model has them, or else from the hub.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from pathlib import Path
 from ..config import PARTS, PRESETS, Preset, get_preset
 from ..files import read_json
 from .configs import read_dit_config
+from .contents import parts_inside
 from .headers import CONFIG_NAME, find_weights
 from .presets import PRESET_KEY as PRESET_KEY
 from .presets import check_preset, choose_preset
@@ -45,13 +50,16 @@ SHARED_REPOS = {
     "text_encoder": ("Qwen/Qwen2.5-VL-7B-Instruct", PATTERNS),
     "text_encoder_2": ("openai/clip-vit-large-patch14", PATTERNS),
 }
+# Each text encoder -> its tokenizer; in the hub's repository they lie together.
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where one model's parts lie. `dit` and `vae` are files or folders, the others are folders.
-    Parts that were not asked for are None, and so is what the bundled model lacks."""
+    """Where one model's parts lie, as files or folders; tokenizers are folders. Parts that were not
+    asked for are None, and so is what the bundled model lacks."""
 
     name: str
     preset: Preset
@@ -99,17 +107,22 @@ def locate(
 ) -> Sources:
     """Find the `parts` of `model`.
 
-    places: the folders "vae", "text_encoder" and "text_encoder_2", where they do not lie with the
-    model; "vae" may be a file. preset: whose settings to take; None finds out by the sizes of the
-    network, names and configurations (see presets.py), and takes `fallback` where nothing tells.
-    What the folder's own configuration files say goes before any preset. Raises ValueError for a
-    name that is none of the three kinds or a preset of another network, OSError for missing parts,
+    places: files or folders "vae", "text_encoder" and "text_encoder_2" (or "clip"), and folders
+    "tokenizer" and "tokenizer_2", where they do not lie with the model. preset: whose settings to
+    take; None finds out by the sizes of the network, names and configurations (see presets.py), and
+    takes `fallback` where nothing tells. What the folder's own configuration files say goes before
+    any preset. Raises ValueError for a name that is none of the three kinds or a preset of another
+    network, OSError for missing parts,
     RuntimeError when the hub has no answer.
     """
     name = str(model)
     path = Path(name).expanduser()
-    given = {key: Path(place).expanduser() for key, place in (places or {}).items() if place}
-    _check_words(given, FOLDERS)
+    given = {
+        "text_encoder_2" if key == "clip" else key: Path(place).expanduser()
+        for key, place in (places or {}).items()
+        if place
+    }
+    _check_words(given, [*FOLDERS, *TOKENIZERS.values()])
     _check_words(parts, PARTS)
     named = get_preset(preset) if preset is not None else None
     request = _Request(name, given, parts, fallback, named)
@@ -218,6 +231,7 @@ def _in_folder(root: Path, request: _Request) -> Sources:
     tokenizers = {}
     if "words" in _read_if_there(root / "text_encoder" / CONFIG_NAME):
         # The small encoder of the bundled model has no second one, and the model its settings.
+        _refuse_encoders(request)
         found.pop("text_encoder_2", None)
         tiny = get_preset("tiny")
         preset = _settings(root, request.preset or tiny)
@@ -225,11 +239,8 @@ def _in_folder(root: Path, request: _Request) -> Sources:
         preset = replace(preset, vae=tiny.vae, text=tiny.text, scheduler_scale=scale)
     else:
         preset = _settings(root, request.preset_of(root))
-        if "text" in request.parts:
-            tokenizers = {
-                "tokenizer": _first(root / "tokenizer", found["text_encoder"]),
-                "tokenizer_2": _first(root / "tokenizer_2", found["text_encoder_2"]),
-            }
+        _require(found, request.name)
+        tokenizers = _tokenizers(request, found, [root])
     _require(found, request.name)
     dit = transformer if "dit" in request.parts else None
     return Sources(request.name, preset, dit, **found, **tokenizers)
@@ -239,11 +250,13 @@ def _official(file: Path, request: _Request) -> Sources:
     """A model whose transformer is one file, with the other parts beside or above it, or, where
     they may be, from the repositories that publish them."""
     preset = request.preset_of(file)
+    inside = parts_inside(file)
+    roots = [file.parent, file.parent.parent]
     found = {}
     for folder in request.folders:
         published = "image vae" if folder == "vae" and preset.vae is None else folder
-        nearby = [root / OFFICIAL_NAMES[published] for root in (file.parent, file.parent.parent)]
-        there = [place for place in nearby if place.is_dir()]
+        nearby = [root / OFFICIAL_NAMES[published] for root in roots]
+        there = [file] if folder in inside else [place for place in nearby if place.is_dir()]
         if folder in request.places or there:
             found[folder] = request.places.get(folder) or there[0]
         elif request.shared:
@@ -257,21 +270,59 @@ def _official(file: Path, request: _Request) -> Sources:
         preset,
         file if "dit" in request.parts else None,
         **found,
-        tokenizer=found.get("text_encoder"),
-        tokenizer_2=found.get("text_encoder_2"),
+        **_tokenizers(request, found, roots),
     )
 
 
-def _first(wanted: Path, otherwise: Path) -> Path:
-    return wanted if wanted.is_dir() else otherwise
+def _tokenizers(
+    request: _Request, found: Mapping[str, Path], roots: Collection[Path]
+) -> dict[str, Path]:
+    """The folder of the tokenizer of each text encoder that was found. roots: of the model."""
+    return {
+        tokenizer: _tokenizer(request, encoder, found[encoder], roots)
+        for encoder, tokenizer in TOKENIZERS.items()
+        if encoder in found
+    }
+
+
+def _tokenizer(request: _Request, encoder: str, place: Path, roots: Collection[Path]) -> Path:
+    """Where the tokenizer of an encoder at `place` lies: where the user says, with the model, with
+    the encoder or, for an encoder that is a file, on the hub."""
+    name = TOKENIZERS[encoder]
+    if name in request.places:
+        return request.places[name]
+    usual = [root / name for root in roots]
+    if place.is_dir():
+        return next((folder for folder in usual if folder.is_dir()), place)
+    encoders = [root / one for root in roots for one in (encoder, OFFICIAL_NAMES[encoder])]
+    # Right beside the file comes last: what lies there may be another encoder's.
+    for folder in (place.parent / name, *usual, *encoders, place.parent):
+        if any((folder / file).is_file() for file in TOKENIZER_FILES):
+            return folder
+    repo, _ = SHARED_REPOS[encoder]
+    try:
+        return download(repo, ("*.json", "*.txt"))
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{place} holds weights alone, and its tokenizer is neither in {place.parent / name} "
+            f"nor in the model's folder nor to be had from the hub ({error}); put the .json and "
+            f".txt files of {repo} into {place.parent / name}"
+        ) from error
+
+
+def _refuse_encoders(request: _Request) -> None:
+    """ValueError for text encoders that the user gives to a model with a small one of its own."""
+    for name, place in request.places.items():
+        small = name == "text_encoder" and "words" in _read_if_there(place / CONFIG_NAME)
+        if name != "vae" and not small:
+            raise ValueError(
+                f"the model {request.name} reads prompts with a small text encoder of its own, "
+                f"got {place} as {name}; leave it out"
+            )
 
 
 def _require(found: Mapping[str, Path], name: str) -> None:
-    missing = [
-        f"{key} at {place}"
-        for key, place in found.items()
-        if not (place.is_dir() or (key == "vae" and place.is_file()))
-    ]
+    missing = [f"{key} at {place}" for key, place in found.items() if not place.exists()]
     if missing:
         raise FileNotFoundError(
             f"the model {name} requires all its parts, but there is no "

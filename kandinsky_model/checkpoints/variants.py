@@ -62,7 +62,7 @@ def of_network(entries: Mapping[str, Entry], mark: str) -> dict[str, Entry]:
     weight. Entries without such a tensor stay as they are, for the caller to refuse. Raises
     ValueError for weights in a format that cannot be read, by its name.
     """
-    prefix = _prefix(entries, mark)
+    prefix = prefix_of(entries, mark)
     own = {
         name.removeprefix(prefix): entry
         for name, entry in entries.items()
@@ -77,7 +77,7 @@ def of_network(entries: Mapping[str, Entry], mark: str) -> dict[str, Entry]:
     return with_scales(own)
 
 
-def _prefix(entries: Iterable[str], mark: str) -> str:
+def prefix_of(entries: Iterable[str], mark: str) -> str:
     prefixes = sorted(
         name.removesuffix(mark) for name in entries if name == mark or name.endswith(f".{mark}")
     )

@@ -21,10 +21,20 @@ from .configs import (
     read_dit_config,
     read_vae_config,
 )
+from .contents import parts_of, what_it_is
+from .encoders import (
+    CLIP,
+    LANGUAGE,
+    VISION,
+    check_whole,
+    encoder_entries,
+    find_clip,
+    find_qwen,
+)
 from .headers import CONFIG_NAME, Entry, check_names, find_weights, opened, printable, read_headers
-from .load import dit_entries, empty_dit, empty_vae, is_image_vae, shapes_of
+from .load import check_vae_file, dit_entries, empty_dit, empty_vae, is_image_vae, shapes_of
 from .presets import presets_of
-from .variants import TRANSFORMER_MARK, VAE_MARK, of_network
+from .variants import VAE_MARK, of_network
 
 CHUNK = 1 << 24
 # The folders of a model's parts, in diffusers' layout and the official one.
@@ -75,26 +85,32 @@ def _read_configs(root: Path) -> None:
 
 
 def _network(part: Path, path: Path) -> tuple[list[Path], list[str]]:
-    """The files of a transformer or a VAE, and lines about them."""
+    """The files of a transformer, a VAE or text encoders, or of several of them in one file, and
+    lines about them."""
     files, folder = find_weights(part, "transformer")
     entries = read_headers(files)
-    if of_network(entries, TRANSFORMER_MARK).keys() & {TRANSFORMER_MARK}:
-        return files, _transformer(files, folder, path)
+    held = parts_of(entries)
+    lines = _transformer(files, folder, path) if "dit" in held else []
+    if "vae" in held:
+        lines.append(_vae_file(part) if part.is_file() else _vae_folder(folder, entries))
+    if held.keys() & {"text_encoder", "text_encoder_2"}:
+        lines += _encoders(encoder_entries(files))
+    if not lines:
+        raise ValueError(
+            f"{part} must hold a part of a Kandinsky 5 model, a transformer, a VAE or a text "
+            f"encoder, but is {what_it_is(entries)}; give another file"
+        )
+    return files, lines
+
+
+def _vae_folder(folder: Path, entries: Mapping[str, Entry]) -> str:
     own = of_network(entries, VAE_MARK)
+    config = read_vae_config(folder)
+    check_vae_config(config, own)
     if is_image_vae(folder):
-        check_vae_config(read_vae_config(folder), own)
-        return files, [f"image VAE: {_size(own)}, names not compared"]
-    if VAE_MARK in own:
-        config = read_vae_config(folder)
-        check_vae_config(config, own)
-        check_names(shapes_of(empty_vae(config)), own)
-        return files, [f"VAE, complete: {_size(own)}"]
-    raise ValueError(
-        f"{part} must hold a Kandinsky 5 transformer or its video VAE, got "
-        f"{len(entries)} tensors such as "
-        f"{', '.join(map(printable, sorted(entries)[:3])) or 'none'}; a LoRA or a text encoder "
-        "is neither"
-    )
+        return f"image VAE: {_size(own)}, names not compared"
+    check_names(shapes_of(empty_vae(config)), own)
+    return f"VAE, complete: {_size(own)}"
 
 
 def _transformer(files: list[Path], folder: Path, path: Path) -> list[str]:
@@ -111,10 +127,38 @@ def _transformer(files: list[Path], folder: Path, path: Path) -> list[str]:
     return lines
 
 
+def _vae_file(path: Path) -> str:
+    """A line about a VAE in one file, under any of its names."""
+    own = check_vae_file(path)
+    kind = "VAE" if VAE_MARK in own and len(own[VAE_MARK].shape) > 4 else "image VAE"
+    return f"{kind}, complete: {_size(own)}"
+
+
+def _encoders(entries: Mapping[str, Entry]) -> Iterator[str]:
+    """A line about each text encoder among the entries. ValueError where one is not whole."""
+    qwen = find_qwen(entries)
+    if qwen is not None:
+        check_whole(qwen.language, LANGUAGE)
+        if qwen.vision:
+            check_whole(qwen.vision, VISION)
+        lacks = [] if qwen.vision else ["no vision tower, so it sees no pictures"]
+        lacks += [] if qwen.head else ["no head, so it cannot expand prompts"]
+        size = _size({str(i): entry for i, entry in enumerate(qwen.all)})
+        yield "; ".join([f"Qwen2.5-VL text encoder, complete: {size}", *lacks])
+    clip = find_clip(entries)
+    if clip:
+        check_whole(clip, CLIP)
+        yield f"CLIP text encoder, complete: {_size(clip)}"
+
+
 def _text_encoder(part: Path) -> tuple[list[Path], list[str]]:
-    """The files of a text encoder, whose names only the library that builds it knows."""
+    """The files of a text encoder, and lines about them; the names of one that is neither Qwen nor
+    CLIP are not compared."""
     files, folder = find_weights(part, part.name)
-    entries = read_headers(files)
+    entries = encoder_entries(files)
+    about = list(_encoders(entries))
+    if about:
+        return files, about
     kind = read_json(folder / CONFIG_NAME).get("architectures", ["text encoder"])
     name = kind[0] if isinstance(kind, list) and kind else "text encoder"
     return files, [f"{printable(str(name))}: {_size(entries)}, names not compared"]

@@ -33,6 +33,8 @@ PACKAGES = {
     "huggingface_hub": "models from the hub",
     "transformers": "text encoders of the released checkpoints",
     "diffusers": "their prompt template",
+    "bitsandbytes": "text encoders in int4, and training with adamw8bit",
+    "gguf": "GGUF files",
     "matplotlib": "the curves of inspect and train",
 }
 

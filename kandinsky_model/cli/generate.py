@@ -217,13 +217,20 @@ def _prepared(
         _check_preset(args, PRESETS[args.model])  # before anything is downloaded
     device = choose_device(device_name)
     parts = ("dit",) if is_helper else PARTS
-    places = {"vae": args.vae} if args.vae else None
+    places = _places(args)
     sources = locate(args.model, args.revision, places=places, parts=parts, preset=args.preset)
     _check_preset(args, sources.preset)
     if jobs is None:
         args.output = "out.png" if sources.preset.vae is None else "out.mp4"
         jobs = _jobs(args, wanted)
     return _loaded(args, sources, device), jobs
+
+
+def _places(args: Namespace) -> dict[str, str]:
+    """Where parts lie that do not lie with the model."""
+    names = ("vae", "text_encoder", "clip")
+    given = {name: getattr(args, name, None) for name in names}
+    return {name: place for name, place in given.items() if place}
 
 
 def _speak_for(args: Namespace) -> None:
@@ -276,8 +283,8 @@ def _arguments(args: Namespace) -> dict[str, Any]:
 def _inputs(args: Namespace) -> list[str | None]:
     """The files that `generate` reads."""
     adapters = [path for path, _ in args.lora]
-    files = [args.image, args.last_image, args.prompts, args.config, args.model, args.vae]
-    return [*files, *adapters]
+    files = [args.image, args.last_image, args.prompts, args.config, args.model]
+    return [*files, *_places(args).values(), *adapters]
 
 
 def _check_files(args: Namespace) -> None:
@@ -303,7 +310,11 @@ def _loaded(args: Namespace, sources: Sources, device: torch.device) -> Kandinsk
     from .. import pipeline
 
     model = pipeline.Kandinsky5.from_sources(
-        sources, device, text_cache=args.text_cache, quantize=args.quantize
+        sources,
+        device,
+        text_cache=args.text_cache,
+        quantize=args.quantize,
+        text_quantize=args.text_quantize,
     )
     for path, scale in args.lora:
         model.lora.load(path, scale=scale)
@@ -393,7 +404,7 @@ def resume(args: Namespace) -> None:
     output = video.check_output(args.output or f"{stem}{suffix}")
     rest = [Job.of(stored, output) for stored in run.rest]
     inputs = [args.run_file, args.model, settings.image, settings.last_image]
-    inputs += [path for path, _ in args.lora]
+    inputs += [*_places(args).values(), *(path for path, _ in args.lora)]
     for path in (output, *(job.output for job in rest)):
         check_not_inputs([video.check_output(path), latents_path(path)], inputs)
     check_not_inputs([job.strip for job in rest if job.strip], inputs)
@@ -404,6 +415,8 @@ def resume(args: Namespace) -> None:
         parts=PARTS if rest else ("dit", "vae"),
         quantize=settings.quantization or None,
         preset=args.preset or settings.preset or None,
+        text_quantize=args.text_quantize,
+        **_places(args),
     )
     for path, scale in args.lora or map(scaled_path, settings.lora):
         model.lora.load(path, scale=scale)
@@ -437,7 +450,7 @@ def decode(args: Namespace) -> None:
     default = re.sub(r"(\.latents)?\.safetensors$", ".mp4", args.latents)
     output = video.check_output(args.output or default)
     check_not_inputs([output], [args.latents, args.model, args.vae])
-    places = {"vae": args.vae} if args.vae else {}
+    places = _places(args)
     model = _named(args.model, settings, device=args.device, parts=("vae",), **places)
     changes = {"vae_policy": args.vae_policy} if args.vae_policy else {}
     with Progress() as progress:
@@ -459,7 +472,8 @@ def inspect(args: Namespace) -> None:
     _check_files(args)
     device = choose_device(args.device)
     parts = ("text", "dit", "vae") if args.image else ("text", "dit")
-    sources = locate(args.model, args.revision, parts=parts, preset=args.preset)
+    places = _places(args)
+    sources = locate(args.model, args.revision, places=places, parts=parts, preset=args.preset)
     model = _loaded(args, sources, device)
     del settings["attention"]
     with Progress() as progress:

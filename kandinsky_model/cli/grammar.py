@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .. import __version__
-from ..config import CACHES, QUANTIZATIONS
+from ..config import CACHES, QUANTIZATIONS, TEXT_QUANTIZATIONS
 from ..training.config import DISTILLATIONS, OPTIMIZERS, SCHEDULES, TrainConfig
 from . import config, generate, models, training
 
@@ -111,6 +111,7 @@ def _inspect_arguments(command: argparse.ArgumentParser) -> None:
         help="steps to draw maps of (default: first, middle and last)",
     )
     _sampling_arguments(command)
+    _vae_argument(command)
     _device_arguments(command)
 
 
@@ -169,6 +170,7 @@ def _sampling_arguments(command: argparse.ArgumentParser) -> None:
         help="keep the transformer's large weights in 8 bits: "
         f"{', '.join(QUANTIZATIONS)} (default: as stored)",
     )
+    _text_arguments(command)
     command.add_argument(
         "--expand",
         action="store_true",
@@ -185,6 +187,32 @@ def _sampling_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _text_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--text-encoder",
+        metavar="PATH",
+        help="a folder or file of Qwen2.5-VL-7B (default: where the model lies)",
+    )
+    command.add_argument(
+        "--clip",
+        metavar="PATH",
+        help="a folder or file of CLIP ViT-L/14 (default: where the model lies)",
+    )
+    command.add_argument(
+        "--text-quantize",
+        choices=TEXT_QUANTIZATIONS,
+        metavar="MODE",
+        help="keep the language model that reads prompts in 8 or 4 bits: "
+        f"{', '.join(TEXT_QUANTIZATIONS)} (default: as stored; int4 needs bitsandbytes)",
+    )
+
+
+def _vae_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--vae", metavar="PATH", help="a VAE's folder or file (default: where the model lies)"
+    )
+
+
 def _resume_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("run_file", metavar="run", help="a .run.safetensors file")
     command.add_argument("-o", "--output", help="default: the name of the run, as .mp4 or .png")
@@ -198,6 +226,8 @@ def _resume_arguments(command: argparse.ArgumentParser) -> None:
         help="where the run's LoRAs are now, in their order (default: where they were)",
     )
     command.add_argument("--preset", help="default: the one that began the run")
+    _text_arguments(command)
+    _vae_argument(command)
     _device_arguments(command)
 
 
@@ -212,9 +242,7 @@ def _decode_arguments(command: argparse.ArgumentParser) -> None:
 
 def _decoding_arguments(command: argparse.ArgumentParser) -> None:
     _device_arguments(command)
-    command.add_argument(
-        "--vae", metavar="PATH", help="a VAE's folder or file (default: where the model lies)"
-    )
+    _vae_argument(command)
     command.add_argument(
         "--vae-policy",
         choices=("global", "official", "preview"),

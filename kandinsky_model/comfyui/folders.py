@@ -23,12 +23,20 @@ def device() -> str | None:
     return None if management is None else str(management.get_torch_device())
 
 
-def listed(kind: str) -> list[str]:
-    """The .safetensors files in a folder of ComfyUI's models, by the names it shows."""
+SUFFIXES = (".safetensors", ".gguf")
+
+
+def listed(kind: str, part: str) -> list[str]:
+    """The files in a folder of ComfyUI's models that hold a part of a Kandinsky model, by the names
+    it shows. part: one of `checkpoints.contents.PARTS`. Only headers of files are read, and each
+    once."""
     folders = comfy("folder_paths")
     if folders is None:
         return []
-    return [name for name in folders.get_filename_list(kind) if name.endswith(".safetensors")]
+    from ..checkpoints.contents import holds
+
+    names = [name for name in folders.get_filename_list(kind) if name.lower().endswith(SUFFIXES)]
+    return [name for name in names if holds(Path(file_of(kind, name)), part)]
 
 
 def file_of(kind: str, name: str) -> str:
@@ -38,8 +46,15 @@ def file_of(kind: str, name: str) -> str:
     return (folders and folders.get_full_path(kind, name)) or name
 
 
-def folder_of(kind: str, name: str) -> str:
-    """Where the folder of this name lies, likewise."""
-    folders = comfy("folder_paths")
-    roots = folders.get_folder_paths(kind) if folders and name else []
-    return next((str(Path(root, name)) for root in roots if Path(root, name).is_dir()), name)
+def tokenizers() -> dict[str, str]:
+    """The folders of the tokenizers that come with ComfyUI, by their names in
+    `checkpoints.locate`; {} where it does not run or keeps them elsewhere."""
+    module = comfy("comfy.sd1_clip")
+    if module is None or not getattr(module, "__file__", None):
+        return {}
+    root = Path(module.__file__).parent
+    found = {
+        "tokenizer": root / "text_encoders" / "qwen25_tokenizer",
+        "tokenizer_2": root / "sd1_tokenizer",
+    }
+    return {name: str(folder) for name, folder in found.items() if folder.is_dir()}

@@ -11,14 +11,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import CACHES, PRESETS, QUANTIZATIONS
-from .folders import device, file_of, folder_of, listed
+from ..config import CACHES, PRESETS, QUANTIZATIONS, TEXT_QUANTIZATIONS
+from .folders import device, file_of, listed, tokenizers
 
 MODEL = "KANDINSKY5"
 TEXT = "KANDINSKY5_TEXT"
 DTYPES = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 RELEASED = "as released"
 NO_FILE = "none"
+WITH_MODEL = "with the model"
+# Each widget of a part -> ComfyUI's folder of its files, the part, and what it is.
+PART_WIDGETS = {
+    "text_encoder": ("text_encoders", "text_encoder", "Qwen2.5-VL-7B"),
+    "clip": ("text_encoders", "text_encoder_2", "CLIP ViT-L/14"),
+    "vae": ("vae", "vae", "the VAE of HunyuanVideo, or for pictures of FLUX.1"),
+}
 BYTES_PER_GB = 10**9
 LARGEST_SEED = 2**64 - 1
 
@@ -108,17 +115,11 @@ class LoadModel(Node):
         "path": _text(
             "a folder, a .safetensors file or a hub repository instead of the model above", False
         ),
-        "text_encoder": _text(
-            "folder of Qwen2.5-VL, under models/text_encoders or anywhere; empty: beside the model",
-            False,
-        ),
-        "text_encoder_2": _text(
-            "folder of CLIP ViT-L/14, under models/text_encoders or anywhere; empty: beside the "
-            "model",
-            False,
-        ),
-        "vae": _text(
-            "folder of the VAE, under models/vae or anywhere; empty: beside the model", False
+        **dict.fromkeys(PART_WIDGETS, ("COMBO", {})),
+        "text_quantize": _choice(
+            "keep the language model that reads prompts in 8 or 4 bits; int4 needs bitsandbytes",
+            "none",
+            *TEXT_QUANTIZATIONS,
         ),
     }
     RETURN_TYPES = (MODEL,)
@@ -127,11 +128,21 @@ class LoadModel(Node):
 
     @classmethod
     def INPUT_TYPES(cls):
-        """The presets, then the files in ComfyUI's models/diffusion_models."""
-        names = [*PRESETS, *listed("diffusion_models")]
+        """The presets and the transformers in ComfyUI's models/diffusion_models, and the other
+        parts in the folders of theirs."""
+        names = [*PRESETS, *listed("diffusion_models", "dit")]
         tooltip = "a released checkpoint, fetched once, or a file in models/diffusion_models"
         choice = (names, {"default": "tiny", "tooltip": tooltip})
-        return {"required": {**cls.INPUTS, "model": choice}, "optional": dict(cls.OPTIONAL)}
+        parts = {
+            widget: _choice(
+                f"a file of {what} in models/{kind}; {WITH_MODEL}: what lies beside it, or is "
+                "fetched once",
+                WITH_MODEL,
+                *listed(kind, part),
+            )
+            for widget, (kind, part, what) in PART_WIDGETS.items()
+        }
+        return {"required": {**cls.INPUTS, "model": choice}, "optional": {**cls.OPTIONAL, **parts}}
 
     def run(
         self,
@@ -139,7 +150,8 @@ class LoadModel(Node):
         dtype: str = "auto",
         quantize: str = "none",
         path: str = "",
-        **places: str,
+        text_quantize: str = "none",
+        **chosen: str,
     ) -> tuple:
         import torch
 
@@ -148,11 +160,16 @@ class LoadModel(Node):
         from .staged import Loaded, StagedModel
 
         name = path.strip() or (model if model in PRESETS else file_of("diffusion_models", model))
-        folders: dict[str, Any] = {}
-        for place, given in places.items():
-            folder = folder_of("vae" if place == "vae" else "text_encoders", given.strip())
-            if folder:
-                folders[place] = folder
+        options: dict[str, Any] = {
+            widget: file_of(PART_WIDGETS[widget][0], file)
+            for widget, file in chosen.items()
+            if file not in ("", WITH_MODEL)
+        }
+        own = tokenizers()
+        if "text_encoder" in options and "tokenizer" in own:
+            options["tokenizer"] = own["tokenizer"]
+        if "clip" in options and "tokenizer_2" in own:
+            options["tokenizer_2"] = own["tokenizer_2"]
         dtype_name = DTYPES[dtype]
         with working():
             loaded = Kandinsky5.from_pretrained(
@@ -160,7 +177,8 @@ class LoadModel(Node):
                 device(),
                 None if dtype_name is None else getattr(torch, dtype_name),
                 quantize=None if quantize == "none" else quantize,
-                **folders,
+                text_quantize=None if text_quantize == "none" else text_quantize,
+                **options,
             )
         return (Loaded(StagedModel(loaded)),)
 
@@ -193,7 +211,7 @@ class LoadLora(Node):
     @classmethod
     def INPUT_TYPES(cls):
         """The files in ComfyUI's models/loras."""
-        choice = _choice("a file in models/loras", NO_FILE, *listed("loras"))
+        choice = _choice("a file in models/loras", NO_FILE, *listed("loras", "lora"))
         return {"required": {**cls.INPUTS, "lora": choice}, "optional": dict(cls.OPTIONAL)}
 
     def run(

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..files import remove_leftovers, replacing
 
 LIMIT_BYTES = 2**30  # 584 prompts of 256 tokens, in bf16
-ENCODER_FILES = {".safetensors", ".json", ".txt"}
+ENCODER_FILES = {".safetensors", ".gguf", ".json", ".txt"}
 
 _ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 _CLOCK_SLACK_NS = 10**9  # file systems and clocks differ by less
@@ -142,11 +142,13 @@ def default_folder() -> Path:
     return Path(cache_home) / "kandinsky_model" / "text"
 
 
-def identity(folders: Iterable[Path], dtype: torch.dtype) -> list:
-    """What the results of an encoder in `folders` depend on: its files by name, size and time, its
-    dtype, and the code that runs it."""
-    paths = {path for folder in folders for path in folder.iterdir()}
-    files = sorted(path for path in paths if path.suffix in ENCODER_FILES and path.is_file())
+def identity(places: Iterable[Path], dtype: torch.dtype, quantize: str | None = None) -> list:
+    """What the results of an encoder in `places`, files and folders, depend on: its files by name,
+    size and time, its dtype and quantisation, and the code that runs it."""
+    paths: set[Path] = set()
+    for place in places:
+        paths.update(place.iterdir() if place.is_dir() else [place])
+    files = sorted(path for path in paths if _is_read(path))
     stats = [(path, path.stat()) for path in files]
     code = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
@@ -157,10 +159,14 @@ def identity(folders: Iterable[Path], dtype: torch.dtype) -> list:
         transformers = None
     return [
         [[path.name, status.st_size, status.st_mtime_ns] for path, status in stats],
-        str(dtype),
+        f"{dtype} {quantize}" if quantize else str(dtype),
         code.hexdigest(),
         transformers,
     ]
+
+
+def _is_read(path: Path) -> bool:
+    return path.suffix.lower() in ENCODER_FILES and path.is_file()
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -82,13 +82,15 @@ class QwenClipEncoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         template: str | None = None,
         cache: bool = True,
+        quantize: str | None = None,
     ) -> QwenClipEncoder:
         """Both encoders of a checkpoint. Only the headers of their weights are read now.
 
-        cache: whether embeddings are kept on disk. Raises what `Parts` raises.
+        cache: whether embeddings are kept on disk. quantize: as for `Parts`, which says what is
+        raised.
         """
-        parts = Parts(sources, dtype)
-        kept = TensorCache(identity(parts.folders.values(), dtype)) if cache else None
+        parts = Parts(sources, dtype, quantize)
+        kept = TensorCache(identity(parts.files, dtype, quantize)) if cache else None
         return cls(parts, template, sources.preset.text_max_length, cache=kept)
 
     @property

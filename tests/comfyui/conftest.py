@@ -79,6 +79,7 @@ def comfy(monkeypatch):
         "comfy.utils",
         "comfy.model_management",
         "comfy.latent_formats",
+        "comfy.sd1_clip",
         "latent_preview",
         "folder_paths",
     )
@@ -96,4 +97,5 @@ def comfy(monkeypatch):
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     state.folders = modules["folder_paths"]
+    state.sd1_clip = modules["comfy.sd1_clip"]
     return state

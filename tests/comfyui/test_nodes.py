@@ -3,6 +3,7 @@
 forms, and every error one sentence."""
 
 import asyncio
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from kandinsky_model import comfyui
+from kandinsky_model.checkpoints import contents
 from kandinsky_model.comfyui.nodes import MODEL
 
 from ..support import tiny_models
@@ -278,35 +280,96 @@ def test_comfyuis_models_make_room_on_a_gpu(model, comfy):
     assert comfy.freed == ["models", "cache"]
 
 
-def test_files_and_folders_of_comfyui_are_found(comfy, folder, tmp_path):
-    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    files = {"diffusion_models": ["old.ckpt", "mine.safetensors"], "loras": ["fox.safetensors"]}
-    comfy.folders.get_filename_list = lambda kind: files.get(kind, [])
-    comfy.folders.get_full_path = lambda kind, name: (
-        str(tmp_path / kind / name) if (tmp_path / kind / name).exists() else None
+@pytest.fixture
+def models(comfy, folder, tmp_path, text_parts, monkeypatch):
+    """ComfyUI's folders of models, with files of Kandinsky and of others in each."""
+    monkeypatch.setattr(contents, "QWEN_WIDTH", 64)
+    monkeypatch.setattr(contents, "CLIP_WIDTH", 32)
+    contents._held.cache_clear()
+    weights = "diffusion_pytorch_model.safetensors"
+    for kind in ("diffusion_models", "text_encoders", "vae", "loras"):
+        (tmp_path / kind / "deep").mkdir(parents=True)
+        (tmp_path / kind / "old.ckpt").write_bytes(b"\x80\x02")
+        (tmp_path / kind / "web page.safetensors").write_text("<html>")
+        save_file({"x": torch.zeros(1)}, tmp_path / kind / "other.safetensors")
+        save_file({"blocks.0.lora_A.weight": torch.zeros(1)}, tmp_path / kind / "l.safetensors")
+    transformers = tmp_path / "diffusion_models"
+    shutil.copy(folder / "transformer" / weights, transformers / "deep" / "Mine.SAFETENSORS")
+    shutil.copy(folder / "vae" / weights, tmp_path / "vae" / "mine.safetensors")
+    shutil.copy(folder / "vae" / "config.json", tmp_path / "vae")
+    shutil.copy(folder / "vae" / weights, transformers / "vae.safetensors")
+    for part, name in ((0, "qwen"), (2, "clip_l")):
+        state = {key: x.clone() for key, x in text_parts[part].state_dict().items()}
+        save_file(state, tmp_path / "text_encoders" / f"{name}.safetensors")
+    up = "visual_transformer_blocks.0.self_attention.to_query.lora_B.weight"
+    save_file({up: torch.zeros(1, 1)}, tmp_path / "loras" / "fox.safetensors")
+
+    def names(kind):
+        root = tmp_path / kind
+        return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+    def place(kind, name):
+        path = tmp_path / kind / name
+        return str(path) if path.exists() else None
+
+    comfy.folders.get_filename_list = names
+    comfy.folders.get_full_path = place
+    return tmp_path
+
+
+def choices(node, part, widget):
+    return comfyui.NODE_CLASS_MAPPINGS[f"KandinskyKernels{node}"].INPUT_TYPES()[part][widget][0]
+
+
+def test_lists_have_the_files_of_kandinsky_alone(models):
+    shown = choices("LoadModel", "required", "model")
+    assert {"tiny", "t2v-pro-sft-10s-hd"} < {*shown}
+    assert shown[-1] == "deep/Mine.SAFETENSORS"
+    assert not [name for name in shown[:-1] if "safetensors" in name.lower()]
+    for widget, file in (("text_encoder", "qwen"), ("clip", "clip_l"), ("vae", "mine")):
+        shown = choices("LoadModel", "optional", widget)
+        assert shown == ["with the model", f"{file}.safetensors"]
+    assert choices("LoadLora", "required", "lora") == ["none", "fox.safetensors"]
+
+
+def test_files_are_looked_into_once_and_again_when_they_change(models, monkeypatch):
+    looked = []
+    read = contents.read_headers
+    monkeypatch.setattr(contents, "read_headers", lambda files: looked.append(files) or read(files))
+    for _ in range(3):
+        choices("LoadLora", "required", "lora")
+    assert len(looked) == 4  # what is no .ckpt
+    save_file({"y": torch.zeros(9)}, models / "loras" / "fox.safetensors")
+    assert choices("LoadLora", "required", "lora") == ["none"]
+    assert len(looked) == 5
+
+
+@pytest.mark.parametrize("has_tokenizers", [True, False])
+def test_a_model_of_files_in_comfyuis_folders(models, text_parts, comfy, tmp_path, has_tokenizers):
+    """With the tokenizers that come with ComfyUI, so that nothing is fetched."""
+    root = tmp_path / "comfy"
+    places = root / "text_encoders" / "qwen25_tokenizer", root / "sd1_tokenizer"
+    if not has_tokenizers:
+        encoders = models / "text_encoders"
+        places = encoders / "tokenizer", encoders / "tokenizer_2"
+    for part, network, place in ((1, 0, places[0]), (3, 2, places[1])):
+        text_parts[part].save_pretrained(place)
+        text_parts[network].config.save_pretrained(place)
+    comfy.sd1_clip.__file__ = str(root / "sd1_clip.py")
+    model = call(
+        "LoadModel",
+        model="deep/Mine.SAFETENSORS",
+        text_encoder="qwen.safetensors",
+        clip="clip_l.safetensors",
+        vae="mine.safetensors",
+        text_quantize="int8",
     )
-    comfy.folders.get_folder_paths = lambda kind: [str(tmp_path / kind)]
-    choices = comfyui.NODE_CLASS_MAPPINGS["KandinskyKernelsLoadModel"].INPUT_TYPES()["required"][
-        "model"
-    ][0]
-    assert "tiny" in choices
-    assert "t2v-pro-sft-10s-hd" in choices
-    assert choices[-1] == "mine.safetensors"
-    loras = comfyui.NODE_CLASS_MAPPINGS["KandinskyKernelsLoadLora"].INPUT_TYPES()["required"]
-    assert loras["lora"][0] == ["none", "fox.safetensors"]
-    (tmp_path / "diffusion_models").mkdir()
-    (tmp_path / "diffusion_models" / "mine.safetensors").write_bytes(weights.read_bytes())
-    for kind in ("vae", "text_encoders"):
-        (tmp_path / kind / "here").mkdir(parents=True)
-    with pytest.raises((ValueError, OSError)) as error:  # found, but empty
-        call(
-            "LoadModel",
-            model="mine.safetensors",
-            vae="here",
-            text_encoder="here",
-            text_encoder_2="here",
-        )
-    assert str(tmp_path / "vae" / "here") in str(error.value)
+    parts = model.model.text.parts
+    assert parts.places["text_encoder"] == models / "text_encoders" / "qwen.safetensors"
+    assert (parts.places["tokenizer"], parts.places["tokenizer_2"]) == places
+    assert parts.quantize == "int8"
+    assert parts.tokenizer("a")["input_ids"] == text_parts[1]("a")["input_ids"]
+    assert parts.clip_tokenizer("a")["input_ids"] == text_parts[3]("a")["input_ids"]
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,14 @@ MODEL = {
     "vae": "kernels config devices",
     "media": "files",
     "checkpoints": "config files dit vae",
-    "text": "config files devices checkpoints.headers checkpoints.locate",
+    "text": "config files devices checkpoints.contents checkpoints.encoders checkpoints.headers"
+    " checkpoints.locate checkpoints.variants",
     "sampling": "config files dit vae media text.embeddings checkpoints.headers",
     "placement": "config devices dit vae",
     "inspection": "kernels config dit media",
     "pipeline": "config devices dit vae text sampling placement checkpoints media",
     "acceleration": "kernels config dit vae",
-    "comfyui": "config media sampling text.embeddings pipeline acceleration",
+    "comfyui": "config media sampling text.embeddings pipeline acceleration checkpoints.contents",
     "training": "kernels config files devices dit vae media checkpoints text sampling pipeline",
     "tiny": "config files devices dit vae text checkpoints pipeline training",
     "cli": "kernels config files devices media checkpoints sampling inspection pipeline comfyui"
@@ -58,7 +59,16 @@ KERNELS = {
 }
 PACKAGES = {"kandinsky_model": MODEL, "kandinsky_kernels": KERNELS}
 # packages that are slow to import or may be absent: only inside functions
-HEAVY = {"transformers", "diffusers", "av", "huggingface_hub", "matplotlib", "peft", "gguf"}
+HEAVY = {
+    "transformers",
+    "diffusers",
+    "av",
+    "huggingface_hub",
+    "matplotlib",
+    "peft",
+    "gguf",
+    "bitsandbytes",
+}
 FILES = sorted(path for package in PACKAGES for path in ROOT.joinpath(package).rglob("*.py"))
 
 
