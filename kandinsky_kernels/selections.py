@@ -155,7 +155,8 @@ def _check_transposing(selection: Tensor) -> None:
     N = selection.shape[-2] if selection.dim() > 1 else 0
     fit = selection.dim() > 1 and selection.shape[-1] == checks.words(N)
     if selection.dtype != torch.int32 or not fit:
+        kind = checks.spelled(selection.dtype)
         raise ValueError(
-            f"selection must be int32 [..., N, ceil(N / 32)], got {checks.spelled(selection.dtype)} "
+            f"selection must be int32 [..., N, ceil(N / 32)], got {kind} "
             f"{list(selection.shape)}; make it with select_blocks or pack_selection."
         )
