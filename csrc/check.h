@@ -8,10 +8,14 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <array>
 #include <atomic>
+#include <charconv>
+#include <cmath>
 #include <cstdint>
 #include <exception>
 #include <iomanip>
+#include <limits>
 #include <memory>
 #include <new>
 #include <optional>
@@ -81,6 +85,15 @@ inline std::string type_name(ScalarType type) {
   }
 }
 
+// The number as Python spells it.
+inline std::string shown(double number) {
+  if (std::isnan(number)) return "nan";  // a NaN with a sign, too
+  std::array<char, 32> digits;
+  const auto end = std::to_chars(digits.begin(), digits.end(), number).ptr;
+  const std::string text(digits.begin(), end);
+  return text + (text.find_first_not_of("-0123456789") == std::string::npos ? ".0" : "");
+}
+
 inline std::string list_of(const std::vector<int64_t>& numbers) {
   std::string text;
   for (int64_t number : numbers) text += (text.empty() ? "" : ", ") + std::to_string(number);
@@ -130,11 +143,26 @@ inline void require_rows(const Tensor& tensor, const char* name) {
           " must be contiguous in its last dimension; call .contiguous() first.");
 }
 
+constexpr double kLargest = std::numeric_limits<float>::max();  // kernels compute in fp32
+
+// Requires what a norm adds to a variance.
+inline void require_epsilon(double eps) {
+  require(eps >= 0.0 && eps <= kLargest, "eps must be from 0 on and finite in float32, got ",
+          shown(eps), "; 1e-6 is usual.");
+}
+
+// Requires the factor of logits.
+inline void require_scale(double scale) {
+  require(std::abs(scale) <= kLargest, "scale must be finite in float32, got ", shown(scale),
+          "; leave it out for 1 / sqrt(D).");
+}
+
 // Requires the arguments of select_blocks that are not tensors. N is divided by one size of the
 // grid after the other, because their product could overflow.
 inline void require_choice(double keep_mass, const std::vector<int64_t>& tiles,
                            const std::vector<int64_t>& window, const std::string& ties, int64_t N) {
-  require(keep_mass > 0.0 && keep_mass <= 1.0, "keep_mass must be in (0, 1], got ", keep_mass, ".");
+  require(keep_mass > 0.0 && keep_mass <= 1.0, "keep_mass must be in (0, 1], got ",
+          shown(keep_mass), ".");
   require(ties == "all" || ties == "stable", "ties must be \"all\" or \"stable\", got \"", ties,
           "\".");
   if (tiles.empty() && window.empty()) return;
@@ -224,11 +252,14 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-inline Tensor to_float(const Tensor& tensor) {
-  if (tensor.scalar_type() == ScalarType::Float) return tensor;
-  return allocate("a copy in float32", 4.0 * double(tensor.numel()),
-                  [&] { return torch::stable::to(tensor, ScalarType::Float); });
+// The tensor itself where it has the type, otherwise a copy that does.
+inline Tensor in_type(const Tensor& tensor, ScalarType type) {
+  if (tensor.scalar_type() == type) return tensor;
+  return allocate("a copy in " + type_name(type), bytes_of({tensor.numel()}, type),
+                  [&] { return torch::stable::to(tensor, type); });
 }
+
+inline Tensor to_float(const Tensor& tensor) { return in_type(tensor, ScalarType::Float); }
 
 // The tensor itself where it is contiguous, otherwise a copy that is.
 inline Tensor gapless(const Tensor& tensor) {

@@ -22,6 +22,7 @@ import torch
 
 from . import _guard, cards, checks, tuning
 from ._derivatives import has_tangents
+from ._memory import explained
 from ._ops import add_op_namespace_prefix, ops
 from ._precision import full_precision
 
@@ -140,6 +141,7 @@ def differentiate(
             keep(ctx, inputs, output)
 
         @staticmethod
+        @explained(f"the gradient of {name}")
         def backward(ctx, *grads: torch.Tensor | None) -> tuple:
             if all(grad is None for grad in grads):
                 return (None,) * len(ctx.needs_input_grad)
@@ -205,6 +207,7 @@ def attach(
     launchers[name] = Launcher(launch, trial, constants)
     decisions: dict[tuple, Callable] = {}
 
+    @explained(name)
     def run(*args):
         check(*args)
         with full_precision(args[0].device, convolutions=name in tuning.PYTORCH):

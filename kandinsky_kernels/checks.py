@@ -21,9 +21,10 @@ from torch._subclasses.fake_tensor import is_fake
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_TOKENS = 64  # the longest block that attention takes
 MOST_AXES = 3  # of a grid of tokens that the rotary kernels take
+LARGEST = torch.finfo(torch.float32).max  # kernels compute in fp32
 
 
-def _spelled(kind: torch.dtype | torch.layout) -> str:
+def spelled(kind: torch.dtype | torch.layout) -> str:
     return str(kind).removeprefix("torch.")
 
 
@@ -48,7 +49,7 @@ def one_place(optional: dict[str, Tensor | None] | None = None, **tensors: Tenso
             )
     for name, tensor in given.items():
         if tensor.layout != torch.strided or tensor.is_nested:
-            kind = "nested" if tensor.is_nested else _spelled(tensor.layout)
+            kind = "nested" if tensor.is_nested else spelled(tensor.layout)
             raise ValueError(f"{name} must be a dense tensor, got a {kind} one; call .to_dense().")
 
 
@@ -68,7 +69,7 @@ def floats(name: str, tensor: Tensor) -> None:
     """The tensor has a float dtype that references compute with."""
     if tensor.dtype not in FLOATS:
         raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {_spelled(tensor.dtype)}; "
+            f"{name} must be float16, bfloat16, float32 or float64, got {spelled(tensor.dtype)}; "
             "cast it first."
         )
 
@@ -77,7 +78,7 @@ def dtype(name: str, tensor: Tensor, wanted: torch.dtype) -> None:
     """The tensor has exactly this dtype."""
     if tensor.dtype != wanted:
         raise TypeError(
-            f"{name} must be {_spelled(wanted)}, got {_spelled(tensor.dtype)}; cast it first."
+            f"{name} must be {spelled(wanted)}, got {spelled(tensor.dtype)}; cast it first."
         )
 
 
@@ -96,7 +97,7 @@ def whole(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous; call .contiguous() first.")
 
 
-def _known(tensor: Tensor) -> bool:
+def known(tensor: Tensor) -> bool:
     """Whether the tensor has values that can be read now."""
     return not (torch.compiler.is_compiling() or tensor.is_meta or is_fake(tensor))
 
@@ -110,7 +111,7 @@ def offsets(block_offsets: Tensor, tokens: int, most: int | None, values: bool) 
         raise ValueError(f"block_offsets must have shape [N + 1], got {list(block_offsets.shape)}.")
     dtype("block_offsets", block_offsets, torch.int32)
     whole("block_offsets", block_offsets)
-    if not values or not _known(block_offsets):
+    if not values or not known(block_offsets):
         return
     wide = block_offsets.long()  # the difference of two int32 numbers can overflow
     lengths = wide.diff()
@@ -124,6 +125,31 @@ def offsets(block_offsets: Tensor, tokens: int, most: int | None, values: bool) 
     if most is not None:
         rule = f"S = {tokens} in blocks of 1 to {most} tokens"
     raise ValueError(f"block_offsets must ascend from 0 to {rule}.")
+
+
+# ---- numbers that are no tensors
+
+
+def epsilon(eps: float) -> None:
+    """What a norm adds to a variance is not negative, and finite in fp32."""
+    if not 0.0 <= eps <= LARGEST:
+        raise ValueError(f"eps must be from 0 on and finite in float32, got {eps}; 1e-6 is usual.")
+
+
+def logit_scale(scale: float) -> None:
+    """The factor of logits is finite in fp32."""
+    if not -LARGEST <= scale <= LARGEST:
+        raise ValueError(
+            f"scale must be finite in float32, got {scale}; leave it out for 1 / sqrt(D)."
+        )
+
+
+def logit_bound(bound: float) -> None:
+    """A bound on magnitudes is not negative, and not NaN; infinity where none is known."""
+    if not bound >= 0.0:
+        raise ValueError(
+            f"logit_bound must be a number from 0 on, got {bound}; leave it out when none is known."
+        )
 
 
 # ---- norms
@@ -146,15 +172,18 @@ def _like(name: str, tensor: Tensor, of: str, x: Tensor) -> None:
     shape(name, tensor, *x.shape)
     if tensor.dtype != x.dtype:
         raise TypeError(
-            f"{name} must have the dtype of {of} {_spelled(x.dtype)}, got "
-            f"{_spelled(tensor.dtype)}; cast one of them."
+            f"{name} must have the dtype of {of} {spelled(x.dtype)}, got "
+            f"{spelled(tensor.dtype)}; cast one of them."
         )
     rows(**{name: tensor})
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, *_, values: bool = False) -> None:
+def modulated_norm(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, *, values: bool = False
+) -> None:
     one_place(x=x, scale=scale, shift=shift)
     _row_norm(x, "x", ("scale", scale), ("shift", shift))
+    epsilon(eps)
 
 
 def gated_add_norm(
@@ -163,7 +192,8 @@ def gated_add_norm(
     gate: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
-    *_,
+    eps: float,
+    *,
     values: bool = False,
 ) -> None:
     one_place({"scale": scale, "shift": shift}, x=x, branch=branch, gate=gate)
@@ -171,14 +201,16 @@ def gated_add_norm(
         raise ValueError("scale and shift must be given together, got only one of them.")
     _row_norm(x, "x", ("gate", gate), ("scale", scale), ("shift", shift))
     _like("branch", branch, "x", x)
+    epsilon(eps)
 
 
 def modulated_norm_backward(
-    x: Tensor, scale: Tensor, grad: Tensor, *_, values: bool = False
+    x: Tensor, scale: Tensor, grad: Tensor, eps: float, *, values: bool = False
 ) -> None:
     one_place(x=x, scale=scale, grad=grad)
     _row_norm(x, "x", ("scale", scale))
     _like("grad", grad, "x", x)
+    epsilon(eps)
 
 
 def gated_add_norm_backward(
@@ -188,7 +220,8 @@ def gated_add_norm_backward(
     scale: Tensor,
     grad_y: Tensor | None,
     grad_normed: Tensor,
-    *_,
+    eps: float,
+    *,
     values: bool = False,
 ) -> None:
     one_place(
@@ -199,6 +232,7 @@ def gated_add_norm_backward(
     _like("grad_normed", grad_normed, "y", y)
     if grad_y is not None:
         _like("grad_y", grad_y, "y", y)
+    epsilon(eps)
 
 
 def _heads(x: Tensor, weight: Tensor) -> None:
@@ -240,7 +274,7 @@ def _angles(
     shape("positions", positions, x.shape[1], len(pairs))
     dtype("positions", positions, torch.int32)
     whole("positions", positions)
-    if not values or not _known(positions):
+    if not values or not known(positions):
         return
     inside = (positions >= 0) & (positions < P)
     if not inside.all():
@@ -263,7 +297,8 @@ def norm_rope(
     positions: Tensor | None,
     pairs: list[int],
     block_offsets: Tensor | None,
-    *_,
+    eps: float,
+    *,
     values: bool = False,
 ) -> None:
     tables = {"cos": cos, "sin": sin, "positions": positions, "block_offsets": block_offsets}
@@ -272,6 +307,7 @@ def norm_rope(
     _angles(x, cos, sin, positions, pairs, values)
     if block_offsets is not None:
         offsets(block_offsets, x.shape[1], None, values)
+    epsilon(eps)
 
 
 def norm_rope_backward(
@@ -282,7 +318,8 @@ def norm_rope_backward(
     positions: Tensor | None,
     pairs: list[int],
     grad: Tensor,
-    *_,
+    eps: float,
+    *,
     values: bool = False,
 ) -> None:
     tables = {"cos": cos, "sin": sin, "positions": positions}
@@ -290,6 +327,7 @@ def norm_rope_backward(
     _heads(x, weight)
     _angles(x, cos, sin, positions, pairs, values)
     _like("grad", grad, "x", x)
+    epsilon(eps)
 
 
 def block_means(x: Tensor, block_offsets: Tensor, *, values: bool = False) -> None:
@@ -302,7 +340,7 @@ def block_means(x: Tensor, block_offsets: Tensor, *, values: bool = False) -> No
 # ---- attention over blocks
 
 
-def _words(blocks: int) -> int:
+def words(blocks: int) -> int:
     """Words of 32 bits that hold a bit for each block."""
     return (blocks + 31) // 32
 
@@ -364,7 +402,7 @@ def _attention(selection: Tensor, block_offsets: Tensor, values: bool, **alike: 
         shape(other, tensor, *query.shape)
         dtype(other, tensor, query.dtype)
     N = block_offsets.shape[0] - 1
-    shape("selection", selection, B, H, N, _words(N))
+    shape("selection", selection, B, H, N, words(N))
     dtype("selection", selection, torch.int32)
 
 
@@ -374,20 +412,16 @@ def block_sparse_attention(
     value: Tensor,
     selection: Tensor,
     block_offsets: Tensor,
-    *_,
+    scale: float,
+    bound: float = math.inf,
+    *,
     values: bool = False,
 ) -> None:
     one_place(query=query, key=key, value=value, selection=selection, block_offsets=block_offsets)
     _attention(selection, block_offsets, values, query=query, key=key, value=value)
     rows(query=query, key=key, value=value)
-
-
-def logit_bound(bound: float) -> None:
-    """A bound on magnitudes is not negative, and not NaN."""
-    if not bound >= 0.0:
-        raise ValueError(
-            f"logit_bound must be a number from 0 on, got {bound}; leave it out when none is known."
-        )
+    logit_scale(scale)
+    logit_bound(bound)
 
 
 def block_sparse_attention_backward(
@@ -400,7 +434,8 @@ def block_sparse_attention_backward(
     block_offsets: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    *_,
+    scale: float,
+    *,
     values: bool = False,
 ) -> None:
     alike = {"query": query, "key": key, "value": value, "out": out, "grad_out": grad_out}
@@ -414,49 +449,7 @@ def block_sparse_attention_backward(
             shape(name, tensor, B, H, S)
             dtype(name, tensor, torch.promote_types(query.dtype, torch.float32))
     rows(query=query, key=key, value=value)
-
-
-# ---- packed selections
-
-
-def unpack_selection(selection: Tensor, blocks: int) -> None:
-    """There are as many words as ``blocks`` bits need."""
-    fit = selection.dim() > 0 and blocks >= 0
-    if not fit or selection.shape[-1] != _words(blocks):
-        raise ValueError(
-            f"selection must have ceil(N / 32) words for N = {blocks} blocks in its last "
-            f"dimension, got {list(selection.shape)}."
-        )
-    dtype("selection", selection, torch.int32)
-
-
-def pack_selection(keep: Tensor) -> None:
-    if not keep.dim():
-        raise ValueError("keep must have shape [..., N], got []; add the missing dimension.")
-    if keep.dtype != torch.bool:
-        raise TypeError(
-            f"keep must be bool, got {_spelled(keep.dtype)}; compare it with something first."
-        )
-
-
-def selection_density(selection: Tensor, blocks: int) -> None:
-    """There is a row for each of ``blocks`` blocks of queries."""
-    if selection.dim() < 2 or selection.shape[-2] != blocks:
-        raise ValueError(
-            f"selection must have a row for each of N = {blocks} blocks, got "
-            f"{list(selection.shape)}; give the number of blocks it was made for."
-        )
-
-
-def transpose_selection(selection: Tensor) -> None:
-    """The selection is that of N blocks of queries among N blocks of keys."""
-    N = selection.shape[-2] if selection.dim() > 1 else 0
-    fit = selection.dim() > 1 and selection.shape[-1] == _words(N)
-    if selection.dtype != torch.int32 or not fit:
-        raise ValueError(
-            f"selection must be int32 [..., N, ceil(N / 32)], got {_spelled(selection.dtype)} "
-            f"{list(selection.shape)}; make it with select_blocks or pack_selection."
-        )
+    logit_scale(scale)
 
 
 # ---- video VAE
@@ -471,7 +464,7 @@ def group_moments(x: Tensor, groups: int, *, values: bool = False) -> None:
         raise ValueError(f"groups must divide the {x.shape[-1]} channels of x, got {groups}.")
 
 
-def group_affine(moments: Tensor, weight: Tensor, bias: Tensor) -> None:
+def group_affine(moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
     if moments.dim() != 4 or moments.shape[-1] != 2 or not moments.shape[1]:
         raise ValueError(
             "moments must have shape [B, T, G, 2] with a frame at least, got "
@@ -489,6 +482,7 @@ def group_affine(moments: Tensor, weight: Tensor, bias: Tensor) -> None:
             f"weight and bias must share one shape [C] with C a multiple of {G} groups, got "
             f"{list(weight.shape)} and {list(bias.shape)}."
         )
+    epsilon(eps)
 
 
 def group_norm_silu(
@@ -520,7 +514,13 @@ def group_norm_silu(
 
 
 def frame_causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, first_frame: int, *_, values: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first_frame: int,
+    scale: float,
+    *,
+    values: bool = False,
 ) -> None:
     one_place(query=query, key=key, value=value)
     if query.dim() != 4 or key.dim() != 4:
@@ -544,6 +544,7 @@ def frame_causal_attention(
     dtype("key", key, query.dtype)
     dtype("value", value, query.dtype)
     rows(query=query, key=key, value=value)
+    logit_scale(scale)
 
 
 def causal_conv3d(

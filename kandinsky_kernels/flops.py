@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from ._ops import ops
-from .selections import unpack_selection
+from .selections import unpacked
 
 COUNTER = "torch.utils.flop_counter"
 
@@ -44,7 +44,7 @@ def _pairs(query: Tensor, selection: Tensor, block_offsets: Tensor) -> int:
     if selection.is_meta or is_fake(selection) or is_fake(block_offsets):
         return B * H * S * S
     lengths = block_offsets.diff().double()  # [N]
-    keep = unpack_selection(selection, lengths.shape[0]).double()  # [B, H, N, N]
+    keep = unpacked(selection, lengths.shape[0]).double()  # [B, H, N, N]
     pairs = keep @ lengths @ lengths  # [B, H]
     return int(pairs.sum())
 

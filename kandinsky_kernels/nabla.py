@@ -130,11 +130,10 @@ def block_sparse_attention(
         keeps nothing gets zeros, and -inf.
 
     Raises:
-        ValueError: on other shapes, strides and bounds; and on other offsets, whose values kernels
-            on a GPU do not look at.
+        ValueError: on other shapes, strides, scales and bounds; and on other offsets, whose values
+            kernels on a GPU do not look at.
         TypeError: on other dtypes.
     """
-    checks.logit_bound(logit_bound)
     if scale is None:
         checks.dimensions("query", query, "B, S, H, D")
         scale = 1.0 / math.sqrt(query.shape[-1] or 1)

@@ -25,8 +25,9 @@ from torch._subclasses.fake_tensor import is_fake
 
 from . import checks
 from ._derivatives import derives
+from ._memory import explained
 from ._precision import double, full_precision
-from .selections import pack_selection, unpack_selection
+from .selections import pack_selection, unpacked
 
 # The mass of a block is an integer, in units of 2^-32 of the row's largest: sums are exact in any
 # order.
@@ -42,11 +43,13 @@ _LOGITS = 1 << 25
 
 
 def _meaning_of(function: Callable) -> Callable:
-    """Let the check of its name precede a reference, and run it in full precision."""
+    """Let the check of its name precede a reference, run it in full precision, and let it say in
+    one sentence where memory is short."""
     name = function.__name__
     check = getattr(checks, name)
 
     @functools.wraps(function)
+    @explained(name)
     def run(x: Tensor, *args, **options):
         check(x, *args, **options, values=True)
         with full_precision(x.device, convolutions=name == "causal_conv3d"):
@@ -366,7 +369,7 @@ def block_sparse_attention(
     B, S, H, D = query.shape
     offsets = block_offsets.tolist()
     owner = block_of_token(block_offsets, S)  # [S]
-    keep = unpack_selection(selection, len(offsets) - 1)  # [B, H, N, N]
+    keep = unpacked(selection, len(offsets) - 1)  # [B, H, N, N]
     # one piece for each block of queries; the empty ones serve inputs without any
     outs = [query.new_empty(0, D)]
     sums = [_wide(query).new_empty(0)]
@@ -408,7 +411,7 @@ def block_sparse_attention_backward(
     B, S, H = query.shape[:3]
     offsets = block_offsets.tolist()
     owner = block_of_token(block_offsets, S)  # [S]
-    keep = unpack_selection(selection, len(offsets) - 1)  # [B, H, N, N]
+    keep = unpacked(selection, len(offsets) - 1)  # [B, H, N, N]
     grad_query = torch.zeros_like(_wide(query), memory_format=torch.contiguous_format)
     grad_key = torch.zeros_like(grad_query)
     grad_value = torch.zeros_like(grad_query)

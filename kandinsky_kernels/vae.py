@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import checks, reference
 from ._library import declare
+from ._memory import explained
 
 GROUP_NORM_EPS = 1e-6
 
@@ -92,6 +93,7 @@ def group_moments(x: Tensor, groups: int) -> Tensor:
     return _group_moments(x, groups)
 
 
+@explained("group_affine")
 def group_affine(
     moments: Tensor, weight: Tensor, bias: Tensor, eps: float = GROUP_NORM_EPS
 ) -> tuple[Tensor, Tensor]:
@@ -110,10 +112,10 @@ def group_affine(
         (scale, shift), each [B, C] in fp32, or in fp64 for an fp64 weight.
 
     Raises:
-        ValueError: on other shapes.
+        ValueError: on other shapes, and on an eps that is negative or not finite.
         TypeError: on tensors that are not floats.
     """
-    checks.group_affine(moments, weight, bias)
+    checks.group_affine(moments, weight, bias, eps)
     G = moments.shape[2]
     means, variances = reference.double(moments).unbind(-1)  # [B, T, G] each
     mean = means.mean(1)  # [B, G]

@@ -49,7 +49,7 @@ def _run(argv: list[str]) -> int:
         args.run(args)
     except KeyboardInterrupt as stop:
         INTERRUPTS.end()
-        _complain(args, "interrupted" + _detail(stop))
+        _complain(args, _subject() + "interrupted" + _detail(stop), is_told=False)
         return 128 + INTERRUPTS.number
     except Exception as error:
         if args.debug:
@@ -60,6 +60,14 @@ def _run(argv: list[str]) -> int:
         _complain(args, _one_sentence(error), getattr(error, "is_told", None))
         return 2
     return 0
+
+
+def _subject() -> str:
+    """Who was interrupted, where torchrun has started several processes: each says so, because
+    nobody knows which of the others can."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    return f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} was "
 
 
 def _detail(stop: KeyboardInterrupt) -> str:

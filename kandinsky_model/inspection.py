@@ -22,6 +22,7 @@ from .dit.transformer import DiffusionTransformer3D
 from .media import chart
 
 CURVE = 100  # parts that the share of a row's blocks is divided into, for the mass curve
+FILES = ("density.png", "mass.png", "curves.png", "numbers.json")  # besides blocks_<step>.png
 LARGEST_MAP = 256  # a map of more blocks a side is averaged down to this before it is kept
 
 

@@ -21,7 +21,7 @@ from .checkpoints.lora import Adapters
 from .config import KINDS, NABLA_FOR_DENSE, PARTS, PRESETS, Preset
 from .devices.available import choose_device
 from .devices.budget import Placement
-from .devices.parallel import Ranks, from_first, share
+from .devices.parallel import LostPeer, Ranks, from_first, needing_peers, share
 from .dit.accounting import Job
 from .dit.layout import Layout, make_layout
 from .dit.quantized import mode_of
@@ -464,14 +464,14 @@ class Kandinsky5:
                 reached = index + 1, latents
                 if callback:
                     callback("sampling", index + 1, sampling.steps, latents)
+        except LostPeer as lost:
+            lost.run = self._stopped(run, sampling, reached)
+            raise
         except KeyboardInterrupt:
             raise Interrupted(self._stopped(run, sampling, reached)) from None
         decode = partial(self.decode, memory_budget=memory_budget)
-        _, latents = reached
-        return [
-            Video(one, settings, decode)
-            for one, settings in zip(latents.float().split(1), run.settings, strict=True)
-        ]
+        pairs = zip(reached[1].float().split(1), run.settings, strict=True)
+        return [Video(one, settings, decode) for one, settings in pairs]
 
     def _sampling(self, run: Run) -> Sampling:
         """How to sample what is left of a run, with a step cache that can be interrupted. Processes
@@ -495,7 +495,7 @@ class Kandinsky5:
         self, run: Run, sampling: Sampling, placement: Placement | None
     ) -> Iterator[tuple[int, Tensor]]:
         layout = self._layout(run.settings[0], sampling.guided, placement)
-        with self.parts.working("dit", placement, "sampling") as dit:
+        with needing_peers(), self.parts.working("dit", placement, "sampling") as dit:
             yield from sample(dit, run.latents, run.cond, layout, sampling, run.uncond, run.given)
 
     def _layout(self, settings: Settings, guided: bool, placement: Placement | None) -> Layout:

@@ -82,7 +82,8 @@ struct Attention {
 
 std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Tensor& key,
                                                   const Tensor& value, const Tensor& selection,
-                                                  const Tensor& offsets, double scale, double) {
+                                                  const Tensor& offsets, double scale,
+                                                  double bound) {
   require(query.dim() == 4, "query must have shape [B, S, H, D], got ", shape_of(query), ".");
   const int64_t B = query.size(0), S = query.size(1), H = query.size(2), D = query.size(3);
   require_blocks(offsets, S);
@@ -98,12 +99,12 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
     require_rows(*tensor, name);
     require_type(*tensor, name, query.scalar_type());
   }
+  require_scale(scale);
+  require(bound >= 0.0, "logit_bound must be a number from 0 on, got ", shown(bound),
+          "; leave it out when none is known.");
   const Tensor out = fresh(query, "the result", {B, S, H, D}, ScalarType::Float);
   const Tensor lse = fresh(query, "the log-sum-exp", {B, H, S}, ScalarType::Float);
-  const auto rounded = [&] {
-    return query.scalar_type() == ScalarType::Float ? out
-                                                    : torch::stable::to(out, query.scalar_type());
-  };
+  const auto rounded = [&] { return in_type(out, query.scalar_type()); };
   if (!lse.numel()) return {rounded(), lse};
   const Tensor wide = to_float(query), bits = gapless(selection);
   const int64_t group = std::max<int64_t>(1, kPackedBytes / std::max<int64_t>(1, 8 * S * D));

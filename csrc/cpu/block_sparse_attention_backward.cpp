@@ -353,6 +353,7 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
   if (grad_lse) require_shape(*grad_lse, "grad_lse", {B, H, S});
   require_shape(selection, "selection", {B, H, N, words});
   require_type(selection, "selection", ScalarType::Int);
+  require_scale(scale);
   const Tensor bits = gapless(selection), sums = gapless(lse);
   const Tensor grad_sums = grad_lse ? gapless(*grad_lse) : sums;
   Tensor gradients[3];
@@ -396,9 +397,7 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
                       float(scale)};
     run_backward(backward, query);
   }
-  for (Tensor& gradient : gradients)
-    if (query.scalar_type() != ScalarType::Float)
-      gradient = torch::stable::to(gradient, query.scalar_type());
+  for (Tensor& gradient : gradients) gradient = in_type(gradient, query.scalar_type());
   return {gradients[0], gradients[1], gradients[2]};
 }
 

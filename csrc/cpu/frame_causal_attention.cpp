@@ -127,6 +127,7 @@ std::tuple<Tensor, Tensor> frame_causal_attention(const Tensor& query, const Ten
     require_rows(*x, name);
     require_type(*x, name, query.scalar_type());
   }
+  require_scale(scale);
   const Tensor out = fresh(query, "the result", {B, T, P, D});
   const Tensor lse = fresh(query, "the log-sum-exp", {B, T, P}, ScalarType::Float);
   if (!lse.numel()) return {out, lse};

@@ -130,6 +130,7 @@ Tensor modulated_norm(const Tensor& x, const Tensor& scale, const Tensor& shift,
   require_vector(scale, "scale", {B, C});
   require_vector(shift, "shift", {B, C});
   require_float(x, "x");
+  require_epsilon(eps);
   Tensor out = fresh(x, "the result", {B, S, C});
   if (!x.numel()) return out;
   const auto wide_scale = vectors(scale, "scale", 1.0f), wide_shift = vectors(shift, "shift");
@@ -160,6 +161,7 @@ std::tuple<Tensor, Tensor> gated_add_norm(const Tensor& x, const Tensor& branch,
     require_vector(*shift, "shift", {B, C});
   }
   require_float(x, "x");
+  require_epsilon(eps);
   Tensor y = fresh(x, "the sum", shape);
   Tensor normed = fresh(x, "the result", scale ? shape : std::vector<int64_t>{0});
   if (!x.numel()) return {y, normed};
@@ -204,6 +206,7 @@ std::tuple<Tensor, Tensor> norm_rope(const Tensor& x, const Tensor& weight,
   if (offsets) require_offsets(*offsets, S);
   const int64_t N = offsets ? offsets->numel() - 1 : 0;
   require_float(x, "x");
+  require_epsilon(eps);
   Tensor y = fresh(x, "the result", {B, S, H, D});
   const std::vector<int64_t> mean_shape =
       offsets ? std::vector<int64_t>{B, H, N, D} : std::vector<int64_t>{0};

@@ -206,6 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> modulated_norm_backward(const Tensor& x, cons
   require_vector(scale, "scale", {B, C});
   require_like(grad, "grad", x, "x");
   require_float(x, "x");
+  require_epsilon(eps);
   const Tensor grad_x = fresh(x, "the gradient", {B, S, C}), sums = floats(x, {B, chunks, 2, C});
   if (!x.numel()) return {grad_x, no_sums(x, {B, C}), no_sums(x, {B, C})};
   const auto wide_scale = vectors(scale, "scale", 1.0f);
@@ -235,6 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_add_norm_backward(
   if (grad_y) require_like(*grad_y, "grad_y", y, "y");
   const std::vector<int64_t> shape{B, S, C};
   require_float(y, "y");
+  require_epsilon(eps);
   const Tensor grad_x = fresh(y, "the gradient", shape),
                grad_branch = fresh(y, "the gradient of branch", shape);
   const Tensor sums = floats(y, {B, chunks, 3, C});
@@ -276,6 +278,7 @@ std::tuple<Tensor, Tensor> norm_rope_backward(const Tensor& x, const Tensor& wei
   require_like(grad, "grad", x, "x");
   const Angles angles = angles_of(cos, sin, positions, pairs, S, D);
   require_float(x, "x");
+  require_epsilon(eps);
   const Tensor grad_x = fresh(x, "the gradient", {B, S, H, D}), sums = floats(x, {B, chunks, D});
   if (!x.numel()) return {grad_x, no_sums(x, {D})};
   const auto wide_weight = vectors(weight, "weight");

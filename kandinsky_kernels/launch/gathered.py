@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import tuning
-from ..selections import transpose_selection, unpack_selection
+from ..selections import transpose_selection, unpacked
 
 # fp32 numbers that are gathered and multiplied at once: 256 MiB
 ELEMENTS = 1 << 26
@@ -65,7 +65,7 @@ def kept(selection: Tensor, blocks: Blocks, D: int) -> Iterator[tuple[slice, Ten
     R is as large as `ELEMENTS` allows: a kept token takes two rows of logits, its key and value.
     """
     N = selection.shape[0]
-    keep = unpack_selection(selection, N)  # [N, N]
+    keep = unpacked(selection, N)  # [N, N]
     counts = keep.sum(-1)
     most = max(1, int(counts.max()))
     lists = torch.argsort(~keep, dim=-1, stable=True)  # [N, N], kept blocks first

@@ -57,7 +57,18 @@ _OTHER_KINDS = (
     (r"modules_to_save", "a LoRA with whole modules (modules_to_save)"),
     (r"^(lora_te\d?_|text_encoder|text_model)", "a LoRA of a text encoder"),
 )
-_UNUSED = {"use_dora": "DoRA"}  # what the configuration may say and tensors do not
+# what the configuration may say and tensors do not
+_UNUSED = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "lora_bias": "a LoRA with biases",
+    "fan_in_fan_out": "a LoRA of transposed layers",
+}
+_CHANGES_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+)  # beginnings that take a part off the weights themselves
 
 _log = logging.getLogger(__name__)
 
@@ -202,12 +213,12 @@ def _strengths(file: Path, metadata: Mapping[str, str], ranks: dict[str, int]) -
 
 def _strength(config: Mapping, module: str, rank: int, file: Path) -> float:
     """alpha / r, or alpha / sqrt(r), as a PEFT configuration has it."""
-    for key, kind in _UNUSED.items():
-        if config.get(key):
-            raise ValueError(
-                f"an adapter must be a LoRA of linear layers, but {file.name} is {kind} ({key}), "
-                "which is not applied here; merge it into the weights elsewhere"
-            )
+    key, kind = _other_kind(config)
+    if key:
+        raise ValueError(
+            f"an adapter must be a LoRA of linear layers, but {file.name} is {kind} ({key}), "
+            "which is not applied here; merge it into the weights elsewhere"
+        )
     alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
     if alpha is None:
         return 1.0
@@ -221,6 +232,20 @@ def _strength(config: Mapping, module: str, rank: int, file: Path) -> float:
             f"{module}; correct its configuration"
         )
     return value / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _other_kind(config: Mapping) -> tuple[str, str]:
+    """The key of a configuration that says it is no plain LoRA, and what it is; or "" twice."""
+    for key, kind in _UNUSED.items():
+        if config.get(key):
+            return key, kind
+    kind = str(config.get("peft_type") or "LORA")
+    if kind != "LORA":
+        return "peft_type", printable(kind)
+    begun = str(config.get("init_lora_weights"))
+    if begun.lower().startswith(_CHANGES_BASE):
+        return "init_lora_weights", f"for weights that {printable(begun)} has changed"
+    return "", ""
 
 
 def _said_rank(config: Mapping, module: str) -> object:

@@ -261,7 +261,7 @@ def _jobs(args: Namespace, wanted: Sequence[tuple[str, int | None]]) -> list[Job
         output = video.check_output(named(args.output, i))
         latents = video.check_output(latents_path(output), (".safetensors",))
         strip = video.check_output(named(args.strip, i), (".png",)) if args.strip else None
-        written = [output, latents, *([strip] if strip else [])]
+        written = [output, latents, _run_path(output), *([strip] if strip else [])]
         check_not_inputs(written, _inputs(args))
         if strip:
             check_apart(output, strip)
@@ -281,9 +281,10 @@ def _arguments(args: Namespace) -> dict[str, Any]:
 
 
 def _inputs(args: Namespace) -> list[str | None]:
-    """The files that `generate` reads."""
+    """The files that `generate` and `inspect` read."""
     adapters = [path for path, _ in args.lora]
-    files = [args.image, args.last_image, args.prompts, args.config, args.model]
+    names = ("image", "last_image", "prompts", "config", "model")
+    files = [getattr(args, name, None) for name in names]
     return [*files, *_places(args).values(), *adapters]
 
 
@@ -328,19 +329,26 @@ def _loaded(args: Namespace, sources: Sources, device: torch.device) -> Kandinsk
 
 @contextmanager
 def _interrupted_run_is_kept(output: Path | None, rest: Sequence[Job] = ()) -> Iterator[None]:
-    """Save the run that was interrupted inside, and say how to go on. output: what it was to
-    become; None where another process saves it. rest: the jobs that were to come."""
+    """Save the run that was interrupted inside, or that another process has left, and say how to
+    go on. output: what it was to become; None where another process saves it. rest: the jobs that
+    were to come."""
+    from ..devices.parallel import LostPeer
     from ..sampling.run import Interrupted
 
     try:
         yield
-    except Interrupted as stop:
-        if output is None:
+    except (Interrupted, LostPeer) as stop:
+        if output is None or stop.run is None:
             raise
-        wanted = output.with_name(f"{output.stem}.run.safetensors")
         run = replace(stop.run, rest=tuple(job.stored() for job in rest))
-        path = save_somewhere(run.save, wanted, "the run")
-        raise KeyboardInterrupt(f"{stop}; go on with: kandinsky resume {path}") from None
+        path = save_somewhere(run.save, _run_path(output), "the run")
+        kind = LostPeer if isinstance(stop, LostPeer) else KeyboardInterrupt
+        raise kind(f"{stop}; go on with: kandinsky resume {path}") from None
+
+
+def _run_path(output: Path) -> Path:
+    """Where an interrupted run is kept."""
+    return output.with_name(f"{output.stem}.run.safetensors")
 
 
 def _save_latents(result: Video, output: Path) -> Path:
@@ -405,6 +413,7 @@ def resume(args: Namespace) -> None:
     rest = [Job.of(stored, output) for stored in run.rest]
     inputs = [args.run_file, args.model, settings.image, settings.last_image]
     inputs += [*_places(args).values(), *(path for path, _ in args.lora)]
+    inputs += [job.arguments.get(name) for job in rest for name in ("image", "last_image")]
     for path in (output, *(job.output for job in rest)):
         check_not_inputs([video.check_output(path), latents_path(path)], inputs)
     check_not_inputs([job.strip for job in rest if job.strip], inputs)
@@ -462,7 +471,7 @@ def decode(args: Namespace) -> None:
 def inspect(args: Namespace) -> None:
     from ..checkpoints.locate import locate
     from ..devices.available import choose_device
-    from ..inspection import inspect
+    from ..inspection import FILES, inspect
     from ..sampling.settings import check_settings
 
     settings = _settings(args)
@@ -470,6 +479,8 @@ def inspect(args: Namespace) -> None:
     _check_text("negative prompt", args.negative)
     check_settings(args.prompt, **settings)
     _check_files(args)
+    pictures = [Path(args.output, name) for name in ("blocks.png", *FILES)]
+    check_not_inputs(pictures, _inputs(args))
     device = choose_device(args.device)
     parts = ("text", "dit", "vae") if args.image else ("text", "dit")
     places = _places(args)

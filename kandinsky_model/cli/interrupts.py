@@ -39,8 +39,7 @@ class Interrupts:
     @contextmanager
     def handled(self, is_program: bool = False) -> Iterator[None]:
         """Receive the signals inside, except those that the parent process told this one to ignore,
-        as nohup does. Only the main thread can; elsewhere nothing changes. SIGTERM under torchrun
-        means that another process has failed, and belongs to `devices.parallel`.
+        as nohup does. Only the main thread can; elsewhere nothing changes.
 
         is_program: whether the process ends behind this. Signals then end it, without a word.
         """
@@ -49,15 +48,14 @@ class Interrupts:
         previous: dict = {}
         if threading.current_thread() is threading.main_thread():
             for number in NUMBERS:
-                is_torchruns = number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
-                is_ignored = signal.getsignal(number) in (signal.SIG_IGN, None)
-                if not (is_ignored or is_torchruns):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     previous[number] = signal.signal(number, self._receive)
         try:
             yield
         finally:
             for number, handler in previous.items():
-                signal.signal(number, signal.SIG_DFL if is_program else handler)
+                if signal.getsignal(number) == self._receive:  # nobody has changed it since
+                    signal.signal(number, signal.SIG_DFL if is_program else handler)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:

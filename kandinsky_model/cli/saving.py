@@ -84,11 +84,12 @@ def _ask(question: str) -> str:
 
 def check_not_inputs(outputs: Iterable[Path], inputs: Iterable[str | os.PathLike | None]) -> None:
     """Raise ValueError if one of the outputs is the same file as one of the inputs, under whatever
-    name. An output "a.png" also stands for "a_000.png" and so on: frames have numbers."""
+    name, or a folder that holds one. An output "a.png" also stands for "a_000.png" and so on:
+    frames have numbers."""
     present = [Path(path) for path in inputs if path is not None and os.path.exists(path)]
     for output in outputs:
         for path in present:
-            if _is_same(output, path) or _is_numbered(output, path):
+            if _is_same(output, path) or _is_numbered(output, path) or _holds(output, path):
                 raise ValueError(
                     f"the output must not be one of the inputs, but {output} would overwrite "
                     f"{path}; choose another name"
@@ -110,6 +111,10 @@ def _is_same(one: Path, other: Path) -> bool:
         return one.samefile(other)
     except OSError:
         return False  # the output is not there yet
+
+
+def _holds(folder: Path, path: Path) -> bool:
+    return folder.is_dir() and folder.resolve() in path.resolve().parents
 
 
 def _is_numbered(output: Path, path: Path) -> bool:

@@ -8,6 +8,8 @@ from argparse import Namespace
 from itertools import cycle, islice
 from pathlib import Path
 
+from .saving import check_not_inputs
+
 # Arguments of `train` that have the names of TrainConfig's fields; None takes the default there.
 GIVEN = (
     "model",
@@ -36,6 +38,7 @@ WORDS = ("color", "background", "color_and_background", "shape", "motion", "all"
 
 def train(args: Namespace) -> None:
     from ..training import LoRAConfig, TrainConfig
+    from ..training.outputs import LORA_CONFIG, LORA_WEIGHTS
     from ..training.trainer import train
 
     if args.full and args.trigger:
@@ -47,6 +50,9 @@ def train(args: Namespace) -> None:
             "--lora-alpha is the factor of a LoRA, so it does not go with --full; "
             "leave one of them out"
         )
+    results = ("transformer",) if args.full else (LORA_WEIGHTS, LORA_CONFIG)
+    written = [Path(args.output, name) for name in (*results, "samples", "training")]
+    check_not_inputs(written, [args.data, *_model_files(args.model)])
     given = {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None}
     lora = None
     if not args.full:
@@ -59,6 +65,15 @@ def train(args: Namespace) -> None:
         raise KeyboardInterrupt(
             "after the last state that was saved; go on with the same command and --resume"
         ) from None
+
+
+def _model_files(model: str | None) -> list[Path]:
+    """What is read of a model that lies in a file or folder; nothing where it is a preset."""
+    if model is None:
+        return []
+    folder = Path(model)
+    parts = [path for path in folder.glob("*") if path.is_dir()]
+    return [folder, folder / "model_index.json", *parts, *folder.glob("*/**/*")]
 
 
 def draw_clips(args: Namespace) -> None:
@@ -91,12 +106,19 @@ def train_tiny(args: Namespace) -> None:
 
 def check_tiny(args: Namespace) -> None:
     from ..checkpoints.locate import TINY
+    from ..media.video import check_output
     from ..tiny.check import check_tiny
     from ..tiny.scenes import held_out
 
+    folder = args.folder or TINY
+    if args.json:  # before minutes of drawing
+        output = Path(args.json)
+        check_output(output, (output.suffix.lower(),))
+        log = Path(folder, "training.json")
+        check_not_inputs([output], [*_model_files(str(folder)), log, args.lora])
     combinations = tuple(islice(cycle(held_out()), args.count))
     result = check_tiny(
-        args.folder or TINY,
+        folder,
         args.seed,
         args.steps,
         args.guidance,

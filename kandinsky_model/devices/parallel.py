@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -160,7 +161,12 @@ def _lengths(spans: list[slice]) -> list[int]:
 
 
 class LostPeer(RuntimeError):
-    """Another process that shared the run has ended, so this one cannot go on."""
+    """Another process that shared the run has ended, so this one cannot go on.
+
+    run: what was sampled by then, a `sampling.run.Run`; None where nothing was.
+    """
+
+    run: Any = None
 
 
 @contextmanager
@@ -205,6 +211,17 @@ def _lost_peer() -> LostPeer:
     )
 
 
+@contextmanager
+def needing_peers() -> Iterator[None]:
+    """Raise LostPeer where a collective operation of the body fails."""
+    try:
+        yield
+    except Exception as error:
+        if _is_about_a_peer(error):
+            raise _lost_peer() from error
+        raise
+
+
 def _is_about_a_peer(error: Exception) -> bool:
     """Whether a collective operation failed. gloo raises RuntimeError with the place in its own
     sources."""
@@ -215,22 +232,23 @@ def _is_about_a_peer(error: Exception) -> bool:
 
 @contextmanager
 def _termination_raises() -> Iterator[None]:
-    """While the body runs, SIGTERM raises LostPeer: torchrun sends it to all processes when one has
-    failed. After a failure it is ignored, so that the exit status is that of the failure; torchrun
-    kills what does not end. A handler that others have set stays."""
-    is_default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if not is_default or threading.current_thread() is not threading.main_thread():
+    """While the body runs, SIGTERM raises LostPeer, unless others have set a handler: torchrun
+    sends it to all processes when one has failed. After a failure or an interruption it is ignored,
+    so that the exit status and the last words are about that; torchrun kills what does not end."""
+    before = signal.getsignal(signal.SIGTERM)
+    if before is None or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def terminated(*_):
         raise _lost_peer()
 
-    signal.signal(signal.SIGTERM, terminated)
-    afterwards = signal.SIG_IGN
+    if before == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminated)
+    afterwards: Any = signal.SIG_IGN
     try:
         yield
-        afterwards = signal.SIG_DFL
+        afterwards = before
     finally:
         signal.signal(signal.SIGTERM, afterwards)
 

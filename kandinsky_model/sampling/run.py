@@ -21,7 +21,7 @@ from ..files import replacing
 from ..media.video import check_output
 from ..text.embeddings import Conditioning
 from .given import Given, check_given
-from .settings import Settings
+from .settings import Settings, check_settings, named
 from .values import integer, one_line, texts
 
 ABOUT = "kandinsky_run"  # the tensor of bytes that holds settings and step as JSON
@@ -100,7 +100,12 @@ class Run:
             "rest": list(self.rest),
         }
         data = bytearray(json.dumps(about).encode())
-        tensors = {"latents": self.latents, ABOUT: torch.frombuffer(data, dtype=torch.uint8)}
+        tensors = self._tensors() | {ABOUT: torch.frombuffer(data, dtype=torch.uint8)}
+        return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors of the file by their names in it."""
+        tensors = {"latents": self.latents}
         for name, text in (("cond", self.cond), ("uncond", self.uncond)):
             if text is not None:
                 tensors[f"{name}.embeds"] = text.embeds
@@ -113,7 +118,7 @@ class Run:
             tensors[SOURCE] = self.given.source
         for name, tensor in self.memories.items():
             tensors[f"{MEMORY_PREFIX}{name}"] = tensor
-        return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        return tensors
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
@@ -156,6 +161,9 @@ class Run:
             about.rest,
         )
         run.check()
+        unknown = sorted(tensors.keys() - run._tensors().keys() - {ABOUT})
+        if unknown:
+            raise ValueError(f"it has a tensor that no run has, {unknown[0]!r:.80}")
         return run
 
     def check(self, config: DiTConfig | None = None) -> None:
@@ -186,6 +194,8 @@ class Run:
                 if text.lengths.min() < 1 or text.lengths.max() > L:
                     raise ValueError(f"lengths of texts lie in 1..{L}, got {text.lengths.tolist()}")
         check_given(self.given, self.latents.shape)
+        if self.memories and first.cache == "none":
+            raise ValueError("a run without a step cache remembers nothing, got memories of one")
 
     def check_weights(
         self, lora: tuple[str, ...], fingerprints: tuple[str, ...], quantization: str
@@ -265,6 +275,9 @@ def _about(stored: Tensor) -> About:
         raise ValueError(f"its settings are no JSON: {error}") from None
     if not isinstance(about, dict) or not isinstance(about.get("settings"), list):
         raise ValueError("its settings are no JSON object with a list of them")
+    unknown = sorted(about.keys() - {"settings", "step", "adapters", "rest"})
+    if unknown:
+        raise ValueError(f"its settings must be those of this version, got {unknown[0]!r:.80} too")
     try:
         step = integer("step", about.get("step"))
         adapters = texts("adapters", about.get("adapters", ()))
@@ -273,6 +286,8 @@ def _about(stored: Tensor) -> About:
     rest = about.get("rest", [])
     if not isinstance(rest, list) or not all(map(_is_job, rest)):
         raise ValueError("its jobs that were to follow have no output, strip and arguments")
+    for job in rest:
+        _check_arguments(job["arguments"])
     return About(about["settings"], step, adapters, tuple(rest))
 
 
@@ -286,6 +301,20 @@ def _is_job(job: object) -> bool:
         and "prompt" in job["arguments"]
         and not {"callback", "memory_budget"} & job["arguments"].keys()
     )
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError for arguments of a job that `Kandinsky5.generate` would refuse, which else
+    came to light when the jobs before it are done."""
+    settings = dict(arguments)
+    settings.pop("expand_prompt", None)
+    given = [settings.pop(name, None) for name in ("image", "last_image")]
+    try:
+        texts("image", [path for path in given if path is not None])
+        chosen = {"prompt": settings.pop("prompt"), "seed": settings.pop("seed", None)}
+        check_settings(**chosen, **named(settings))
+    except TypeError as error:
+        raise ValueError(f"a job that was to follow cannot be done: {error}") from None
 
 
 def _prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch import Tensor
 
-from ..config import ATTENTIONS, CACHES, Preset
+from ..config import ATTENTIONS, CACHES, PRESETS, QUANTIZATIONS, Preset
 from ..dit.geometry import Grid
 from ..vae.hunyuan import POLICIES
 from .sampler import NO_GUIDANCE, PRECISIONS, Sampling
@@ -152,6 +153,28 @@ class Settings:
             raise ValueError(f"the seed must lie in 0 .. 2^64 - 1, got {self.seed}; choose another")
         if not 1 <= self.fps <= MOST_FPS:
             raise ValueError(f"fps must lie in 1 .. {MOST_FPS}, got {self.fps}; 24 is usual")
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        """Raise ValueError for weights that no program of ours can have used."""
+        if self.preset and self.preset not in PRESETS:
+            raise ValueError(
+                "preset must be empty or one that `kandinsky presets` lists, got "
+                f"{self.preset!r:.80}; it was written by another program or version"
+            )
+        if self.quantization and self.quantization not in QUANTIZATIONS:
+            raise ValueError(
+                f"quantization must be empty or one of {', '.join(QUANTIZATIONS)}, got "
+                f"{self.quantization!r:.80}; it was written by another program or version"
+            )
+        for adapter in self.lora:
+            if not _has_scale(adapter):
+                raise ValueError(
+                    f"lora must be a list of path:scale with finite scales, got {adapter!r:.80}; "
+                    "it was written by another program"
+                )
+        if self.preset:
+            make_cache(self.cache, self.preset)  # raises where the preset has none
 
     @classmethod
     def parse(cls, stored: object) -> Settings:
@@ -211,6 +234,14 @@ class Settings:
 
 # The type of each setting, by its annotation.
 FIELD_TYPES = {field.name: str(field.type) for field in fields(Settings)}
+
+
+def _has_scale(adapter: str) -> bool:
+    path, _, scale = adapter.rpartition(":")
+    try:
+        return bool(path) and math.isfinite(float(scale))
+    except ValueError:
+        return False
 
 
 def converted(name: str, value: object) -> Any:
@@ -280,7 +311,6 @@ def complete(
             f"{preset.name} makes pictures, decoded whole, got {values['num_frames']} frames and "
             f"{values['vae_policy']} decoding; leave both out, or use a video preset"
         )
-    make_cache(values.get("cache", "none"), preset.name)  # raises where the preset has none
     return [
         Settings(prompt, negative, one, **values)
         for prompt, negative, one in zip(prompts, negatives, seeds, strict=True)

@@ -153,6 +153,12 @@ class Trainer:
         samples = self._samples()
         self.about["data"] = [sample.latents.name + sample.text.name for sample in samples]
         self._compare(earlier)
+        unknown = sorted(earlier.keys() - self.about.keys())
+        if unknown:
+            raise ValueError(
+                f"a training goes on with the settings it began with, but {unknown[0]!r:.80} is "
+                "none that this version knows; use the version that began it, or begin anew"
+            )
         self.passes = Passes(samples, config.batch, config.seed)
 
         dit = load_dit(self.weights, dtype=self.dtype if config.lora else torch.float32)

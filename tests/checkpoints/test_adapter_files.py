@@ -267,6 +267,12 @@ def test_text_encoders_are_refused_by_name(tmp_path, name):
         ({"lora_adapter_metadata": '{"lora_alpha": NaN}'}, "a finite number as alpha, got nan"),
         ({"lora_adapter_metadata": '{"lora_alpha": [4]}'}, "a finite number as alpha"),
         ({"lora_adapter_metadata": '{"lora_alpha": 4, "use_dora": true}'}, "is DoRA .use_dora"),
+        ({"lora_adapter_metadata": '{"lora_alpha": 4, "lora_bias": true}'}, "LoRA with biases"),
+        ({"lora_adapter_metadata": '{"lora_alpha": 4, "peft_type": "ADALORA"}'}, "is ADALORA"),
+        (
+            {"lora_adapter_metadata": '{"lora_alpha": 4, "init_lora_weights": "pissa_niter_4"}'},
+            "for weights that pissa_niter_4 has changed",
+        ),
         ({"lora_adapter_metadata": '{"lora_alpha": 4, "r": 8}'}, "says rank 8 for"),
         (
             {"lora_adapter_metadata": '{"lora_alpha": 4, "alpha_pattern": {".*key": 1}}'},

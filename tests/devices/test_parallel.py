@@ -4,6 +4,7 @@ the command line under torchrun."""
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
+from kandinsky_model.__main__ import main
 from kandinsky_model.config import DiTConfig, NablaConfig
 from kandinsky_model.devices.parallel import LostPeer, Ranks, from_first, share
 from kandinsky_model.dit.geometry import Grid
 from kandinsky_model.dit.layout import make_layout
 from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.sampling.result import load_latents
+from kandinsky_model.sampling.run import Run
 from kandinsky_model.sampling.sampler import Sampling, noise, sample
 from kandinsky_model.sampling.step_cache import FirstBlockCache, MagCache
 from kandinsky_model.text.embeddings import Conditioning
@@ -187,8 +190,6 @@ def folder(tmp_path_factory):
 
 
 def test_generate_writes_once_and_the_same(folder, tmp_path):
-    from kandinsky_model.__main__ import main
-
     arguments = ["--model", str(folder), *tiny_models.SMALL_ARGS, "--device", "cpu", "--seed", "3"]
     done = torchrun(2, "generate", "a red circle", *arguments, "-o", "a.gif", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.count("a.gif") == 1, done.stderr
@@ -238,7 +239,8 @@ def lost(rank):
 
 # The command of one rank that meets with something at its second step.
 FATE = """
-import os, signal, sys
+import os, signal, sys, time
+import torch
 from kandinsky_model.__main__ import main
 from kandinsky_model.devices.parallel import Ranks
 
@@ -247,7 +249,7 @@ both = Ranks.both
 
 def meet(self, velocity):
     seen.append(1)
-    if os.environ["RANK"] == sys.argv[1] and len(seen) == 2:
+    if os.environ["RANK"] in sys.argv[1].split(",") and len(seen) == 2:
         {fate}
     return both(self, velocity)
 
@@ -268,13 +270,48 @@ def test_when_one_process_ends_the_other_says_so_and_stops(folder, tmp_path, ran
         2, str(rank), *arguments, "--device", "cpu", cwd=tmp_path, program=[tmp_path / "run.py"]
     )
     assert done.returncode
-    said = [lost(1 - rank)]
+    said = complaints(done)
     if fate == "failed":
-        said.append("the card is on fire; call for help")
-    assert sorted(complaints(done)) == sorted(said)
+        said.remove("the card is on fire; call for help")
+    kept = "; go on with: kandinsky resume out.run.safetensors" if rank == 1 else ""
+    stopped = f"process {1 - rank} of 2 was interrupted after 1 of 2 steps{kept}"
+    assert said in ([lost(1 - rank) + kept], [stopped])  # by what it met with first
     statuses = dict(re.findall(r"rank +: (\d) .*\n +exitcode +: (\S+) ", done.stderr))
     assert statuses.pop(str(rank)) == ("2" if fate == "failed" else "-9")
-    assert statuses in ({}, {str(1 - rank): "2"})
+    assert statuses in ({}, {str(1 - rank): "2" if said != [stopped] else "143"})
+    if kept:
+        assert Run.load(tmp_path / "out.run.safetensors").step == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_shared_run_that_is_stopped_can_go_on(folder, tmp_path, number):
+    """Whoever stops torchrun, by any signal, finds what was sampled, once, and goes on from it."""
+    kill = f"os.environ['RANK'] == '0' and os.kill(os.getppid(), {int(number)})"
+    fate = f"torch.distributed.barrier(); {kill}; time.sleep(60)"
+    (tmp_path / "run.py").write_text(FATE.format(fate=fate))
+    arguments = ["--model", str(folder), *tiny_models.SMALL_ARGS, "--device", "cpu", "--seed", "3"]
+    done = torchrun(
+        2,
+        "0,1",
+        "generate",
+        "a red circle",
+        *arguments,
+        "-o",
+        "a.gif",
+        cwd=tmp_path,
+        program=[tmp_path / "run.py"],
+    )
+    assert done.returncode
+    kept = "; go on with: kandinsky resume a.run.safetensors"
+    first, second = sorted(complaints(done))
+    stopped = "process {} of 2 was interrupted after 1 of 2 steps"
+    assert first in (stopped.format(0) + kept, lost(0) + kept)
+    assert second in (stopped.format(1), lost(1))
+    assert Run.load(tmp_path / "a.run.safetensors").step == 1
+    assert main(["resume", str(tmp_path / "a.run.safetensors"), "-o", str(tmp_path / "a.gif")]) == 0
+    assert main(["generate", "a red circle", *arguments, "-o", str(tmp_path / "b.gif")]) == 0
+    went_on, alone = (load_latents(tmp_path / f"{name}.latents.safetensors")[0] for name in "ab")
+    torch.testing.assert_close(went_on, alone, rtol=0, atol=1e-5)
 
 
 def test_prompts_of_a_file_are_spread(folder, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kandinsky_kernels as ops
-from kandinsky_kernels import _library, reference
+from kandinsky_kernels import reference
 
 LIBRARY = torch.ops.kandinsky_kernels
 HUGE = 2**63 - 1
@@ -212,6 +212,56 @@ def test_kernels_and_references_refuse(op, args, error, text, by):  # law 20
         function(*args())
 
 
+# every operator that takes a number which is no tensor, as a function of that number
+EPSILONS = {
+    "modulated_norm": lambda eps: (ROWS, V, V, eps),
+    "gated_add_norm": lambda eps: (ROWS, ROWS, V, V, V, eps),
+    "norm_rope": lambda eps: (*rope()[:-1], eps),
+    "modulated_norm_backward": lambda eps: (ROWS, V, ROWS, eps),
+    "gated_add_norm_backward": lambda eps: (ROWS, ROWS, V, V, None, ROWS, eps),
+    "norm_rope_backward": lambda eps: (*rope()[:-2], rope()[0], eps),
+}
+SCALES = {
+    "block_sparse_attention": lambda scale: (*attention([0, 50, 100])[:5], scale, math.inf),
+    "block_sparse_attention_backward": lambda scale: (
+        *attention_gradient([0, 50, 100])[:-1],
+        scale,
+    ),
+    "frame_causal_attention": lambda scale: (Q, Q, Q, 0, scale),
+}
+BOUNDS = {"block_sparse_attention": lambda bound: (*attention([0, 50, 100])[:6], bound)}
+NUMBERS = [
+    (EPSILONS, "eps must be from 0 on and finite in float32", [-1.0, -1e-9, 1e39], [0.0, 3e38]),
+    (SCALES, "scale must be finite in float32", [1e39, -1e300], [0.0, -0.3, 3e38]),
+    (BOUNDS, "logit_bound must be a number from 0 on", [-1.0, -1e-300], [0.0, math.inf]),
+]
+
+
+@pytest.mark.parametrize(
+    ("table", "text", "wrong", "right"), NUMBERS, ids=["eps", "scale", "bound"]
+)
+def test_numbers_that_are_refused_by_all_in_one_sentence(table, text, wrong, right):
+    wrong = [*wrong, math.nan, -math.inf] + ([] if table is BOUNDS else [math.inf])
+    for op, args in table.items():
+        functions = [getattr(LIBRARY, op), getattr(reference, op)]
+        for number in wrong:
+            sentences = set()
+            for function in functions:
+                with pytest.raises(ValueError, match=text) as caught:
+                    function(*args(number))
+                sentences.add(str(caught.value))
+            assert len(sentences) == 1 and f", got {number};" in sentences.pop()
+        for number in right:
+            for function in functions:
+                function(*args(number))
+
+
+def test_the_affine_of_a_group_refuses_an_epsilon():
+    moments = torch.ones(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="eps must be from 0 on and finite in float32, got nan"):
+        ops.group_affine(moments, torch.ones(4), torch.ones(4), math.nan)
+
+
 @pytest.mark.parametrize(
     "offsets",
     [
@@ -245,6 +295,16 @@ def test_doubles_refuse_offsets():
         (lambda: ops.pack_selection(torch.tensor(True)), ValueError, "keep must have shape"),
         (lambda: ops.unpack_selection(int32(1, 2), 32), ValueError, "selection must have ceil"),
         (lambda: ops.unpack_selection(torch.ones(1), 9), TypeError, "selection must be int32"),
+        (
+            lambda: ops.unpack_selection(ops.pack_selection(torch.ones(1, 40) > 0), 39),
+            ValueError,
+            "selection must keep no block beyond N = 39; give",
+        ),
+        (
+            lambda: ops.selection_density(ops.pack_selection(torch.ones(31, 32) > 0), 31),
+            ValueError,
+            "selection must keep no block beyond N = 31",
+        ),
         (
             lambda: ops.selection_density(int32(*range(40))[:, None], 9),
             ValueError,
@@ -329,20 +389,68 @@ def test_nothing_is_done_for_nothing(sizes):  # law 8: however many empty rows t
         assert all(gradient.shape == heads.shape for gradient in gradients)
 
 
-@pytest.mark.skipif(_library.extension is None, reason="the compiled extension is not built")
+S = 1 << 40  # tokens of a tensor of 32 TB, without memory behind them
+LONG = torch.zeros(1, 1, 8).expand(1, S, 8)
+LONG_DOUBLE = torch.zeros(1, 1, 8, dtype=torch.float64).expand(1, S, 8)
+HEADS = LONG[:, :, None]
+FRAMES = LONG[None]
+PIXELS = LONG[None, None]
+SHORT = {
+    "modulated_norm": lambda: (LONG, V[:1], V[:1], 1e-5),
+    "gated_add_norm": lambda: (LONG, LONG, V[:1], None, None, 1e-5),
+    "norm_rope": lambda: (HEADS, V[0], None, None, None, [], None, 1e-5),
+    "modulated_norm_backward": lambda: (LONG, V[:1], LONG, 1e-5),
+    "gated_add_norm_backward": lambda: (LONG, LONG, V[:1], V[:1], None, LONG, 1e-5),
+    "norm_rope_backward": lambda: (HEADS, V[0], None, None, None, [], HEADS, 1e-5),
+    "select_blocks": lambda: (
+        *[V[:1, None, None].expand(1, 1, 1 << 25, 8)] * 2,
+        0.9,
+        [],
+        [],
+        "all",
+    ),
+    "group_norm_silu": lambda: (PIXELS, V[:1], V[:1], None, False, True),
+    "frame_causal_attention": lambda: (FRAMES, Q, Q, 0, 0.3),
+    "causal_conv3d": lambda: (PIXELS, torch.ones(1, 8, 1, 1, 1), None, [1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("by", ["operator", "reference"])
+@pytest.mark.parametrize("op", SHORT)
+def test_missing_memory_is_told_with_its_size(op, by):
+    """In one sentence, by kernels and by references alike."""
+    function = getattr(LIBRARY if by == "operator" else reference, op)
+    with pytest.raises(torch.OutOfMemoryError, match=SENTENCE) as caught:
+        function(*SHORT[op]())
+    assert "\n" not in str(caught.value) and caught.value.__context__ is None
+
+
+SENTENCE = r"^.* needs \d{13,} bytes of memory, which this machine does not give; compute fewer"
+NO_SIZE = r"^\S* needs more memory, which this machine does not give; compute fewer"
+
+
 @pytest.mark.parametrize(
-    ("call", "size"),
+    ("call", "text"),
     [
-        (lambda x, v: ops.modulated_norm(x, v, v), 4 * 8 << 40),
-        (lambda x, v: ops.norm_rope(x[..., None, :], v[0]), 4 * 8 << 40),
-        (lambda x, v: ops.group_norm_silu(x[None, None], v, v, pad=False), 4 * 8 << 40),
+        (lambda: ops.unpack_selection(int32(1).expand(S, 1), 20), SENTENCE),
+        (lambda: ops.pack_selection(torch.ones(1, dtype=torch.bool).expand(S, 1)), SENTENCE),
+        (lambda: ops.transpose_selection(int32(1).expand(S, 1, 1)), SENTENCE),
+        (lambda: ops.modulated_norm(LONG_DOUBLE, V[:1], V[:1]), SENTENCE),
+        (lambda: ops.pack_selection(torch.ones(1, dtype=torch.bool).expand(2**62, 1)), NO_SIZE),
     ],
 )
-def test_missing_memory_is_told_with_its_size(call, size):
-    x = torch.zeros(1, 1, 8).expand(1, 1 << 40, 8)
-    v = torch.zeros(1, 8)
-    with pytest.raises(torch.OutOfMemoryError, match=f"needs {size} bytes of memory, which this"):
-        call(x, v)
+def test_missing_memory_of_what_is_plain_torch(call, text):
+    with pytest.raises(torch.OutOfMemoryError, match=text):
+        call()
+
+
+def test_other_failures_keep_their_words(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("the card is on fire")
+
+    monkeypatch.setattr(reference, "_rotate", fail)
+    with pytest.raises(RuntimeError, match="^the card is on fire$"):
+        reference.norm_rope(*rope())
 
 
 @pytest.mark.skipif(_library.extension is None, reason="the compiled library is not built")

@@ -326,6 +326,11 @@ def about(run):
     return {"step": run.step, "settings": [asdict(one) for one in run.settings]}
 
 
+def job(**arguments):
+    """One of the jobs that were to follow."""
+    return {"output": "b.mp4", "strip": None, "arguments": {"prompt": PROMPT} | arguments}
+
+
 @pytest.fixture(scope="module")
 def stopped(folder, tmp_path_factory):
     """A file of an interrupted run, and the run."""
@@ -370,6 +375,32 @@ def stored(text):
             "kandinsky_run",
             lambda _, run: stored(json.dumps({"step": 1, "settings": about(run)["settings"] * 2})),
             r"requires latents of float \[2, 2, 8, 10, any\]",
+        ),
+        (
+            "kandinsky_run",
+            lambda _, run: stored(json.dumps(about(run) | {"surprise": 1})),
+            "must be those of this version, got 'surprise' too",
+        ),
+        (
+            "kandinsky_run",
+            lambda _, run: stored(json.dumps(about(run) | {"rest": [job(surprise=1)]})),
+            "a job that was to follow cannot be done: .*got 'surprise'",
+        ),
+        (
+            "kandinsky_run",
+            lambda _, run: stored(json.dumps(about(run) | {"rest": [job(height=17)]})),
+            "multiples of 16, got",
+        ),
+        (
+            "kandinsky_run",
+            lambda _, run: stored(json.dumps(about(run) | {"rest": [job(image=3)]})),
+            "image must be a str, got int 3",
+        ),
+        ("surprise", lambda x, run: torch.zeros(1), "it has a tensor that no run has, 'surprise'"),
+        (
+            "memory.0.change",
+            lambda x, run: torch.zeros(1, 40, 32),
+            "without a step cache remembers nothing",
         ),
         ("kandinsky_run", lambda _, run: torch.ones(2, 3), "no JSON"),
         ("latents", lambda x, run: None, "it has no tensor latents"),

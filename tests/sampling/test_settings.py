@@ -167,6 +167,14 @@ def test_pictures_as_arrays_lists_and_addresses(tmp_path_factory):
         ({"seed": "7"}, "seed must be an int, got str '7'"),
         ({"prompt": None}, "a prompt must be a str"),
         ({"lora": "a:1"}, "lora must be a list of str"),
+        (
+            {"preset": "nope"},
+            "preset must be empty or one that `kandinsky presets` lists, got 'nope'",
+        ),
+        ({"quantization": "int3"}, "quantization must be empty or one of int8, .*, got 'int3'"),
+        ({"lora": ["a.safetensors:nan"]}, "lora must be a list of path:scale with finite scales"),
+        ({"lora": [":1"]}, "lora must be a list of path:scale with finite scales"),
+        ({"cache": "mag", "preset": "tiny"}, "cache mag requires a preset with calibrated ratios"),
         ({"surprise": 1}, "those that this version knows, got 'surprise' too"),
     ],
 )

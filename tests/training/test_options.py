@@ -178,6 +178,14 @@ def test_the_state_of_something_else_is_refused(data, config, tmp_path, spoil):
         train(data, tmp_path, config, resume=True)
 
 
+def test_a_state_with_a_setting_that_nobody_knows_is_refused(data, config, tmp_path):
+    train(data, tmp_path, config)
+    about = read_about(tmp_path / STATE) | {"surprise": 1}
+    save_file(load_file(tmp_path / STATE), tmp_path / STATE, {ABOUT: json.dumps(about)})
+    with pytest.raises(ValueError, match="but 'surprise' is none that this version knows"):
+        train(data, tmp_path, config, resume=True)
+
+
 @pytest.mark.parametrize("about", ["[1]", "{", "[" * 100_000])
 def test_a_state_that_does_not_say_of_what_is_refused(tmp_path, about):
     save_file({"losses": torch.zeros(1)}, tmp_path / "s.safetensors", {ABOUT: about})
