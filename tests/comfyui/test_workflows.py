@@ -249,6 +249,15 @@ def test_only_the_seed_of_a_sampler_changes_by_itself():
     assert changing == {("KandinskyKernelsSample", "seed"), ("KSampler", "seed")}
 
 
+def test_every_seed_says_whether_it_changes_by_itself():
+    """ComfyUI's page puts a widget for that after an INT of these names where nothing is said, and
+    the values of a saved workflow would then stand one place off."""
+    for node in comfyui.NODE_CLASS_MAPPINGS.values():
+        for part in node.INPUT_TYPES().values():
+            for name in part.keys() & {"seed", "noise_seed"}:
+                assert "control_after_generate" in part[name][1]
+
+
 @pytest.fixture
 def comfy_folder(tmp_path):
     (tmp_path / "ComfyUI" / "custom_nodes").mkdir(parents=True)
