@@ -309,8 +309,15 @@ class EncodeImage(Node):
         "image": _socket("IMAGE", "the picture; of several the first"),
         "width": _WIDTH,
         "height": _HEIGHT,
-        # does not change by itself: another seed for the sampler encodes nothing again
-        "seed": _number("INT", "of the noise in the encoded picture", LARGEST_SEED, 1),
+        # Does not change by itself, so another seed for the sampler encodes nothing again.
+        # ComfyUI's page changes every input of this name after a run unless told not to.
+        "seed": _number(
+            "INT",
+            "of the noise in the encoded picture",
+            LARGEST_SEED,
+            1,
+            control_after_generate=False,
+        ),
         "memory_gb": _MEMORY,
     }
     RETURN_TYPES = ("LATENT", "IMAGE", "INT", "INT")

@@ -219,7 +219,8 @@ class Graph:
             for i, (name, one) in enumerate(definition.outputs)
         ]
         values = list(_widgets(definition, inputs))
-        text_lines = TEXT_LINES * ("text" in inputs or "prompt" in inputs)
+        has_text = any(isinstance(inputs.get(name), str) for name in ("text", "prompt"))
+        text_lines = TEXT_LINES * has_text
         height = ROW + LINE * (max(len(sockets), len(outputs)) + len(values) + text_lines)
         properties: dict[str, object] = {"Node name for S&R": kind}
         if models:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the nodes and the acceleration inside a real ComfyUI, headless:
+"""Runs the nodes and the acceleration inside a real ComfyUI:
 
-    python -m tests.comfyui.run_in_comfyui COMFYUI
+    python -m tests.comfyui.run_in_comfyui COMFYUI [--screenshots FOLDER]
 
 COMFYUI is the folder with its main.py, and the Python is one that runs it. The nodes are installed
 into a base directory of their own, so nothing in COMFYUI changes. The command starts the server on
 a free port, runs workflows through its interface as a browser does, prints one line for each thing
-that holds, and fails at the first that does not.
+that holds, and fails at the first that does not. With --screenshots it looks at ComfyUI's page in a
+Chromium, too, and writes into FOLDER what it saw.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.comfyui import in_process
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 180  # until the server must answer
@@ -204,16 +207,18 @@ async def check_a_picture(server: Server, model: Path) -> None:
 
 
 @contextmanager
-def running(comfyui: Path, base: Path) -> Iterator[int]:
+def running(comfyui: Path, base: Path, has_page: bool) -> Iterator[int]:
     """A server with `base` for its nodes, inputs and outputs; its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    empty = base / "frontend"
-    empty.mkdir()
     command = [sys.executable, str(comfyui / "main.py"), "--cpu", "--disable-auto-launch"]
-    command += ["--base-directory", str(base), "--port", str(port)]
-    command += ["--front-end-root", str(empty), "--preview-method", "latent2rgb"]
+    command += ["--base-directory", str(base), "--port", str(port), "--disable-api-nodes"]
+    command += ["--preview-method", "latent2rgb"]
+    if not has_page:
+        empty = base / "frontend"
+        empty.mkdir()
+        command += ["--front-end-root", str(empty)]
     with (base / "log.txt").open("w", encoding="utf-8") as log:
         path = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         server = subprocess.Popen(
@@ -245,14 +250,15 @@ async def answers(server: Server) -> None:
     raise SystemExit("ComfyUI did not start")
 
 
-async def check_nodes(comfyui: Path, base: Path) -> None:
+async def check_nodes(comfyui: Path, base: Path, screenshots: Path | None) -> None:
     import aiohttp
 
+    from tests.comfyui.in_browser import check_in_browser
     from tests.support import tiny_models
 
     parts = tiny_models.text_parts()
     editing = tiny_models.diffusers_folder(base / "Kandinsky-5.0-I2I-Lite", parts, "i2i")
-    with running(comfyui, base) as port:
+    with running(comfyui, base, screenshots is not None) as port:
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(timeout=timeout) as session:
             server = Server(session, port)
@@ -260,6 +266,8 @@ async def check_nodes(comfyui: Path, base: Path) -> None:
             await check_what_is_shown(server)
             await check_a_video(server, base / "output")
             await check_a_picture(server, editing)
+            if screenshots:
+                await check_in_browser(server.base, screenshots, SMALL, holds)
 
 
 def prepare(base: Path) -> None:
@@ -274,76 +282,17 @@ def prepare(base: Path) -> None:
     Image.new("RGB", (100, 60), "red").save(base / "input" / "example.png")
 
 
-# Acceleration of ComfyUI's own network, in a process that imports ComfyUI
-
-
-def check_acceleration(comfyui: Path) -> None:
-    """ComfyUI's own network with random weights: as before, and NABLA as an oracle in fp64."""
-    from kandinsky_model.acceleration.comfyui import accelerated
-    from kandinsky_model.config import DiTConfig, NablaConfig
-    from tests.acceleration.test_comfyui import CONFIG, SCALE, inputs, oracle
-    from tests.support.plain_dit import random_state
-
-    sys.path.insert(0, str(comfyui))
-    sys.argv[1:] = ["--cpu"]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    import comfy.ldm.kandinsky5.model
-    import comfy.model_patcher
-    import comfy.ops
-    import torch
-
-    config: DiTConfig = CONFIG
-    state = random_state(config)
-    network = comfy.ldm.kandinsky5.model.Kandinsky5(
-        in_text_dim=config.in_text_dim,
-        in_text_dim2=config.in_text_dim2,
-        time_dim=config.time_dim,
-        model_dim=config.model_dim,
-        ff_dim=config.ff_dim,
-        visual_embed_dim=4 * config.in_channels,
-        num_text_blocks=config.num_text_blocks,
-        num_visual_blocks=config.num_visual_blocks,
-        axes_dims=config.axes_dims,
-        rope_scale_factor=SCALE,
-        dtype=torch.float32,
-        device="cpu",
-        operations=comfy.ops.manual_cast,
-    )
-    network.load_state_dict(state)
-    network.eval().requires_grad_(False)
-    holder = torch.nn.Module()
-    holder.diffusion_model = network
-    model = comfy.model_patcher.ModelPatcher(holder, torch.device("cpu"), torch.device("cpu"))
-
-    def velocity(patcher):
-        with torch.inference_mode():
-            return network(*inputs(), transformer_options={"wrappers": patcher.wrappers})
-
-    def distance(actual, wanted):
-        return ((actual.double() - wanted).norm() / wanted.norm()).item()
-
-    exact = oracle(state, inputs())
-    stock = distance(velocity(model), exact)
-    ours = distance(velocity(accelerated(model, "dense")), exact)
-    holds(f"dense: {ours:.1e} from fp64, ComfyUI itself {stock:.1e}", ours <= 2 * stock)
-    sparse = oracle(state, inputs(), NablaConfig(0.3))
-    ours = distance(velocity(accelerated(model, "nabla", 0.3)), sparse)
-    apart = distance(sparse, exact)
-    holds(f"NABLA: {ours:.1e} from fp64, which is {apart:.1e} from dense", ours < 1e-4 < apart)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("comfyui", type=Path, help="the folder with ComfyUI's main.py")
+    parser.add_argument("--screenshots", type=Path, help="a folder for pictures of its page")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     comfyui = options.comfyui.resolve()
     if not (comfyui / "main.py").is_file():
         parser.error(f"ComfyUI's folder must hold main.py, but {comfyui} does not")
     if options.inside:
-        check_acceleration(comfyui)
+        in_process.check_acceleration(comfyui, holds)
         return
     command = [sys.executable, "-m", "tests.comfyui.run_in_comfyui", str(comfyui), "--inside"]
     if subprocess.run(command, cwd=ROOT).returncode:
@@ -352,7 +301,7 @@ def main() -> None:
         base = Path(folder)
         prepare(base)
         try:
-            asyncio.run(check_nodes(comfyui, base))
+            asyncio.run(check_nodes(comfyui, base, options.screenshots))
         except BaseException:
             log = base / "log.txt"
             print(log.read_text(encoding="utf-8")[-3000:] if log.exists() else "", file=sys.stderr)

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from kandinsky_model import comfyui
 from kandinsky_model.__main__ import main
-from kandinsky_model.comfyui import install
+from kandinsky_model.comfyui import install, thumbnails
 from kandinsky_model.comfyui.workflows import (
     CORE,
     FOLDER,
@@ -52,7 +53,44 @@ def widgets(node):
 
 
 def test_files_are_what_the_definitions_make_of_them():
-    assert {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()} == workflows()
+    written = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.json")}
+    assert written == workflows()
+
+
+def test_every_workflow_has_a_small_picture():
+    """ComfyUI's template browser asks for NAME.jpg beside NAME.json."""
+    pictures = {path.stem: path for path in FOLDER.iterdir() if path.suffix != ".json"}
+    assert {f"{name}.json" for name in pictures} == set(NAMES)
+    for path in pictures.values():
+        with Image.open(path) as picture:
+            assert (picture.format, picture.size) == ("JPEG", thumbnails.SIZE)
+            picture.load()
+    assert sum(path.stat().st_size for path in pictures.values()) < 150_000
+
+
+def test_pictures_are_drawn_from_clips():
+    asked = []
+
+    def draw(prompt):
+        asked.append(prompt)
+        return [Image.new("RGB", (160, 160), (250, 0, 40 * i)) for i in range(5)]
+
+    drawn = thumbnails.thumbnails(draw)
+    assert {f"{Path(name).stem}.json" for name in drawn} == set(NAMES)
+    for name, picture in drawn.items():
+        colors = {color for _, color in picture.getcolors(1 << 20)}
+        ends = {(250, 0, 0), (250, 0, 80), (250, 0, 160)}  # a clip's beginning, middle and end
+        one = "text to image" in name or "editing" in name
+        assert colors & ends == ({(250, 0, 0)} if one else ends)
+    assert all("moving" in prompt for prompt in asked)
+
+
+@pytest.mark.parametrize("text", ["a yellow star moving up on a gray background", "accelerated"])
+def test_no_letter_of_a_text_is_cut_off(text):
+    strip = thumbnails._words(text)
+    for left in (0, strip.width - 1):
+        edge = strip.crop((left, 0, left + 1, strip.height)).getcolors()
+        assert edge == [(strip.height, thumbnails.BACKGROUND)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -211,6 +249,15 @@ def test_only_the_seed_of_a_sampler_changes_by_itself():
     assert changing == {("KandinskyKernelsSample", "seed"), ("KSampler", "seed")}
 
 
+def test_every_seed_says_whether_it_changes_by_itself():
+    """ComfyUI's page puts a widget for that after an INT of these names where nothing is said, and
+    the values of a saved workflow would then stand one place off."""
+    for node in comfyui.NODE_CLASS_MAPPINGS.values():
+        for part in node.INPUT_TYPES().values():
+            for name in part.keys() & {"seed", "noise_seed"}:
+                assert "control_after_generate" in part[name][1]
+
+
 @pytest.fixture
 def comfy_folder(tmp_path):
     (tmp_path / "ComfyUI" / "custom_nodes").mkdir(parents=True)
@@ -236,7 +283,8 @@ def test_the_command_writes_the_nodes_and_the_workflows(comfy_folder, capsys):
     assert main(["comfyui", str(comfy_folder)]) == 0
     target = comfy_folder / "custom_nodes" / "kandinsky5"
     assert str(target) in capsys.readouterr().out
-    assert {path.name for path in (target / "example_workflows").iterdir()} == set(NAMES)
+    copied = {path.name for path in (target / "example_workflows").iterdir()}
+    assert copied == {path.name for path in FOLDER.iterdir()} > set(NAMES)
     module = imported(target)
     assert module.NODE_CLASS_MAPPINGS is comfyui.NODE_CLASS_MAPPINGS
     assert module.comfy_entrypoint is comfyui.comfy_entrypoint
@@ -315,7 +363,7 @@ def test_the_lines_of_the_readme_do_what_it_says(comfy_folder, monkeypatch):
     stub = comfy_folder / "custom_nodes" / "kandinsky5"
     assert stub.name in section
     assert "six workflows" in section
-    assert len(list((stub / "example_workflows").iterdir())) == 6
+    assert len(list((stub / "example_workflows").glob("*.json"))) == 6
     module = imported(stub)
     assert "Accelerate Kandinsky 5" in section
     assert "Accelerate Kandinsky 5" in module.NODE_DISPLAY_NAME_MAPPINGS.values()
