@@ -196,10 +196,12 @@ def rope(heads: int, block: int) -> RopeTile:
     return RopeTile(tokens, together, Launch(warps, 1))
 
 
-def row(block: int) -> Launch:
+def row(block: int, stable: bool = False) -> Launch:
     """64 masses of 32 bits per lane. The bisection reads them some fourteen times; a row of 2,048
-    is one warp, which adds them up without a barrier."""
-    return Launch(max(1, min(16, block // 2048)), 1)
+    is one warp, which adds them up without a barrier. Where the first of equal masses are dropped,
+    their places are counted too: 32 per lane, or sm_100 and 120 spill."""
+    masses = 1024 if stable else 2048
+    return Launch(max(1, min(16, block // masses)), 1)
 
 
 # of `list_blocks`, and of `join_moments` of the VAE

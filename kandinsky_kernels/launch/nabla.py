@@ -78,9 +78,11 @@ def launch_selection(
     heads = min(B * H, max(1, tuning.MAP_BYTES // head_bytes))
     rows = min(N, max(1, tuning.MAP_BYTES // row_bytes))
     near = [width // 2 for width in window] or [0, 0, 0]
+    drop = thirds(1.0 - keep_mass)
+    launch = tuning.row(block, ties == "stable")
     with on(query):
         block_map = torch.empty(heads, rows, columns, device=query.device)
-        block_map[..., N:] = -math.inf
+        block_map[..., N:].fill_(-math.inf)
         for head in range(0, B * H, heads):
             some_heads = slice(head, head + heads)
             for first in range(0, N, rows):
@@ -98,13 +100,13 @@ def launch_selection(
                     columns,
                     N * words,
                     math.sqrt(D),
-                    *thirds(1.0 - keep_mass),
+                    *drop,
                     *(tiles[1:] or [1, 1]),
                     *near,
                     WINDOW=bool(tiles),
                     STABLE=ties == "stable",
                     BLOCK=block,
-                    **tuning.row(block).options,
+                    **launch.options,
                 )
     return selection
 

@@ -83,12 +83,13 @@ def kernels(capability):
     64) and Pro (D 128), in bf16."""
     for N in (1464, 3660):
         block = tuning.padded(N, 32)
-        yield (
-            f"select_blocks-{N}",
-            selection.select_blocks,
-            {"WINDOW": True, "STABLE": False, "BLOCK": block},
-            tuning.row(block),
-        )
+        for stable in (False, True):
+            yield (
+                f"select_blocks-{N}{'-stable' if stable else ''}",
+                selection.select_blocks,
+                {"WINDOW": True, "STABLE": stable, "BLOCK": block},
+                tuning.row(block, stable),
+            )
     yield "list_blocks", nabla.list_blocks, {"CHUNK": tuning.LIST_CHUNK}, tuning.LIST
     for D, C in ((64, 1792), (128, 4096)):
         rows, block = {"ROWS": tuning.norm_rows(93696), "BLOCK": tuning.padded(C)}, tuning.padded(C)
