@@ -40,12 +40,18 @@ def signature(args: tuple) -> tuple:
 
 def specialisation(args: tuple) -> tuple:
     """What of a call makes Triton compile another binary: dtypes, kinds of sizes and strides (one,
-    a multiple of 16, any other), alignment, and what else is no number with a fraction."""
+    a multiple of 16, any other; 64 bits from 2^31 on), alignment, and what else is no number with a
+    fraction."""
+
+    def kind(size: int) -> str:
+        if size == 1:
+            return "1"
+        letter = "d" if size % 16 == 0 else "n"
+        return letter.upper() if size >= 1 << 31 else letter
 
     def of(arg):
         if isinstance(arg, Tensor):
-            sizes = (*arg.shape, *arg.stride())
-            kinds = "".join("1" if n == 1 else "d" if n % 16 == 0 else "n" for n in sizes)
+            kinds = "".join(map(kind, (*arg.shape, *arg.stride())))
             return str(arg.dtype).removeprefix("torch."), kinds, arg.data_ptr() % 16
         if isinstance(arg, float):
             return "float"  # never specialised

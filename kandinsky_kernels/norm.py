@@ -141,8 +141,8 @@ def norm_rope(
         [B, S, H, D] in x's dtype, contiguous, rounded once.
 
     Raises:
-        ValueError: on other shapes and strides, and on positions outside of the tables, which
-            kernels on a GPU do not look for.
+        ValueError: on other shapes and strides, and on positions outside of the tables; on a GPU
+            these read the nearest row instead, because looking for them would wait for the GPU.
         TypeError: on other dtypes.
     """
     return _norm_rope(x, weight, *_tables(rotary), None, eps)[0]

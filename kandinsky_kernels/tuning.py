@@ -5,6 +5,7 @@ No GPU has run these yet: they are derived from sizes of registers and shared me
 tests read off the compiled kernels.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -173,26 +174,34 @@ def norm_backward(block: int) -> Launch:
     return Launch(max(1, min(16, block // 256)), 1)
 
 
-def rope_heads(heads: int) -> int:
-    """Heads per program: all share their tokens' positions and angles, which the first brings into
-    the L1 cache."""
-    return next(count for count in (7, 8, 6, 5, 4, 3, 2, 1) if heads % count == 0)
+@dataclass(frozen=True)
+class RopeTile:
+    """Tokens and heads that `norm_rope` and its gradient take at a time, and their launch."""
+
+    tokens: int
+    heads: int
+    launch: Launch
 
 
-def rope(block: int) -> Launch:
-    """16 elements of a tile of 64 tokens per thread; with 32, and positions and angles beside them,
-    some architectures spill."""
-    return Launch(max(1, min(16, block // 8)), 1)
+def rope(heads: int, block: int) -> RopeTile:
+    """Four warps, each with whole tokens: 32 lanes of 16 bytes are four heads of 64 or two of 128.
+
+    A lane has 16 numbers of x, as many of its angles and as many sums: 72 registers on sm_90, where
+    seven programs are resident with 28 KiB of x on their way.
+    """
+    together = math.gcd(heads, max(1, 256 // block))
+    row = together * block
+    warps = max(4, min(16, row // 512))
+    tokens = max(1, min(TOKENS, 512 * warps // row))
+    return RopeTile(tokens, together, Launch(warps, 1))
 
 
-def rope_backward(block: int) -> Launch:
-    """Eight elements per thread of each of two tiles of 64 tokens."""
-    return Launch(max(1, min(16, block // 4)), 1)
-
-
-def row(block: int) -> Launch:
-    """About 16 masses of 64 bits per thread; the bisection reads them some thirty times."""
-    return Launch(max(1, min(16, block // 512)), 1)
+def row(block: int, stable: bool = False) -> Launch:
+    """64 masses of 32 bits per lane. The bisection reads them some fourteen times; a row of 2,048
+    is one warp, which adds them up without a barrier. Where the first of equal masses are dropped,
+    their places are counted too: 32 per lane, or sm_100 and 120 spill."""
+    masses = 1024 if stable else 2048
+    return Launch(max(1, min(16, block // masses)), 1)
 
 
 # of `list_blocks`, and of `join_moments` of the VAE

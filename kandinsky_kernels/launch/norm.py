@@ -121,6 +121,11 @@ def rotary(
     return cos.contiguous(), sin.contiguous(), positions.contiguous()
 
 
+def pairs_side_by_side(pairs: list[int]) -> int:
+    """How many pairs, at most four, a kernel may read at once: all axes have a multiple of it."""
+    return math.gcd(4, *pairs)
+
+
 def launch_norm_rope(
     x: Tensor,
     weight: Tensor,
@@ -146,12 +151,11 @@ def launch_norm_rope(
         N = block_offsets.shape[0] - 1
         means = x.new_empty((B, H, N, D), dtype=torch.float32)
         offsets = block_offsets.contiguous()
-    heads = tuning.rope_heads(H)
     block = tuning.padded(D)
-    launch = tuning.rope(block)
+    tile = tuning.rope(H, block)
     axes = 0 if cos is None else len(pairs)
     cos, sin, positions = rotary(weight, cos, sin, positions)
-    grid = (N, -(-H // heads), B)
+    grid = (N, H // tile.heads, B)
     with on(x):
         kernels.norm_rope[grid](
             x,
@@ -162,6 +166,7 @@ def launch_norm_rope(
             offsets,
             y,
             means,
+            cos.shape[0],
             S,
             H,
             N,
@@ -173,11 +178,13 @@ def launch_norm_rope(
             x.stride(2),
             eps,
             AXES=axes,
+            VECTOR=pairs_side_by_side(pairs),
             MEANS=block_offsets is not None,
-            HEADS=heads,
+            TURN=tile.tokens,
+            HEADS=tile.heads,
             TOKENS=tuning.TOKENS,
             BLOCK=block,
-            **launch.options,
+            **tile.launch.options,
         )
     return y, means
 
@@ -288,10 +295,9 @@ def launch_norm_rope_backward(
     from ..triton import norm as kernels
 
     B, S, H, D = x.shape
-    heads = tuning.rope_heads(H)
     block = tuning.padded(D)
-    launch = tuning.rope_backward(block)
-    grid = (-(-S // tuning.TOKENS), -(-H // heads), B)
+    tile = tuning.rope(H, block)
+    grid = (-(-S // tuning.TOKENS), H // tile.heads, B)
     axes = 0 if cos is None else len(pairs)
     weight = weight.contiguous()
     grad = grad.contiguous()
@@ -308,6 +314,7 @@ def launch_norm_rope_backward(
             grad,
             grad_x,
             sums,
+            cos.shape[0],
             S,
             H,
             D,
@@ -318,10 +325,12 @@ def launch_norm_rope_backward(
             x.stride(2),
             eps,
             AXES=axes,
-            HEADS=heads,
+            VECTOR=pairs_side_by_side(pairs),
+            TURN=tile.tokens,
+            HEADS=tile.heads,
             TOKENS=tuning.TOKENS,
             BLOCK=block,
-            **launch.options,
+            **tile.launch.options,
         )
     return grad_x, sums.sum(0)
 
@@ -367,8 +376,12 @@ def trial_norm_rope(
     as make its binary; at any of nine positions along each axis."""
     _, S, H, D = x.shape
     draw = Draw(x.device)
-    per_program = tuning.rope_heads(H)
-    H = alike(per_program, H, lambda heads: (heads % per_program, tuning.rope_heads(heads)))
+    heads = tuning.rope(H, tuning.padded(D)).heads
+
+    def as_many(candidate: int) -> tuple[int, ...]:
+        return (tuning.rope(candidate, tuning.padded(D)).heads == heads,)
+
+    H = alike(heads, H, as_many)
     offsets = None
     if block_offsets is None:
         S = alike(70, S, lambda tokens: (-(-tokens // tuning.TOKENS),))

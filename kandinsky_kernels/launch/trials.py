@@ -2,8 +2,9 @@
 """Small inputs for which Triton makes the same binary as for a caller's large ones.
 
 Triton compiles a kernel anew for each dtype, for each value of its constants, and for each *kind*
-of every integer and address: a one becomes a constant, and of a multiple of 16 it is assumed that
-it is one. A trial on sizes of other kinds would try another binary than the one that is used.
+of every integer and address: a one becomes a constant, of a multiple of 16 it is assumed that it is
+one, and from 2^31 on an integer has 64 bits. A trial on sizes of other kinds would try another
+binary than the one that is used.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+WIDE = 1 << 31  # from here on an integer has 64 bits
+
 
 def kinds(*sizes: int) -> tuple[int, ...]:
-    """The kind of each size: 1, 16 for multiples of 16, and 0 for all others."""
+    """The kind of each size: 1, 16 for multiples of 16, and 0 for all others; and `WIDE` more where
+    it is that large."""
 
     def kind(size: int) -> int:
         if size == 1:
             return 1
-        return 16 if size % 16 == 0 else 0
+        return (16 if size % 16 == 0 else 0) + (WIDE if size >= WIDE else 0)
 
     return tuple(kind(size) for size in sizes)
 
@@ -69,13 +73,17 @@ class Draw:
 
     def like(self, tensor: Tensor, *shape: int, scale: float = 1.0) -> Tensor:
         """Normal numbers times `scale`, of this shape and the tensor's dtype. Their strides are in
-        the same order as the tensor's and of the same kinds, and their address is aligned alike."""
+        the same order as the tensor's and of the same kinds, and their address is aligned alike.
+
+        A stride from `WIDE` on is that of samples, of which there is one.
+        """
         strides = [0] * len(shape)
         span = 1  # elements that the dimensions so far take
         inner_first = sorted(range(len(shape)), key=tensor.stride)
         for i in inner_first:
             wanted = tensor.stride(i)
-            if wanted == 0:
+            if wanted == 0 or wanted >= WIDE:
+                strides[i] = wanted
                 continue
             stride = span
             while span > 1 and kinds(stride) != kinds(wanted) and wanted > 1:

@@ -1,96 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NABLA on GPUs: the choice of blocks, one program per row of the block map; and attention, one
-program per block of queries.
+"""NABLA's attention on GPUs over the blocks that `selection` chose, one program per block of
+queries.
 
 Locals: i_ an index, o_ offsets, m_ a mask, p_ a pointer, b_ a block of values. The number `first`
-of a launch's first head or row is not specialised: it differs from launch to launch, and zero and
-one would each make another binary.
+of a launch's first head is not specialised: it differs from launch to launch, and zero and one
+would each make another binary.
 """
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def _near(i_row, o_block, Y, X, near_t, near_y, near_x):
-    """Whether blocks lie in the local window around block i_row of a (T, Y, X) grid of blocks."""
-    b_t = tl.abs(o_block // (Y * X) - i_row // (Y * X)) <= near_t
-    b_y = tl.abs(o_block // X % Y - i_row // X % Y) <= near_y
-    return b_t & b_y & (tl.abs(o_block % X - i_row % X) <= near_x)
-
-
-@triton.jit(do_not_specialize=["first"])
-def select_blocks(
-    p_logit,
-    p_selection,
-    first,
-    N,
-    words,
-    row_head,
-    selection_head,
-    root,
-    drop_high,
-    drop_middle,
-    drop_low,
-    Y,
-    X,
-    near_t,
-    near_y,
-    near_x,
-    WINDOW: tl.constexpr,
-    STABLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """fp32 logits [heads, rows, N], before the division by root = sqrt(D) -> packed rows `first` on
-    of [heads, N, words].
-
-    Masses are integers of 32 bits after the point, so their sums are exact and the lightest kept
-    mass is found by bisection, without sorting. The share to drop is the sum of three fp32 numbers,
-    because Triton passes no fp64. Grid (rows, heads); BLOCK >= N.
-    """
-    i_row, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_block = tl.arange(0, BLOCK)
-    m_block = o_block < N
-    b_logit = (
-        tl.load(
-            p_logit + i_head * row_head + i_row.to(tl.int64) * N + o_block, m_block, -float("inf")
-        )
-        / root
-    )
-    top = tl.max(b_logit, 0)
-    usual = (tl.max((b_logit != b_logit).to(tl.int32), 0) == 0) & (tl.abs(top) < float("inf"))
-    b_mass = tl.exp(b_logit - top) * 4294967296.0
-    # to an integer, half to even
-    b_mass = tl.where(b_mass < 8388608.0, b_mass + 8388608.0 - 8388608.0, b_mass)
-    b_mass = tl.where(m_block & usual, b_mass, 0.0).to(tl.int64)
-    drop = (
-        tl.full([], drop_high, tl.float64)
-        + tl.full([], drop_middle, tl.float64)
-        + tl.full([], drop_low, tl.float64)
-    )
-    target = drop * tl.sum(b_mass, 0).to(tl.float64)
-    low, high = tl.zeros([], tl.int64), tl.max(b_mass, 0)
-    while low < high:  # the smallest mass up to which they sum to the target
-        middle = (low + high) // 2
-        reached = tl.sum(tl.where(b_mass <= middle, b_mass, 0), 0).to(tl.float64) >= target
-        low, high = tl.where(reached, low, middle + 1), tl.where(reached, middle, high)
-    b_keep = b_mass >= low
-    if STABLE:
-        b_below = (
-            tl.sum(tl.where(b_mass < low, b_mass, 0), 0)
-            + tl.cumsum((b_mass == low).to(tl.int64), 0) * low
-        )
-        b_keep = (b_mass > low) | ((b_mass == low) & (b_below.to(tl.float64) >= target))
-    if WINDOW:
-        b_keep = b_keep | _near(first + i_row, o_block, Y, X, near_t, near_y, near_x)
-    b_bit = (b_keep & m_block).to(tl.int32) << (o_block % 32)
-    b_word = tl.sum(tl.reshape(b_bit, [BLOCK // 32, 32]), 1)
-    o_word = tl.arange(0, BLOCK // 32)
-    tl.store(
-        p_selection + i_head * selection_head + (first + i_row).to(tl.int64) * words + o_word,
-        b_word,
-        o_word < words,
-    )
 
 
 @triton.jit

@@ -118,42 +118,69 @@ def gated_add_norm(
 
 
 @triton.jit
+def _row(p_token, axis, m_token, positions):
+    """The row of the rotary tables that each token [tokens, 1, 1] reads for the pairs of an axis,
+    held inside of the tables, because nobody has waited for the GPU to check the positions."""
+    o_row = tl.load(p_token + axis, m_token, 0)
+    return tl.minimum(tl.maximum(o_row, 0), positions - 1)
+
+
+@triton.jit
 def _angles(
     p_cos,
     p_sin,
     p_positions,
+    positions,
     o_token,
     m_token,
     D,
     first_pair,
     second_pair,
     AXES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """cos and sin of the rotary angle of every token and pair, fp32 [tokens, BLOCK / 2] each.
+    """cos and sin of the rotary angle of every token [tokens, 1, 1] and pair, fp32
+    [tokens, HEADS, BLOCK / 2] each, the same for every head.
 
     p_positions int32 [S, AXES] says which row of the tables p_cos and p_sin fp32
-    [positions, D / 2] a token reads for the pairs of each axis.
+    [positions, D / 2] a token reads for the pairs of each axis. VECTOR, a power of two, divides
+    D / 2 and the pairs at which axes begin: so many pairs lie side by side in one row.
     """
-    o_pair = tl.arange(0, BLOCK // 2)
+    o_pair = tl.arange(0, BLOCK // 2)[None, None]
     p_token = p_positions + o_token * AXES
-    o_row = tl.load(p_token, m_token, 0)[:, None]  # [tokens, 1]
+    o_row = _row(p_token, 0, m_token, positions)  # [tokens, 1, 1]
     if AXES > 1:
-        m_first = (o_pair < first_pair)[None]
-        o_second = tl.load(p_token + 1, m_token, 0)[:, None]
-        o_row = tl.where(m_first, o_row, o_second)  # [tokens, BLOCK / 2]
+        o_second = _row(p_token, 1, m_token, positions)
+        o_row = tl.where(o_pair < first_pair, o_row, o_second)  # [tokens, 1, BLOCK / 2]
     if AXES > 2:
-        m_second = (o_pair < second_pair)[None]
-        o_third = tl.load(p_token + 2, m_token, 0)[:, None]
-        o_row = tl.where(m_second, o_row, o_third)
-    o_angle = o_row * (D // 2) + o_pair[None]
-    m_angle = m_token[:, None] & (o_pair < D // 2)[None]
+        o_third = _row(p_token, 2, m_token, positions)
+        o_row = tl.where(o_pair < second_pair, o_row, o_third)
+    o_angle = o_row.to(tl.int64) * (D // 2) + o_pair  # [tokens, 1, BLOCK / 2]
+    o_angle = tl.max_contiguous(tl.multiple_of(o_angle, [1, 1, VECTOR]), [1, 1, VECTOR])
+    # The heads are in the addresses, so that a lane reads the angles of its own numbers.
+    tile: tl.constexpr = [o_angle.shape[0], HEADS, BLOCK // 2]
+    o_angle = tl.broadcast_to(o_angle, tile)
+    m_angle = tl.broadcast_to(m_token & (o_pair < D // 2), tile)
     b_cos = tl.load(p_cos + o_angle, m_angle, 0.0)
     b_sin = tl.load(p_sin + o_angle, m_angle, 0.0)
     return b_cos, b_sin
 
 
 @triton.jit
+def _rotated(b_y, b_cos, b_sin):
+    """Pairs of neighbours of b_y [tokens, heads, BLOCK], turned by angles [..., BLOCK / 2]."""
+    tokens: tl.constexpr = b_y.shape[0]
+    heads: tl.constexpr = b_y.shape[1]
+    block: tl.constexpr = b_y.shape[2]
+    b_even, b_odd = tl.split(tl.reshape(b_y, [tokens, heads, block // 2, 2]))
+    b_left = b_even * b_cos - b_odd * b_sin  # [tokens, heads, BLOCK / 2]
+    b_right = b_even * b_sin + b_odd * b_cos
+    return tl.reshape(tl.join(b_left, b_right), [tokens, heads, block])
+
+
+@triton.jit(do_not_specialize=["positions"])
 def norm_rope(
     p_x,
     p_weight,
@@ -163,6 +190,7 @@ def norm_rope(
     p_offsets,
     p_y,
     p_means,
+    positions,
     S,
     H,
     N,
@@ -174,7 +202,9 @@ def norm_rope(
     x_head,
     eps,
     AXES: tl.constexpr,
+    VECTOR: tl.constexpr,
     MEANS: tl.constexpr,
+    TURN: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -182,17 +212,19 @@ def norm_rope(
     """RMSNorm of each head, rotation of adjacent pairs, and with MEANS the mean of every block of
     tokens.
 
-    x [B, S, H, D] -> y [B, S, H, D], means fp32 [B, H, N, D]. A program takes one block of tokens
-    (TOKENS of them at a time) and HEADS heads. Pairs from first_pair on belong to the second of
-    AXES axes, from second_pair on to the third; 0 axes: no rotation. Without MEANS blocks are
-    TOKENS long. Grid (blocks, ceil(H / HEADS), B); BLOCK >= D, a power of two.
+    x [B, S, H, D] -> y [B, S, H, D], means fp32 [B, H, N, D]. A program takes HEADS heads, which
+    divide H, of one block of tokens, TURN of them at a time. Lanes lie along the channels of a head
+    and then along heads, warps along tokens: nothing passes between warps before the means. Pairs
+    from first_pair on belong to the second of AXES axes, from second_pair on to the third; 0 axes:
+    no rotation. Without MEANS blocks are TOKENS long. Grid (blocks, H / HEADS, B); BLOCK >= D, a
+    power of two; VECTOR as in `_angles`.
     """
     i_block = tl.program_id(0)
     i_batch = tl.program_id(2).to(tl.int64)
-    o_d = tl.arange(0, BLOCK)
+    o_head = (tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS))[None, :, None]
+    o_d = tl.arange(0, BLOCK)[None, None]
     m_d = o_d < D
-    b_weight = tl.load(p_weight + o_d, m_d, 0.0)  # [BLOCK]
-    b_weight = b_weight.to(tl.float32)
+    b_weight = tl.load(p_weight + o_d, m_d, 0.0).to(tl.float32)  # [1, 1, BLOCK]
     if MEANS:
         # held inside of the S tokens, because nobody has waited for the GPU to check the offsets
         first = tl.maximum(tl.load(p_offsets + i_block), 0)
@@ -200,44 +232,45 @@ def norm_rope(
     else:
         first = i_block * TOKENS
         last = tl.minimum(i_block * TOKENS + TOKENS, S)
-    first_head = tl.program_id(1) * HEADS
-    last_head = tl.minimum(tl.program_id(1) * HEADS + HEADS, H)
-    for i_head in range(first_head, last_head):
-        b_sum = tl.zeros([BLOCK], tl.float32)
-        for start in range(first, last, TOKENS):
-            o_token = (start + tl.arange(0, TOKENS)).to(tl.int64)
-            m_token = o_token < last
-            m_tile = m_token[:, None] & m_d[None]
-            o_x = i_batch * x_batch + o_token[:, None] * x_token + i_head * x_head + o_d[None]
-            b_x = tl.load(p_x + o_x, m_tile, 0.0).to(tl.float32)  # [TOKENS, BLOCK]
-            b_square = tl.sum(b_x * b_x, 1) / D  # [TOKENS]
-            b_inverse = 1.0 / tl.sqrt(b_square + eps)
-            b_y = b_x * b_inverse[:, None] * b_weight[None]
-            if AXES > 0:
-                b_cos, b_sin = _angles(
-                    p_cos,
-                    p_sin,
-                    p_positions,
-                    o_token,
-                    m_token,
-                    D,
-                    first_pair,
-                    second_pair,
-                    AXES,
-                    BLOCK,
-                )
-                b_even, b_odd = tl.split(tl.reshape(b_y, [TOKENS, BLOCK // 2, 2]))
-                b_left = b_even * b_cos - b_odd * b_sin  # [TOKENS, BLOCK // 2]
-                b_right = b_even * b_sin + b_odd * b_cos
-                b_y = tl.reshape(tl.join(b_left, b_right), [TOKENS, BLOCK])
-            b_y = b_y.to(p_y.dtype.element_ty)
-            p_tile = p_y + ((i_batch * S + o_token[:, None]) * H + i_head) * D + o_d[None]
-            tl.store(p_tile, b_y, m_tile)
-            if MEANS:
-                b_sum += tl.sum(tl.where(m_tile, b_y.to(tl.float32), 0.0), 0)
+    b_sum = tl.zeros([TURN, HEADS, BLOCK], tl.float32)
+    o_x = i_batch * x_batch + o_head * x_head + o_d
+    o_y = i_batch * S * H * D + o_head * D + o_d
+    for start in range(first, last, TURN):
+        o_token = (start + tl.arange(0, TURN))[:, None, None]
+        m_token = o_token < last
+        o_token = o_token.to(tl.int64)
+        m_tile = m_token & m_d
+        b_x = tl.load(p_x + (o_token * x_token + o_x), m_tile, 0.0).to(
+            tl.float32
+        )  # [TURN, HEADS, BLOCK]
+        if AXES > 0:
+            b_cos, b_sin = _angles(
+                p_cos,
+                p_sin,
+                p_positions,
+                positions,
+                o_token,
+                m_token,
+                D,
+                first_pair,
+                second_pair,
+                AXES,
+                VECTOR,
+                HEADS,
+                BLOCK,
+            )
+        b_square = tl.sum(b_x * b_x, 2, keep_dims=True) / D  # [TURN, HEADS, 1]
+        b_y = b_x * tl.rsqrt(b_square + eps) * b_weight
+        if AXES > 0:
+            b_y = _rotated(b_y, b_cos, b_sin)
+        b_y = b_y.to(p_y.dtype.element_ty)
+        tl.store(p_y + (o_token * (H * D) + o_y), b_y, m_tile)
         if MEANS:
-            p_mean = p_means + ((i_batch * H + i_head) * N + i_block) * D + o_d
-            tl.store(p_mean, b_sum / (last - first), m_d)
+            b_sum += tl.where(m_token, b_y.to(tl.float32), 0.0)
+    if MEANS:
+        b_mean = tl.sum(b_sum, 0, keep_dims=True) / (last - first)  # [1, HEADS, BLOCK]
+        p_means += (i_batch * H * N + o_head * N + i_block) * D + o_d
+        tl.store(p_means, b_mean, m_d)
 
 
 @triton.jit
@@ -371,7 +404,7 @@ def gated_add_norm_backward(
     tl.store(p_sum + 2 * C, b_of_shift, m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def norm_rope_backward(
     p_x,
     p_weight,
@@ -381,6 +414,7 @@ def norm_rope_backward(
     p_grad,
     p_grad_x,
     p_sums,
+    positions,
     S,
     H,
     D,
@@ -391,6 +425,8 @@ def norm_rope_backward(
     x_head,
     eps,
     AXES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    TURN: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -398,45 +434,54 @@ def norm_rope_backward(
     """The gradient of x [B, S, H, D] from that of `norm_rope`'s result, grad, which is contiguous;
     and this program's part of the gradient of weight, fp32 [programs, D].
 
-    The gradient is rotated back first. A program takes TOKENS tokens and HEADS heads. Grid
-    (ceil(S / TOKENS), ceil(H / HEADS), B); the rest as in `norm_rope`.
+    The gradient is rotated back first. A program takes TOKENS tokens, TURN at a time, and HEADS
+    heads. Grid (ceil(S / TOKENS), H / HEADS, B); the rest as in `norm_rope`.
     """
     i_batch = tl.program_id(2).to(tl.int64)
-    o_d = tl.arange(0, BLOCK)
+    o_head = (tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS))[None, :, None]
+    o_d = tl.arange(0, BLOCK)[None, None]
     m_d = o_d < D
-    b_weight = tl.load(p_weight + o_d, m_d, 0.0)  # [BLOCK]
-    b_weight = b_weight.to(tl.float32)
-    o_token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    m_token = o_token < S
-    m_tile = m_token[:, None] & m_d[None]
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    first_head = tl.program_id(1) * HEADS
-    last_head = tl.minimum(tl.program_id(1) * HEADS + HEADS, H)
-    for i_head in range(first_head, last_head):
-        o_row = ((i_batch * S + o_token[:, None]) * H + i_head) * D + o_d[None]
-        b_grad = tl.load(p_grad + o_row, m_tile, 0.0).to(tl.float32)  # [TOKENS, BLOCK]
+    b_weight = tl.load(p_weight + o_d, m_d, 0.0).to(tl.float32)  # [1, 1, BLOCK]
+    first = tl.program_id(0) * TOKENS
+    last = tl.minimum(first + TOKENS, S)
+    b_sum = tl.zeros([TURN, HEADS, BLOCK], tl.float32)
+    p_x += i_batch * x_batch + o_head * x_head + o_d
+    p_grad += i_batch * S * H * D + o_head * D + o_d
+    p_grad_x += i_batch * S * H * D + o_head * D + o_d
+    for start in range(first, last, TURN):
+        o_token = (start + tl.arange(0, TURN))[:, None, None]
+        m_token = o_token < last
+        o_token = o_token.to(tl.int64)
+        m_tile = m_token & m_d
+        o_row = o_token * (H * D)
+        b_grad = tl.load(p_grad + o_row, m_tile, 0.0).to(tl.float32)  # [TURN, HEADS, BLOCK]
+        b_x = tl.load(p_x + o_token * x_token, m_tile, 0.0).to(tl.float32)
         if AXES > 0:
             b_cos, b_sin = _angles(
-                p_cos, p_sin, p_positions, o_token, m_token, D, first_pair, second_pair, AXES, BLOCK
+                p_cos,
+                p_sin,
+                p_positions,
+                positions,
+                o_token,
+                m_token,
+                D,
+                first_pair,
+                second_pair,
+                AXES,
+                VECTOR,
+                HEADS,
+                BLOCK,
             )
-            b_even, b_odd = tl.split(tl.reshape(b_grad, [TOKENS, BLOCK // 2, 2]))
-            b_left = b_even * b_cos + b_odd * b_sin  # [TOKENS, BLOCK // 2]
-            b_right = b_odd * b_cos - b_even * b_sin
-            b_grad = tl.reshape(tl.join(b_left, b_right), [TOKENS, BLOCK])
-        p_tile = p_x + i_batch * x_batch + o_token[:, None] * x_token
-        p_tile = p_tile + i_head * x_head + o_d[None]
-        b_x = tl.load(p_tile, m_tile, 0.0).to(tl.float32)
-        b_square = tl.sum(b_x * b_x, 1) / D  # [TOKENS]
-        b_inverse = (1.0 / tl.sqrt(b_square + eps))[:, None]  # [TOKENS, 1]
+            b_grad = _rotated(b_grad, b_cos, -b_sin)
+        b_square = tl.sum(b_x * b_x, 2, keep_dims=True) / D  # [TURN, HEADS, 1]
+        b_inverse = tl.rsqrt(b_square + eps)
         b_normed = b_x * b_inverse
-        b_sum += tl.sum(b_grad * b_normed, 0)
-        b_grad = b_grad * b_weight[None]
-        b_projection = tl.sum(b_grad * b_normed, 1) / D  # [TOKENS]
-        b_grad = b_inverse * (b_grad - b_normed * b_projection[:, None])
-        p_tile = p_grad_x + o_row
-        b_grad_x = b_grad.to(p_grad_x.dtype.element_ty)
-        tl.store(p_tile, b_grad_x, m_tile)
+        b_sum += b_grad * b_normed
+        b_grad = b_grad * b_weight
+        b_projection = tl.sum(b_grad * b_normed, 2, keep_dims=True) / D  # [TURN, HEADS, 1]
+        b_grad = b_inverse * (b_grad - b_normed * b_projection)
+        tl.store(p_grad_x + o_row, b_grad.to(p_grad_x.dtype.element_ty), m_tile)
     i_program = i_batch * tl.num_programs(1) + tl.program_id(1)
     i_program = i_program * tl.num_programs(0) + tl.program_id(0)
-    p_sum = p_sums + i_program * D + o_d
-    tl.store(p_sum, b_sum, m_d)
+    b_sum = tl.sum(tl.sum(b_sum, 0, keep_dims=True), 1, keep_dims=True)  # [1, 1, BLOCK]
+    tl.store(p_sums + i_program * D + o_d, b_sum, m_d)

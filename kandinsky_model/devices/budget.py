@@ -62,13 +62,16 @@ class Way:
 
     weights: bytes of networks on the device. working: bytes of all other tensors at the worst
     moment. how: a description for the user. resident: how many layers of the network stay on the
-    device, while the others are streamed. Rooms whose stages have more to choose derive from it.
+    device, while the others are streamed. as_fast: whether it is as fast as the first of its stage,
+    but for what does not pay for moving networks. Rooms whose stages have more to choose derive
+    from it.
     """
 
     weights: int
     working: int
     how: str = ""
     resident: int = 0
+    as_fast: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -107,13 +110,15 @@ def choose_ways(
     """The first way of each stage that fits into `budget` bytes.
 
     ways: the ways of each stage, fastest first. everything: bytes of all networks together; where
-    they fit beside the fastest way of every stage, no network ever has to move. TypeError unless
-    the budget is an int; ValueError where a stage cannot fit, with the least budget that it needs.
+    they fit beside one of the fastest ways of every stage, no network ever has to move. TypeError
+    unless the budget is an int; ValueError where a stage cannot fit, with the least that it needs.
     """
     if isinstance(budget, bool) or not isinstance(budget, int):
         raise TypeError(f"a memory budget must be an int, of bytes, got {budget!r}: convert it")
     choices = {name: list(stage_ways) for name, stage_ways in ways.items()}
-    fastest = {name: stage_ways[0] for name, stage_ways in choices.items()}
+    fastest = {
+        name: _beside(everything, stage_ways, budget) for name, stage_ways in choices.items()
+    }
     if everything + max(way.working for way in fastest.values()) <= budget:
         how = "all weights stay on the device"
         stages = {name: replace(way, weights=everything, how=how) for name, way in fastest.items()}
@@ -133,6 +138,12 @@ def choose_ways(
         for name, stage_ways in choices.items()
     }
     return Placement(budget, stages, together=False)
+
+
+def _beside(weights: int, ways: list[Way], budget: int) -> Way:
+    """The first of the fastest ways that fits beside bytes of weights, or the first of all."""
+    fastest = [ways[0], *(way for way in ways[1:] if way.as_fast)]
+    return next((way for way in fastest if weights + way.working <= budget), ways[0])
 
 
 def text_ways(weights: Weights) -> Iterator[Way]:

@@ -21,8 +21,9 @@ from .quantized import ROWS_AT_ONCE
 SCRATCH_BYTES = 256 << 20
 LIST_BYTES = 2  # of such a list, for each pair of blocks
 
-# How far to chop, as (groups of heads, tokens at a time). The first cost next to nothing.
-FREE_CHUNKS = ((1, 16384), (2, 8192), (4, 4096))
+# How far to chop, as (groups of heads, tokens at a time). The first cost next to nothing. All
+# tokens at once take a third of the launches, and no result is copied back to its place.
+FREE_CHUNKS = ((1, 1 << 31), (1, 16384), (2, 8192), (4, 4096))
 SMALLEST_CHUNKS = ((8, 2048), (math.inf, 1024))
 
 # Bytes of one number of latents, velocities, modulations, block means and log-sum-exps, which are
@@ -81,7 +82,8 @@ def sampling_ways(job: Job, weights: Weights) -> Iterator[SamplingWay]:
             sampling_bytes(job, chunks),
             how,
             resident,
-            chunks,
+            as_fast=chunks in free[:2] and resident == count,
+            chunks=chunks,
         )
 
 
@@ -163,8 +165,8 @@ def _attention_bytes(job: Job, chunks: Chunks) -> float:
 
 def _rest_bytes(job: Job, rows: int) -> float:
     """What comes after self-attention needs: its result, t, and for each of the `rows` tokens at a
-    time the stream and its norm, and either the wide activation before and after GELU, or a branch
-    and the next stream and norm."""
+    time the stream and its norm, and either the wide activation, or a branch and the next stream
+    and norm."""
     branches = 5 * job.config.model_dim * job.dtype.itemsize * rows
     return job.stream + max(branches, _feed_forward_bytes(job, rows))
 
@@ -177,20 +179,17 @@ def _text_bytes(job: Job) -> float:
 
 
 def _feed_forward_bytes(job: Job, rows: int) -> float:
-    """The stream, its norm, and the wide activation before and after GELU, or the wide one and the
-    output, with what the two products need."""
+    """The stream, its norm, the wide activation, which GELU overwrites, and the output, with what
+    the two products need."""
     width = job.config.model_dim
     wide = job.config.ff_dim
     size = job.dtype.itemsize
     always = rows * (2 * width + wide) * size
-    first = max(
-        rows * wide * size,
-        _product_bytes(
-            job,
-            rows,
-            width,
-            wide,
-        ),
+    first = _product_bytes(
+        job,
+        rows,
+        width,
+        wide,
     )
     second = rows * width * size + _product_bytes(
         job,

@@ -28,7 +28,8 @@ class Chunks:
     # Heads of self-attention; None: all, and one product gives their queries, keys and values.
     heads: int | None = None
     # Tokens of all samples together, in everything but self-attention. 16384 are enough for
-    # matrix products to be fast, and a sixth of a 10 s clip.
+    # matrix products to be fast, and a sixth of a 10 s clip. Where fewer than all are done at a
+    # time, their results are copied to the places of what they came from.
     tokens: int = 16384
 
 

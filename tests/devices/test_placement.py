@@ -205,6 +205,10 @@ def test_the_first_way_that_fits_is_taken_and_all_together_where_there_is_room()
     assert placement.together
     assert [stage.peak_bytes for stage in placement.stages.values()] == [105, 120]
     assert not choose_ways(ways, 100, 119).together
+    ways["sampling"].insert(1, Way(40, 10, "resident", 2, as_fast=True))
+    placement = choose_ways(ways, 100, 119)
+    assert placement.together, "what is as fast is better than networks that move"
+    assert placement.stages["sampling"].peak_bytes == 110
     with pytest.raises(
         ValueError,
         match="^sampling requires a memory budget of at least 32 bytes .*, got 31: raise it",

@@ -61,7 +61,8 @@ def test_shared_memory_leaves_room_for_a_second_program(cubins):
 def test_turns_of_attention_on_mma_sync_stay_within_their_warps(cubins):
     """Warps lie along rows only, so that nothing passes between them; and what a turn may cost at
     most. Loops over descriptors also wait in loops of their own, and are not counted."""
-    rows = [row for row in cubins if "loop" in row and row["mma"] and not row["tma"]]
+    rows = [row for row in cubins if "block_sparse" in row["kernel"]]
+    rows = [row for row in rows if row["mma"] and not row["tma"]]
     rows = [row for row in rows if row["kernel"] not in tuning.EIGHT_WARPS]
     assert {row["sm"] for row in rows} == {80, 86, 89, 120}
     for row in rows:
@@ -75,3 +76,14 @@ def test_turns_of_attention_on_mma_sync_stay_within_their_warps(cubins):
 def test_two_programs_of_the_forward_kernel_are_resident(cubins):
     rows = [row for row in cubins if re.match("block_sparse_attention-", row["kernel"])]
     assert [row for row in rows if row["programs"] < 2] == []
+
+
+def test_turns_of_norm_rope_read_angles_by_fours_and_pass_nothing_between_warps(cubins):
+    """Two tokens a turn: each has a load of x (and of a gradient), two of four angles, and three
+    positions."""
+    rows = [row for row in cubins if row["kernel"].startswith("norm_rope")]
+    assert rows
+    for row in rows:
+        loads = 2 * (7 if "backward" in row["kernel"] else 6)
+        assert row["loop"]["LDG"] == loads, row
+        assert not any(row["loop"][name] for name in ("BAR", "STS", "LDL", "STL")), row

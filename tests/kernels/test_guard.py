@@ -18,6 +18,7 @@ from kandinsky_kernels.launch import norm as launch_norm
 from kandinsky_kernels.launch import vae as launch_vae
 from kandinsky_kernels.triton import nabla as triton_nabla
 from kandinsky_kernels.triton import norm as triton_norm
+from kandinsky_kernels.triton import selection as triton_selection
 from kandinsky_kernels.triton import vae as triton_vae
 from kandinsky_model.dit.geometry import Grid
 
@@ -259,14 +260,26 @@ def released(op, H, N, D, C):
     }[op]
 
 
+def far_apart(arg):
+    """The only sample of a tensor, as one whose neighbour is 2^31 numbers away."""
+    if not isinstance(arg, torch.Tensor) or arg.dim() < 3:
+        return arg
+    return arg.as_strided(arg.shape, (1 << 31, *arg.stride()[1:]))
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
 @pytest.mark.parametrize("size", [(28, 1464, 64, 1792), (32, 960, 128, 4096)], ids=["lite", "pro"])
 @pytest.mark.parametrize("op", sorted(set(_library._references) - tuning.PYTORCH))
-def test_a_trial_makes_the_callers_binary(op, size, monkeypatch):
+def test_a_trial_makes_the_callers_binary(op, size, wide, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     entry = _library.launchers[op]
     args = released(op, *size)
+    if wide:
+        near = _guard.specialisation(args)
+        args = tuple(map(far_apart, args))
+        assert _guard.specialisation(args) != near, "a binary of its own, and a trial"
     binaries = []
-    for module in (triton_nabla, triton_norm, triton_vae):
+    for module in (triton_nabla, triton_norm, triton_selection, triton_vae):
         for name in _library._references.keys() | {
             "list_blocks",
             "slab_moments",

@@ -5,6 +5,7 @@ architecture; and their guard."""
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from kandinsky_kernels import _guard, nabla, norm, reference, tuning, vae
 from kandinsky_kernels.launch import nabla as launch_nabla
 from kandinsky_kernels.launch import norm as launch_norm
 from kandinsky_kernels.launch import vae as launch_vae
+from kandinsky_kernels.triton import selection as triton_selection
 from kandinsky_model.dit.geometry import Grid
 
 from ..cases import (
@@ -24,6 +26,7 @@ from ..cases import (
     video,
 )
 from ..compare import assert_faithful
+from ..peers import norm_rope_means_peer
 from ..support.backward import BACKWARDS
 
 triton = pytest.importorskip("triton", reason="needs Triton")
@@ -215,6 +218,71 @@ def test_selection_in_pieces(ties, keep_mass, monkeypatch):
         assert torch.equal(chosen[0], case.run(inputs)[0])
 
 
+def kept_by_sorting(query, key, keep_mass, stable):
+    """The choice for each row of [S, D] means as the kernel defines it: integer masses in order,
+    dropped up to the share of their sum."""
+    logits = (query @ key.T).numpy() / np.float32(math.sqrt(query.shape[1]))
+    mass = np.exp(logits - logits.max(1, keepdims=True)) * np.float32(2**32)
+    mass = torch.from_numpy(mass).double().round().long()  # half to even
+    ordered, order = mass.sort(dim=1, stable=True)
+    target = (mass.sum(1).double() * (1 - keep_mass))[:, None]
+    reached = ordered.cumsum(1).double() >= target
+    if stable:
+        return torch.zeros_like(reached).scatter(1, order, reached)
+    first = reached.int().argmax(1, keepdim=True)
+    return mass >= ordered.gather(1, first)
+
+
+def selected_rows(query, key, keep_mass, stable):
+    """bool [R, N]: what the kernel keeps for R queries over N keys [.., D], without a window."""
+    R, D = query.shape
+    N = key.shape[0]
+    logits = torch.full((R, 16 * (N // 16 + 1)), -math.inf)
+    logits[:, :N] = query @ key.T
+    words = -(-N // 32)
+    chosen = torch.empty(R, words, dtype=torch.int32)
+    sizes = (0, N, words, logits.numel(), logits.shape[1], chosen.numel(), math.sqrt(D))
+    block = tuning.padded(logits.shape[1], 32)
+    triton_selection.select_blocks[(R, 1)](
+        logits,
+        chosen,
+        *sizes,
+        *launch_nabla.thirds(1 - keep_mass),
+        *(1, 1, 0, 0, 0),
+        WINDOW=False,
+        STABLE=stable,
+        BLOCK=block,
+    )
+    assert not (chosen[:, -1] >> N % 32).any(), "bits beyond the last block are zeros"
+    return ops.unpack_selection(chosen, N)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="exponentials of a GPU are others")
+@pytest.mark.parametrize("stable", [False, True], ids=["all", "stable"])
+def test_selection_is_what_sorted_masses_give(stable):
+    """Bit for bit, with equal masses, and with masses of nothing."""
+    key = torch.randn(75, 16, generator=torch.Generator().manual_seed(11))
+    key[20:26] = key[19]
+    for keep_mass in (0.0, 0.3, 0.9, 1.0):
+        for spread in (0.0, 0.1, 2.0, 30.0):
+            query = spread * key[18:20]
+            kept = selected_rows(query, key, keep_mass, stable)
+            assert torch.equal(kept, kept_by_sorting(query, key, keep_mass, stable))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts calls under the interpreter")
+def test_a_row_is_bisected_in_half_as_many_passes_as_a_mass_has_bits(monkeypatch):
+    """Of 300 masses one is alone between the limits after about ten passes, not 32."""
+    calls = []
+    sum_up_to = triton_selection._sum_up_to
+    monkeypatch.setattr(
+        triton_selection, "_sum_up_to", lambda *args: calls.append(0) or sum_up_to(*args)
+    )
+    key = torch.randn(300, 16, generator=torch.Generator().manual_seed(12))
+    selected_rows(key[:4], key, 0.9, False)
+    assert 4 <= len(calls) <= 4 * 16
+
+
 def test_rows_without_a_finite_maximum_keep_every_block():  # law 9
     query, key = torch.zeros(1, 1, 5, 4, device=DEVICE), torch.randn(1, 1, 5, 4, device=DEVICE)
     query[..., 0] = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, 0.0])
@@ -244,6 +312,43 @@ def test_rows_beyond_one_program(name, monkeypatch):
     inputs = case.inputs()
     assert inputs["x"].shape[1] % 5
     case.check(launched(case, inputs, monkeypatch), inputs)
+
+
+def test_positions_are_held_inside_of_the_tables():
+    """A GPU does not look for positions outside, but must not read what lies there."""
+    x = torch.randn(1, 70, 2, 16, device=DEVICE)
+    weight = torch.rand(16, device=DEVICE)
+    cos, sin = torch.randn(2, 9, 8, device=DEVICE)
+    places = torch.arange(-70, 70, dtype=torch.int32, device=DEVICE).view(70, 2)
+    inside = places.clamp(0, 8)
+    for launch, last in (
+        (launch_norm.launch_norm_rope, None),
+        (launch_norm.launch_norm_rope_backward, torch.randn_like(x)),
+    ):
+        results = [launch(x, weight, cos, sin, p, [3, 5], last, 1e-6) for p in (places, inside)]
+        for held, wanted in zip(*results, strict=True):
+            assert torch.equal(held, wanted)
+
+
+@pytest.mark.parametrize("pairs", [[4, 8, 12], [1, 20, 3], [2, 22]], ids=str)
+def test_pairs_of_every_axis_and_blocks_longer_than_a_tile(pairs):  # law 1
+    """Angles side by side by fours, twos and one at a time; blocks of 1 to 130 tokens."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(2, 200, 6, 48, generator=generator).to(DEVICE)
+    angles = torch.randn(9, 24, generator=generator).to(DEVICE)
+    places = torch.randint(9, (200, len(pairs)), generator=generator, dtype=torch.int32)
+    offsets = torch.tensor([0, 1, 131, 200], dtype=torch.int32, device=DEVICE)
+    weight = torch.rand(48, generator=generator).to(DEVICE)
+    args = (weight, angles.cos(), angles.sin(), places.to(DEVICE), pairs, offsets, 1e-6)
+    outputs = launch_norm.launch_norm_rope(x, *args)
+    wide = [
+        a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+    ]
+    exact = reference.norm_rope(x.double(), *wide)
+    rotary = dict(cos=args[1], sin=args[2], positions=args[3], pairs=pairs)
+    peer = norm_rope_means_peer(x, weight, block_offsets=offsets, **rotary)
+    for triple in zip(outputs, exact, peer, strict=True):
+        assert_faithful(*triple)
 
 
 @pytest.mark.parametrize("elements", [64, 1 << 16])

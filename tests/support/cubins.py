@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kandinsky_kernels import tuning
-from kandinsky_kernels.triton import nabla, norm, vae
+from kandinsky_kernels.triton import nabla, norm, selection, vae
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 POINTERS = {
@@ -55,8 +55,9 @@ CONVOLUTIONS = (
 )
 # KiB of shared memory of a multiprocessor
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-# barriers, exchanges between lanes, stores to and loads from shared memory, local memory
-COUNTED = ("BAR", "SHFL", "STS", "LDS", "LDL", "STL", "HMMA", "HGMMA")
+# barriers, exchanges between lanes, stores to and loads from shared memory, global memory, local
+# memory, matrix products
+COUNTED = ("BAR", "SHFL", "STS", "LDS", "LDG", "LDL", "STL", "HMMA", "HGMMA")
 UNITS = {
     "wgmma": "wgmma.mma_async",
     "mma": "mma.sync",
@@ -82,25 +83,23 @@ def kernels(capability):
     64) and Pro (D 128), in bf16."""
     for N in (1464, 3660):
         block = tuning.padded(N, 32)
-        yield (
-            f"select_blocks-{N}",
-            nabla.select_blocks,
-            {"WINDOW": True, "STABLE": False, "BLOCK": block},
-            tuning.row(block),
-        )
+        for stable in (False, True):
+            yield (
+                f"select_blocks-{N}{'-stable' if stable else ''}",
+                selection.select_blocks,
+                {"WINDOW": True, "STABLE": stable, "BLOCK": block},
+                tuning.row(block, stable),
+            )
     yield "list_blocks", nabla.list_blocks, {"CHUNK": tuning.LIST_CHUNK}, tuning.LIST
     for D, C in ((64, 1792), (128, 4096)):
         rows, block = {"ROWS": tuning.norm_rows(93696), "BLOCK": tuning.padded(C)}, tuning.padded(C)
         yield f"modulated_norm-{C}", norm.modulated_norm, rows, tuning.norm(block)
         yield f"gated_add_norm-{C}", norm.gated_add_norm, {"NORM": True, **rows}, tuning.norm(block)
-        rope = {
-            "AXES": 3,
-            "MEANS": True,
-            "HEADS": tuning.rope_heads(28 if D == 64 else 32),
-            "TOKENS": tuning.TOKENS,
-            "BLOCK": D,
-        }
-        yield f"norm_rope-{D}", norm.norm_rope, rope, tuning.rope(D)
+        heads = C // D
+        tile = tuning.rope(heads, D)
+        rope = {"AXES": 3, "VECTOR": 4, "TOKENS": tuning.TOKENS, "BLOCK": D}
+        constants = {**rope, "MEANS": True, "TURN": tile.tokens, "HEADS": tile.heads}
+        yield f"norm_rope-{D}", norm.norm_rope, constants, tile.launch
         rows = {"ROWS": tuning.norm_backward_rows(93696), "BLOCK": tuning.padded(C)}
         yield (
             f"modulated_norm_backward-{C}",
@@ -114,8 +113,9 @@ def kernels(capability):
             {"ADD": True, **rows},
             tuning.norm_backward(block),
         )
-        rope = {name: x for name, x in rope.items() if name != "MEANS"}
-        yield f"norm_rope_backward-{D}", norm.norm_rope_backward, rope, tuning.rope_backward(D)
+        tile = tuning.rope(heads, D)
+        constants = {**rope, "TURN": tile.tokens, "HEADS": tile.heads}
+        yield f"norm_rope_backward-{D}", norm.norm_rope_backward, constants, tile.launch
         for full, bounded in itertools.product((True, False), (True, False)):
             launch = tuning.attention(D, torch.bfloat16, capability, full)
             constants = {
@@ -296,6 +296,8 @@ def main():
                 ),
                 **{unit: word in result.asm["ptx"] for unit, word in UNITS.items()},
             }
+            if "norm_rope" in name:
+                row["loop"] = longest_loop(result.asm["cubin"])
             if "block_sparse" in name:
                 row["loop"] = longest_loop(result.asm["cubin"])
                 row["layouts"] = sorted(
