@@ -5,8 +5,10 @@ for."""
 from __future__ import annotations
 
 import base64
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoints.headers import opened, read_headers
+from ..config import PRESETS
 from ..files import replacing
 from ..media import video
 from .settings import Settings, check_latents
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 METADATA_KEY = "kandinsky"  # of the settings in a file of latents
 
 Notify = Callable[[str], None]
+_log = logging.getLogger(__name__)
 
 
 class Video:
@@ -159,4 +163,15 @@ def load_latents(path: str | Path) -> tuple[Tensor, Settings]:
         raise ValueError(
             f"{path} must hold latents saved by kandinsky, but {error}; choose another file"
         ) from None
+    _tell_of_preset(Path(path).name, settings.preset)
     return latents, settings
+
+
+@cache
+def _tell_of_preset(name: str, preset: str) -> None:
+    """One line, once, about a file whose preset is none of ours: nothing can be checked against
+    it, and decoding does not need it."""
+    if preset and preset not in PRESETS:
+        _log.warning(
+            "%s names the preset %.80r, which `kandinsky presets` does not list", name, preset
+        )

@@ -153,15 +153,10 @@ class Settings:
             raise ValueError(f"the seed must lie in 0 .. 2^64 - 1, got {self.seed}; choose another")
         if not 1 <= self.fps <= MOST_FPS:
             raise ValueError(f"fps must lie in 1 .. {MOST_FPS}, got {self.fps}; 24 is usual")
-        self._check_weights()
 
-    def _check_weights(self) -> None:
-        """Raise ValueError for weights that no program of ours can have used."""
-        if self.preset and self.preset not in PRESETS:
-            raise ValueError(
-                "preset must be empty or one that `kandinsky presets` lists, got "
-                f"{self.preset!r:.80}; it was written by another program or version"
-            )
+    def _check_stored(self) -> None:
+        """Raise ValueError for what no program of ours can have stored. A preset may be of the
+        user's own making."""
         if self.quantization and self.quantization not in QUANTIZATIONS:
             raise ValueError(
                 f"quantization must be empty or one of {', '.join(QUANTIZATIONS)}, got "
@@ -173,7 +168,7 @@ class Settings:
                     f"lora must be a list of path:scale with finite scales, got {adapter!r:.80}; "
                     "it was written by another program"
                 )
-        if self.preset:
+        if self.preset in PRESETS:
             make_cache(self.cache, self.preset)  # raises where the preset has none
 
     @classmethod
@@ -193,9 +188,11 @@ class Settings:
                 f"settings must be those that this version knows, got {str(unknown[0])!r:.80} too"
             )
         try:
-            return cls(**stored)
+            settings = cls(**stored)
         except TypeError as error:  # of a value, or for one that is missing
             raise ValueError(str(error)) from None
+        settings._check_stored()
+        return settings
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -311,6 +308,7 @@ def complete(
             f"{preset.name} makes pictures, decoded whole, got {values['num_frames']} frames and "
             f"{values['vae_policy']} decoding; leave both out, or use a video preset"
         )
+    make_cache(values.get("cache", "none"), preset.name)  # raises where the preset has none
     return [
         Settings(prompt, negative, one, **values)
         for prompt, negative, one in zip(prompts, negatives, seeds, strict=True)
