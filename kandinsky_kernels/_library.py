@@ -36,6 +36,7 @@ _MOST_DECISIONS = 4096
 _library = torch.library.Library(ops.name, "DEF")
 _references: dict[str, Callable] = {}
 _gradients: dict[str, type[torch.autograd.Function]] = {}
+_constants: dict[str, slice] = {}  # the arguments without a gradient in `_gradients`
 # the operators of the compiled library, introspection among them: simd, set_simd, build_info
 extension: torch._ops._OpNamespace | None = None
 extension_absence = ""  # why there is none
@@ -106,7 +107,7 @@ def _derivable(name: str, operator: torch._ops.OpOverload, reference: Callable) 
             gradient = _gradients.get(name)
             if gradient is None or torch._C._are_functorch_transforms_active():
                 return reference(*args)
-            if torch._C._any_requires_grad(*args[gradient.constants]):
+            if torch._C._any_requires_grad(*args[_constants[name]]):
                 return reference(*args)
             return gradient.apply(*args)
         below = keyset & torch._C._after_autograd_keyset
@@ -147,8 +148,8 @@ def differentiate(
                 return (None,) * len(ctx.needs_input_grad)
             return backward(ctx, *grads)
 
-    Gradient.constants = constants
     _gradients[name] = Gradient
+    _constants[name] = constants
 
 
 def triton_absence() -> str | None:
