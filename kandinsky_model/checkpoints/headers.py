@@ -27,7 +27,7 @@ MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 SHOWN_NAMES = 5
 SHOWN_CHARACTERS = 120
 
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})", re.IGNORECASE)
 # What holds weights but is never opened, because it is or may hold a pickle.
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
@@ -84,7 +84,7 @@ def _files_in(folder: Path) -> list[Path]:
     for index in (folder / name for name in INDEX_NAMES):
         if index.is_file():
             return _indexed(index)
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
+    files = _with_suffix(folder, ".safetensors") or _with_suffix(folder, ".gguf")
     if folder / WEIGHTS_NAME in files:
         return [folder / WEIGHTS_NAME]
     if files and files == _with_its_shards(files[0]):
@@ -95,6 +95,12 @@ def _files_in(folder: Path) -> list[Path]:
             f"{folder} must hold one model, but {found}; give the path of one of the files"
         )
     return files
+
+
+def _with_suffix(folder: Path, suffix: str) -> list[Path]:
+    """The files in `folder` with this suffix, in upper case as well."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if path.suffix.lower() == suffix)
 
 
 def _indexed(index: Path) -> list[Path]:
@@ -119,11 +125,12 @@ def _indexed(index: Path) -> list[Path]:
 
 def _with_its_shards(file: Path) -> list[Path]:
     """`file`, or all shards of the model of which its name says that it is one."""
-    match = _SHARD.fullmatch(file.name)
-    if not match:
+    match = _SHARD.fullmatch(file.stem)
+    if not match or file.suffix.lower() != ".safetensors":
         return [file]
     count = int(match["count"])
-    names = [f"{match['stem']}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    of = file.stem[match.end("number") : match.start("count")]  # "-of-", in its case
+    names = [f"{match['stem']}-{i + 1:05}{of}{count:05}{file.suffix}" for i in range(count)]
     shards = [file.with_name(name) for name in names]
     missing = [shard.name for shard in shards if not shard.exists()]
     if missing:

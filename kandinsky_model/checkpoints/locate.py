@@ -132,7 +132,7 @@ def locate(
         return _preset(request, PRESETS[name], revision)
     if path.exists():
         return _on_disk(path, request)
-    if _REPO.fullmatch(name) and path.suffix != ".safetensors":
+    if _REPO.fullmatch(name) and path.suffix.lower() not in (".safetensors", ".gguf"):
         root = download(name, _patterns(parts), revision)
         return _on_disk(root, replace(request, shared=True))
     try:

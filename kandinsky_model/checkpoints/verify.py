@@ -60,7 +60,7 @@ def verify(path: str | Path, values: bool = False) -> list[str]:
         if values:
             about.append(_finite(files))
         sums = [_checksum(file) for file in files]
-        name = "" if part == path else f"{part.relative_to(path)}/: "
+        name = f"{part.relative_to(path)}{'/' if part.is_dir() else ''}: " if part != path else ""
         lines += [f"{name}{about[0]}", *about[1:], *sums]
     return lines
 
@@ -69,7 +69,7 @@ def _parts(path: Path) -> Iterator[tuple[Path, bool]]:
     """What is to be verified at `path`, and whether it is a text encoder: the parts of a model, or
     `path` itself where it has none."""
     folders = [(name, False) for name in PART_FOLDERS] + [(name, True) for name in TEXT_FOLDERS]
-    parts = [(path / name, is_text) for name, is_text in folders if (path / name).is_dir()]
+    parts = [(path / name, is_text) for name, is_text in folders if (path / name).exists()]
     if parts and path.is_dir():
         _read_configs(path)
         yield from parts

@@ -223,7 +223,7 @@ def test_fp8_files_are_quantised_from_their_values(diffusers_folder, tmp_path, m
 def test_the_option_reaches_the_encoder_and_its_cache(
     diffusers_folder, tmp_path, monkeypatch, mode, capsys
 ):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("kandinsky_model.text.cache.default_folder", lambda: tmp_path / "cache")
     made = []
     read = Parts.__init__
 

@@ -145,15 +145,37 @@ def test_halves_of_clip_are_read_as_their_values(places, text_parts):
     assert_same(loaded(places, clip="half.safetensors"), loaded(places, clip="wide.safetensors"))
 
 
-def test_shards_without_an_index(places, text_parts):
+@pytest.mark.parametrize("name", ["a-{}-of-00003.safetensors", "A-{}-OF-00003.SAFETENSORS"])
+def test_shards_without_an_index(places, text_parts, name):
     folder = places / "shards"
     folder.mkdir()
     state = old_names(text_parts[0])
     for i in range(3):
-        names = sorted(state)[i::3]
-        save({name: state[name] for name in names}, folder / f"a-{i + 1:05}-of-00003.safetensors")
+        own = sorted(state)[i::3]
+        save({key: state[key] for key in own}, folder / name.format(f"{i + 1:05}"))
     assert_same(loaded(places, qwen="shards"), loaded(places))
-    assert_same(loaded(places, qwen="shards/a-00001-of-00003.safetensors"), loaded(places))
+    assert_same(loaded(places, qwen=f"shards/{name.format('00001')}"), loaded(places))
+    (folder / name.format("00002")).unlink()
+    with pytest.raises(FileNotFoundError, match="is one of 3 shards, but missing"):
+        loaded(places, qwen="shards")
+
+
+def test_a_models_folder_may_hold_files_where_folders_are_usual(places, diffusers_folder, tmp_path):
+    """As the results of a training link to the parts that they were trained with."""
+    root = tmp_path / "model"
+    root.mkdir()
+    for name in ("transformer", "vae"):
+        (root / name).symlink_to(diffusers_folder / name)
+    (root / "text_encoder").symlink_to(places / "qwen.safetensors")
+    (root / "text_encoder_2").symlink_to(places / "clip_l.safetensors")
+    for name in ("tokenizer", "tokenizer_2"):
+        (root / name).symlink_to(places / name)
+    assert_same(pipeline.load(root, device="cpu", text_cache=False).text, loaded(places))
+    lines = [line for line in verify(root) if " text encoder, complete" in line]
+    assert [line.partition(",")[0] for line in lines] == [
+        "text_encoder: Qwen2.5-VL text encoder",
+        "text_encoder_2: CLIP text encoder",
+    ]
 
 
 # 8 bits
@@ -403,12 +425,13 @@ def test_the_command_takes_all_parts_as_files(official, places, diffusers_folder
 
 def test_an_output_does_not_replace_a_text_encoder(official, places, capsys):
     qwen = str(places / "qwen.safetensors")
-    words = ["generate", "a", "--model", str(official), "--text-encoder", qwen, "-o", "qwen.png"]
     path = places / "qwen.png"
-    path.write_bytes(b"")
-    words[-1] = words[-3] = str(path)
+    shutil.copy(qwen, path)
+    chosen = ["--text-encoder", str(path), "--clip", str(places / "clip_l.safetensors")]
+    words = ["generate", "a", "--model", str(official), *chosen, "-o", str(path)]
     assert main(words) == 2
-    assert str(path) in capsys.readouterr().err
+    assert "the output must not be one of the inputs" in capsys.readouterr().err
+    assert path.read_bytes() == (places / "qwen.safetensors").read_bytes()
 
 
 def test_one_file_with_everything_inside(official, places, diffusers_folder, text_parts, tmp_path):
