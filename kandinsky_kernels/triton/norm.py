@@ -138,11 +138,12 @@ def _angles(
     second_pair,
     AXES: tl.constexpr,
     VECTOR: tl.constexpr,
+    TURN: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """cos and sin of the rotary angle of every token [tokens, 1, 1] and pair, fp32
-    [tokens, HEADS, BLOCK / 2] each, the same for every head.
+    """cos and sin of the rotary angle of every token [TURN, 1, 1] and pair, fp32
+    [TURN, HEADS, BLOCK / 2] each, the same for every head.
 
     p_positions int32 [S, AXES] says which row of the tables p_cos and p_sin fp32
     [positions, D / 2] a token reads for the pairs of each axis. VECTOR, a power of two, divides
@@ -160,24 +161,20 @@ def _angles(
     o_angle = o_row.to(tl.int64) * (D // 2) + o_pair  # [tokens, 1, BLOCK / 2]
     o_angle = tl.max_contiguous(tl.multiple_of(o_angle, [1, 1, VECTOR]), [1, 1, VECTOR])
     # The heads are in the addresses, so that a lane reads the angles of its own numbers.
-    tile: tl.constexpr = [o_angle.shape[0], HEADS, BLOCK // 2]
-    o_angle = tl.broadcast_to(o_angle, tile)
-    m_angle = tl.broadcast_to(m_token & (o_pair < D // 2), tile)
+    o_angle = tl.broadcast_to(o_angle, [TURN, HEADS, BLOCK // 2])
+    m_angle = tl.broadcast_to(m_token & (o_pair < D // 2), [TURN, HEADS, BLOCK // 2])
     b_cos = tl.load(p_cos + o_angle, m_angle, 0.0)
     b_sin = tl.load(p_sin + o_angle, m_angle, 0.0)
     return b_cos, b_sin
 
 
 @triton.jit
-def _rotated(b_y, b_cos, b_sin):
-    """Pairs of neighbours of b_y [tokens, heads, BLOCK], turned by angles [..., BLOCK / 2]."""
-    tokens: tl.constexpr = b_y.shape[0]
-    heads: tl.constexpr = b_y.shape[1]
-    block: tl.constexpr = b_y.shape[2]
-    b_even, b_odd = tl.split(tl.reshape(b_y, [tokens, heads, block // 2, 2]))
-    b_left = b_even * b_cos - b_odd * b_sin  # [tokens, heads, BLOCK / 2]
+def _rotated(b_y, b_cos, b_sin, TURN: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Pairs of neighbours of b_y [TURN, HEADS, BLOCK], turned by angles [.., BLOCK / 2]."""
+    b_even, b_odd = tl.split(tl.reshape(b_y, [TURN, HEADS, BLOCK // 2, 2]))
+    b_left = b_even * b_cos - b_odd * b_sin  # [TURN, HEADS, BLOCK / 2]
     b_right = b_even * b_sin + b_odd * b_cos
-    return tl.reshape(tl.join(b_left, b_right), [tokens, heads, block])
+    return tl.reshape(tl.join(b_left, b_right), [TURN, HEADS, BLOCK])
 
 
 @triton.jit(do_not_specialize=["positions"])
@@ -256,13 +253,14 @@ def norm_rope(
                 second_pair,
                 AXES,
                 VECTOR,
+                TURN,
                 HEADS,
                 BLOCK,
             )
         b_square = tl.sum(b_x * b_x, 2, keep_dims=True) / D  # [TURN, HEADS, 1]
         b_y = b_x * tl.rsqrt(b_square + eps) * b_weight
         if AXES > 0:
-            b_y = _rotated(b_y, b_cos, b_sin)
+            b_y = _rotated(b_y, b_cos, b_sin, TURN, HEADS, BLOCK)
         b_y = b_y.to(p_y.dtype.element_ty)
         tl.store(p_y + (o_token * (H * D) + o_y), b_y, m_tile)
         if MEANS:
@@ -469,10 +467,11 @@ def norm_rope_backward(
                 second_pair,
                 AXES,
                 VECTOR,
+                TURN,
                 HEADS,
                 BLOCK,
             )
-            b_grad = _rotated(b_grad, b_cos, -b_sin)
+            b_grad = _rotated(b_grad, b_cos, -b_sin, TURN, HEADS, BLOCK)
         b_square = tl.sum(b_x * b_x, 2, keep_dims=True) / D  # [TURN, HEADS, 1]
         b_inverse = tl.rsqrt(b_square + eps)
         b_normed = b_x * b_inverse
