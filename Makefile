@@ -18,7 +18,7 @@ SUITABLE := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	"$$p" -c '$(SUITABLE)' 2>/dev/null && echo "$$p" && break; done)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-FORMATTED := $(SOURCES) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
+FORMATTED := $(SOURCES) $(wildcard hub/*.cpp tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h)
 COMMA := ,
 PIP := $(PY) -m pip install --disable-pip-version-check
 

@@ -16,13 +16,10 @@
 #include <exception>
 #include <iomanip>
 #include <limits>
-#include <memory>
-#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace kandinsky {
@@ -32,25 +29,27 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Python sees std::invalid_argument as a ValueError and std::bad_alloc as a MemoryError. Of these
-// two _library.py makes a TypeError, known by its remedy "; cast ...", and a
-// torch.OutOfMemoryError.
+// The library knows no Python, and torch 2.15 makes a RuntimeError of every exception. So each
+// sentence begins with the name of Python's error, which _library.py reads and takes off.
 struct WrongType : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
-class OutOfMemory : public std::bad_alloc {
-  std::shared_ptr<const std::string> sentence;
-
- public:
-  explicit OutOfMemory(std::string text)
-      : sentence(std::make_shared<const std::string>(std::move(text))) {}
-  const char* what() const noexcept override { return sentence->c_str(); }
+struct OutOfMemory : std::runtime_error {
+  using std::runtime_error::runtime_error;
 };
+
+template <class Error>
+constexpr const char* kPython = "ValueError: ";
+template <>
+inline constexpr const char* kPython<WrongType> = "TypeError: ";
+template <>
+inline constexpr const char* kPython<OutOfMemory> = "OutOfMemoryError: ";
 
 // Throws one sentence, made of the arguments.
 template <class Error, class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream sentence;
+  sentence << kPython<Error>;
   (sentence << ... << parts);
   throw Error(sentence.str());
 }

@@ -4,12 +4,18 @@
 #include <Python.h>
 
 #define KANDINSKY_TEXT(name) #name
-#define KANDINSKY_MODULE(name)                                                        \
-  PyMODINIT_FUNC PyInit_##name() {                                                    \
-    static PyModuleDef module = {PyModuleDef_HEAD_INIT, KANDINSKY_TEXT(name), nullptr, \
-                                 0,                     nullptr,              nullptr, \
-                                 nullptr,               nullptr,              nullptr}; \
-    return PyModule_Create(&module);                                                  \
+#define KANDINSKY_MODULE(name)                          \
+  PyMODINIT_FUNC PyInit_##name() {                      \
+    static PyModuleDef module = {PyModuleDef_HEAD_INIT, \
+                                 KANDINSKY_TEXT(name),  \
+                                 nullptr,               \
+                                 0,                     \
+                                 nullptr,               \
+                                 nullptr,               \
+                                 nullptr,               \
+                                 nullptr,               \
+                                 nullptr};              \
+    return PyModule_Create(&module);                    \
   }
 #define KANDINSKY_EXPANDED(name) KANDINSKY_MODULE(name)
 

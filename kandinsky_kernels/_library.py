@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -37,8 +38,8 @@ _library = torch.library.Library(ops.name, "DEF")
 _references: dict[str, Callable] = {}
 _gradients: dict[str, type[torch.autograd.Function]] = {}
 _constants: dict[str, slice] = {}  # the arguments without a gradient in `_gradients`
-# the operators of the compiled library, introspection among them: simd, set_simd, build_info
-extension: torch._ops._OpNamespace | None = None
+_ERRORS = {error.__name__: error for error in (ValueError, TypeError, torch.OutOfMemoryError)}
+extension: SimpleNamespace | None = None  # simd(), set_simd(name) of the compiled library
 extension_absence = ""  # why there is none
 
 
@@ -76,19 +77,18 @@ def in_double(*args) -> bool:
 
 
 def _run(operator: Callable, *args):
-    """The operator's result, or its error as Python has it.
+    """The operator's result.
 
-    The compiled library knows no Python. Its refusals arrive as ValueErrors, also those of a dtype,
-    which ask for a cast, and a lack of memory arrives as a MemoryError.
+    The compiled library knows no Python: a sentence of its refusals begins with the name of the
+    error that Python has for it.
     """
     try:
         return operator(*args)
-    except MemoryError as error:
-        raise torch.OutOfMemoryError(str(error)) from None
-    except ValueError as error:
-        if "; cast " in str(error):
-            raise TypeError(str(error)) from None
-        raise
+    except (RuntimeError, ValueError) as error:
+        kind, _, sentence = str(error).partition(": ")
+        if kind not in _ERRORS:
+            raise
+        raise _ERRORS[kind](sentence) from None
 
 
 def _derivable(name: str, operator: torch._ops.OpOverload, reference: Callable) -> Callable:
@@ -280,7 +280,7 @@ def load_extension() -> None:
     try:
         if not hasattr(ops, "build_info"):  # in a package of the hub it is loaded already
             torch.ops.load_library(str(path))
-        extension = ops
+        extension = SimpleNamespace(simd=ops.simd, set_simd=functools.partial(_run, ops.set_simd))
     except OSError as error:
         reason = (error.__cause__ or error) if path.exists() else f"there is no {path.name}"
         extension_absence = (
@@ -298,7 +298,7 @@ def build_info() -> dict[str, str]:
     """
     if extension is None:
         raise RuntimeError(extension_absence)
-    return dict(line.split(": ", 1) for line in extension.build_info().splitlines())
+    return dict(line.split(": ", 1) for line in ops.build_info().splitlines())
 
 
 def kernels() -> dict[str, dict[str, str]]:

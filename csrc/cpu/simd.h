@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../check.h"
 #include "lanes.h"
 
 namespace kandinsky {
@@ -38,19 +39,16 @@ inline const char* simd_level() {
 }
 
 inline void set_simd_level(const char* name) {
+  constexpr const char* names[] = {"scalar", "avx2", "avx512"};
   const std::string wanted = name;
   for (Simd level : {Simd::scalar, Simd::avx2, Simd::avx512}) {
-    constexpr const char* names[] = {"scalar", "avx2", "avx512"};
     if (wanted == names[static_cast<int>(level)] && level <= best_simd()) {
       chosen_simd() = level;
       return;
     }
   }
-  throw std::invalid_argument("the instruction set must be one this processor has, up to " +
-                              std::string(best_simd() == Simd::avx512 ? "avx512"
-                                          : best_simd() == Simd::avx2 ? "avx2"
-                                                                      : "scalar") +
-                              ", got \"" + wanted + "\".");
+  fail<std::invalid_argument>("the instruction set must be one this processor has, up to ",
+                              names[static_cast<int>(best_simd())], ", got \"", wanted, "\".");
 }
 
 template <class Kernel>

@@ -15,7 +15,7 @@ from kandinsky_kernels import _library
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("kandinsky_kernels", "kandinsky_model")
-FOLDERS = (*PACKAGES, "benchmarks", "tests")
+FOLDERS = (*PACKAGES, "benchmarks", "hub", "tests")
 PYTHON = sorted(path for folder in FOLDERS for path in ROOT.joinpath(folder).rglob("*.py"))
 PYTHON += [ROOT / "setup.py"]
 CPP_ENDINGS = {".cpp", ".h", ".cu", ".cuh"}
