@@ -38,11 +38,14 @@ LONGEST_COMPILED_ROW = 3904
 FEW_ROWS = 4096
 
 
-# What a turn of attention's loop takes at most where products are mma.sync, as counted in the
-# binaries of Triton 3.9: barriers, exchanges between lanes, stores to shared memory, and the stack.
-TURN = {"BAR": 2, "SHFL": 4, "STS": 0, "LDL": 3, "STL": 1}
 # kernels whose eight warps do not lie along rows alone
-EIGHT_WARPS = frozenset({"block_sparse_attention_backward_key-128-ragged"})
+ACROSS = frozenset(
+    {
+        "block_sparse_attention_backward_query-128-ragged",
+        "block_sparse_attention_backward_key-128-ragged",
+        "frame_causal_attention-512",
+    }
+)
 # bytes of addresses that a kernel may keep on the stack
 STACK_BYTES = {
     "block_sparse_attention_backward_key-128": 24,
@@ -98,10 +101,11 @@ def attention(block: int, dtype: torch.dtype, capability: tuple[int, int], full:
     bf16.
 
     Three stages cover the dependent load of the block's number and of its keys. Where a
-    multiprocessor has 227 KiB (sm_90, sm_100) or 163 KiB (sm_80) they always fit; sm_86, 89 and
-    120 have 99 KiB, enough for three stages of 16 KiB with two programs resident, or two of 32.
-    Descriptors (TMA) from sm_90 on: one instruction per tile in place of addresses, and fewer
-    registers. Ragged blocks need addresses and masks: two stages.
+    multiprocessor has 228 KiB (sm_90, sm_100) or 164 KiB (sm_80) they fit; sm_86, 89 and 120 have
+    100 KiB, enough for three stages of 16 KiB with two programs resident, or two of 32. On sm_90
+    queries and three stages of D = 64 are the 56 KiB that leave room for four programs, if nothing
+    is beside them. Descriptors (TMA) put their barriers there, and take five BAR a turn instead of
+    two: they are for sm_100, where a turn has six either way. Ragged blocks get two stages.
     """
     split = split_head(block, dtype, capability)
     if not full:
@@ -115,7 +119,7 @@ def attention(block: int, dtype: torch.dtype, capability: tuple[int, int], full:
         stages = 3
     else:
         stages = 2 if stage <= 32 << 10 else 1
-    descriptors = capability[0] >= 9 and dtype.itemsize == 2
+    descriptors = capability[0] == 10 and dtype.itemsize == 2
     return Launch(4, stages, descriptors, split)
 
 
@@ -132,14 +136,14 @@ def attention_backward(
     takes eight warps. Eight warps are also
     for two of: no matrix unit of sm_90, D = 128 (250 of 255 registers on sm_90), masks.
     The queries' third stage leaves room for two more programs.
-    Descriptors on sm_90 and 100 alone: with them sm_120 spills. fp32 tiles are twice as large and
-    get one stage.
+    Descriptors on sm_100 alone, as for `attention`; with them sm_120 spills. fp32 tiles are twice
+    as large and get one stage.
     """
     wide = block > 64
     narrow = dtype.itemsize == 2
     hopper = has_large_tiles(capability)
     split = split_head(block, dtype, capability)
-    descriptors = hopper and full and narrow
+    descriptors = capability[0] == 10 and full and narrow
     stages = (2 if wide else 3) if narrow else 1
     queries_split = split and (full or capability[0] < 12)
     queries_warps = 8 if wide and not hopper and not queries_split else 4
@@ -274,3 +278,61 @@ def convolution(channels: int, out_channels: int, capability: tuple[int, int]) -
     columns = min(256 if roomy else 128, padded(out_channels, 16))
     rows = 256 if roomy and columns == 128 else 128
     return ConvolutionTile(rows, columns, depth, Launch(8, 4))
+
+
+# What the binaries of Triton 3.9 are, which the tests hold them to. First the programs that a
+# multiprocessor of each architecture holds, by registers, shared memory and warps; then the most
+# barriers, exchanges between lanes, stores to shared memory and reads of the stack in a turn of the
+# main loop, or in a kernel without one; then percents of the tensor cores' time, by the model of
+# benchmarks/gpu/machine.py. `python -m tests.support.cubins --record` prints it.
+BINARIES = """
+                                                 80 86 89 90 120  BAR SHFL STS LDL  80 86 89 90 120
+select_blocks-1464                                4  -  4  4   4    3    4   5   0   -  -  -  -   -
+select_blocks-3660                                2  -  2  2   2    3    6   5   0   -  -  -  -   -
+list_blocks                                      10  - 10  9   9    4   40   9   0   -  -  -  -   -
+modulated_norm-1792                               8  -  8  8   8    4   14   2   0   -  -  -  -   -
+gated_add_norm-1792                               6  -  6  6   6    4   14   2   0   -  -  -  -   -
+norm_rope-64                                      2  -  2  2   2   16   14  10   0   -  -  -  -   -
+modulated_norm_backward-1792                      4  -  4  4   3    8   32   4   0   -  -  -  -   -
+gated_add_norm_backward-1792                      2  -  2  2   2    8   32   4   0   -  -  -  -   -
+norm_rope_backward-64                             1  -  1  1   1   16   54  10   0   -  -  -  -   -
+block_sparse_attention-64-bounded                 3  2  2  4   2    2    0   0   0  79 99 99 84  99
+block_sparse_attention-64                         3  2  2  4   2    2    4   0   0  70 98 98 65  99
+block_sparse_attention-64-ragged-bounded          2  2  2  3   2    2    0   0   0   -  -  -  -   -
+block_sparse_attention-64-ragged                  2  2  2  3   2    2    4   0   0   -  -  -  -   -
+block_sparse_attention_backward_query-64          3  2  2  3   2    2    0   0   0  74 99 99 85  99
+block_sparse_attention_backward_key-64            2  2  2  2   2    2    0   0   0  58 95 95 51  93
+block_sparse_attention_backward_query-64-ragged   2  2  2  3   2    2    0   0   0   -  -  -  -   -
+block_sparse_attention_backward_key-64-ragged     1  1  1  2   1    2    0   0   0   -  -  -  -   -
+modulated_norm-4096                               4  -  4  4   4    4   16   2   0   -  -  -  -   -
+gated_add_norm-4096                               2  -  3  3   3    4   16   2   0   -  -  -  -   -
+norm_rope-128                                     1  -  1  1   1   18   14  12   0   -  -  -  -   -
+modulated_norm_backward-4096                      2  -  2  1   1    8   36   4   0   -  -  -  -   -
+gated_add_norm_backward-4096                      1  -  1  1   1    8   36   4   0   -  -  -  -   -
+norm_rope_backward-128                            1  -  1  1   1   24   56  12   0   -  -  -  -   -
+block_sparse_attention-128-bounded                2  2  2  2   2    2    0   0   0  75 97 97 84  99
+block_sparse_attention-128                        2  2  2  2   2    2    4   0   0  66 99 99 69  99
+block_sparse_attention-128-ragged-bounded         2  2  2  2   2    2    0   0   0   -  -  -  -   -
+block_sparse_attention-128-ragged                 2  2  2  2   2    2    4   0   0   -  -  -  -   -
+block_sparse_attention_backward_query-128         2  1  1  2   1    2    0   0   0  68 88 88 70  91
+block_sparse_attention_backward_key-128           2  1  1  2   1    2    0   0   3  70 89 89 81  90
+block_sparse_attention_backward_query-128-ragged  2  1  1  2   1    3    0   0   0   -  -  -  -   -
+block_sparse_attention_backward_key-128-ragged    1  1  1  1   1    5    0  16   0   -  -  -  -   -
+slab_moments-128                                  2  -  2  2   2    0    0   0   0   -  -  -  -   -
+group_norm_silu-128                               9  -  9  9   9    3    0   2   0   -  -  -  -   -
+group_norm_silu-128-front                         9  -  9  9   9    3    0   2   0   -  -  -  -   -
+slab_moments-256                                  2  -  2  2   2    0    0   0   0   -  -  -  -   -
+group_norm_silu-256                               9  -  9  8   8    7    0   2   0   -  -  -  -   -
+group_norm_silu-256-front                         9  -  9  9   9    7    0   2   0   -  -  -  -   -
+slab_moments-512                                  2  -  2  2   2    0    0   0   0   -  -  -  -   -
+group_norm_silu-512                              10  -  9  9   9    3    0   2   0   -  -  -  -   -
+group_norm_silu-512-front                        10  -  9 10   9    3    0   2   0   -  -  -  -   -
+join_moments                                     10  -  9  9   9    4   12   2   0   -  -  -  -   -
+frame_causal_attention-512                        1  1  1  1   1   17   64  16   0   -  -  -  -   -
+causal_conv3d-16-512-333                          1  1  1  1   2    2    0   0   0   -  -  -  -   -
+causal_conv3d-512-512-333                         1  1  1  1   2    3    0   0   0   -  -  -  -   -
+causal_conv3d-256-128-333                         1  1  1  1   2    3    0   0   0   -  -  -  -   -
+causal_conv3d-256-256-222                         1  1  1  1   2    3    0   0   0   -  -  -  -   -
+causal_conv3d-256-256-333-strided                 1  1  1  1   2    3    0   0   0   -  -  -  -   -
+causal_conv3d-128-3-333                           4  3  3  3   3    3    0   0   0   -  -  -  -   -
+"""

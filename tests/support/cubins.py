@@ -1,27 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every Triton kernel for every architecture without a GPU.
 
-``python -m tests.support.cubins [sm ...]`` prints a line of JSON for each kernel and architecture.
-It runs as a process of its own, because the tests' process has Triton's interpreter switched on.
+``python -m tests.support.cubins [sm ...]`` prints a line of JSON for each kernel and architecture,
+and ``--record`` the table that `tuning.BINARIES` keeps of them. It runs as a process of its own,
+because the tests' process has Triton's interpreter switched on.
 """
 
 import itertools
 import json
+import math
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.gpu import machine
 from kandinsky_kernels import tuning
 from kandinsky_kernels.triton import nabla, norm, selection, vae
 
+from . import dense_attention
+
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# those for which kernels without matrix products are compiled as well: nothing in them depends on
+# the others
+PLAIN = (80, 89, 90, 120)
+CARDS = {card.sm: card for card in sorted(machine.CARDS, key=lambda card: card.sm)}
 POINTERS = {
     "p_cos": "fp32",
     "p_sin": "fp32",
@@ -53,11 +59,8 @@ CONVOLUTIONS = (
     (256, 256, (3, 3, 3), (2, 2, 2)),
     (128, 3, (3, 3, 3), (1, 1, 1)),
 )
-# KiB of shared memory of a multiprocessor
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-# barriers, exchanges between lanes, stores to and loads from shared memory, global memory, local
-# memory, matrix products
-COUNTED = ("BAR", "SHFL", "STS", "LDS", "LDG", "LDL", "STL", "HMMA", "HGMMA")
+# barriers, exchanges between lanes, stores to shared memory, loads from the stack
+COUNTED = ("BAR", "SHFL", "STS", "LDL")
 UNITS = {
     "wgmma": "wgmma.mma_async",
     "mma": "mma.sync",
@@ -226,84 +229,140 @@ def compiled(kernel, constants, launch, architecture):
     return triton.compile(source, target=target, options=launch.options)
 
 
-def tool(name, *arguments, cubin):
-    """What one of NVIDIA's tools, which Triton brings, prints about a binary."""
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run(
-            [program, *arguments, file.name], capture_output=True, text=True, check=True
-        ).stdout
+def kernels_of(architecture):
+    """(name, kernel, constants, Launch) of what is compiled for an architecture: everything with
+    matrix products for all of them, the rest for `PLAIN` alone."""
+    capability = divmod(architecture, 10)
+    for name, *rest in (*kernels(capability), *vae_kernels(capability)):
+        if architecture in PLAIN or "attention" in name or "conv3d" in name:
+            yield name, *rest
 
 
-def resources(cubin):
-    """Registers per thread and bytes of local memory, read off the binary: what does not fit into
-    registers is on the stack."""
-    text = tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
-    registers, stack, local = (
-        int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK", "LOCAL")
-    )
-    return registers, stack + local
+def row_of(name, kernel, constants, launch, architecture):
+    """What the tests read off one binary."""
+    result = compiled(kernel, constants, launch, architecture)
+    cubin = result.asm["cubin"]
+    registers, local = machine.resources(cubin)
+    shared = result.metadata.shared
+    body = machine.main_loop(cubin)
+    names = [x.name for x in body]
+    row = {
+        "kernel": name,
+        "sm": architecture,
+        "registers": registers,
+        "local": local,
+        "shared": shared,
+        "warps": launch.num_warps,
+        "stages": launch.num_stages,
+        "programs": machine.programs_per_multiprocessor(
+            registers, shared, launch.num_warps, architecture
+        ),
+        "turn": {counted: names.count(counted) for counted in COUNTED},
+        "loads": names.count("LDG"),
+        **{unit: word in result.asm["ptx"] for unit, word in UNITS.items()},
+    }
+    if "attention" in name:
+        row["layouts"] = sorted(
+            set(re.findall(r"mma<.*?warpsPerCTA = \[(\d+, \d+)\]", result.asm["ttgir"]))
+        )
+    if "block_sparse" in name and constants["FULL"] and architecture in CARDS:
+        width = 64 if "-64" in name else 128
+        tile_bytes = 2 * tuning.TOKENS * width
+        row["clocks"] = {
+            kind: machine.clocks(
+                body,
+                (row["programs"], launch.num_warps),
+                launch.num_stages,
+                tile_bytes,
+                CARDS[architecture],
+                l2,
+            )
+            for kind, l2 in (("alone", math.inf), ("l2", machine.L2_BYTES))
+        }
+    return row
 
 
-def longest_loop(cubin):
-    """How often each of `COUNTED` stands in the longest loop, which is a turn of the one over
-    blocks; predicated ones count too."""
-    code = []
-    labels = {}
-    for line in tool("nvdisasm", "-c", cubin=cubin).splitlines():
-        if label := re.match(r"(\.L_\w+):", line):
-            labels[label[1]] = len(code)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            code.append(instruction[1])
-    loops = [[]]
-    for end, instruction in enumerate(code):
-        branch = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction)
-        if branch and labels.get(branch[1], end + 1) <= end:
-            loops.append(code[labels[branch[1]] : end + 1])
-    body = max(loops, key=len)
-    names = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for text in body]
-    return {name: names.count(name) for name in COUNTED}
+def dense_row():
+    """What the model says of dense attention on an H100, whose speed is published: 403 TFLOP/s at
+    16 k tokens and head dim 64 (arXiv 2407.08608, figure 5, Triton)."""
+    constants = {"ROWS": 128, "KEYS": 64, "WIDTH": 64}
+    launch = tuning.Launch(4, 3)
+    result = compiled(dense_attention.dense_attention, constants, launch, 90)
+    cubin = result.asm["cubin"]
+    registers, _ = machine.resources(cubin)
+    programs = machine.programs_per_multiprocessor(registers, result.metadata.shared, 4, 90)
+    turn = machine.clocks(machine.main_loop(cubin), (programs, 4), 3, 0, CARDS[90])
+    return {
+        "kernel": "dense",
+        "sm": 90,
+        "tflops": machine.tflops(4 * 128 * 64 * 64, turn, CARDS[90]),
+    }
 
 
-def programs_per_multiprocessor(registers, shared, warps, architecture):
-    """How many programs are resident at once: registers are given to warps in units of 256, and
-    1 KiB of shared memory is the system's (CUDA programming guide, technical specifications)."""
-    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)
-    by_shared = (SHARED_KIB[architecture] << 10) // (shared + 1024)
-    by_warps = (64 if architecture in (80, 90, 100) else 48) // warps
-    return min(by_registers, by_shared, by_warps)
+def recorded(text):
+    """Rows of the table `tuning.BINARIES` by kernel: programs by architecture, the most of each of
+    `COUNTED` in a turn, and percents of the tensor cores' time by architecture."""
+    rows = {}
+    for line in text.strip().splitlines()[1:]:
+        name, *cells = line.split()
+        programs, turn, shares = cells[:5], cells[5:9], cells[9:]
+        rows[name] = {
+            "programs": numbers(CARDS, programs),
+            "turn": numbers(COUNTED, turn),
+            "shares": numbers(CARDS, shares),
+        }
+    return rows
+
+
+def numbers(names, cells):
+    """{name: number} of a table's cells, without those that are "-"."""
+    return {name: int(cell) for name, cell in zip(names, cells, strict=True) if cell != "-"}
+
+
+def share(row):
+    """Percents of a turn in which the tensor cores work, if tiles are there at once."""
+    card = CARDS[row["sm"]]
+    flop = machine.turn_flop(row["kernel"])
+    return 100 * machine.tflops(flop, row["clocks"]["alone"], card) / card.ceiling
+
+
+def record(rows):
+    """The table of `recorded`: programs, the worst turn and shares of each kernel. sm_100, of which
+    there is no card in `machine.CARDS`, is left out."""
+    rows = [row for row in rows if row["sm"] in CARDS]
+    width = max(len(row["kernel"]) for row in rows)
+    architectures = [str(sm) for sm in CARDS]
+    lines = [" ".join([" " * width, *architectures, "", *COUNTED, "", *architectures])]
+    for name in dict.fromkeys(row["kernel"] for row in rows):
+        found = {row["sm"]: row for row in rows if row["kernel"] == name}
+        programs = [found[sm]["programs"] if sm in found else "-" for sm in CARDS]
+        turn = [max(row["turn"][counted] for row in found.values()) for counted in COUNTED]
+        timed = [sm in found and "clocks" in found[sm] for sm in CARDS]
+        shares = [
+            min(99, math.floor(share(found[sm]))) if clocks else "-"
+            for sm, clocks in zip(CARDS, timed, strict=True)
+        ]
+        titles = (architectures, COUNTED, architectures)
+        parts = [
+            " ".join(f"{cell:>{len(title)}}" for cell, title in zip(cells, over, strict=True))
+            for cells, over in zip((programs, turn, shares), titles, strict=True)
+        ]
+        lines.append("  ".join([f"{name:{width}} {parts[0]}", *parts[1:]]))
+    return "\n".join(lines)
 
 
 def main():
-    for architecture in [int(sm) for sm in sys.argv[1:]] or ARCHITECTURES:
-        capability = divmod(architecture, 10)
-        for name, kernel, constants, launch in (*kernels(capability), *vae_kernels(capability)):
-            result = compiled(kernel, constants, launch, architecture)
-            registers, local = resources(result.asm["cubin"])
-            shared = result.metadata.shared
-            row = {
-                "kernel": name,
-                "sm": architecture,
-                "registers": registers,
-                "local": local,
-                "shared": shared,
-                "warps": launch.num_warps,
-                "stages": launch.num_stages,
-                "programs": programs_per_multiprocessor(
-                    registers, shared, launch.num_warps, architecture
-                ),
-                **{unit: word in result.asm["ptx"] for unit, word in UNITS.items()},
-            }
-            if "norm_rope" in name:
-                row["loop"] = longest_loop(result.asm["cubin"])
-            if "block_sparse" in name:
-                row["loop"] = longest_loop(result.asm["cubin"])
-                row["layouts"] = sorted(
-                    set(re.findall(r"mma<.*?warpsPerCTA = \[(\d+, \d+)\]", result.asm["ttgir"]))
-                )
-            print(json.dumps(row), flush=True)
+    wanted = [int(word) for word in sys.argv[1:] if word != "--record"] or ARCHITECTURES
+    found = []
+    for architecture in wanted:
+        for kernel in kernels_of(architecture):
+            found.append(row_of(*kernel, architecture))
+            if "--record" not in sys.argv:
+                print(json.dumps(found[-1]), flush=True)
+    if "--record" in sys.argv:
+        print(record(found))
+    else:
+        print(json.dumps(dense_row()), flush=True)
 
 
 if __name__ == "__main__":

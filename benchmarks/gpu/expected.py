@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each card can reach at most in block-sparse attention, from its compiled kernels and without
+a GPU: ``python -m benchmarks.gpu.expected [--into benchmarks/README.md]``.
+
+The figures are modelled upper bounds, not measurements; `benchmarks/gpu/machine.py` is the model.
+Compiling takes some minutes.
+"""
+
+import argparse
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..report import insert
+from . import machine
+
+MARKERS = "<!-- expected: begin -->", "<!-- expected: end -->"
+KERNELS = {
+    "forward": ("block_sparse_attention-{}-bounded",),
+    "running maximum": ("block_sparse_attention-{}",),
+    "gradients": (
+        "block_sparse_attention_backward_query-{}",
+        "block_sparse_attention_backward_key-{}",
+    ),
+}
+
+
+def speed(rows: Iterable[dict], names: tuple[str, ...], card: machine.Card, kind: str) -> float:
+    """TFLOP/s of kernels that run one after the other, from rows of `tests.support.cubins`; kind is
+    "alone" for tiles that are there at once, and "l2" for tiles that come out of L2."""
+    found = [row for row in rows if row["sm"] == card.sm and row["kernel"] in names]
+    flop = sum(machine.turn_flop(row["kernel"]) for row in found)
+    return machine.tflops(flop, sum(row["clocks"][kind] for row in found), card)
+
+
+def table(rows: list[dict]) -> str:
+    """TFLOP/s of every card as Markdown, without and with the limit of L2."""
+    lines = [
+        "| card | ceiling | "
+        + " | ".join(f"D = {width}, {kind}" for width in (64, 128) for kind in KERNELS)
+        + " |",
+        "|---|---:" + "|---:" * 2 * len(KERNELS) + "|",
+    ]
+    for card in machine.CARDS:
+        cells = [card.name, f"{card.ceiling:.0f}"]
+        for width in (64, 128):
+            for names in KERNELS.values():
+                names = tuple(name.format(width) for name in names)
+                alone, l2 = (speed(rows, names, card, kind) for kind in ("alone", "l2"))
+                cells.append(f"{alone:.0f}" if alone - l2 < 1 else f"{alone:.0f} ({l2:.0f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def rows_of_attention() -> list[dict]:
+    """Rows of the kernels of the table, compiled now."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    from tests.support import cubins
+
+    wanted = {
+        name.format(width) for names in KERNELS.values() for name in names for width in (64, 128)
+    }
+    return [
+        cubins.row_of(name, *rest, card.sm)
+        for card in machine.CARDS
+        for name, *rest in cubins.kernels_of(card.sm)
+        if name in wanted
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--into", type=Path, help="a page whose markers the table is put between")
+    options = parser.parse_args()
+    text = table(rows_of_attention())
+    print(text)
+    if options.into:
+        page = options.into.read_text(encoding="utf-8")
+        options.into.write_text(insert(page, text, MARKERS), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
