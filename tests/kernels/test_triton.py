@@ -24,9 +24,10 @@ from ..cases import (
     video,
 )
 from ..compare import assert_faithful
+from ..conftest import needs_triton
 from ..support.backward import BACKWARDS
 
-triton = pytest.importorskip("triton", reason="needs Triton")
+needs_triton()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAUNCHERS = {
