@@ -32,17 +32,18 @@ test: $(VENV)/.built $(VENV)/.test
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # $(call suite,folder,packages): the tests in a copy of the tree, with an environment of its own and an extension that
-# is compiled against its torch. Both lie in build/folder; the environment is kept for the next time.
+# is compiled for the CPU against its torch. Both lie in build/folder; the environment is kept for the next time.
 define suite
 	test -x build/$(1)/venv/bin/python || "$(PYTHON)" -m venv build/$(1)/venv
 	build/$(1)/venv/bin/python -m pip install --disable-pip-version-check -q "setuptools>=77" ninja $(2)
 	rm -rf build/$(1)/tree && mkdir -p build/$(1)/tree
 	tar -cf - --exclude=./build --exclude=./.venv --exclude=./.git --exclude='*.so' . | tar -xf - -C build/$(1)/tree
-	cd build/$(1)/tree && PATH="$(CURDIR)/build/$(1)/venv/bin:$$PATH" python setup.py -q build_ext --inplace
+	cd build/$(1)/tree && PATH="$(CURDIR)/build/$(1)/venv/bin:$$PATH" KANDINSKY_KERNELS_BUILD=cpu python setup.py -q build_ext --inplace
+	test ! -d ../shared || ln -sfn "$(CURDIR)/../shared" build/$(1)/shared
 	cd build/$(1)/tree && OMP_WAIT_POLICY=passive ../venv/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 endef
 
-# The oldest packages have wheels for Python 3.10 to 3.12. Golden files beside the checkout are not seen by the copy.
+# The oldest packages have wheels for Python 3.10 to 3.12.
 test-oldest: wheel
 	$(call suite,oldest,$$("$(PYTHON)" tests/support/oldest.py))
 

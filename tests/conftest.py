@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from packaging.version import Version
 
 from kandinsky_kernels import _library
 
@@ -26,6 +28,17 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the shared test data beside the checkout (../shared/data)")
     return folder
+
+
+def needs_triton() -> None:
+    """Skips the test, or the module, where Triton is absent or its interpreter cannot run: before
+    3.7 it takes the number in an array of one for a loop's bound, which NumPy 2.4 refuses."""
+    triton = pytest.importorskip("triton", reason="needs Triton")
+    versions = Version(triton.__version__), Version(np.__version__)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted and versions[0] < Version("3.7") and versions[1] >= Version("2.4"):
+        reason = "Triton's interpreter needs Triton 3.7 or NumPy before 2.4, got {} and {}"
+        pytest.skip(reason.format(*versions), allow_module_level=True)
 
 
 def simd_levels() -> list[str]:

@@ -89,10 +89,16 @@ def _joined(given: Image.Image, made: Clip) -> Image.Image:
 
 
 def main(folder: Path = FOLDER) -> None:
-    from ..pipeline import Kandinsky5
+    from ..pipeline import Kandinsky5, Video
 
     model = Kandinsky5.from_pretrained("tiny", device="cpu")
-    for name, picture in thumbnails(lambda prompt: model.generate(prompt, seed=7).pil()).items():
+
+    def draw(prompt: str) -> Clip:
+        video = model.generate(prompt, seed=7)
+        assert isinstance(video, Video)
+        return video.pil()
+
+    for name, picture in thumbnails(draw).items():
         picture.save(folder / name, quality=QUALITY, optimize=True)
 
 

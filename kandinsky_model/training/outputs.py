@@ -43,6 +43,7 @@ def save_lora(
         "r": config.rank,
         "lora_alpha": config.alpha or config.rank,
         "target_modules": list(config.targets),
+        "rank_pattern": {},  # diffusers 0.37 fails without it
     }
     about = {
         "peft_type": "LORA",

@@ -74,22 +74,29 @@ def in_bf16(pipe):
 def test_exact_time_brings_bf16_nearer_to_fp32(monkeypatch):
     """Measured: 10 steps of a tiny bf16 model; distance of the latents to the fp32 run."""
     pipe = pipeline("t2v", monkeypatch)
+    C = pipe.transformer.config.in_visual_dim
+    # torch 2.11 draws other numbers in bf16 than in fp32; after the noise come image and mask
+    noise = torch.randn(1, 3, 8, 12, C), torch.zeros(1, 3, 8, 12, C + 1)
+
+    def made():
+        return run(pipe, steps=10, latents=torch.cat(noise, -1))
+
     with accelerate(pipe, vae=False, exact_time=True) as handle:
         assert handle.corrected == ["exact_time"]
         assert "corrected exact_time" in str(handle)
-        wanted = run(pipe, steps=10)
+        wanted = made()
     with accelerate(pipe, vae=False):
-        assert torch.equal(run(pipe, steps=10), wanted)  # fp32 loses nothing
+        assert torch.equal(made(), wanted)  # fp32 loses nothing
     in_bf16(pipe)
     with accelerate(pipe, vae=False):
-        rounded = off(run(pipe, steps=10), wanted)
+        rounded = off(made(), wanted)
     with accelerate(pipe, vae=False, exact_time=True):
-        exact = off(run(pipe, steps=10), wanted)
+        exact = off(made(), wanted)
         seen = []
         pipe.transformer.time_embeddings.register_forward_pre_hook(
             lambda _, args: seen.append(args[0].clone())
         )
-        run(pipe, steps=10)
+        made()
         assert torch.equal(torch.cat(seen[::2]), pipe.scheduler.timesteps)
         assert torch.equal(torch.cat(seen[1::2]), pipe.scheduler.timesteps)
         # another time than the scheduler's stays what it is

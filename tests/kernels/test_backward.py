@@ -5,7 +5,6 @@ Their formulas are the derivatives of the references; kernels compute them faith
 same bits every time.
 """
 
-import importlib.util
 import math
 import warnings
 
@@ -21,6 +20,7 @@ from kandinsky_kernels.launch import nabla as launch_nabla
 from kandinsky_model.dit.geometry import Grid
 
 from ..cases import BF16, FP32, OPERATORS, attention, heads, rows, tensors
+from ..conftest import needs_triton
 from ..support import laws
 from ..support.backward import BACKWARDS, INPUTS, Backward, without_gradients
 from ..support.laws import NOT_ARITHMETIC, permuted, same
@@ -255,10 +255,10 @@ def test_extremes(scale, simd):  # law 10
         ).abs().max() + rounding * wanted.abs().max()
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
 @pytest.mark.parametrize("D, full", [(64, True), (96, False)])
 def test_triton_of_strided_inputs_with_empty_rows_and_columns(D, full, monkeypatch):
     """Two launches of one head each, by descriptors where blocks are full, repeat their bits."""
+    needs_triton()
     monkeypatch.setattr(tuning, "LIST_BYTES", 1)
     launch = tuning.Launch(4, 2, descriptors=full)
     monkeypatch.setattr(tuning, "attention_backward", lambda *_: (launch, launch))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kandinsky_kernels as ops
-from kandinsky_kernels import reference
+from kandinsky_kernels import _library, reference
 
 LIBRARY = torch.ops.kandinsky_kernels
 HUGE = 2**63 - 1

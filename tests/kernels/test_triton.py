@@ -26,10 +26,11 @@ from ..cases import (
     video,
 )
 from ..compare import assert_faithful
+from ..conftest import needs_triton
 from ..peers import norm_rope_means_peer
 from ..support.backward import BACKWARDS
 
-triton = pytest.importorskip("triton", reason="needs Triton")
+needs_triton()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAUNCHERS = {
