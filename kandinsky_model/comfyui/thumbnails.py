@@ -89,7 +89,8 @@ def _joined(given: Image.Image, made: Clip) -> Image.Image:
 
 
 def main(folder: Path = FOLDER) -> None:
-    from ..pipeline import Kandinsky5, Video
+    from ..pipeline import Kandinsky5
+    from ..sampling.result import Video
 
     model = Kandinsky5.from_pretrained("tiny", device="cpu")
 
