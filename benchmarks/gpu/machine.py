@@ -237,7 +237,7 @@ class Quarter:
         """The next instruction of a warp, x, issues now."""
         self.free["issue"] = now + 1
         stall = min(x.stall, 8) if x.name == "MUFU" else max(x.stall, STALLS.get(x.name, 0))
-        latency = LATENCY.get(x.name)
+        latency: float | None = LATENCY.get(x.name)
         if x.name in PIPES:
             self.free[PIPES[x.name]] = now + self.busy[PIPES[x.name]]
         elif x.name == "HGMMA":
