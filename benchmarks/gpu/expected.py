@@ -61,10 +61,10 @@ def rows_of_attention() -> list[dict]:
         name.format(width) for names in KERNELS.values() for name in names for width in (64, 128)
     }
     return [
-        cubins.row_of(name, *rest, card.sm)
+        cubins.row_of(*kernel, card.sm)
         for card in machine.CARDS
-        for name, *rest in cubins.kernels_of(card.sm)
-        if name in wanted
+        for kernel in cubins.kernels_of(card.sm)
+        if kernel[0] in wanted
     ]
 
 

@@ -128,10 +128,8 @@ def resources(cubin: bytes) -> tuple[int, int]:
     """Registers per thread and bytes of local memory, read off the binary: what does not fit into
     registers is on the stack."""
     text = tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
-    registers, stack, local = (
-        int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK", "LOCAL")
-    )
-    return registers, stack + local
+    found = {word: int(count) for word, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
 
 
 def read(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
@@ -217,7 +215,7 @@ class Warp:
 
 def _wgmma(x: Instruction) -> tuple[float, float]:
     """Clocks of the tensor core and of the port of shared memory that a wgmma takes."""
-    columns = int(re.search(r"64x(\d+)x16", x.text)[1])
+    (columns,) = map(int, re.findall(r"64x(\d+)x16", x.text))
     from_registers = re.search(r"R\d+, R\d+, gdesc", x.text)
     read_bytes = 32 * columns + (0 if from_registers else 2048)
     return columns / 2, read_bytes / 128
@@ -237,7 +235,7 @@ class Quarter:
         """The next instruction of a warp, x, issues now."""
         self.free["issue"] = now + 1
         stall = min(x.stall, 8) if x.name == "MUFU" else max(x.stall, STALLS.get(x.name, 0))
-        latency = LATENCY.get(x.name)
+        latency: float | None = LATENCY.get(x.name)
         if x.name in PIPES:
             self.free[PIPES[x.name]] = now + self.busy[PIPES[x.name]]
         elif x.name == "HGMMA":
