@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def save_lora(
     base: the model that was trained on. The configuration is in PEFT's form. The header of the
     weights repeats rank and alpha, where diffusers looks for them, and has the trigger.
     """
-    peft = {
+    peft: dict[str, Any] = {
         "r": config.rank,
         "lora_alpha": config.alpha or config.rank,
         "target_modules": list(config.targets),
