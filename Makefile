@@ -4,6 +4,8 @@
 # make clean  forgets everything that was built    make format  formats the sources
 # make test-oldest, make test-newest   run the tests with the oldest and the newest packages that pyproject.toml allows
 # make wheel  builds dist/*.whl, which runs with every Python and torch that pyproject.toml allows
+# make wheel-cuda  builds dist/cuda/*.whl for CUDA_ARCH (9.0), without a GPU: for benchmarks/gpu/gate.sh. It needs nvcc and a
+#             torch built with CUDA: CUDA_PYTHON=... names an interpreter that has it, setuptools and ninja (default: .venv's)
 # make hub    lays build/hub out as the Hugging Face hub builds kernels from it, and compiles it for this machine's CPU
 # make fuzz   gives operators and loaders what nobody should, for MINUTES each; make fuzz-asan does so under sanitizers
 # All of them set up .venv first where it is missing: PYTHON=... chooses the interpreter, TORCH=... the torch to install.
@@ -13,6 +15,8 @@ PY := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 MINUTES ?= 10
+CUDA_ARCH ?= 9.0
+CUDA_PYTHON ?= $(PY)
 PROMPT ?= a red circle moving right on a blue background
 SUITABLE := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -22,7 +26,7 @@ FORMATTED := $(SOURCES) $(wildcard hub/*.cpp tests/cuda_on_cpu/*.cpp tests/cuda_
 COMMA := ,
 PIP := $(PY) -m pip install --disable-pip-version-check
 
-.PHONY: demo test test-oldest test-newest wheel hub bench lint format fuzz fuzz-asan clean
+.PHONY: demo test test-oldest test-newest wheel wheel-cuda hub bench lint format fuzz fuzz-asan clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -50,14 +54,20 @@ test-oldest: wheel
 test-newest: wheel
 	$(call suite,newest,--upgrade --upgrade-strategy eager $$("$(PYTHON)" tests/support/oldest.py --names))
 
-# $(call wheel,what to build): KANDINSKY_KERNELS_BUILD is cpu or cuda. setuptools would also pack what earlier builds left.
+# $(call wheel,what to build,interpreter,folder): KANDINSKY_KERNELS_BUILD is cpu or cuda. setuptools would also pack what
+# earlier builds left.
 define wheel
-	rm -rf build/lib build/bdist.* dist/*.whl
-	KANDINSKY_KERNELS_BUILD=$(1) PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+	rm -rf build/lib build/bdist.* $(3)/*.whl
+	KANDINSKY_KERNELS_BUILD=$(1) PATH="$(abspath $(dir $(2))):$$PATH" \
+		$(2) -m pip wheel --disable-pip-version-check -q --no-build-isolation --no-deps -w $(3) .
 endef
 
 wheel: $(VENV)/.installed
-	$(call wheel,cpu)
+	$(call wheel,cpu,$(PY),dist)
+
+wheel-cuda: export TORCH_CUDA_ARCH_LIST = $(CUDA_ARCH)
+wheel-cuda: $(if $(filter $(PY),$(CUDA_PYTHON)),$(VENV)/.installed)
+	$(call wheel,cuda,$(CUDA_PYTHON),dist/cuda)
 
 hub: $(VENV)/.installed
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) hub/make.py --variant build/hub

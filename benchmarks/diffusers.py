@@ -12,7 +12,7 @@ FlexAttention.
 import argparse
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -30,7 +30,7 @@ from tests.support.diffusers_dit import dense_mask, without_cast
 from tests.support.tiny_models import diffusers_video_vae
 
 from .clock import keep_memory, machine, measure, roofs
-from .gpu.card import FULL, Clock, Size, ratios, show
+from .gpu.card import FULL, Clock, Size, ratios
 from .ops import results_file
 from .report import insert
 
@@ -228,11 +228,11 @@ def table(result: dict) -> str:
 
 
 @torch.no_grad()
-def on_gpu(clock: Clock, size: Size, _: dict) -> list[dict]:
+def on_gpu(clock: Clock, size: Size, _: dict) -> Iterator[dict]:
     """For `benchmarks.gpu`: Lite as installed, dense and by compiled FlexAttention, and
     accelerated. Each of the latter two chooses its blocks itself."""
     if size is FULL[1]:
-        return []
+        return
     toy = size is not FULL[0]
     config, dtype = (TINY, torch.float32) if toy else (LITE_DIT, torch.bfloat16)
     ours = random_model(config, clock.device, dtype)
@@ -256,9 +256,7 @@ def on_gpu(clock: Clock, size: Size, _: dict) -> list[dict]:
         "density": density(calls["ours"]),
         "ms": clock.measure(calls),
     }
-    row |= ratios(row["ms"])
-    show(row)
-    return [row]
+    yield row | ratios(row["ms"])
 
 
 def main() -> None:

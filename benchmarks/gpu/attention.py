@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
@@ -19,7 +19,17 @@ from kandinsky_model.dit.geometry import block_offsets, local_window
 from tests.peers import head_first
 from tests.support.backward import derived
 
-from .card import Clock, Size, block_mask, compile_once, masks, peak_memory, ratios, show
+from . import expected, machine
+from .card import (
+    Clock,
+    Size,
+    block_mask,
+    compile_once,
+    masks,
+    modelled_card,
+    peak_memory,
+    ratios,
+)
 
 WINDOW = (11, 3, 3)
 
@@ -37,10 +47,9 @@ def published_selection(
     return kept.sum(-1, dtype=torch.int32), kept.int().argsort(-1, descending=True).int()
 
 
-def selection(clock: Clock, size: Size, _: dict) -> list[dict]:
+def selection(clock: Clock, size: Size, _: dict) -> Iterator[dict]:
     """select_blocks against the published recipe on the same means, and the scratch memory it
     takes."""
-    rows = []
     N, make = size.grid.blocks, dict(device=clock.device)
     means = [2 * torch.randn(1, size.H, N, size.D, **make) / size.D**0.25 for _ in range(2)]
     near = local_window(size.grid.tiles, WINDOW).to(clock.device)
@@ -53,18 +62,14 @@ def selection(clock: Clock, size: Size, _: dict) -> list[dict]:
             *means, 0.9, list(size.grid.tiles), list(WINDOW), "all"
         )
     times = clock.measure(calls)
-    rows.append(
-        {
-            "op": "select_blocks",
-            "size": size.name,
-            "ms": times,
-            "density": ops.selection_density(chosen, N),
-            "peak_mib": peak,
-            **ratios(times),
-        }
-    )
-    show(rows[-1])
-    return rows
+    yield {
+        "op": "select_blocks",
+        "size": size.name,
+        "ms": times,
+        "density": ops.selection_density(chosen, N),
+        "peak_mib": peak,
+        **ratios(times),
+    }
 
 
 def flex_call(compiled: Callable, heads: tuple[Tensor, ...], selection: Tensor, N: int) -> Callable:
@@ -84,14 +89,24 @@ def normed_heads(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tens
     return q.bfloat16(), k.bfloat16(), v.bfloat16(), 1.01 * math.sqrt(size.D)
 
 
-def attention(clock: Clock, size: Size, roof: dict) -> list[dict]:
+def modelled(clock: Clock, size: Size, roof: dict, kind: str) -> dict[str, float]:
+    """TFLOP/s that `expected` allows this card at most, with tiles that are there at once and with
+    tiles out of L2 at the rate that was measured; nothing of a card that it does not know."""
+    card = modelled_card(clock.device)
+    if card is None:
+        return {}
+    speed = expected.speeds(card, size.D, roof.get("l2_bytes", machine.L2_BYTES))[kind]
+    return {"modelled_tflop_s": speed["alone"], "modelled_l2_tflop_s": speed["l2"]}
+
+
+def attention(clock: Clock, size: Size, roof: dict) -> Iterator[dict]:
     """block_sparse_attention against compiled FlexAttention on the same masks, and dense attention;
     useful FLOPs only."""
-    rows = []
     N, offsets = size.grid.blocks, block_offsets(size.grid).to(clock.device)
     q, k, v, bound = normed_heads(size, clock.device)
     heads, compiled = head_first(q, k, v), compile_once(clock.device)
     dense = clock.measure({"dense": lambda: F.scaled_dot_product_attention(*heads)})
+    model = modelled(clock, size, roof, "forward")
     for density in (0.1, 0.2):
         for family, chosen in masks(size, density, clock.device).items():
             real = ops.selection_density(chosen, N)
@@ -111,27 +126,24 @@ def attention(clock: Clock, size: Size, roof: dict) -> list[dict]:
                 | dense
             )
             tflop = 4 * 64 * 64 * size.D * real * N * N * size.H / 1e12
-            rows.append(
-                {
-                    "op": "block_sparse_attention",
-                    "size": size.name,
-                    "mask": family,
-                    "density": real,
-                    "ms": times,
-                    "useful_tflop_s": 1e3 * tflop / times["ours"],
-                    "largest_error": off,
-                    "floor_ms": 1e3 * tflop / roof["matmul_tflop_s"],
-                    **ratios(times),
-                }
-            )
-            show(rows[-1])
-    return rows
+            yield {
+                "op": "block_sparse_attention",
+                "size": size.name,
+                "mask": family,
+                "density": real,
+                "ms": times,
+                "useful_tflop_s": 1e3 * tflop / times["ours"],
+                "largest_error": off,
+                "floor_ms": 1e3 * tflop / roof["matmul_tflop_s"],
+                **ratios(times),
+                **model,
+            }
 
 
-def gradients(clock: Clock, size: Size, roof: dict) -> list[dict]:
+def gradients(clock: Clock, size: Size, roof: dict) -> Iterator[dict]:
     """The backward pass of block_sparse_attention against compiled FlexAttention's and dense
     attention's; useful FLOPs only."""
-    rows, names = [], ("query", "key", "value")
+    names = ("query", "key", "value")
     N, offsets = size.grid.blocks, block_offsets(size.grid).to(clock.device)
     *qkv, bound = normed_heads(size, clock.device)
     grad, compiled = torch.randn_like(qkv[2]), compile_once(clock.device)
@@ -140,6 +152,7 @@ def gradients(clock: Clock, size: Size, roof: dict) -> list[dict]:
         for tensors in ((*qkv, grad), head_first(*qkv, grad))
     )
     dense = clock.measure({"dense": derived(F.scaled_dot_product_attention, names, heads)})
+    model = modelled(clock, size, roof, "gradients")
     for family, chosen in masks(size, 0.1, clock.device).items():
 
         def attend(query, key, value, chosen=chosen):
@@ -156,21 +169,18 @@ def gradients(clock: Clock, size: Size, roof: dict) -> list[dict]:
             calls["flex"] = lazily(lambda flex=flex: derived(flex, names, heads))
         times = clock.measure(calls) | dense
         tflop = 10 * 64 * 64 * size.D * real * N * N * size.H / 1e12
-        rows.append(
-            {
-                "op": "block_sparse_attention_backward",
-                "size": size.name,
-                "mask": family,
-                "density": real,
-                "ms": times,
-                "useful_tflop_s": 1e3 * tflop / times["ours"],
-                "largest_error": off,
-                "floor_ms": 1e3 * tflop / roof["matmul_tflop_s"],
-                **ratios(times),
-            }
-        )
-        show(rows[-1])
-    return rows
+        yield {
+            "op": "block_sparse_attention_backward",
+            "size": size.name,
+            "mask": family,
+            "density": real,
+            "ms": times,
+            "useful_tflop_s": 1e3 * tflop / times["ours"],
+            "largest_error": off,
+            "floor_ms": 1e3 * tflop / roof["matmul_tflop_s"],
+            **ratios(times),
+            **model,
+        }
 
 
 def lazily(prepare: Callable) -> Callable:
@@ -256,10 +266,9 @@ def spot_check(
     return worst
 
 
-def together(clock: Clock, size: Size, _: dict) -> list[dict]:
+def together(clock: Clock, size: Size, _: dict) -> Iterator[dict]:
     """From normed and rotated q, k, v to the attention's output: ours against the published recipe,
     with its copies."""
-    rows = []
     N, offsets = size.grid.blocks, block_offsets(size.grid).to(clock.device)
     q, k, v, bound = normed_heads(size, clock.device)
     near = local_window(size.grid.tiles, WINDOW).to(clock.device)
@@ -283,15 +292,12 @@ def together(clock: Clock, size: Size, _: dict) -> list[dict]:
 
     compiled = compile_once(clock.device)(published)
     times = clock.measure({"ours": ours, "published": lambda: compiled(q, k, v)})
-    rows.append({"op": "selection and attention", "size": size.name, "ms": times, **ratios(times)})
-    show(rows[-1])
-    return rows
+    yield {"op": "selection and attention", "size": size.name, "ms": times, **ratios(times)}
 
 
-def launches(clock: Clock, size: Size, roof: dict) -> list[dict]:
+def launches(clock: Clock, size: Size, roof: dict) -> Iterator[dict]:
     """block_sparse_attention under every launch that could be the better one: what
     `tuning.attention` is to be decided by."""
-    rows = []
     offsets = block_offsets(size.grid).to(clock.device)
     q, k, v, bound = normed_heads(size, clock.device)
     chosen, usual = masks(size, 0.15, clock.device)["clustered"], tuning.attention
@@ -311,16 +317,12 @@ def launches(clock: Clock, size: Size, roof: dict) -> list[dict]:
         usual_one = clock.device.type == "cuda" and launch == usual(
             size.D, q.dtype, torch.cuda.get_device_capability(), True
         )
-        rows.append(
-            {
-                "op": "block_sparse_attention",
-                "size": size.name,
-                "warps": warps,
-                "stages": stages,
-                "descriptors": descriptors,
-                "usual": usual_one,
-                "ms": times,
-            }
-        )
-        show(rows[-1])
-    return rows
+        yield {
+            "op": "block_sparse_attention",
+            "size": size.name,
+            "warps": warps,
+            "stages": stages,
+            "descriptors": descriptors,
+            "usual": usual_one,
+            "ms": times,
+        }

@@ -16,6 +16,7 @@ from kandinsky_model.config import LITE_DIT, PRO_DIT
 from kandinsky_model.dit.geometry import Grid, local_window
 
 from ..clock import commit
+from . import machine
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,13 @@ def ceilings(clock: Clock, small: bool) -> dict:
         "copy_gb_s": 4 * elements / 1e6 / times["copy"],
         "matmul_tflop_s": 2 * side**3 / 1e9 / times["matmul"],
     }
+
+
+def modelled_card(device: torch.device) -> machine.Card | None:
+    """The card of `machine` with the device's architecture; an H100 where there is no GPU."""
+    on_gpu = device.type == "cuda"
+    major, minor = torch.cuda.get_device_capability(device) if on_gpu else (9, 0)
+    return next((card for card in machine.CARDS if card.sm == 10 * major + minor), None)
 
 
 def compile_once(device: torch.device) -> Callable:

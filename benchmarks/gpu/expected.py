@@ -7,7 +7,11 @@ Compiling takes some minutes.
 """
 
 import argparse
+import functools
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -52,27 +56,58 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def rows_of_attention() -> list[dict]:
-    """Rows of the kernels of the table, compiled now."""
+def rows_of_attention(
+    cards: Iterable[machine.Card], widths: Iterable[int], l2: float = machine.L2_BYTES
+) -> list[dict]:
+    """Rows of the kernels of the table, compiled now; tiles come out of L2 at ``l2`` bytes a
+    clock."""
     os.environ.pop("TRITON_INTERPRET", None)
     from tests.support import cubins
 
     wanted = {
-        name.format(width) for names in KERNELS.values() for name in names for width in (64, 128)
+        name.format(width) for names in KERNELS.values() for name in names for width in widths
     }
     return [
-        cubins.row_of(*kernel, card.sm)
-        for card in machine.CARDS
+        cubins.row_of(*kernel, card.sm, l2)
+        for card in cards
         for kernel in cubins.kernels_of(card.sm)
         if kernel[0] in wanted
     ]
 
 
+@functools.cache
+def speeds(card: machine.Card, width: int, l2: float) -> dict[str, dict[str, float]]:
+    """{kernel of KERNELS: {"alone" or "l2": TFLOP/s}}, by a process of its own: this one may have
+    Triton's interpreter switched on."""
+    command = [sys.executable, "-m", __spec__.name, "--speeds", str(card.sm), str(width), str(l2)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def print_speeds(sm: int, width: int, l2: float) -> None:
+    (card,) = (card for card in machine.CARDS if card.sm == sm)
+    rows = rows_of_attention([card], [width], l2)
+    found = {}
+    for kind, names in KERNELS.items():
+        names = tuple(name.format(width) for name in names)
+        found[kind] = {limit: speed(rows, names, card, limit) for limit in ("alone", "l2")}
+    print(json.dumps(found))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--into", type=Path, help="a page whose markers the table is put between")
+    parser.add_argument(
+        "--speeds",
+        nargs=3,
+        metavar=("SM", "D", "L2"),
+        help="print those of one card and head dim as JSON, with L2 bytes a clock",
+    )
     options = parser.parse_args()
-    text = table(rows_of_attention())
+    if options.speeds:
+        sm, width, l2 = options.speeds
+        return print_speeds(int(sm), int(width), float(l2))
+    text = table(rows_of_attention(machine.CARDS, (64, 128)))
     print(text)
     if options.into:
         page = options.into.read_text(encoding="utf-8")

@@ -1,37 +1,29 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# One command for a machine with a GPU and no network: builds in place, runs the GPU tests and compute-sanitizer on small cases, then
-# the benchmarks. Everything goes to $OUT (default: build/gpu_gate). --only SECTIONS: those benchmarks alone, without build and tests.
-set -uo pipefail
+# One command for a machine with a GPU and no network: installs the wheel of `make wheel-cuda` (or WHEEL) beside the benchmarks and the
+# tests in $OUT/tree, out of the environment's way, and runs `python -m benchmarks.gpu` there: JSON and logs are in $OUT (default:
+# build/gpu_gate). --minutes N: all of it takes no longer (default: 12). Other options are passed on, such as --only SECTIONS or --small.
+set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-build/gpu_gate}"
-mkdir -p "$OUT"
-status=0
-step() { # name, seconds, command...
-    local name="$1" seconds="$2"; shift 2
-    local start=$SECONDS
-    timeout "$seconds" "$@" >"$OUT/$name.log" 2>&1
-    local code=$?
-    echo "$name: exit $code after $((SECONDS - start)) s; last lines:"
-    tail -n 4 "$OUT/$name.log" | cut -c1-300
-    [ $code -eq 0 ] || status=1
-}
-if [ "${1:-}" = "--only" ]; then
-    "$PYTHON" -m benchmarks.gpu --out "$OUT/gate.json" --only "$2"
-    exit $?
-fi
-parallel=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 8")  # most of the tests' time is compilation
-step build 150 "$PYTHON" setup.py -q build_ext --inplace
-step tests 150 "$PYTHON" -m pytest -q $parallel tests/kernels/test_triton.py tests/kernels/test_guard.py tests/kernels/test_gpu.py tests/kernels/test_cuda.py -k "not cubins and not spills and not matrix_units and not shared_memory"
-if command -v compute-sanitizer >/dev/null; then
-    step memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m pytest -q -x tests/kernels/test_triton.py \
-        -k "test_every_case and (odd or ragged-bfloat16 or select_blocks-one)"
-else
-    echo "memcheck: compute-sanitizer is not here, not run"
-fi
-timeout 390 "$PYTHON" -m benchmarks.gpu --out "$OUT/gate.json" 2>&1 | tee "$OUT/benchmarks.log" | cut -c1-400
-[ "${PIPESTATUS[0]}" -eq 0 ] || status=1
-# whole runs within memory budgets: needs about 60 GB of host memory, most of it pinned
-step memory 300 "$PYTHON" -m benchmarks.gpu --out "$OUT/memory.json" --only memory
-exit $status
+minutes=12
+passed=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --minutes) minutes="$2"; shift 2 ;;
+        *) passed+=("$1"); shift ;;
+    esac
+done
+wheel="${WHEEL:-$(ls dist/cuda/*.whl || true)}"
+[ -f "$wheel" ] || { echo "dist/cuda must hold one wheel, got '$wheel'; run make wheel-cuda, or name one by WHEEL" >&2; exit 2; }
+rm -rf "$OUT"
+mkdir -p "$OUT/tree"
+OUT="$(cd "$OUT" && pwd)"
+"$PYTHON" -m pip install --disable-pip-version-check -q --no-index --no-deps --target "$OUT/tree" "$wheel"
+cp -r tests csrc pyproject.toml "$OUT/tree"
+ln -s "$PWD/benchmarks" "$OUT/tree/benchmarks"  # a link, for git to tell the commit
+cd "$OUT/tree"
+echo "installed after $SECONDS s"
+timeout $((60 * minutes - SECONDS)) "$PYTHON" -m benchmarks.gpu --out "$OUT" --minutes "$minutes" --spent "$SECONDS" "${passed[@]}" \
+    2>&1 | tee "$OUT/gate.log" | cut -c1-400

@@ -18,7 +18,7 @@ from kandinsky_model.text.embeddings import Conditioning
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 
 from ..budgets import CLIP, QWEN_LAYERS
-from .card import FULL, Clock, Size, show
+from .card import FULL, Clock, Size
 
 PROMPT_TOKENS, INSTRUCTION_TOKENS, PATTERN = 256, 129, 1 << 22
 # preset, budgets in GB
@@ -89,24 +89,21 @@ def random_model(preset: Preset, device: torch.device, toy: bool) -> Kandinsky5:
     )
 
 
-def memory(clock: Clock, size: Size, _: dict) -> list[dict]:
+def memory(clock: Clock, size: Size, _: dict) -> Iterator[dict]:
     """One step and the decoding of Lite at 10 s within 12 and 8 GB, of Pro at 5 s within 12 GB,
     everything from host memory."""
     toy = size.name not in RUNS
     name, budgets = ("tiny", (0.024, 1.0)) if toy else RUNS[size.name]
     preset = replace(PRESETS[name], dit=TOY_DIT, vae=TOY_VAE) if toy else PRESETS[name]
     settings = dict(height=64, width=96, num_frames=9) if toy else {}
-    model, rows = random_model(preset, clock.device, toy), []
+    model = random_model(preset, clock.device, toy)
     for budget in budgets:
         gc.collect()
-        row = {
+        yield {
             "op": "memory",
             "size": f"{name}, {budget:g} GB",
             **run(model, int(budget * 1e9), settings),
         }
-        show(row)
-        rows.append(row)
-    return rows
 
 
 def run(model: Kandinsky5, budget: int, settings: dict) -> dict:

@@ -2,7 +2,7 @@
 """Whole networks at full size on a GPU: a pass of the transformer, and the decoding of a clip; ours
 and diffusers' in one run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
@@ -16,17 +16,17 @@ from kandinsky_model.dit.transformer import DiffusionTransformer3D
 from kandinsky_model.vae.hunyuan import HunyuanVideoVAE
 from kandinsky_model.vae.tiles import Tiling
 
-from .card import FULL, Clock, Size, block_mask, masks, peak_memory, ratios, show
+from .card import FULL, Clock, Size, block_mask, masks, peak_memory, ratios
 
 SCALE = (1.0, 2.0, 2.0)
 
 
 @torch.no_grad()
-def transformer(clock: Clock, size: Size, _: dict) -> list[dict]:
+def transformer(clock: Clock, size: Size, _: dict) -> Iterator[dict]:
     """Lite at 10 s (random weights) with 15 % of the blocks kept, against diffusers' compiled where
     diffusers is installed."""
     if size is FULL[1]:
-        return []
+        return
     toy = size is not FULL[0]
     config = (
         DiTConfig(model_dim=128, ff_dim=256, num_visual_blocks=2, visual_cond=True)
@@ -54,7 +54,7 @@ def transformer(clock: Clock, size: Size, _: dict) -> list[dict]:
     with mock.patch.object(nabla, "select_blocks", lambda *_: chosen):
         _, peak = peak_memory(calls["ours"], clock.device)
         times = clock.measure(calls)
-    row = {
+    yield {
         "op": "transformer",
         "size": size.name,
         "ms": times,
@@ -62,8 +62,6 @@ def transformer(clock: Clock, size: Size, _: dict) -> list[dict]:
         "density": ops.selection_density(chosen, grid.blocks),
         **ratios(times),
     }
-    show(row)
-    return [row]
 
 
 def random_transformer(
@@ -128,12 +126,12 @@ def diffusers_transformer(
 
 
 @torch.no_grad()
-def vae(clock: Clock, size: Size, _: dict) -> list[dict]:
+def decode(clock: Clock, size: Size, _: dict) -> Iterator[dict]:
     """Decoding 5 s and 10 s of 512 x 768 (random weights, bf16): `global`, and `official` against
     diffusers' tiles of the same size."""
     if size is FULL[1]:
-        return []
-    toy, rows = size is not FULL[0], []
+        return
+    toy = size is not FULL[0]
     config = (
         VAEConfig(block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8)
         if toy
@@ -157,15 +155,13 @@ def vae(clock: Clock, size: Size, _: dict) -> list[dict]:
             lambda latents=latents: drain(ours.decode_frames(latents)), clock.device
         )
         calls = {"ours": lambda latents=latents: drain(ours.decode_frames(latents))}
-        rows.append(
-            {
-                "op": "VAE decode",
-                "size": name,
-                "policy": "global",
-                "ms": clock.measure(calls),
-                "peak_mib": peak,
-            }
-        )
+        yield {
+            "op": "VAE decode",
+            "size": name,
+            "policy": "global",
+            "ms": clock.measure(calls),
+            "peak_mib": peak,
+        }
         calls = {
             "ours": lambda latents=latents, tiles=tiles: drain(
                 ours.decode_frames(latents, "official", tiles)
@@ -174,12 +170,7 @@ def vae(clock: Clock, size: Size, _: dict) -> list[dict]:
         if theirs is not None:
             calls["diffusers"] = lambda latents=latents: theirs.decode(latents).sample
         times = clock.measure(calls)
-        rows.append(
-            {"op": "VAE decode", "size": name, "policy": "official", "ms": times, **ratios(times)}
-        )
-        for row in rows[-2:]:
-            show(row)
-    return rows
+        yield {"op": "VAE decode", "size": name, "policy": "official", "ms": times, **ratios(times)}
 
 
 def drain(pieces) -> None:

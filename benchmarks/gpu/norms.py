@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 import kandinsky_kernels as ops
@@ -12,12 +14,11 @@ from tests.peers import gated_add_norm_peer, modulated_norm_peer, norm_rope_per_
 from tests.support.backward import derived
 
 from .attention import lazily
-from .card import Clock, Size, compile_once, ratios, show
+from .card import Clock, Size, compile_once, ratios
 
 
-def norms(clock: Clock, size: Size, roof: dict) -> list[dict]:
+def norms(clock: Clock, size: Size, roof: dict) -> Iterator[dict]:
     """Norms against the plain expression, eager and compiled; achieved GB/s over the copy's."""
-    rows = []
     S, C, make = size.grid.tokens, size.H * size.D, dict(device=clock.device, dtype=torch.bfloat16)
     x, branch = torch.randn(1, S, C, **make), torch.randn(1, S, C, **make)
     gate, scale, shift = (torch.randn(1, C, device=clock.device) for _ in range(3))
@@ -66,24 +67,19 @@ def norms(clock: Clock, size: Size, roof: dict) -> list[dict]:
                 "compiled": lambda peer=peer, c=compiled: peer(c),
             }
         times = clock.measure(calls)
-        rows.append(
-            {
-                "op": name,
-                "size": size.name,
-                "ms": times,
-                "floor_ms": moved / 1e6 / roof["copy_gb_s"],
-                "of_copy": moved / 1e6 / times["ours"] / roof["copy_gb_s"],
-                **ratios(times),
-            }
-        )
-        show(rows[-1])
-    return rows
+        yield {
+            "op": name,
+            "size": size.name,
+            "ms": times,
+            "floor_ms": moved / 1e6 / roof["copy_gb_s"],
+            "of_copy": moved / 1e6 / times["ours"] / roof["copy_gb_s"],
+            **ratios(times),
+        }
 
 
-def norm_gradients(clock: Clock, size: Size, roof: dict) -> list[dict]:
+def norm_gradients(clock: Clock, size: Size, roof: dict) -> Iterator[dict]:
     """The backward passes of the norms against those of the plain expressions, eager and compiled;
     achieved GB/s over the copy's."""
-    rows = []
     S, C, make = size.grid.tokens, size.H * size.D, dict(device=clock.device, dtype=torch.bfloat16)
     x, branch, grad, more = (torch.randn(1, S, C, **make) for _ in range(4))
     vectors = {name: torch.randn(1, C, device=clock.device) for name in ("gate", "scale", "shift")}
@@ -135,15 +131,11 @@ def norm_gradients(clock: Clock, size: Size, roof: dict) -> list[dict]:
                 ),
             }
         )
-        rows.append(
-            {
-                "op": f"{name}_backward",
-                "size": size.name,
-                "ms": times,
-                "floor_ms": moved / 1e6 / roof["copy_gb_s"],
-                "of_copy": moved / 1e6 / times["ours"] / roof["copy_gb_s"],
-                **ratios(times),
-            }
-        )
-        show(rows[-1])
-    return rows
+        yield {
+            "op": f"{name}_backward",
+            "size": size.name,
+            "ms": times,
+            "floor_ms": moved / 1e6 / roof["copy_gb_s"],
+            "of_copy": moved / 1e6 / times["ours"] / roof["copy_gb_s"],
+            **ratios(times),
+        }

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 
 #include <string>
 #include <vector>
@@ -58,7 +59,7 @@ Tensor select_blocks_cuda(const Tensor& query_means, const Tensor& key_means, do
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       int(shared_bytes(p))));
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   kernel<<<unsigned(B * H * p.blocks_per_head()), kThreads, shared_bytes(p),
            static_cast<cudaStream_t>(stream)>>>(p);
   STD_CUDA_KERNEL_LAUNCH_CHECK();

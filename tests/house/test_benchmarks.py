@@ -3,8 +3,6 @@
 and a README that shows the results as they lie in the tree."""
 
 import json
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,7 +11,6 @@ import pytest
 import torch
 
 from benchmarks import budgets, clock, diffusers, ops, report, vae
-from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.convolutions import CONVOLUTIONS
 from kandinsky_model.config import VAEConfig
 from kandinsky_model.dit.geometry import Grid
@@ -105,28 +102,6 @@ def test_markdown_goes_between_the_markers():
     assert "| norm | 2 | - | 1 (noisy) | - | - | 12.5 GB/s | 50% |" in text
     with pytest.raises(ValueError, match="markers"):
         report.insert("no place", "figures")
-
-
-def test_gpu_benchmark_runs_at_toy_size(tmp_path):
-    """Every section and every peer on a CPU: the few minutes on a GPU are not there to find a
-    typing error."""
-    out = tmp_path / "gate.json"
-    sections = [*gpu.SECTIONS, *gpu.MORE]
-    command = [sys.executable, "-m", "benchmarks.gpu", "--small", "--out", out]
-    command += ["--only", ",".join(sections)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "cannot run" not in run.stdout, run.stdout
-    result = json.loads(out.read_text())
-    assert not result["failed"]
-    assert list(result["rows"]) == sections
-    for rows in result["rows"].values():
-        assert rows
-        assert all(row["ms"]["ours"] > 0 for row in rows)
-    table = report.markdown(result)
-    assert table.count("\n| block_sparse_attention |") == 6 + 16
-    assert "useful TFLOP/s" not in table  # a bar of another size
-    assert "every norm, times faster than eager" in table
 
 
 def test_gpu_bars_are_judged_by_the_worst_row():

@@ -238,8 +238,9 @@ def kernels_of(architecture):
             yield name, *rest
 
 
-def row_of(name, kernel, constants, launch, architecture):
-    """What the tests read off one binary."""
+def row_of(name, kernel, constants, launch, architecture, l2=machine.L2_BYTES):
+    """What the tests read off one binary; attention's tiles come out of L2 at ``l2`` bytes a
+    clock."""
     result = compiled(kernel, constants, launch, architecture)
     cubin = result.asm["cubin"]
     registers, local = machine.resources(cubin)
@@ -275,9 +276,9 @@ def row_of(name, kernel, constants, launch, architecture):
                 launch.num_stages,
                 tile_bytes,
                 CARDS[architecture],
-                l2,
+                rate,
             )
-            for kind, l2 in (("alone", math.inf), ("l2", machine.L2_BYTES))
+            for kind, rate in (("alone", math.inf), ("l2", l2))
         }
     return row
 
