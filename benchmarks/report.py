@@ -187,7 +187,8 @@ def gpu_table(result: dict) -> str:
         "| operator | size | case | ours, ms | others, ms (times ours) | reached |",
         "|---|---|---|---:|---|---:|",
     ]
-    lines += [_gpu_row(row) for section in result["rows"].values() for row in section]
+    rows = [row for section in result["rows"].values() for row in section]
+    lines += [_gpu_row(row) for row in rows if "ms" in row]
     return "\n".join(lines)
 
 
@@ -201,6 +202,14 @@ def gpu_line(result: dict) -> str:
         f"copy {roofs['copy_gb_s']:.0f} GB/s, bf16 matrix product "
         f"{roofs['matmul_tflop_s']:.0f} TFLOP/s."
     )
+
+
+def verdicts_line(result: dict) -> str:
+    """How many kernels passed their self-tests on released shapes, and which did not."""
+    rows = result["rows"]["selftests"]
+    wrong = [f"{row['op']} ({row['size']})" for row in rows if row["verdict"] != "right"]
+    count = f"Self-tests on released shapes: {len(rows) - len(wrong)} of {len(rows)} right"
+    return f"{count}; not right: {', '.join(wrong)}." if wrong else f"{count}."
 
 
 def vae_table(result: dict) -> str:
@@ -227,7 +236,13 @@ def markdown(result: dict) -> str:
     if "decodes" in result:  # benchmarks.vae
         parts = (machine_line(result), vae_table(result))
     elif "ceilings" in result:  # benchmarks.gpu
-        parts = (gpu_line(result), gpu_table(result), bars_table(gpu_bars(result)))
+        verdicts = [verdicts_line(result)] if "selftests" in result["rows"] else []
+        parts = (
+            gpu_line(result),
+            *verdicts,
+            gpu_table(result),
+            bars_table(gpu_bars(result)),
+        )
     else:  # benchmarks.ops
         parts = (machine_line(result), operators_table(result), bars_table(result["bars"]))
     return "\n\n".join(parts)

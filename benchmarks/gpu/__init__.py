@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks that need a GPU: ``gate.sh`` builds, tests and runs them all on one."""
+"""Benchmarks that need a GPU: ``gate.sh`` installs a wheel and runs them all on one."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -91,11 +92,16 @@ def normed_heads(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tens
 
 def modelled(clock: Clock, size: Size, roof: dict, kind: str) -> dict[str, float]:
     """TFLOP/s that `expected` allows this card at most, with tiles that are there at once and with
-    tiles out of L2 at the rate that was measured; nothing of a card that it does not know."""
+    tiles out of L2 at the rate that was measured; nothing of a card that it does not know, or where
+    the model cannot run, which must not cost what is measured."""
     card = modelled_card(clock.device)
     if card is None:
         return {}
-    speed = expected.speeds(card, size.D, roof.get("l2_bytes", machine.L2_BYTES))[kind]
+    try:
+        speed = expected.speeds(card, size.D, roof.get("l2_bytes", machine.L2_BYTES))[kind]
+    except subprocess.CalledProcessError as error:
+        print(f"  the model cannot run: {error.stderr[-500:]}", flush=True)
+        return {}
     return {"modelled_tflop_s": speed["alone"], "modelled_l2_tflop_s": speed["l2"]}
 
 

@@ -208,9 +208,8 @@ def show(row: dict) -> None:
         for name, value in row.items()
         if name != "ms"
     ]
-    print(
-        "  ".join([*cells, *(f"{name} {ms:.4g} ms" for name, ms in row["ms"].items())]), flush=True
-    )
+    times = [f"{name} {ms:.4g} ms" for name, ms in row.get("ms", {}).items()]
+    print("  ".join([*cells, *times]), flush=True)
 
 
 def block_mask(selection: Tensor, N: int):

@@ -8,12 +8,19 @@ import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import report
 from benchmarks.gpu import __main__ as gate
+from benchmarks.gpu import selftests
+from benchmarks.gpu.card import SMALL, Clock
+
+from ..cases import OPERATORS
+from ..conftest import needs_triton
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("kandinsky_kernels", "kandinsky_model")
@@ -50,7 +57,7 @@ def run_gate(folder, *arguments, **environment):
 @pytest.mark.skipif(sys.platform != "linux", reason="the gate is for Linux")
 def test_the_whole_gate_runs_at_toy_size(tmp_path):
     """Every line of the script, every section and every peer on a CPU."""
-    pytest.importorskip("triton", reason="needs Triton")
+    needs_triton()
     tool = tmp_path / "bin/compute-sanitizer"
     tool.parent.mkdir()
     tool.write_text(SANITIZER)
@@ -65,12 +72,13 @@ def test_the_whole_gate_runs_at_toy_size(tmp_path):
     for name, result in zip(names, results, strict=True):
         assert not result["failed"]
         assert result["rows"][name]
-        assert all(row["ms"]["ours"] > 0 for row in result["rows"][name])
-    verdicts = {row["verdict"] for row in results[0]["rows"]["selftests"]}
-    assert verdicts == {"right"}
+        timed = [row for row in result["rows"][name] if "ms" in row]
+        assert timed or name in ("selftests", "tests", "memcheck")
+        assert all(row["ms"]["ours"] > 0 for row in timed)
     (whole,) = report.joined(results)
     table = report.markdown(whole)
     assert table.count("\n| block_sparse_attention | toy | ") == 6 + 16 + 1
+    assert "\nSelf-tests on released shapes: 14 of 14 right.\n" in table
     assert "useful TFLOP/s" not in table  # a bar of another size
     assert "every norm, times faster than eager" in table
     assert all(row["modelled_tflop_s"] > 0 for row in whole["rows"]["attention"])
@@ -132,6 +140,35 @@ def test_a_section_that_fails_costs_no_other(tmp_path, monkeypatch):
     broken, good = (json.loads((tmp_path / f"{x.name}.json").read_text()) for x in sections)
     assert "ModuleNotFoundError" in broken["failed"]["broken"]
     assert not good["failed"] and len(good["rows"]["l2"]) == 3
+
+
+def test_programs_read_the_tiles_that_they_are_timed_for():
+    """Under the interpreter: three programs, five turns, over eight tiles."""
+    needs_triton()
+    from benchmarks.gpu.l2_kernel import read_tiles
+
+    tiles = torch.arange(8.0).repeat_interleave(16)
+    sums = torch.zeros(3)
+    read_tiles[(3,)](tiles, sums, 8, 5, 16)
+    wanted = [16 * sum((i + 3 * turn) % 8 for turn in range(5)) for i in range(3)]
+    assert sums.tolist() == wanted
+
+
+def test_a_self_test_tells_a_wrong_kernel_from_a_right_one(monkeypatch):
+    """The others are tried all the same, and the section fails at its end."""
+    right = OPERATORS["group_moments"]
+
+    def call(x, groups):  # what it is held against is in fp64
+        return right.call(x, groups) * (1.01 if x.dtype == torch.bfloat16 else 1)
+
+    monkeypatch.setitem(OPERATORS, "group_moments", replace(right, call=call))
+    rows = []
+    with pytest.raises(AssertionError, match="not right: group_moments 32 channels"):
+        for row in selftests.selftests(Clock(torch.device("cpu"), 0.0), SMALL[0], {}):
+            rows.append(row)
+    verdicts = {row["op"]: row["verdict"] for row in rows}
+    assert [op for op, verdict in verdicts.items() if verdict != "right"] == ["group_moments"]
+    assert len(verdicts) == len(rows) == 14
 
 
 def test_the_script_and_the_makefile_name_one_folder():
