@@ -45,7 +45,7 @@ class Section:
 SECTIONS = (
     Section("selftests", ".selftests", 90),
     Section("l2", ".l2", 5),
-    Section("attention", ".attention", 75),
+    Section("attention", ".attention", 100),
     Section("selection", ".attention", 10),
     Section("norms", ".norms", 30),
     Section("transformer", ".networks", 50),

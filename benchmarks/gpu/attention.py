@@ -58,7 +58,8 @@ def selection(clock: Clock, size: Size, _: dict) -> Iterator[dict]:
     chosen, peak = peak_memory(call, clock.device)
     narrow = [x.bfloat16() for x in means]
     calls = {"ours": call, "published": lambda: published_selection(*narrow, 0.9, near)}
-    if compiled := _library.compiled("select_blocks"):  # whether or not `ours` is it already
+    compiled = _library.compiled("select_blocks")
+    if compiled and clock.device.type == "cuda":  # whether or not `ours` is it already
         calls["cuda c++"] = lambda: compiled(
             *means, 0.9, list(size.grid.tiles), list(WINDOW), "all"
         )

@@ -61,7 +61,8 @@ def checks(clock: Clock, size: Size) -> Iterator[tuple]:
     }
     yield "block_sparse_attention", size.name, lambda: attend(clock, size)
     yield "select_blocks", size.name, lambda: select(clock, size)
-    if compiled := _library.compiled("select_blocks"):
+    compiled = _library.compiled("select_blocks")
+    if compiled and clock.device.type == "cuda":
         yield "select_blocks", size.name, lambda: select(clock, size, compiled), "cuda c++"
     for op, make in makers.items():
         case = cases.Case(op, size.name, make, torch.bfloat16)

@@ -77,7 +77,7 @@ def test_the_whole_gate_runs_at_toy_size(tmp_path):
         assert all(row["ms"]["ours"] > 0 for row in timed)
     (whole,) = report.joined(results)
     table = report.markdown(whole)
-    assert table.count("\n| block_sparse_attention | toy | ") == 6 + 16 + 1
+    assert table.count("\n| block_sparse_attention | toy | ") == 6 + 16
     assert "\nSelf-tests on released shapes: 14 of 14 right.\n" in table
     assert "useful TFLOP/s" not in table  # a bar of another size
     assert "every norm, times faster than eager" in table
@@ -169,6 +169,19 @@ def test_a_self_test_tells_a_wrong_kernel_from_a_right_one(monkeypatch):
     verdicts = {row["op"]: row["verdict"] for row in rows}
     assert [op for op, verdict in verdicts.items() if verdict != "right"] == ["group_moments"]
     assert len(verdicts) == len(rows) == 14
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the gate is for Linux")
+def test_the_gate_stops_at_its_minutes(tmp_path):
+    """The first section does not fit into one minute: none is begun, and nothing but the log
+    is left, in the folder or beside it."""
+    run = run_gate(
+        tmp_path, "--small", "--minutes", "1", WHEEL=str(wheel(tmp_path)), TMPDIR=str(tmp_path)
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"no time is left for {', '.join(one.name for one in gate.SECTIONS)}" in run.stdout
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["gate.log"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".whl"]
 
 
 def test_the_script_and_the_makefile_name_one_folder():
