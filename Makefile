@@ -60,7 +60,7 @@ wheel: $(VENV)/.installed
 	$(call wheel,cpu)
 
 hub: $(VENV)/.installed
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) hub/make.py --variant build/hub
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) csrc/hub/make.py --variant build/hub
 
 bench: $(VENV)/.built $(VENV)/.test
 	$(PY) -m benchmarks.ops
