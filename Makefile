@@ -70,7 +70,7 @@ wheel-cuda: $(if $(filter $(PY),$(CUDA_PYTHON)),$(VENV)/.installed)
 	$(call wheel,cuda,$(CUDA_PYTHON),dist/cuda)
 
 hub: $(VENV)/.installed
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) hub/make.py --variant build/hub
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) csrc/hub/make.py --variant build/hub
 
 bench: $(VENV)/.built $(VENV)/.test
 	$(PY) -m benchmarks.ops

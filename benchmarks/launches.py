@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kandinsky_kernels import _library, cards
+from kandinsky_kernels import _library, _ops, cards
 from kandinsky_kernels.triton import nabla, norm, selection
 from kandinsky_model.config import PRESETS, Preset
 from kandinsky_model.dit.attention import Attention
@@ -53,7 +53,7 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         space, name = func._schema.name.split("::")
-        if space == _library.NAMESPACE:
+        if space == _ops.ops.name:
             with self:
                 return _library.launchers[name].launch(*args)
         out = func(*args, **(kwargs or {}))

@@ -88,7 +88,7 @@ def _run(operator: Callable, *args):
         kind, _, sentence = str(error).partition(": ")
         if kind not in _ERRORS:
             raise
-        raise _ERRORS[kind](sentence) from None
+    raise _ERRORS[kind](sentence)  # outside the handler, whose error would keep tensors alive
 
 
 def _derivable(name: str, operator: torch._ops.OpOverload, reference: Callable) -> Callable:

@@ -287,15 +287,17 @@ def convolution(channels: int, out_channels: int, capability: tuple[int, int]) -
 # benchmarks/gpu/machine.py. `python -m tests.support.cubins --record` prints it.
 BINARIES = """
                                                  80 86 89 90 120  BAR SHFL STS LDL  80 86 89 90 120
-select_blocks-1464                                4  -  4  4   4    3    4   5   0   -  -  -  -   -
-select_blocks-3660                                2  -  2  2   2    3    6   5   0   -  -  -  -   -
+select_blocks-1464                               19  - 16 14   9    0   48   4   0   -  -  -  -   -
+select_blocks-1464-stable                         8  -  6  6   6    7   76  12   0   -  -  -  -   -
+select_blocks-3660                               10  -  8  8   7    2   48   4   0   -  -  -  -   -
+select_blocks-3660-stable                         4  -  3  3   3    7   80  14   0   -  -  -  -   -
 list_blocks                                      10  - 10  9   9    4   40   9   0   -  -  -  -   -
 modulated_norm-1792                               8  -  8  8   8    4   14   2   0   -  -  -  -   -
 gated_add_norm-1792                               6  -  6  6   6    4   14   2   0   -  -  -  -   -
-norm_rope-64                                      2  -  2  2   2   16   14  10   0   -  -  -  -   -
+norm_rope-64                                      7  -  8  7   8    0    6   0   0   -  -  -  -   -
 modulated_norm_backward-1792                      4  -  4  4   3    8   32   4   0   -  -  -  -   -
 gated_add_norm_backward-1792                      2  -  2  2   2    8   32   4   0   -  -  -  -   -
-norm_rope_backward-64                             1  -  1  1   1   16   54  10   0   -  -  -  -   -
+norm_rope_backward-64                             5  -  5  5   5    0   12   0   0   -  -  -  -   -
 block_sparse_attention-64-bounded                 3  2  2  4   2    2    0   0   0  79 99 99 84  99
 block_sparse_attention-64                         3  2  2  4   2    2    4   0   0  70 98 98 65  99
 block_sparse_attention-64-ragged-bounded          2  2  2  3   2    2    0   0   0   -  -  -  -   -
@@ -306,10 +308,10 @@ block_sparse_attention_backward_query-64-ragged   2  2  2  3   2    2    0   0  
 block_sparse_attention_backward_key-64-ragged     1  1  1  2   1    2    0   0   0   -  -  -  -   -
 modulated_norm-4096                               4  -  4  4   4    4   16   2   0   -  -  -  -   -
 gated_add_norm-4096                               2  -  3  3   3    4   16   2   0   -  -  -  -   -
-norm_rope-128                                     1  -  1  1   1   18   14  12   0   -  -  -  -   -
+norm_rope-128                                     8  -  7  7   7    0    8   0   0   -  -  -  -   -
 modulated_norm_backward-4096                      2  -  2  1   1    8   36   4   0   -  -  -  -   -
 gated_add_norm_backward-4096                      1  -  1  1   1    8   36   4   0   -  -  -  -   -
-norm_rope_backward-128                            1  -  1  1   1   24   56  12   0   -  -  -  -   -
+norm_rope_backward-128                            5  -  5  5   5    0   16   0   0   -  -  -  -   -
 block_sparse_attention-128-bounded                2  2  2  2   2    2    0   0   0  75 97 97 84  99
 block_sparse_attention-128                        2  2  2  2   2    2    4   0   0  66 99 99 69  99
 block_sparse_attention-128-ragged-bounded         2  2  2  2   2    2    0   0   0   -  -  -  -   -

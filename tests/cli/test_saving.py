@@ -156,9 +156,9 @@ def test_a_second_signal_belongs_to_the_first(run, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
             cleaned.append(True)
 
-    def complain(args, text, *rest):
+    def complain(*told_of, **options):
         os.kill(os.getpid(), signal.SIGHUP)
-        return told(args, text, *rest)
+        return told(*told_of, **options)
 
     told = __main__._complain
     monkeypatch.setattr(locations, "locate", locate)

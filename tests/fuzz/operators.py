@@ -40,7 +40,7 @@ MEMORY = 6 << 30  # bytes of address space beyond what is there at the start
 SUMS = ("group_moments", "group_affine")  # as long as their inputs are, without any memory
 PATIENCE = 60  # seconds for one case
 RAW = sorted(_library._references)
-PUBLIC = [name for name in ops.__all__ if name not in ("Rotary", "kernels")]
+PUBLIC = [name for name in ops.__all__ if name not in ("Rotary", "build_info", "kernels")]
 
 
 def _call(name: str, args: list):

@@ -15,7 +15,7 @@ from kandinsky_kernels import _library
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("kandinsky_kernels", "kandinsky_model")
-FOLDERS = (*PACKAGES, "benchmarks", "hub", "tests")
+FOLDERS = (*PACKAGES, "benchmarks", "csrc", "tests")
 PYTHON = sorted(path for folder in FOLDERS for path in ROOT.joinpath(folder).rglob("*.py"))
 PYTHON += [ROOT / "setup.py"]
 CPP_ENDINGS = {".cpp", ".h", ".cu", ".cuh"}
@@ -52,6 +52,14 @@ def imports(tree):
             yield from ((node.lineno, alias.name, False) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.lineno, node.module or "", node.level > 0
+
+
+def test_the_top_level_is_fixed():
+    """What commands and tools leave there, git ignores."""
+    made = {"build", "dist", "__pycache__"}
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    found = {name for name in folders - made if not name.startswith(".") and "." not in name}
+    assert found == set(FOLDERS)
 
 
 WITHOUT_EXTENSION = """

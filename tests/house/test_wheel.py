@@ -44,7 +44,7 @@ def test_there_is_one_for_every_python():
         names = file.namelist()
     libraries = [name for name in names if name.endswith((".so", ".dll", ".dylib"))]
     assert libraries == ["kandinsky_kernels/libkandinsky_kernels.so"]
-    assert not [name for name in names if name.startswith(("tests", "benchmarks", "build", "hub"))]
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "build", "csrc"))]
 
 
 def test_it_runs_beside_this_torch(installed, tmp_path):

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from kandinsky_kernels import _library
+from kandinsky_kernels import _ops
 
 APPLE = torch.device("mps", 0)
 KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.MPS)
@@ -81,7 +81,7 @@ class Apple(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         there = [isinstance(x, AppleTensor) for x in tensors]
-        if func.namespace == _library.NAMESPACE and any(there):
+        if func.namespace == _ops.ops.name and any(there):
             with Moves(), self:
                 return func.redispatch(KEYS, *args, **kwargs)
         if any(there) and name not in MIXING:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lays the operators out as the kernel-builder of the Hugging Face hub wants them.
 
-``python hub/make.py build/hub`` writes the sources: build.toml, torch-ext and csrc. ``--variant``
-also compiles them for CPUs and writes what the builder would, into build/hub/build, from where the
-package ``kernels`` loads it. Nothing is published.
+``python csrc/hub/make.py build/hub`` writes the sources: build.toml, torch-ext and csrc.
+``--variant`` also compiles them for CPUs and writes what the builder would, into build/hub/build,
+from where the package ``kernels`` loads it. Nothing is published.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import platform
 import shutil
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 PACKAGE = "kandinsky_kernels"
 STABLE_ABI = "2.11"
 # The sources register their operators in the namespace kandinsky_kernels; the hub wants one that
@@ -115,8 +116,8 @@ def lay_out(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     copy([ROOT / name for name in cuda], ROOT, folder)
     copy(package_files(), ROOT, folder / "torch-ext")
-    copy([ROOT / "hub/torch_binding.cpp"], ROOT / "hub", folder / "torch-ext")
-    copy([ROOT / "hub/CARD.md"], ROOT / "hub", folder)
+    copy([HERE / "torch_binding.cpp"], HERE, folder / "torch-ext")
+    copy([HERE / "CARD.md"], HERE, folder)
     copy([ROOT / "LICENSE", ROOT / "NOTICE"], ROOT, folder)
     folder.joinpath("build.toml").write_text(text, encoding="utf-8")
     folder.joinpath("flake.nix").write_text(FLAKE, encoding="utf-8")
