@@ -145,12 +145,12 @@ def assert_same_blocks(
     window.
     """
     N = scores.shape[-1]
+    assert not (selection_tail := selection & _unused_bits(N)).any(), (
+        f"bits beyond block {N} are set: {selection_tail.unique()}"
+    )
     actual = unpack_selection(selection, N)
     assert actual.shape == scores.shape, (
         f"selection of shape {list(selection.shape)} does not fit scores {list(scores.shape)}"
-    )
-    assert not (selection_tail := selection & _unused_bits(N)).any(), (
-        f"bits beyond block {N} are set: {selection_tail.unique()}"
     )
     kept, mass, cumulative = exact_blocks(scores, keep_mass, ties)
     delta = (

@@ -143,7 +143,7 @@ def test_functions_take_few_arguments(path):
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             names = [a.arg for a in node.args.args + node.args.kwonlyargs]
             count = len(names) - (names[:1] in (["self"], ["cls"]))
-            most = allowed + (node.name == "block_sparse_attention")
+            most = allowed + node.name.startswith("block_sparse_attention")
             assert count <= most, f"{name(path)}:{node.lineno} {node.name} takes {count} arguments"
 
 
