@@ -115,8 +115,9 @@ def test_impossible_build_fails_loudly(mode, text):
     assert result.returncode and text in result.stderr, result.stderr
 
 
-@pytest.mark.parametrize("path", CPP, ids=name)
+@pytest.mark.parametrize("path", [path for path in CPP if path.parent.name != "hub"], ids=name)
 def test_csrc_uses_the_stable_headers(path):
+    """But for what the hub's builder compiles once for each Python."""
     for header in re.findall(r"#\s*include\s*[<\"]([^>\"]+)", code(path)):
         assert not header.startswith(("ATen", "c10", "Python", "pybind11")), header
         stable = header.startswith(("torch/csrc/stable/", "torch/headeronly/"))
