@@ -150,6 +150,11 @@ def diffusers_folder(tmp_path_factory, text_parts):
     return tiny_models.diffusers_folder(tmp_path_factory.mktemp("diffusers"), text_parts)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_binaries.py", "test_gate.py"))
+
+
 def pytest_configure(config):
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
