@@ -171,9 +171,9 @@ inline void require_choice(double keep_mass, const std::vector<int64_t>& tiles,
     fit = tiles[i] > 0 && rest % tiles[i] == 0 && window[i] > 0;
     if (fit) rest /= tiles[i];
   }
-  require(
-      fit && (rest == 1 || N == 0), "tiles must be three numbers from 1 on with product N = ", N,
-      " and window three widths from 1 on, got ", list_of(tiles), " and ", list_of(window), ".");
+  require(fit && rest == 1, "tiles must be three numbers from 1 on with product N = ", N,
+          " and window three widths from 1 on, got ", list_of(tiles), " and ", list_of(window),
+          ".");
 }
 
 // Requires a vector that many rows share, such as a scale or a weight.

@@ -131,6 +131,12 @@ REFUSED = {
         ValueError,
         TILES,
     ),
+    "tiles of no blocks": (
+        "select_blocks",
+        lambda: choice(tiles=(1 << 32, 1 << 32, 1 << 32), window=[2] * 3, N=0),
+        ValueError,
+        TILES,
+    ),
     "a window of nothing": (
         "select_blocks",
         lambda: choice(tiles=(1, 2, 3), window=(1, 0, 1), N=6),
